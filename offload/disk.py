@@ -1,0 +1,315 @@
+"""The disk tier: runs of extents in segment files, under a byte budget that is never exceeded."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import extent
+from .errors import BudgetTooSmall, ExtentCorrupt, ExtentMissing, ReadError, WriteFailed
+from .extent import ExtentIdentity, RunKey, RunPlace, extent_bytes
+from .folder import Folder
+from .host import Rows
+from .record import Layout
+from .segment import SEGMENT_BYTES, Range, SegmentSpace
+from .system import Bytes, SystemCalls, page_aligned, read_fully, write_fully
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Run:
+    place: RunPlace
+    committed: bool = False
+    doomed: bool = False
+    holds: int = 0
+
+
+@dataclass
+class _File:
+    file: int
+    durable_name: bool = False
+
+
+class DiskTier:
+    """Runs on disk. One owner thread calls everything but write_extent, sync and read_extent.
+
+    Those three run on I/O threads, on a place that the owner holds; they touch the place, their buffer
+    and the file, and no state of the tier. A run exists from commit until delete; its bytes are not
+    used again while anybody holds it. used_bytes is what the segment files measure, at most budget_bytes.
+
+    There is no index yet: runs end with the process, and segments of an earlier one are removed at start.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        budget_bytes: int,
+        layout: Layout,
+        layers: int,
+        fingerprint: bytes,
+        system: SystemCalls | None = None,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+    ) -> None:
+        """Make the folder (0700) if its parent exists, lock it, and probe for O_DIRECT.
+
+        Raises BudgetTooSmall if a run of one block does not fit, FolderInUse if another daemon holds
+        the folder, FolderUnusable if it cannot be made or written.
+        """
+        smallest = layers * extent_bytes(layout, 1)
+        if budget_bytes < smallest:
+            raise BudgetTooSmall(f"a run of one block takes {smallest} bytes of disk, not {budget_bytes}")
+        self.budget_bytes = budget_bytes
+        self.layout = layout
+        self.layers = layers
+        self.fingerprint = fingerprint
+        self.system = system or SystemCalls()
+        self._space = SegmentSpace(budget_bytes, segment_bytes)
+        self._files: dict[int, _File] = {}
+        self._runs: dict[RunKey, _Run] = {}
+        self._folder = Folder(folder, self.system)
+        self._closed = False
+
+    @property
+    def direct(self) -> bool:
+        """Whether reads and writes bypass the page cache."""
+        return self._folder.direct
+
+    @property
+    def used_bytes(self) -> int:
+        """Length of all segment files: runs, and holes between them."""
+        return self._space.used_bytes
+
+    def __contains__(self, run: RunKey) -> bool:
+        """Whether the run is committed and not deleted."""
+        entry = self._runs.get(run)
+        return entry is not None and entry.committed and not entry.doomed
+
+    def run_bytes(self, count: int) -> int:
+        """Bytes on disk of a run of count blocks, all layers."""
+        return self.layers * extent_bytes(self.layout, count)
+
+    def reserve(self, run: RunKey, *, first: int, count: int, chain_hash: bytes) -> RunPlace:
+        """Space for a run of count blocks, the first of which is block `first` of its sequence.
+
+        Follow with commit or abandon. Raises TierFull, or WriteFailed if the file cannot be made or
+        grown; either way nothing has changed.
+        """
+        if run in self._runs:
+            raise ValueError(f"run {run.hex()} is already there")
+        identity = ExtentIdentity(self.layout, self.layers, self.fingerprint, run, chain_hash, first, count)
+        found = self._space.find(self.layers * identity.nbytes)
+        try:
+            file = self._grow(found)
+        except OSError as error:
+            raise WriteFailed(f"no room for run {run.hex()}: {error}") from error
+        self._space.take(found)
+        place = RunPlace(identity, found, file.file, fresh=not file.durable_name)
+        self._runs[run] = _Run(place)
+        return place
+
+    def write_extent(self, place: RunPlace, layer: int, records: Bytes, rows: Rows, scratch: Bytes) -> int:
+        """On an I/O thread: write records[rows], uint8[count, record_bytes], as one layer; its checksum.
+
+        scratch is page-aligned memory of at least place.identity.nbytes. Raises WriteFailed.
+        """
+        identity = place.identity
+        if len(rows) != identity.count or rows.min() < 0 or rows.max() >= len(records):
+            raise ValueError(f"a run of {identity.count} blocks needs that many rows of the records")
+        np.take(records, rows, axis=0, out=extent.payload(scratch, identity), mode="clip")
+        checksum = extent.seal(scratch, identity, layer)
+        try:
+            write_fully(self.system, place.file, scratch[: identity.nbytes], place.offset(layer))
+        except OSError as error:
+            raise WriteFailed(f"layer {layer} of run {place.run.hex()}: {error}") from error
+        return checksum
+
+    def sync(self, place: RunPlace) -> None:
+        """On an I/O thread: make durable what was written to the place. Raises WriteFailed."""
+        try:
+            self.system.fdatasync(place.file)
+            if place.fresh:
+                self.system.fsync_folder(self._folder.path)
+        except OSError as error:
+            raise WriteFailed(f"run {place.run.hex()} may not be durable: {error}") from error
+
+    def commit(self, place: RunPlace) -> None:
+        """The run exists from now on: every layer was written, then synced."""
+        self._awaiting(place).committed = True
+        self._files[place.range.segment].durable_name = True
+
+    def awaits(self, place: RunPlace) -> bool:
+        """Whether the run is reserved and neither committed nor abandoned."""
+        entry = self._runs.get(place.run)
+        return entry is not None and not entry.committed and not entry.doomed
+
+    def abandon(self, place: RunPlace) -> None:
+        """The run will not be; its space is free once nobody holds it. After commit, use delete."""
+        entry = self._awaiting(place)
+        entry.doomed = True
+        self._reclaim(entry)
+
+    def delete(self, run: RunKey) -> None:
+        """Forget a run; its space is free once nobody holds it. Raises ExtentMissing."""
+        entry = self._present(run)
+        entry.doomed = True
+        self._reclaim(entry)
+
+    def locate(self, run: RunKey) -> RunPlace:
+        """Where a committed run lies; hold it before reading. Raises ExtentMissing."""
+        return self._present(run).place
+
+    def hold(self, place: RunPlace) -> None:
+        """A lease: the run's bytes stay as they are until the matching release."""
+        entry = self._runs.get(place.run)
+        if entry is None or entry.doomed:
+            raise ExtentMissing(f"run {place.run.hex()} is not in the disk tier")
+        entry.holds += 1
+
+    def release(self, place: RunPlace) -> None:
+        """The end of a hold; the last one of a forgotten run frees its space."""
+        entry = self._runs.get(place.run)
+        if entry is None or entry.holds < 1:
+            raise ValueError(f"run {place.run.hex()} is released more often than held")
+        entry.holds -= 1
+        if self._closed:
+            self._let_go(place.range.segment)
+        else:
+            self._reclaim(entry)
+
+    def read_extent(self, place: RunPlace, layer: int, buffer: Bytes) -> Bytes:
+        """On an I/O thread: the records of one layer, a verified view of buffer, uint8[count, record_bytes].
+
+        buffer is page-aligned memory of at least place.identity.nbytes. Raises ReadError if the system
+        call fails and ExtentCorrupt if it returns anything but what was written for this run.
+        """
+        wanted = buffer[: place.identity.nbytes]
+        try:
+            count = read_fully(self.system, place.file, wanted, place.offset(layer))
+        except OSError as error:
+            raise ReadError(f"layer {layer} of run {place.run.hex()}: {error}") from error
+        if count < len(wanted):
+            raise ExtentCorrupt(f"layer {layer} of run {place.run.hex()}: the file ends in it")
+        return extent.verify(wanted, place.identity, layer)
+
+    def put(self, run: RunKey, first: int, chain_hash: bytes, records: Sequence[Bytes]) -> None:
+        """Store a run, uint8[count, record_bytes] for each layer, and wait until it is durable.
+
+        Raises TierFull or WriteFailed; the run is then absent and all earlier runs are intact.
+        """
+        if len(records) != self.layers:
+            raise ValueError(f"a run has {self.layers} layers, got {len(records)}")
+        rows = np.arange(len(records[0]), dtype=np.int64)
+        place = self.reserve(run, first=first, count=len(rows), chain_hash=chain_hash)
+        scratch = page_aligned(place.identity.nbytes)
+        try:
+            for layer, layer_records in enumerate(records):
+                self.write_extent(place, layer, layer_records, rows, scratch)
+            self.sync(place)
+        except BaseException:
+            self.abandon(place)
+            raise
+        self.commit(place)
+
+    def get(self, run: RunKey, layer: int) -> Bytes:
+        """The records of one layer, uint8[count, record_bytes], in memory of their own. Raises ReadFailed."""
+        place = self.locate(run)
+        return self.read_extent(place, layer, page_aligned(place.identity.nbytes))
+
+    def check_integrity(self) -> None:
+        """Ranges partition the segments, and the files in the folder measure what the ledger says."""
+        self._space.check_integrity([entry.place.range for entry in self._runs.values()])
+        sizes = {self._folder.segment(number): size for number, size in self._space.sizes().items()}
+        found = {path: path.stat().st_size for path in self._folder.segments()}
+        assert found == sizes, f"the folder holds {found}, the ledger says {sizes}"
+        assert self._files.keys() == self._space.sizes().keys(), "a segment has no open file"
+        for entry in self._runs.values():
+            assert entry.holds >= 0, "a run is released more often than held"
+            assert entry.holds > 0 or not entry.doomed, "a forgotten run keeps its space"
+
+    def close(self) -> None:
+        """Remove the segments and unlock the folder.
+
+        Files of runs still held stay open until their release: an I/O thread may be stuck in one, and its
+        descriptor must not come to mean another file.
+        """
+        self._closed = True
+        held = {entry.place.range.segment for entry in self._runs.values() if entry.holds}
+        if held:
+            log.warning(
+                "%s: closed while %d segment files are being read or written", self._folder.path, len(held)
+            )
+        for number in list(self._files):
+            self._unlink(number)
+            if number not in held:
+                self.system.close(self._files.pop(number).file)
+        self._folder.close()
+
+    def _awaiting(self, place: RunPlace) -> _Run:
+        if not self.awaits(place):
+            raise ValueError(f"run {place.run.hex()} is not waiting to be committed")
+        return self._runs[place.run]
+
+    def _present(self, run: RunKey) -> _Run:
+        entry = self._runs.get(run)
+        if entry is None or not entry.committed or entry.doomed:
+            raise ExtentMissing(f"run {run.hex()} is not in the disk tier")
+        return entry
+
+    def _grow(self, found: Range) -> _File:
+        """The file of a range, long enough for it. On OSError file and folder are as before."""
+        file = self._files.get(found.segment)
+        if file is None:
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | (os.O_DIRECT if self.direct else 0)
+            file = _File(self.system.open(self._folder.segment(found.segment), flags))
+            try:
+                self.system.ftruncate(file.file, found.end)
+            except OSError:
+                self.system.close(file.file)
+                self._unlink(found.segment)
+                raise
+            self._files[found.segment] = file
+        elif found.end > self._space.sizes()[found.segment]:
+            self.system.ftruncate(file.file, found.end)
+        return file
+
+    def _reclaim(self, entry: _Run) -> None:
+        """Free the space of a forgotten run that nobody holds, and give the file system what it can have."""
+        if entry.holds or not entry.doomed or self._closed:
+            return
+        del self._runs[entry.place.run]
+        self._space.give_back(entry.place.range)
+        number = entry.place.range.segment
+        spare = self._space.spare(number)
+        if spare == self._space.sizes()[number]:
+            return
+        try:
+            if spare:
+                self.system.ftruncate(self._files[number].file, spare)
+            else:
+                self.system.unlink(self._folder.segment(number))
+        except OSError as error:
+            log.warning(
+                "%s: cannot shorten segment %d, its space stays counted: %s", self._folder.path, number, error
+            )
+            return
+        self._space.cut(number)
+        if not spare:
+            self.system.close(self._files.pop(number).file)
+
+    def _let_go(self, number: int) -> None:
+        """After close, the folder may be another's: only close the file once nobody holds a run in it."""
+        if not any(e.holds for e in self._runs.values() if e.place.range.segment == number):
+            self.system.close(self._files.pop(number).file)
+
+    def _unlink(self, number: int) -> None:
+        try:
+            self.system.unlink(self._folder.segment(number))
+        except OSError as error:
+            log.warning("%s: segment %d stays behind: %s", self._folder.path, number, error)

@@ -1,0 +1,65 @@
+"""What can go wrong in the tiered store.
+
+OffloadError
+├── BudgetTooSmall      a budget cannot hold what one request needs at the least
+├── FolderUnusable      the state folder is missing its parent, or cannot be written
+│   └── FolderInUse     another daemon holds it
+├── TierFull            a tier has no room now; may pass once something is released
+├── WriteFailed         a run could not be made durable; it is absent, earlier runs are intact
+└── ReadFailed          a stored extent did not come back; the KV must be recomputed
+    ├── ExtentMissing   no such run in the tier
+    ├── ExtentCorrupt   checksum, header, fingerprint or chain hash is not what was written
+    ├── ReadError       the system call failed (errno in `__cause__`)
+    ├── ReadTimeout     not loaded by its deadline
+    └── ReadCancelled   cancelled by its owner
+"""
+
+from __future__ import annotations
+
+
+class OffloadError(Exception):
+    """Base of every error that leaves this package."""
+
+
+class BudgetTooSmall(OffloadError):
+    """A budget cannot hold what one request needs at the least."""
+
+
+class FolderUnusable(OffloadError):
+    """The folder of the disk tier cannot be made, locked or written."""
+
+
+class FolderInUse(FolderUnusable):
+    """Another daemon holds the folder."""
+
+
+class TierFull(OffloadError):
+    """A tier has no room now."""
+
+
+class ReadFailed(OffloadError):
+    """A stored extent did not come back: its KV must be recomputed, never guessed."""
+
+
+class ExtentMissing(ReadFailed):
+    """No such run in the tier."""
+
+
+class ExtentCorrupt(ReadFailed):
+    """What was read is not what was written for this run."""
+
+
+class ReadError(ReadFailed):
+    """The read system call failed."""
+
+
+class ReadTimeout(ReadFailed):
+    """The extent was not loaded by its deadline."""
+
+
+class ReadCancelled(ReadFailed):
+    """The owner no longer wants the extent."""
+
+
+class WriteFailed(OffloadError):
+    """A run could not be made durable. It is absent; earlier runs are intact."""

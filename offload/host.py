@@ -1,0 +1,80 @@
+"""The host slab: records in ordinary memory, handed out by row."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import BudgetTooSmall, TierFull
+from .system import Bytes, page_aligned
+
+Rows = npt.NDArray[np.int64]
+
+
+class HostSlab:
+    """A fixed number of record slots in one mapping, and the only ledger of their bytes.
+
+    records is uint8[n_slots, record_bytes], page-aligned at its base, and holds no more than
+    budget_bytes. Memory is touched lowest row first and freed rows are reused first, so that the
+    resident size follows use. Owned by one thread; others may read and write rows they were given.
+    """
+
+    def __init__(self, budget_bytes: int, record_bytes: int) -> None:
+        """Raises BudgetTooSmall when not even one record fits."""
+        if record_bytes < 64 or record_bytes % 64:
+            raise ValueError(f"record_bytes must be a positive multiple of 64, got {record_bytes}")
+        n_slots = budget_bytes // record_bytes
+        if n_slots < 1:
+            raise BudgetTooSmall(f"{budget_bytes} bytes cannot hold one record of {record_bytes} bytes")
+        self.budget_bytes = budget_bytes
+        self.record_bytes = record_bytes
+        self.n_slots = n_slots
+        self.records: Bytes = page_aligned(n_slots * record_bytes, huge=True).reshape(n_slots, record_bytes)
+        self._free: Rows = np.arange(n_slots, dtype=np.int64)[::-1].copy()
+        self._n_free = n_slots
+        self._taken = np.zeros(n_slots, dtype=np.bool_)
+
+    @property
+    def free_slots(self) -> int:
+        return self._n_free
+
+    @property
+    def used_bytes(self) -> int:
+        return (self.n_slots - self._n_free) * self.record_bytes
+
+    def allocate(self, n: int) -> Rows:
+        """Take n rows, int64[n]. Raises TierFull and takes nothing when fewer are free.
+
+        The rows hold whatever was in them before.
+        """
+        if n < 0:
+            raise ValueError(f"cannot allocate {n} rows")
+        if n > self._n_free:
+            raise TierFull(f"{n} records asked of the host tier, {self._n_free} are free")
+        rows = self._free[self._n_free - n : self._n_free][::-1].copy()
+        self._n_free -= n
+        self._taken[rows] = True
+        return rows
+
+    def free(self, rows: npt.ArrayLike) -> None:
+        """Give rows back. Raises ValueError, changing nothing, if one is not taken or is named twice."""
+        given = np.asarray(rows)
+        if given.size == 0:
+            return
+        if given.ndim != 1 or given.dtype.kind not in "iu":
+            raise ValueError(f"rows must be one-dimensional integers, got {given.dtype}{list(given.shape)}")
+        if given.min() < 0 or given.max() >= self.n_slots:
+            raise ValueError(f"rows outside 0..{self.n_slots - 1}")
+        if len(np.unique(given)) != len(given) or not self._taken[given].all():
+            raise ValueError("a row is freed twice or was never allocated")
+        self._taken[given] = False
+        self._free[self._n_free : self._n_free + len(given)] = given[::-1]
+        self._n_free += len(given)
+
+    def check_integrity(self) -> None:
+        """Free and taken rows partition the slab. AssertionError says otherwise."""
+        free = self._free[: self._n_free]
+        assert len(np.unique(free)) == len(free), "a row is free twice"
+        assert not self._taken[free].any(), "a free row is marked taken"
+        assert int(self._taken.sum()) + len(free) == self.n_slots, "rows were lost"
+        assert self.records.nbytes <= self.budget_bytes, "the slab is larger than its budget"

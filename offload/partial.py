@@ -1,0 +1,224 @@
+"""Attention of a few queries over quantised records, where they lie.
+
+A call splits its blocks among the threads. Every part keeps running (maximum, sum of weights, weighted
+values) per query row and the parts are merged exactly, in an order that depends on the number of blocks only:
+neither threads nor load change a bit of the result.
+Query rows (queries x heads of one KV head) go in tiles of up to MAX_TILE: a code is unpacked once for a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+from .lanes import dot_tile, weigh_tile, weigh_tile4
+from .record import BLOCK, V4_GROUP, Element, Format, Layout
+from .softmax import (
+    finish,
+    hide,
+    join,
+    merge,
+    multiply,
+    read_scales,
+    seen,
+    soften,
+    start,
+    visibility,
+)
+
+__all__ = ["Partial", "merge"]
+
+MAX_TILE = 6
+BLOCKS_PER_PART = 8
+MAX_PARTS = 32
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+
+
+class Partial:
+    """Attention over records of one layout. Safe to call from one thread at a time.
+
+    The first call with a new tile height (1 to MAX_TILE, from queries x heads / kv_heads) compiles for about
+    3 s; the machine code is cached on disk.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._int4 = layout.format is Format.K8V4
+        self._exact = layout.format is Format.EXACT
+        number: type[np.generic] = np.int8
+        if self._exact:
+            number = np.float32 if layout.element is Element.FLOAT32 else np.uint16
+        self._k_type = np.dtype(number)
+        self._v_type = np.dtype(np.uint8) if self._int4 else self._k_type
+        self._offsets = np.array(
+            [
+                layout.offset("k_codes") // self._k_type.itemsize,
+                layout.offset("v_codes") // self._v_type.itemsize,
+                layout.offset("k_scales") // 2,
+                layout.offset("v_scales") // (4 if self._int4 else 2),
+            ],
+            np.int64,
+        )
+
+    def attend(
+        self,
+        q: Floats,
+        records: NDArray[np.uint8],
+        rows: Integers,
+        positions: Integers,
+        low: Integers,
+        high: Integers,
+        scale: float,
+        softcap: float,
+        out: Floats,
+        lse: Floats,
+    ) -> None:
+        """Attend from q [M, heads, head_dim] over blocks of records; writes out (like q) and lse [M, heads].
+
+        records: uint8 [slots, record_bytes], C-contiguous. rows, positions: int64 [n], the record and the
+        first token position of each block, in any order. low, high: int64 [M], query m sees position t iff
+        low[m] <= t < high[m]. Query head h reads KV head h // (heads / kv_heads). logit = scale * q.k, then
+        softcap * tanh(logit / softcap) unless softcap is 0. Where nothing is visible out = 0 and lse = -inf.
+        What a query does not see cannot change its result, even if it is NaN.
+        Raises ValueError if shapes disagree.
+        """
+        kv_heads, head_dim = self.layout.kv_heads, self.layout.head_dim
+        queries, heads = lse.shape
+        group = heads // kv_heads
+        if heads != group * kv_heads or q.shape != (queries, heads, head_dim) or out.shape != q.shape:
+            raise ValueError(f"q {q.shape}, out {out.shape}, lse {lse.shape} do not fit {self.layout}")
+        if (
+            records.ndim != 2
+            or records.shape[1] != self.layout.record_bytes
+            or not records.flags.c_contiguous
+        ):
+            raise ValueError(
+                f"records {records.shape} are not contiguous rows of {self.layout.record_bytes} bytes"
+            )
+        if rows.shape != positions.shape or low.shape != (queries,) or high.shape != (queries,):
+            raise ValueError(
+                f"rows {rows.shape}, positions {positions.shape}, low {low.shape}, high {high.shape}"
+            )
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(records):
+            raise ValueError(f"rows outside the {len(records)} records")
+        if queries == 0:
+            return
+        count = queries * group
+        tiles = -(-count // MAX_TILE)
+        tile = -(-count // tiles)
+        tiled = np.zeros((kv_heads, tiles * tile, head_dim), np.float32)
+        by_head = tiled[:, :count].reshape(kv_heads, queries, group, head_dim)
+        by_head[:] = q.reshape(queries, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
+        parts = min(MAX_PARTS, max(1, -(-len(rows) // BLOCKS_PER_PART)))
+        sums = np.empty((parts, kv_heads, tiles * tile, head_dim), np.float32)
+        tops = np.empty((parts, kv_heads, tiles * tile), np.float32)
+        totals = np.empty_like(tops)
+        _kernel(self._int4, self._exact, head_dim, tile)(
+            tiled,
+            records.view(self._k_type),
+            records.view(self._v_type),
+            records.view(np.uint16),
+            records.view(np.uint32),
+            self._offsets,
+            rows,
+            positions,
+            low,
+            high,
+            np.float32(scale),
+            np.float32(softcap),
+            group,
+            sums,
+            tops,
+            totals,
+        )
+        join(sums, tops, totals, out, lse)
+
+
+@cache
+def _kernel(int4: bool, exact: bool, head_dim: int, tile: int) -> Callable[..., None]:
+    """The parallel loop for one kind of record and one tile height.
+
+    Only numbers are captured, because numba's on-disk cache is keyed by what a closure captures.
+    """
+    v_stride = head_dim // 2 if int4 else head_dim
+    k_count, v_count = head_dim * BLOCK, v_stride * BLOCK
+    pairs = -(-head_dim // V4_GROUP) if int4 else 1
+
+    @njit(parallel=True, nogil=True, error_model="numpy", cache=True)
+    def kernel(
+        q: Any,
+        k_codes: Any,
+        v_codes: Any,
+        halves: Any,
+        words: Any,
+        offsets: Any,
+        rows: Any,
+        positions: Any,
+        low: Any,
+        high: Any,
+        scale: Any,
+        softcap: Any,
+        group: Any,
+        sums: Any,
+        tops: Any,
+        totals: Any,
+    ) -> None:
+        parts, kv_heads, height, _ = sums.shape
+        blocks = len(rows)
+        for unit in prange(parts * kv_heads):
+            part, head = unit // kv_heads, unit % kv_heads
+            acc, top, total = sums[part, head], tops[part, head], totals[part, head]
+            weights = np.empty((tile, BLOCK), np.float32)
+            largest = np.empty(tile, np.float32)
+            k_scale = np.empty(BLOCK, np.float32)
+            v_scale = np.empty(BLOCK, np.float32)
+            start(acc, top, total, k_scale, scale)
+            k_at = offsets[0] + head * k_count
+            v_at = offsets[1] + head * v_count
+            k_scales_at = offsets[2] + head * BLOCK
+            v_scales_at = offsets[3] + head * BLOCK * pairs
+            for block in range(blocks * part // parts, blocks * (part + 1) // parts):
+                some, whole = visibility(positions[block], low, high)
+                if not some:
+                    continue
+                row = rows[block]
+                k, v, scales = k_codes[row], v_codes[row], words[row]
+                if not exact:
+                    read_scales(halves[row, k_scales_at : k_scales_at + BLOCK], scale, k_scale)
+                    if not int4:
+                        read_scales(halves[row, v_scales_at : v_scales_at + BLOCK], np.float32(1), v_scale)
+                for first in range(0, height, tile):
+                    stop = first + tile
+                    dot_tile(k, k_at, q[head, first:stop], weights, head_dim, tile)
+                    finish(weights, k_scale, softcap)
+                    if not whole:
+                        hide(weights, first, group, positions[block], low, high)
+                    soften(weights, largest, top[first:stop], total[first:stop], acc[first:stop])
+                    if not exact and not int4:
+                        multiply(weights, v_scale)
+                    if whole:
+                        out = acc[first:stop]
+                        if int4:
+                            weigh_tile4(v, v_at, scales, v_scales_at, weights, 0, BLOCK, out, head_dim, tile)
+                        else:
+                            weigh_tile(v, v_at, weights, 0, BLOCK, out, head_dim, tile)
+                        continue
+                    # Weight 0 times NaN would be NaN: a row takes only the values that it sees.
+                    for i in range(tile):
+                        m = min((first + i) // group, len(low) - 1)
+                        begin, end = seen(positions[block], low[m], high[m])
+                        mine, out = weights[i : i + 1], acc[first + i : first + i + 1]
+                        if int4:
+                            weigh_tile4(v, v_at, scales, v_scales_at, mine, begin, end, out, head_dim, 1)
+                        else:
+                            weigh_tile(v, v_at, mine, begin, end, out, head_dim, 1)
+
+    compiled: Callable[..., None] = kernel
+    return compiled

@@ -1,0 +1,116 @@
+"""The record: one block of 64 tokens of one layer, packed into bytes.
+
+The same bytes lie in host memory, in disk extents and on PCIe. Records are also the unit of
+accounting: a tier that holds n records of a layout uses n * layout.record_bytes.
+FORMAT.md has the byte tables.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from functools import cached_property
+
+BLOCK = 64
+"""Tokens in a block."""
+
+V4_GROUP = 32
+"""Channels that share one int4 scale and minimum; a head_dim of 80 ends in a group of 16."""
+
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+
+
+class Format(enum.StrEnum):
+    """How a record stores its numbers."""
+
+    EXACT = "exact"
+    INT8 = "int8"
+    K8V4 = "k8v4"
+
+
+class Element(enum.StrEnum):
+    """The compute dtype that `exact` records repeat bit for bit."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+    @property
+    def nbytes(self) -> int:
+        return 4 if self is Element.FLOAT32 else 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each plane of a record lies. All offsets and sizes are bytes.
+
+    Planes follow one another in this order, each starting at a multiple of 64:
+
+    k_codes    [kv_heads, head_dim, 64]   channel-major: the 64 tokens of a channel are adjacent
+    k_scales   [kv_heads, 64] bf16        int8 and k8v4
+    v_codes    [kv_heads, 64, head_dim]   token-major; k8v4 packs two codes a byte
+    v_scales   int8: [kv_heads, 64] bf16; k8v4: [kv_heads, 64, groups, 2] bf16 (scale, minimum)
+    norms      [3, kv_heads, 64] bf16     |K residual|, |V residual|, |V|, rounded up
+    summary    [4, kv_heads, head_dim] bf16  key minimum, key maximum, key mean, value mean
+    radius     [kv_heads] float32         largest |value - value mean|, rounded up
+    """
+
+    format: Format
+    element: Element
+    kv_heads: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        if self.head_dim not in HEAD_DIMS:
+            raise ValueError(f"head_dim {self.head_dim} is not supported; one of {HEAD_DIMS} is")
+        if self.kv_heads < 1:
+            raise ValueError(f"kv_heads must be at least 1, got {self.kv_heads}")
+
+    @property
+    def groups(self) -> int:
+        """int4 groups of one value vector."""
+        return -(-self.head_dim // V4_GROUP)
+
+    @cached_property
+    def _planes(self) -> dict[str, tuple[int, int]]:
+        numbers = self.kv_heads * self.head_dim * BLOCK
+        per_token = 2 * self.kv_heads * BLOCK
+        sizes = {
+            "k_codes": numbers * (self.element.nbytes if self.format is Format.EXACT else 1),
+            "k_scales": 0 if self.format is Format.EXACT else per_token,
+            "v_codes": {
+                Format.EXACT: numbers * self.element.nbytes,
+                Format.INT8: numbers,
+                Format.K8V4: numbers // 2,
+            }[self.format],
+            "v_scales": {
+                Format.EXACT: 0,
+                Format.INT8: per_token,
+                Format.K8V4: per_token * self.groups * 2,
+            }[self.format],
+            "norms": 3 * per_token,
+            "summary": 4 * self.kv_heads * self.head_dim * 2,
+            "radius": 4 * self.kv_heads,
+        }
+        planes, offset = {}, 0
+        for name, size in sizes.items():
+            planes[name] = (offset, size)
+            offset += round_up(size, 64)
+        planes["end"] = (offset, 0)
+        return planes
+
+    def plane(self, name: str) -> tuple[int, int]:
+        """(offset, size) of a plane; size excludes the padding up to the next multiple of 64."""
+        return self._planes[name]
+
+    def offset(self, name: str) -> int:
+        return self._planes[name][0]
+
+    @property
+    def record_bytes(self) -> int:
+        """Size of one record: a multiple of 64."""
+        return self.offset("end")
+
+
+def round_up(n: int, unit: int) -> int:
+    """The smallest multiple of unit that is at least n."""
+    return -(-n // unit) * unit

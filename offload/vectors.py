@@ -1,0 +1,146 @@
+"""Vectors of float32 in LLVM's own language: what lanes.py builds its loops from.
+
+Every function emits code at `builder` and returns IR values; nothing here runs when a kernel does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+
+
+class Sums:
+    """Vector sums [rows][parts] that LLVM keeps in registers; they start at what a place holds, or 0."""
+
+    def __init__(self, builder: Any, places: Sequence[Sequence[Any]], width: int) -> None:
+        self._builder = builder
+        self._width = width
+        self._slots = [[self._slot(place) for place in row] for row in places]
+
+    def _slot(self, place: Any) -> Any:
+        slot = cgutils.alloca_once(self._builder, ir.VectorType(F32, self._width))
+        if place is None:
+            start = constant(0.0, self._width)
+        else:
+            start = self._builder.load(vector_address(self._builder, place, self._width), align=4)
+        self._builder.store(start, slot)
+        return slot
+
+    def add(self, row: int, part: int, factor: Any, vector: Any) -> None:
+        slot = self._slots[row][part]
+        self._builder.store(multiply_add(self._builder, factor, vector, self._builder.load(slot)), slot)
+
+    def store(self, places: Sequence[Sequence[Any]]) -> None:
+        for row, slots in zip(places, self._slots, strict=True):
+            for place, slot in zip(row, slots, strict=True):
+                target = vector_address(self._builder, place, self._width)
+                self._builder.store(self._builder.load(slot), target, align=4)
+
+
+def exp(builder: Any, x: Any) -> Any:
+    """exp of a vector to 2 ulp; 0 below -87, infinity above 88, NaN of NaN.
+
+    x = n ln 2 + r, |r| <= ln 2 / 2, ln 2 in two parts so that the first product is exact; the polynomial is
+    that of Cephes' expf. Only for functions without fastmath: numba sets its flags on this code too, and LLVM
+    would join the parts.
+    """
+    width = x.type.count
+
+    def number(value: float) -> Any:
+        return constant(value, width)
+
+    n = call(builder, "llvm.floor", x.type, builder.fadd(builder.fmul(x, number(1.44269504)), number(0.5)))
+    r = builder.fsub(x, builder.fmul(n, number(0.693359375)))
+    r = builder.fsub(r, builder.fmul(n, number(-2.12194440e-4)))
+    y = number(1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0):
+        y = multiply_add(builder, y, r, number(c))
+    words = ir.VectorType(I32, width)
+    exponent = builder.shl(builder.add(builder.fptosi(n, words), constant(127, width)), constant(23, width))
+    y = builder.fmul(y, builder.bitcast(exponent, x.type))
+    y = builder.select(builder.fcmp_ordered(">", x, number(88.0)), number(float("inf")), y)
+    y = builder.select(builder.fcmp_ordered("<", x, number(-87.0)), number(0.0), y)
+    return builder.select(builder.fcmp_unordered("uno", x, x), x, y)
+
+
+@contextmanager
+def each(builder: Any, first: Any, last: Any) -> Iterator[Any]:
+    """A loop over first <= index < last; gives the index."""
+    bounds = [I64(end) if isinstance(end, int) else end for end in (first, last)]
+    with cgutils.for_range_slice(builder, *bounds, I64(1)) as (index, _):
+        yield index
+
+
+def pointers(context: Any, builder: Any, signature: Any, args: Any) -> list[Any]:
+    """The data pointer of every array argument, None in the place of others."""
+    return [
+        context.make_array(kind)(context, builder, arg).data if isinstance(kind, types.Array) else None
+        for kind, arg in zip(signature.args, args, strict=True)
+    ]
+
+
+def address(builder: Any, pointer: Any, terms: Sequence[Any]) -> Any:
+    """pointer + the sum of terms: an int, an IR integer, or a pair (IR integer, factor)."""
+    index: Any = I64(0)
+    for term in terms:
+        if isinstance(term, tuple):
+            term = builder.mul(term[0], I64(term[1]))
+        index = builder.add(index, I64(term) if isinstance(term, int) else term)
+    return builder.gep(pointer, [index])
+
+
+def vector_address(builder: Any, place: Any, width: int) -> Any:
+    return builder.bitcast(place, ir.VectorType(place.type.pointee, width).as_pointer())
+
+
+def load(builder: Any, pointer: Any, terms: Sequence[Any], width: int) -> Any:
+    """`width` neighbours from pointer + terms; no alignment beyond the element's is assumed."""
+    place = vector_address(builder, address(builder, pointer, terms), width)
+    element = pointer.type.pointee
+    return builder.load(place, align=4 if element == F32 else element.width // 8)
+
+
+def broadcast(builder: Any, scalar: Any, width: int) -> Any:
+    empty = ir.Constant(ir.VectorType(scalar.type, width), ir.Undefined)
+    return builder.shuffle_vector(builder.insert_element(empty, scalar, I32(0)), empty, constant(0, width))
+
+
+def splat(builder: Any, pointer: Any, terms: Sequence[Any], width: int) -> Any:
+    """The number at pointer + terms in every lane."""
+    return broadcast(builder, builder.load(address(builder, pointer, terms)), width)
+
+
+def constant(value: float, width: int) -> Any:
+    element = F32 if isinstance(value, float) else I32
+    return ir.Constant(ir.VectorType(element, width), [value] * width)
+
+
+def multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    """x * y + z, fused where the machine can."""
+    return builder.fadd(builder.fmul(x, y, flags=("contract",)), z, flags=("contract",))
+
+
+def floats(builder: Any, codes: Any) -> Any:
+    """A vector of int8, bf16 bits or float32 as float32, exactly."""
+    element, width = codes.type.element, codes.type.count
+    floats = ir.VectorType(F32, width)
+    if element == F32:
+        return codes
+    if element.width == 8:
+        return builder.sitofp(codes, floats)
+    bits = builder.shl(builder.zext(codes, ir.VectorType(I32, width)), constant(16, width))
+    return builder.bitcast(bits, floats)
+
+
+def call(builder: Any, name: str, result: Any, *args: Any, flags: Sequence[str] = ()) -> Any:
+    """An LLVM intrinsic overloaded on its last argument, a vector of float32."""
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"{name}.v{args[-1].type.count}f32")
+    return builder.call(function, args, fastmath=flags)

@@ -1,0 +1,308 @@
+"""The codec against its numpy reference, bit for bit, and both against what FORMAT.md promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spilld.offload import reference
+from spilld.offload.codec import Codec
+from spilld.offload.record import BLOCK, HEAD_DIMS, Element, Format, Layout
+
+Array = npt.NDArray[Any]
+
+LAYOUTS = st.builds(
+    Layout,
+    st.sampled_from(Format),
+    st.sampled_from(Element),
+    st.sampled_from((1, 2, 3)),
+    st.sampled_from(HEAD_DIMS),
+)
+ZEROS = (0.0, -0.0)
+SMALL = (1e-45, -1e-45, 1.1754942e-38, 1e-30, -1e-22, 1e-20, 3e-5)
+PLAIN = (0.1, 1.0, -1.0, 127.0, 127.5, 255.0)
+HUGE = (1e19, 3e20, -5e36, 1e38, 3.4028235e38, -3.4028235e38)
+BROKEN = (np.inf, -np.inf, np.nan)
+SPECIAL = np.array(ZEROS + SMALL + PLAIN + HUGE + BROKEN, np.float32)
+
+
+def empty_records(layout: Layout, slots: int) -> npt.NDArray[np.uint8]:
+    """Records with an aligned base and a pattern that padding must overwrite."""
+    raw = np.full(slots * layout.record_bytes + 64, 0xA5, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + slots * layout.record_bytes].reshape(slots, layout.record_bytes)
+
+
+def elements(layout: Layout, numbers: Array) -> Array:
+    return reference.narrow(layout.element, np.ascontiguousarray(numbers, np.float32))
+
+
+def ordinary(layout: Layout, blocks: int, seed: int, spread: float = 1.0) -> tuple[Array, Array]:
+    """K with an outlier channel, V with an offset: [kv_heads, blocks*64, head_dim] each."""
+    rng = np.random.default_rng(seed)
+    k, v = spread * rng.standard_normal((2, layout.kv_heads, blocks * BLOCK, layout.head_dim))
+    k[..., 1] *= 20
+    v[..., : layout.head_dim // 2] += 3 * spread
+    return elements(layout, k), elements(layout, v)
+
+
+def hostile(layout: Layout, seed: int, kind: str) -> Array:
+    shape = (layout.kv_heads, 2 * BLOCK, layout.head_dim)
+    rng = np.random.default_rng(seed)
+    if kind == "bits":
+        bits = rng.integers(0, 2**32, shape, np.uint32)
+        return bits.view(np.float32) if layout.element is Element.FLOAT32 else (bits >> 16).astype(np.uint16)
+    if kind == "special":
+        return elements(layout, rng.choice(SPECIAL, shape))
+    if kind == "subnormal":
+        return elements(layout, rng.standard_normal(shape) * 1e-39)
+    if kind == "constant":
+        return elements(layout, np.broadcast_to(rng.choice(SPECIAL, (shape[0], 1, shape[2])), shape))
+    numbers = rng.standard_normal(shape) * 10.0 ** rng.integers(-30, 30, (shape[0], shape[1], 1))
+    numbers[rng.random(shape) < 0.002] = np.nan
+    return elements(layout, numbers)
+
+
+def sealed(layout: Layout, k: Array, v: Array) -> npt.NDArray[np.uint8]:
+    records = empty_records(layout, k.shape[1] // BLOCK)
+    Codec(layout).seal(k, v, records, np.arange(len(records)))
+    return records
+
+
+def norms(layout: Layout, record: npt.NDArray[np.uint8]) -> Array:
+    """[3, kv_heads, 64] float64"""
+    bits = plane(layout, record, "norms", np.uint16)
+    return reference.widen(bits).reshape(3, layout.kv_heads, BLOCK).astype(np.float64)
+
+
+def summary(layout: Layout, record: npt.NDArray[np.uint8]) -> Array:
+    """[4, kv_heads, head_dim] float64"""
+    bits = plane(layout, record, "summary", np.uint16)
+    return reference.widen(bits).reshape(4, layout.kv_heads, layout.head_dim).astype(np.float64)
+
+
+def plane(layout: Layout, record: npt.NDArray[np.uint8], name: str, dtype: Any) -> Array:
+    offset, size = layout.plane(name)
+    return record[offset : offset + size].view(dtype)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    LAYOUTS,
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(("bits", "special", "subnormal", "constant", "scales")),
+    st.sampled_from(("bits", "special", "subnormal", "constant", "scales")),
+)
+def test_equals_reference_bit_for_bit(layout: Layout, seed: int, k_kind: str, v_kind: str) -> None:
+    k, v = hostile(layout, seed, k_kind), hostile(layout, seed + 1, v_kind)
+    records, expected = empty_records(layout, 4), empty_records(layout, 4)
+    rows = np.array([3, 1])
+    codec = Codec(layout)
+    codec.seal(k, v, records, rows)
+    reference.seal(layout, k, v, expected, rows)
+    for name in ("k_codes", "k_scales", "v_codes", "v_scales", "norms", "summary", "radius"):
+        np.testing.assert_array_equal(
+            plane(layout, records[3], name, np.uint8), plane(layout, expected[3], name, np.uint8), name
+        )
+    np.testing.assert_array_equal(records, expected)
+
+    opened, by_reference = np.zeros((2, *k.shape), k.dtype), np.ones((2, *k.shape), k.dtype)
+    codec.open(records, rows, *opened)
+    reference.open(layout, records, rows, *by_reference)
+    np.testing.assert_array_equal(opened.view(np.uint8), by_reference.view(np.uint8))
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("element", Element)
+def test_exact_round_trip_is_bit_identical(element: Element, head_dim: int) -> None:
+    layout = Layout(Format.EXACT, element, 2, head_dim)
+    k, v = hostile(layout, 1, "bits"), hostile(layout, 2, "bits")
+    k_out, v_out = np.zeros_like(k), np.zeros_like(v)
+    Codec(layout).open(sealed(layout, k, v), np.arange(2), k_out, v_out)
+    np.testing.assert_array_equal(k.view(np.uint8), k_out.view(np.uint8))
+    np.testing.assert_array_equal(v.view(np.uint8), v_out.view(np.uint8))
+
+
+@settings(max_examples=40, deadline=None)
+@given(LAYOUTS, st.integers(0, 2**32 - 1), st.sampled_from((1e-30, 1e-6, 1.0, 1e6, 1e15)))
+def test_error_of_a_value_is_at_most_half_a_step(layout: Layout, seed: int, spread: float) -> None:
+    k, v = ordinary(layout, 1, seed, spread)
+    record = sealed(layout, k, v)[0]
+    k_value, v_value = (x.astype(np.float64) for x in reference.values(layout, record))
+    k_true, v_true = (reference.widen(x).astype(np.float64) for x in (k, v))
+    if layout.format is Format.EXACT:
+        np.testing.assert_array_equal(k_value, k_true)
+        np.testing.assert_array_equal(v_value, v_true)
+        return
+    assert_within_half_a_step(k_true, k_value, np.abs(k_true).max(axis=-1, keepdims=True) / 127)
+    if layout.format is Format.INT8:
+        assert_within_half_a_step(v_true, v_value, np.abs(v_true).max(axis=-1, keepdims=True) / 127)
+        return
+    for channels in reference.groups(layout):
+        part = v_true[..., channels]
+        low, high = part.min(axis=-1, keepdims=True), part.max(axis=-1, keepdims=True)
+        step = (high - low + 2**-7 * np.abs(low)) / 15
+        assert_within_half_a_step(part, v_value[..., channels], step, np.abs(part).max())
+
+
+def assert_within_half_a_step(true: Array, value: Array, step: Array, magnitude: float = 0.0) -> None:
+    """Half of the step, which bfloat16 may enlarge by 2^-7, and the roundings of the value itself."""
+    slack = 2.0**-22 * (np.abs(true) + magnitude)
+    assert (np.abs(true - value) <= 0.5 * step * (1 + 2.0**-7) * (1 + 2.0**-20) + slack).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    LAYOUTS,
+    st.integers(0, 2**32 - 1),
+    st.sampled_from((0.0, 1e-42, 1e-36, 1e-24, 1e-20, 1e-6, 1.0, 1e6, 1e17)),
+)
+def test_norms_radius_and_key_bounds_hold_and_are_tight(layout: Layout, seed: int, spread: float) -> None:
+    k, v = ordinary(layout, 1, seed, spread)
+    record = sealed(layout, k, v)[0]
+    k_value, v_value = (x.astype(np.float64) for x in reference.values(layout, record))
+    k_true, v_true = (reference.widen(x).astype(np.float64) for x in (k, v))
+    stored = norms(layout, record)
+    for bound, vector in zip(stored, (k_true - k_value, v_true - v_value, v_true), strict=True):
+        assert_bounds(bound, np.linalg.norm(vector, axis=-1), 1.01)
+    if layout.format is Format.EXACT:
+        assert (stored[:2] == 0).all()
+
+    low, high, k_mean, v_mean = summary(layout, record)
+    k_low, k_high = k_true.min(axis=1), k_true.max(axis=1)
+    ulp = 2.0**-7
+    assert (low <= k_low).all()
+    assert (high >= k_high).all()
+    assert (k_low - low <= ulp * np.abs(k_low) + 2.0**-132).all()
+    assert (high - k_high <= ulp * np.abs(k_high) + 2.0**-132).all()
+    for mean, true in ((k_mean, k_true), (v_mean, v_true)):
+        sizes = np.abs(true).mean(axis=1)
+        assert (
+            np.abs(mean - true.mean(axis=1)) <= 2.0**-8 * np.abs(mean) + 2.0**-20 * sizes + 2.0**-133
+        ).all()
+
+    radius = plane(layout, record, "radius", np.float32).astype(np.float64)
+    assert_bounds(radius, np.linalg.norm(v_true - v_mean[:, None], axis=-1).max(axis=1), 1.0002)
+
+
+def assert_bounds(bound: Array, truth: Array, looseness: float) -> None:
+    assert (bound >= truth).all()
+    assert (bound <= truth * looseness + 2.0**-70).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("form", [Format.INT8, Format.K8V4])
+def test_a_broken_number_shows_where_it_was(form: Format, bad: float) -> None:
+    layout = Layout(form, Element.FLOAT32, 2, 64)
+    k, v = ordinary(layout, 1, 5)
+    k[1, 7, 9] = v[0, 3, 40] = bad
+    record = sealed(layout, k, v)
+    k_out, v_out = np.empty_like(k), np.empty_like(v)
+    Codec(layout).open(record, np.arange(1), k_out, v_out)
+    k_broken, v_broken = np.zeros((2, *k.shape), bool)
+    k_broken[1, 7] = True
+    v_broken[0, 3, 32 if form is Format.K8V4 else 0 :] = True
+    np.testing.assert_array_equal(np.isnan(k_out), k_broken)
+    np.testing.assert_array_equal(np.isnan(v_out), v_broken)
+    stored = norms(layout, record[0])
+    np.testing.assert_array_equal(np.isnan(stored[0]), k_broken.any(axis=-1))
+    np.testing.assert_array_equal(np.isnan(stored[1]), v_broken.any(axis=-1))
+    np.testing.assert_array_equal(np.isfinite(stored[2]), ~v_broken.any(axis=-1))
+    finite = np.isfinite(summary(layout, record[0]))
+    assert not finite[:2, 1, 9].all()
+    assert finite[:, 0, :40].all()
+    radius = plane(layout, record[0], "radius", np.float32)
+    np.testing.assert_array_equal(np.isfinite(radius), [False, True])
+
+
+@settings(max_examples=25, deadline=None)
+@given(LAYOUTS)
+def test_padding_is_zero_and_other_rows_are_untouched(layout: Layout) -> None:
+    k, v = ordinary(layout, 1, 6)
+    records = empty_records(layout, 3)
+    Codec(layout).seal(k, v, records, np.array([1]))
+    start, size = layout.plane("radius")
+    assert (records[1, start + size :] == 0).all()
+    assert start + size < layout.record_bytes
+    assert (records[::2] == 0xA5).all()
+
+
+@pytest.mark.parametrize("element", Element)
+@pytest.mark.parametrize("form", Format)
+def test_strided_views_seal_and_open_alike(form: Format, element: Element) -> None:
+    """Slices of a [tokens, heads, head_dim] window and of a longer tile, as the engine passes them."""
+    layout = Layout(form, element, 3, 80)
+    k, v = ordinary(layout, 2, 7)
+    plain = sealed(layout, k, v)
+    window = np.zeros((2, 200, 3, 80), k.dtype)
+    window[0, 50:178], window[1, 50:178] = k.swapaxes(0, 1), v.swapaxes(0, 1)
+    codec = Codec(layout)
+    strided = empty_records(layout, 2)
+    k_view, v_view = window[:, 50:178].swapaxes(1, 2)
+    codec.seal(k_view, v_view, strided, np.arange(2))
+    np.testing.assert_array_equal(strided, plain)
+
+    straight = np.zeros((2, *k.shape), k.dtype)
+    codec.open(plain, np.arange(2), *straight)
+    tile = np.full((2, 200, 3, 80), 7, k.dtype)
+    codec.open(plain, np.arange(2), *tile[:, 50:178].swapaxes(1, 2))
+    np.testing.assert_array_equal(tile[:, 50:178].swapaxes(1, 2), straight)
+    assert (tile[:, :50] == 7).all()
+    assert (tile[:, 178:] == 7).all()
+
+
+def test_what_the_kernels_could_not_bear_is_refused() -> None:
+    layout = Layout(Format.K8V4, Element.FLOAT32, 2, 64)
+    codec = Codec(layout)
+    k, v = ordinary(layout, 2, 8)
+    records = empty_records(layout, 3)
+    before = records.copy()
+    rows = np.array([0, 2])
+    refused: list[tuple[Array, Array, Array]] = [
+        (k[:, :-1], rows, records),
+        (k.astype(np.float64), rows, records),
+        (np.asfortranarray(k), rows, records),
+        (k[:, ::-1], rows, records),
+        (k, np.array([0, 3]), records),
+        (k, np.array([-1, 0]), records),
+        (k, rows.astype(np.int32), records),
+        (k, np.array([0, 9, 2])[::2], records),
+        (k, rows, records[:, :-64]),
+        (k, rows, records.view(np.int8)),
+    ]
+    for k_bad, rows_bad, records_bad in refused:
+        with pytest.raises(ValueError, match=r"k is|strides|rows|records"):
+            codec.seal(k_bad, v, records_bad, rows_bad)
+        with pytest.raises(ValueError, match=r"k is|strides|rows|records"):
+            codec.open(records_bad, rows_bad, k_bad, v.copy())
+    np.testing.assert_array_equal(records, before)
+
+
+def test_no_blocks_is_no_work() -> None:
+    layout = Layout(Format.INT8, Element.BFLOAT16, 2, 64)
+    nothing = np.zeros((2, 0, 64), np.uint16)
+    Codec(layout).seal(nothing, nothing, empty_records(layout, 1), np.zeros(0, np.int64))
+    Codec(layout).open(empty_records(layout, 1), np.zeros(0, np.int64), nothing, nothing)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "up", "down"])
+def test_reference_roundings_bracket_the_number(rounding: str) -> None:
+    numbers = np.random.default_rng(9).integers(0, 2**32, 4096, np.uint32).view(np.float32)
+    numbers = np.concatenate([SPECIAL, numbers])
+    result = getattr(reference, f"bf16_{rounding}")(numbers)
+    assert (result[np.isnan(numbers)] == 0x7FC0).all()
+    finite = np.isfinite(numbers)
+    below = (numbers.view(np.uint32)[finite] & np.uint32(0xFFFF0000)).view(np.float32)
+    ulp = np.abs(
+        (numbers.view(np.uint32)[finite] | np.uint32(0xFFFF)).view(np.float32).astype(np.float64) - below
+    )
+    error = reference.widen(result[finite]).astype(np.float64) - numbers[finite]
+    low = {"nearest": -0.5, "up": 0.0, "down": -1.0}[rounding]
+    inside = np.isfinite(error)
+    assert (error >= low * ulp * (1 + 1e-4))[inside].all()
+    assert (error <= (low + 1) * ulp * (1 + 1e-4))[inside].all()

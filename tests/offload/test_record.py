@@ -1,0 +1,80 @@
+"""The record layout: planes, sizes, and the numbers that FORMAT.md promises."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import spilld.offload.record as record_module
+from spilld.offload.record import HEAD_DIMS, Element, Format, Layout, round_up
+
+PLANES = ("k_codes", "k_scales", "v_codes", "v_scales", "norms", "summary", "radius", "end")
+LAYOUTS = [
+    Layout(form, element, kv_heads, head_dim)
+    for form in Format
+    for element in Element
+    for kv_heads in (1, 2, 3, 8, 17)
+    for head_dim in HEAD_DIMS
+]
+
+
+def formula(layout: Layout) -> int:
+    """Section "Bytes per token" of FORMAT.md, on its own."""
+    heads, dim, element = layout.kv_heads, layout.head_dim, layout.element.nbytes
+    codes = {
+        Format.EXACT: 128 * dim * element,
+        Format.INT8: 128 * dim + 256,
+        Format.K8V4: 96 * dim + 128 + 256 * ((dim + 31) // 32),
+    }[layout.format]
+    return heads * (codes + 384 + 8 * dim) + (4 * heads + 63) // 64 * 64
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_planes_are_aligned_disjoint_and_cover_the_record(layout: Layout) -> None:
+    planes = [layout.plane(name) for name in PLANES]
+    assert planes[0][0] == 0
+    for (offset, size), (following, _) in pairwise(planes):
+        assert offset % 64 == 0
+        assert 0 <= following - (offset + size) < 64
+    assert layout.record_bytes == planes[-1][0] == formula(layout)
+
+
+def test_format_page_states_the_numbers_of_the_layout() -> None:
+    page = (Path(str(record_module.__file__)).parent / "FORMAT.md").read_text()
+    for name, layers, kv_heads, head_dim in (("SmolLM2-135M", 30, 3, 64), ("Gemma3-270M", 18, 1, 256)):
+        for form in Format:
+            for element in Element:
+                size = Layout(form, element, kv_heads, head_dim).record_bytes
+                label = f"{name} {form}" + (f" {element}" if form is Format.EXACT else "")
+                row = re.search(rf"^\| {re.escape(label)} \|(.*)\|$", page, re.MULTILINE)
+                assert row is not None, label
+                stated = [cell.strip() for cell in row[1].split("|")]
+                assert stated[:4] == [str(layers), str(size), f"{size / 64:g}", f"{layers * size // 64}"]
+
+
+def test_format_page_states_the_offsets_of_the_layout() -> None:
+    page = (Path(str(record_module.__file__)).parent / "FORMAT.md").read_text()
+    columns = [Layout(form, Element.BFLOAT16, *size) for size in ((3, 64), (1, 256)) for form in Format]
+    table = page[page.index("| plane | exact bf16") :]
+    for name in PLANES:
+        row = re.search(rf"^\| {'record' if name == 'end' else name} \|(.*)\|$", table, re.MULTILINE)
+        assert row is not None, name
+        offsets = [str(layout.offset(name)) for layout in columns]
+        if name.endswith("scales"):
+            offsets[0] = offsets[3] = "-"
+        assert [cell.strip() for cell in row[1].split("|")] == offsets
+
+
+def test_unsupported_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="head_dim 48"):
+        Layout(Format.INT8, Element.FLOAT32, 1, 48)
+    with pytest.raises(ValueError, match="kv_heads"):
+        Layout(Format.INT8, Element.FLOAT32, 0, 64)
+
+
+@pytest.mark.parametrize(("n", "unit", "rounded"), [(0, 64, 0), (1, 64, 64), (64, 64, 64), (65, 64, 128)])
+def test_round_up(n: int, unit: int, rounded: int) -> None:
+    assert round_up(n, unit) == rounded

@@ -1,0 +1,127 @@
+"""Space in segment files against a list of ranges: pure, no files."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from spilld.offload.errors import TierFull
+from spilld.offload.segment import Range, SegmentSpace
+
+PAGE = 4096
+
+
+class SpaceMachine(RuleBasedStateMachine):
+    """A caller whose files sometimes refuse to shrink. `files` is what du would say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.space = SegmentSpace(budget_bytes=40 * PAGE + 100, segment_bytes=16 * PAGE)
+        self.taken: list[Range] = []
+        self.files: dict[int, int] = {}
+
+    @rule(nbytes=st.integers(1, 20 * PAGE))
+    def take(self, nbytes: int) -> None:
+        pages = -(-nbytes // PAGE)
+        try:
+            found = self.space.find(nbytes)
+        except TierFull:
+            assert self._longest_hole() < pages
+            assert sum(self.files.values()) + pages * PAGE > self.space.budget_bytes
+            return
+        assert found.nbytes == pages * PAGE
+        self.files[found.segment] = max(self.files.get(found.segment, 0), found.end)
+        self.space.take(found)
+        self.taken.append(found)
+
+    @precondition(lambda self: self.taken)
+    @rule(data=st.data(), shrinks=st.booleans())
+    def give_back(self, data: st.DataObject, shrinks: bool) -> None:
+        place = self.taken.pop(data.draw(st.integers(0, len(self.taken) - 1)))
+        self.space.give_back(place)
+        with pytest.raises(ValueError, match=r"twice|no segment"):
+            self.space.give_back(place)
+        spare = self.space.spare(place.segment)
+        last = max((p.end for p in self.taken if p.segment == place.segment), default=0)
+        assert spare == last
+        if shrinks and spare < self.files[place.segment]:
+            self.space.cut(place.segment)
+            self.files[place.segment] = spare
+            if not spare:
+                del self.files[place.segment]
+
+    @precondition(lambda self: self.taken)
+    @rule(data=st.data())
+    def take_again(self, data: st.DataObject) -> None:
+        with pytest.raises(ValueError, match="not free"):
+            self.space.take(data.draw(st.sampled_from(self.taken)))
+
+    @invariant()
+    def the_books_are_right(self) -> None:
+        self.space.check_integrity(self.taken)
+        assert self.space.sizes() == self.files
+        assert self.space.used_bytes == sum(self.files.values()) <= self.space.budget_bytes
+
+    def _longest_hole(self) -> int:
+        used = {(p.segment, at) for p in self.taken for at in range(p.offset, p.end, PAGE)}
+        longest = 0
+        for segment, size in self.files.items():
+            hole = 0
+            for at in range(0, size, PAGE):
+                hole = 0 if (segment, at) in used else hole + 1
+                longest = max(longest, hole)
+        return longest
+
+    def teardown(self) -> None:
+        for place in self.taken:
+            self.space.give_back(place)
+        for number in list(self.space.sizes()):
+            assert self.space.spare(number) == 0
+            self.space.cut(number)
+        assert self.space.used_bytes == 0
+
+
+SpaceMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSpace = SpaceMachine.TestCase
+
+
+def test_a_run_longer_than_a_segment_has_one_of_its_own() -> None:
+    space = SegmentSpace(budget_bytes=100 * PAGE, segment_bytes=4 * PAGE)
+    for nbytes, segment in ((PAGE, 0), (9 * PAGE, 1), (PAGE, 0), (4 * PAGE, 2)):
+        found = space.find(nbytes)
+        assert found.segment == segment
+        space.take(found)
+    assert space.sizes() == {0: 2 * PAGE, 1: 9 * PAGE, 2: 4 * PAGE}
+
+
+def test_holes_join_and_are_filled_before_a_file_grows() -> None:
+    space = SegmentSpace(budget_bytes=100 * PAGE)
+    places = []
+    for _ in range(5):
+        places.append(space.find(2 * PAGE))
+        space.take(places[-1])
+    for i in (1, 3, 2):
+        space.give_back(places[i])
+    assert space.find(6 * PAGE) == Range(0, 2 * PAGE, 6 * PAGE)
+    assert space.find(7 * PAGE).offset == 10 * PAGE
+
+
+def test_a_file_that_could_not_shrink_grows_from_its_free_tail() -> None:
+    space = SegmentSpace(budget_bytes=10 * PAGE)
+    first, second = Range(0, 0, 4 * PAGE), Range(0, 4 * PAGE, 4 * PAGE)
+    space.take(first)
+    space.take(second)
+    space.give_back(second)
+    longer = space.find(6 * PAGE)
+    assert longer == Range(0, 4 * PAGE, 6 * PAGE)
+    space.take(longer)
+    assert space.sizes() == {0: 10 * PAGE}
+    space.check_integrity([first, longer])
+
+
+def test_find_promises_nothing_until_take() -> None:
+    space = SegmentSpace(budget_bytes=2 * PAGE)
+    assert space.find(PAGE) == space.find(PAGE)
+    assert space.used_bytes == 0
