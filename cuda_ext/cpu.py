@@ -1,0 +1,85 @@
+"""The CPU as the device."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .backend import Partial
+from .cpu_kernels import attend_rows
+from .window import WindowArena, WindowShape
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+class CpuBackend:
+    """Windows in ordinary memory; numba for one query, torch's flash kernel for tiles."""
+
+    device = torch.device("cpu")
+
+    def windows(self, shape: WindowShape, budget_bytes: int) -> WindowArena:
+        return WindowArena(shape, budget_bytes, self.device)
+
+    def attend_one(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        ranges: npt.NDArray[np.int64],
+        scale: float,
+        softcap: float,
+    ) -> Partial:
+        out = torch.empty(q.shape, dtype=torch.float32)
+        lse = torch.empty(q.shape[0], dtype=torch.float32)
+        attend_rows(
+            q.float().numpy(),
+            element_view(k),
+            element_view(v),
+            ranges,
+            scale,
+            softcap,
+            out.numpy(),
+            lse.numpy(),
+        )
+        return out, lse
+
+    def attend_tile(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        hidden: torch.Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> Partial:
+        kv_heads, group, m, dim = q.shape
+        rows = q.reshape(1, kv_heads, group * m, dim)
+        mask = None
+        if hidden is not None:
+            mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)
+            mask = mask.repeat(group, 1)[None, None]
+        if softcap:
+            out, lse = _softcapped(rows[0], k, v, mask, scale, softcap)
+        else:
+            # Hazard: the flash kernel silently misreads tensors whose last dimension is strided.
+            out, lse = _flash(rows, k[None], v[None], attn_mask=mask, scale=scale)
+        return out.float().view(q.shape), lse.view(kv_heads, group, m)
+
+
+def _softcapped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float
+) -> Partial:
+    """torch's flash kernel has no softcap: the same tile with the logits in memory, in float32."""
+    logits = torch.matmul(q.float(), k.float().transpose(1, 2)).mul_(scale / softcap).tanh_().mul_(softcap)
+    if mask is not None:
+        logits += mask[0].float()
+    lse = logits.logsumexp(-1)
+    return torch.matmul(logits.sub_(lse[..., None]).exp_(), v.float()), lse
+
+
+def element_view(tensor: torch.Tensor) -> npt.NDArray[np.float32] | npt.NDArray[np.uint16]:
+    """The tensor's memory as numpy sees it: float32, or the bits of bfloat16."""
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.uint16).numpy()
+    return tensor.numpy()
