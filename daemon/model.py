@@ -1,0 +1,172 @@
+"""A model in memory: checked, mapped, with fixed RoPE and an identity that stored KV is tied to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from .catalog import default_cache, resolve
+from .errors import ConfigError, CorruptModel, UnsupportedModel
+from .geometry import Geometry
+from .rope import fix_rope, rope_bytes
+from .text import Tokenizer
+from .weights import digest, read_layout
+
+__all__ = ["FAMILIES", "Model", "load", "load_module", "resolve"]
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+"""config.json's model_type of the supported families."""
+
+_LOADING_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
+    *(StrictDataclassError, SafetensorError),
+)
+_VOLATILE = (
+    "transformers_version",
+    "_name_or_path",
+    "_model_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+)
+"""Keys of config.json that may change without changing a single key or value."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """`module` is in evaluation mode and needs no gradient; its weights are mapped from `folder`.
+
+    `fingerprint` is 32 bytes: KV computed under another one must not be served.
+    """
+
+    name: str
+    folder: Path
+    module: Any
+    geometry: Geometry
+    tokenizer: Tokenizer
+    fingerprint: bytes
+
+
+def load(
+    folder: Path,
+    dtype: str,
+    attention: str = "spilld",
+    *,
+    name: str | None = None,
+    max_context: int | None = None,
+    cache: Path | None = None,
+) -> Model:
+    """Load a folder that `resolve` returned.
+
+    attention names a registered transformers attention. max_context (by default all the model was made for)
+    decides longrope's factors once. cache keeps the digest of the weights. Raises CorruptModel,
+    UnsupportedModel, or ConfigError if max_context is more than the model's positions.
+    """
+    module = load_module(folder, dtype, attention)
+    tokenizer = Tokenizer.load(folder)
+    geometry = Geometry.of(module.config, module.generation_config, tokenizer.eos)
+    longest = max_context or geometry.max_positions
+    if longest > geometry.max_positions:
+        raise ConfigError(
+            f"a context of {longest} tokens exceeds the model's {geometry.max_positions} positions"
+        )
+    fix_rope(module, longest)
+    return Model(
+        name=name or folder.name,
+        folder=folder,
+        module=module,
+        geometry=geometry,
+        tokenizer=tokenizer,
+        fingerprint=_fingerprint(folder, dtype, module, cache or default_cache()),
+    )
+
+
+def load_module(folder: Path, dtype: str, attention: str) -> Any:
+    """The transformers model of a folder, no tensor missing. Raises CorruptModel or UnsupportedModel.
+
+    Weights already stored in `dtype` are mapped; others are cast, which needs memory for both.
+    """
+    config = _read_config(folder)
+    _check_supported(folder, config)
+    read_layout(folder)
+    with _quiet():
+        try:
+            module, report = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except _LOADING_ERRORS as error:
+            raise CorruptModel(f"{folder} cannot be loaded: {error}") from error
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if keys := sorted(map(str, report[kind])):
+            raise CorruptModel(f"{folder}: {len(keys)} {kind.replace('_', ' ')}, the first is {keys[0]}")
+    return module.eval().requires_grad_(False)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CorruptModel(f"{folder} has no config.json") from None
+    except ValueError as error:
+        raise CorruptModel(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CorruptModel(f"{path} names no model_type")
+    return config
+
+
+def _check_supported(folder: Path, config: dict[str, Any]) -> None:
+    if config["model_type"] not in FAMILIES:
+        raise UnsupportedModel(
+            f"{folder}: model_type {config['model_type']!r} is not supported; {', '.join(FAMILIES)} are"
+        )
+    if config.get("quantization_config"):
+        raise UnsupportedModel(f"{folder}: quantised weights are not supported except as GGUF")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if "dynamic" in json.dumps(rope):
+        raise UnsupportedModel(f"{folder}: dynamic RoPE depends on the longest sequence in the batch")
+
+
+def _fingerprint(folder: Path, dtype: str, module: Any, cache: Path) -> bytes:
+    config = {key: value for key, value in _read_config(folder).items() if key not in _VOLATILE}
+    hasher = hashlib.blake2b(digest_size=32, person=b"spilld model v1")
+    for part in (
+        digest(read_layout(folder).files, cache),
+        json.dumps(config, sort_keys=True).encode(),
+        rope_bytes(module),
+        dtype.encode(),
+    ):
+        hasher.update(struct.pack("<Q", len(part)) + part)
+    return hasher.digest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and load report: what they would say is raised."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()

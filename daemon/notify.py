@@ -1,0 +1,52 @@
+"""Tells systemd how the daemon is: sd_notify(3), a datagram to $NOTIFY_SOCKET."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+
+log = logging.getLogger(__name__)
+
+
+class Notifier:
+    """Silent where systemd did not ask to be told."""
+
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        address = environ.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        asked = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        usec = environ.get("WATCHDOG_USEC", "") if asked else ""
+        self.watchdog_s = int(usec) / 2e6 if usec.isdecimal() and int(usec) else None
+        """Seconds between two signs of life, half of what systemd allows; None if it wants none."""
+        self._next_sign = 0.0
+
+    def ready(self) -> None:
+        self._send("READY=1")
+
+    def stopping(self) -> None:
+        self._send("STOPPING=1")
+
+    def alive(self) -> None:
+        """Give a sign of life if one is due."""
+        if self.watchdog_s is not None and (now := time.monotonic()) >= self._next_sign:
+            self._next_sign = now + self.watchdog_s
+            self._send("WATCHDOG=1")
+
+    def due_s(self) -> float:
+        """Seconds until `alive` is to be called again; at most a minute."""
+        if self.watchdog_s is None:
+            return 60.0
+        return min(60.0, max(0.0, self._next_sign - time.monotonic()))
+
+    def _send(self, state: str) -> None:
+        if not self._address:
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.settimeout(0.1)  # the server loop calls this: a stuck systemd must not stop it
+            try:
+                sender.sendto(state.encode(), self._address)
+            except OSError as error:
+                log.warning("systemd was not told %s: %s", state, error)

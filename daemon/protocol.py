@@ -1,0 +1,251 @@
+"""Protocol version 1: the messages. PROTOCOL.md specifies them, wire.py makes frames of them.
+
+Requests (client to daemon):  Generate, Cancel, Release, Hello, Stats.
+Replies (daemon to client):   Event (Accepted, Progress, Token, Done, Failed), Released, Welcome, StatsReply.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from .errors import SpilldError, error_for
+from .fields import Choice, Flag, Int, LogProb, Many, MapOf, Maybe, Reader, Real, Row, Struct, Text
+
+PROTOCOL = 1
+"""The version this side speaks: the last byte of frame 0."""
+
+MAGIC = b"spilld\x00"
+
+MAX_FRAME_BYTES = 16 * 2**20
+
+TOKEN = Int(0, 2**31 - 1)
+HANDLE = Text(1, 128)
+COUNT = Int(0)
+
+Id = Annotated[str, Text(1, 64)]
+Top = tuple[tuple[int, float], ...]
+TOP = Many(Row((TOKEN, LogProb())), 20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
+
+    temperature: Annotated[float, Real(0, 100)] = 0.0
+    top_k: Annotated[int, Int(0)] = 0
+    top_p: Annotated[float, Real(0, 1, above=True)] = 1.0
+    min_p: Annotated[float, Real(0, 1)] = 0.0
+    repetition_penalty: Annotated[float, Real(0, above=True)] = 1.0
+    seed: Annotated[int | None, Maybe(Int(0, 2**64 - 1))] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One turn of a chat."""
+
+    role: Annotated[str, Text(1, 64)]
+    content: Annotated[str, Text()]
+
+
+class Checked(Reader):
+    """Takes the prompt as it is: wire.py has read it under its name on the wire."""
+
+    def read(self, value: object, name: str) -> object:
+        return value
+
+
+Prompt = tuple[int, ...] | str | tuple[Message, ...]
+"""Token ids, a text, or a chat; on the wire `tokens`, `text` or `messages`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continue a prompt. Answered by Accepted, any number of Progress and Token, then Done or Failed."""
+
+    request_id: Id
+    prompt: Annotated[Prompt, Checked()]
+    context: Annotated[str | None, Maybe(HANDLE)] = None
+    """Append the prompt to this handle's context. Only then may the prompt be empty."""
+    keep: Annotated[bool, Flag()] = False
+    """Keep the context: Done carries a handle for it."""
+    max_tokens: Annotated[int, Int(1)] = 256
+    stop: Annotated[tuple[str, ...], Many(Text(1, 256), 16)] = ()
+    ignore_eos: Annotated[bool, Flag()] = False
+    sampling: Annotated[Sampling, Struct(Sampling)] = Sampling()
+    logprobs: Annotated[int | None, Maybe(Int(0, 20))] = None
+    """The log probability of each token, and of this many most likely ones."""
+    prompt_logprobs: Annotated[int | None, Maybe(Int(0, 20))] = None
+    deadline_s: Annotated[float | None, Maybe(Real(0, above=True))] = None
+    """Seconds from acceptance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cancel:
+    """End a Generate: answered by its Failed (code cancelled), or by its Done if that came first."""
+
+    request_id: Id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """Give a context handle back. Answered by Released or Failed."""
+
+    request_id: Id
+    context: Annotated[str, HANDLE]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello:
+    """Answered by Welcome."""
+
+    request_id: Id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Answered by StatsReply."""
+
+    request_id: Id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """request_id: of the request it answers; empty in a Failed for a message whose id could not be read.
+    seq: 0 for the first reply to a request, then one more for each."""
+
+    request_id: Annotated[str, Text(0, 64)]
+    seq: Annotated[int, COUNT] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event(Reply):
+    """One step of a Generate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepted(Event):
+    """The request is admitted. cached_tokens of the prompt need no prefill."""
+
+    prompt_tokens: Annotated[int, COUNT]
+    cached_tokens: Annotated[int, COUNT]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress(Event):
+    """Prefill: `done` of `total` tokens."""
+
+    done: Annotated[int, COUNT]
+    total: Annotated[int, COUNT]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token(Event):
+    """One generated token. text may be empty: half a character, or held back for a stop string."""
+
+    token: Annotated[int, TOKEN]
+    text: Annotated[str, Text()]
+    logprob: Annotated[float | None, Maybe(LogProb())] = None
+    top: Annotated[Top, TOP] = ()
+    """The most likely tokens with their log probabilities, best first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What a request took. Tiers are device, host and disk."""
+
+    prompt_tokens: Annotated[int, COUNT]
+    generated_tokens: Annotated[int, COUNT]
+    cached_tokens: Annotated[int, COUNT]
+    read_bytes: Annotated[dict[str, int], MapOf(COUNT)]
+    """KV bytes attended to, per tier that they came from."""
+    kv_bytes: Annotated[dict[str, int], MapOf(COUNT)]
+    """Where the KV of the sequence lies at the end, bytes per tier."""
+    disk_read_bytes: Annotated[int, COUNT]
+    stall_ms: Annotated[float, Real(0)]
+    prefill_ms: Annotated[float, Real(0)]
+    decode_ms: Annotated[float, Real(0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptLogprob:
+    """One prompt token; logprob is None for the first, which nothing predicts."""
+
+    token: Annotated[int, TOKEN]
+    logprob: Annotated[float | None, Maybe(LogProb())]
+    top: Annotated[Top, TOP] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done(Event):
+    """The last event of a request that was served."""
+
+    reason: Annotated[str, Choice(("stop", "length", "eos"))]
+    text: Annotated[str, Text()]
+    usage: Annotated[Usage, Struct(Usage)]
+    context: Annotated[str | None, Maybe(HANDLE)] = None
+    prompt_logprobs: Annotated[tuple[PromptLogprob, ...] | None, Maybe(Many(Struct(PromptLogprob)))] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed(Event):
+    """The last event of a request that was not served; code is one of errors.py."""
+
+    code: Annotated[str, Text(1, 64)]
+    message: Annotated[str, Text()]
+    retryable: Annotated[bool, Flag()]
+
+    @classmethod
+    def because(cls, error: SpilldError, request_id: str, seq: int = 0) -> Failed:
+        return cls(
+            request_id=request_id, seq=seq, code=error.code, message=error.message, retryable=error.retryable
+        )
+
+    def error(self) -> SpilldError:
+        """The typed error that the daemon reports."""
+        error = error_for(self.code, self.message)
+        error.request_id = self.request_id
+        return error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Released(Reply):
+    context: Annotated[str, HANDLE]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Welcome(Reply):
+    """What this daemon serves. version is spilld's own; max_context and max_frame_bytes are limits."""
+
+    version: Annotated[str, Text()]
+    protocol: Annotated[int, COUNT] = PROTOCOL
+    model: Annotated[str, Text()]
+    dtype: Annotated[str, Text()]
+    format: Annotated[str, Text()]
+    formats: Annotated[tuple[str, ...], Many(Text())]
+    max_context: Annotated[int, COUNT]
+    max_frame_bytes: Annotated[int, COUNT] = MAX_FRAME_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsReply(Reply):
+    values: Annotated[dict[str, object], MapOf()]
+
+
+Request = Generate | Cancel | Release | Hello | Stats
+
+TYPES: dict[str, type] = {
+    "generate": Generate,
+    "cancel": Cancel,
+    "release": Release,
+    "hello": Hello,
+    "stats": Stats,
+    "accepted": Accepted,
+    "progress": Progress,
+    "token": Token,
+    "done": Done,
+    "failed": Failed,
+    "released": Released,
+    "welcome": Welcome,
+    "stats_reply": StatsReply,
+}

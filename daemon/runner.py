@@ -1,0 +1,86 @@
+"""One forward pass over a packed batch of slices, with the disk reads it needs under way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from spilld.offload.prefetch import Read, Ticket
+from spilld.offload.store import Store
+from spilld.offload.table import RunRef
+
+from .attention import Slice, TieredAttention
+from .interface import Step
+from .model import Model
+from .visibility import stored_blocks
+
+Needed = list[tuple[Slice, int, RunRef]]
+
+
+class Runner:
+    """Runs the model. The reads of the next step are queued behind this one's, for a decode step's next
+    scan is almost always the same: the disk goes on while the sampler works."""
+
+    def __init__(self, model: Model, attention: TieredAttention, store: Store) -> None:
+        self._model = model
+        self._attention = attention
+        self._store = store
+        self._ahead: list[Ticket] = []
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self._attention.workspace_bytes
+
+    def run(self, slices: list[Slice], keep: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Compute the slices' tokens; returns float32 logits [len(keep[i]), vocab] for those of their rows.
+
+        A slice whose KV did not come back carries its `failure` afterwards; its logits mean nothing.
+        """
+        self._read_for(slices)
+        tokens = [token for s in slices for token in s.sequence.tokens[s.position : s.position + s.count]]
+        positions = [position for s in slices for position in range(s.position, s.position + s.count)]
+        rows = [s.start + row for s, kept in zip(slices, keep, strict=True) for row in kept]
+        with torch.inference_mode():
+            logits = self._model.module(
+                input_ids=torch.tensor([tokens]),
+                position_ids=torch.tensor([positions]),
+                use_cache=False,
+                logits_to_keep=torch.tensor(rows, dtype=torch.long),
+                spilld_step=Step(self._attention, slices),
+            ).logits[0]
+        return list(logits.float().split([len(kept) for kept in keep]))
+
+    def rest(self) -> None:
+        """Drop what was read ahead: the next step will be another, or there is none."""
+        self._store.cancel(self._ahead)
+        self._ahead = []
+
+    def _read_for(self, slices: list[Slice]) -> None:
+        needed = self._needed(slices)
+        reads = [Read(ref.run, layer) for _, layer, ref in needed]
+        tickets = self._ahead
+        if [ticket.read for ticket in tickets] != reads:
+            self.rest()
+            tickets = self._store.submit(reads)
+        for (part, layer, ref), ticket in zip(needed, tickets, strict=True):
+            part.tickets.setdefault(layer, []).append((ref, ticket))
+        decoding = all(s.count == 1 for s in slices)
+        self._ahead = self._store.submit(reads) if decoding else []
+
+    def _needed(self, slices: list[Slice]) -> Needed:
+        """Extents in the order in which attention will ask for them: by layer, slice, age."""
+        windows = self._model.geometry.sliding_windows
+        runs = {
+            (index, window): self._store.runs_to_read(
+                part.sequence.table, stored_blocks(part.position, part.last, window)
+            )
+            for window in set(windows)
+            for index, part in enumerate(slices)
+        }
+        return [
+            (part, layer, ref)
+            for layer, window in enumerate(windows)
+            for index, part in enumerate(slices)
+            for ref in runs[index, window]
+        ]

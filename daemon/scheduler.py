@@ -1,0 +1,130 @@
+"""Which requests run in the next step, and how many tokens of each. Pure: no clocks, no tensors, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .visibility import CELL
+
+JobId = int
+
+
+@dataclass
+class Job:
+    """A request as the scheduler sees it."""
+
+    id: JobId
+    position: int
+    """Tokens whose K/V exist."""
+    known: int
+    """Tokens that are known, computed or not: a decode step computes the one that was sampled last."""
+    chunk: int
+    """Most tokens of this job in one step."""
+    window: bool
+    """Needs a new window (a continued context has its own)."""
+    blocks: int
+    """Block columns it must be promised before it starts."""
+
+    @property
+    def left(self) -> int:
+        return self.known - self.position
+
+
+@dataclass(frozen=True)
+class Room:
+    """What is free now."""
+
+    windows: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Jobs to admit, in order, then (job, tokens) to run in one packed step."""
+
+    admit: tuple[JobId, ...]
+    run: tuple[tuple[JobId, int], ...]
+
+
+class Scheduler:
+    """First come, first served admission; every step decodes all running jobs and prefills one chunk.
+
+    A job is admitted only when everything that it can grow to has been promised, so no admitted job
+    waits for another to finish.
+    """
+
+    def __init__(self, chunk_tokens: int, max_running: int = 16) -> None:
+        self._chunk_tokens = chunk_tokens
+        self._max_running = max_running
+        self._waiting: dict[JobId, Job] = {}
+        self._running: dict[JobId, Job] = {}
+
+    def add(self, job: Job) -> None:
+        self._waiting[job.id] = job
+
+    def remove(self, job: JobId) -> None:
+        """The job has ended, in whatever state; unknown ids are ignored."""
+        self._waiting.pop(job, None)
+        self._running.pop(job, None)
+
+    def advance(self, job: JobId, tokens: int, sampled: int) -> None:
+        """A step computed `tokens` of the job and then sampled so many new ones (0 or 1)."""
+        self._running[job].position += tokens
+        self._running[job].known += sampled
+
+    def rewind(self, job: JobId) -> None:
+        """The job's K/V was lost: compute all its known tokens again."""
+        self._running[job].position = 0
+
+    def starved(self, room: Room) -> bool:
+        """Whether the next job in line waits for windows or blocks, and not for its turn."""
+        job = next(iter(self._waiting.values()), None)
+        return job is not None and len(self._running) < self._max_running and not _fits(job, room)
+
+    def plan(self, room: Room) -> Plan:
+        """Admit what fits, in order of arrival, and fill a step. Admitted jobs run in the same step."""
+        admitted = self._admit(room)
+        return Plan(tuple(job.id for job in admitted), tuple(self._fill(self._running.values())))
+
+    def _admit(self, room: Room) -> list[Job]:
+        admitted = []
+        for job in list(self._waiting.values()):
+            if len(self._running) >= self._max_running or not _fits(job, room):
+                break  # strictly in order: a large request is not starved by small ones behind it
+            room = Room(room.windows - job.window, room.blocks - job.blocks)
+            self._running[job.id] = self._waiting.pop(job.id)
+            admitted.append(job)
+        return admitted
+
+    def _fill(self, jobs: Iterable[Job]) -> list[tuple[JobId, int]]:
+        """One token for each decoding job, then prefill chunks in order of admission."""
+        run, budget = [], self._chunk_tokens
+        for job in jobs:
+            if job.left == 1:
+                run.append((job.id, 1))
+            elif tokens := min(job.chunk, budget, job.left):
+                tokens = _end_on_grid(job, tokens)
+                run.append((job.id, tokens))
+                budget -= tokens
+        return run
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+
+def _fits(job: Job, room: Room) -> bool:
+    return job.window <= room.windows and job.blocks <= room.blocks
+
+
+def _end_on_grid(job: Job, tokens: int) -> int:
+    """Shorten a chunk that is not the last to end on the visibility grid, unless that leaves nothing."""
+    if tokens == job.left:
+        return tokens
+    end = (job.position + tokens) // CELL * CELL
+    return end - job.position if end > job.position else tokens

@@ -1,0 +1,344 @@
+"""The ROUTER side: requests in, events out. It knows clients and request ids, nothing of models.
+
+The loop runs in one thread and blocks only in its poll. The service works in threads of its own and hands
+events to `Server.post`, which wakes the poll through an eventfd.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Protocol, Self
+
+import zmq
+
+from .errors import (
+    Draining,
+    FrameTooLarge,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    ProtocolError,
+    SpilldError,
+)
+from .listener import listen
+from .notify import Notifier
+from .protocol import (
+    Cancel,
+    Done,
+    Event,
+    Failed,
+    Generate,
+    Hello,
+    Release,
+    Released,
+    Reply,
+    Request,
+    Stats,
+    StatsReply,
+    Welcome,
+)
+from .wire import decode, encode
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.1
+"""The longest poll while something has to be looked at again: a drain, a client that reads too slowly."""
+
+BATCH = 64
+"""Requests handled, or events sent, before the others have their turn."""
+
+Key = tuple[bytes, str]
+"""A client and its request id."""
+
+
+class Service(Protocol):
+    """What the server needs of an engine. No method may block; all are called from the server's thread.
+
+    Events go to `Server.post(client, event)`: per request Accepted, ..., and one Done or Failed at the end,
+    also after a cancel, with seq 0, 1, 2, ... Once the last is posted, the same id may be submitted again.
+    """
+
+    def submit(self, client: bytes, request: Generate) -> None:
+        """Take a request. An immediate refusal (Overloaded, ContextNotFound, ...) is raised."""
+
+    def cancel(self, client: bytes, request_id: str) -> None:
+        """End a request soon. Called at most once for each; one that has ended is ignored."""
+
+    def release(self, client: bytes, context: str) -> None:
+        """Give a context back."""
+
+    def stats(self) -> dict[str, object]:
+        """Plain data for StatsReply."""
+
+    def welcome(self) -> Welcome:
+        """What is served; the server fills in the request id."""
+
+    def drain(self) -> None:
+        """Admit nothing more; what is admitted goes on."""
+
+    def idle(self) -> bool:
+        """True when no request is running or queued, and the last event of each is posted."""
+
+    def stop(self) -> None:
+        """Stop now. Called once, when the loop has ended."""
+
+
+@dataclass
+class _InFlight:
+    """A request that the service works on."""
+
+    next_seq: int = 0
+    heard: bool = True  # its client still waits for events; else only the last is waited for, here
+    cancelled: bool = False
+
+
+class Server:
+    """Serves one address. `post`, `drain` and `stop` may be called from any thread.
+
+    with Server(address) as server:  # listens from here on: an address in use fails before a model is loaded
+        server.run(Engine(post=server.post))
+    """
+
+    def __init__(self, address: str, *, drain_seconds: float = 30.0, send_queue: int = 16384) -> None:
+        """send_queue: messages that may wait for a client before it counts as too slow."""
+        self.address = address
+        self._drain_seconds = drain_seconds
+        self._send_queue = send_queue
+        self._notifier = Notifier()
+        self._posted: deque[tuple[bytes, Event]] = deque()
+        self._running: dict[Key, _InFlight] = {}
+        self._owed: dict[Key, Failed] = {}  # could not be sent yet: the client's queue is full
+        self._drain_asked = self._stop_asked = self._closed = False
+        self._drain_by: float | None = None
+        self._open = ExitStack()  # what `close` has to undo
+        # closed with the object, not with the socket: a late post must not write into a reused descriptor
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._wake_fd)
+
+    def post(self, client: bytes, event: Event) -> None:
+        """Send an event to a client; from any thread. Dropped if its request is no longer running."""
+        if not self._closed:
+            self._posted.append((client, event))
+            self._wake()
+
+    def drain(self) -> None:
+        """Refuse new requests; `run` returns when the running ones have ended or after drain_seconds."""
+        self._drain_asked = True
+        self._wake()
+
+    def stop(self) -> None:
+        """`run` fails what is running and returns."""
+        self._stop_asked = True
+        self._wake()
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._wake_fd, 1)
+
+    def __enter__(self) -> Self:
+        """Listen; requests wait until `run`. ConfigError if the address cannot be had."""
+        self._router = self._open.enter_context(listen(self.address, self._send_queue))
+        self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed = True
+        self._open.close()
+
+    def run(self, service: Service) -> None:
+        """Serve until a drain or a stop is over, asked for by method or by signal (SIGTERM or SIGINT: the
+        first drains, the second stops; only in the main thread)."""
+        self._service = service
+        with self._signals():
+            self._startup()
+            try:
+                while not self._finished():
+                    self._turn()
+            finally:
+                self._shutdown()
+
+    def _startup(self) -> None:
+        self._poller = zmq.Poller()
+        self._poller.register(self._router, zmq.POLLIN)
+        self._poller.register(self._wake_fd, zmq.POLLIN)
+        self._notifier.ready()
+
+    def _turn(self) -> None:
+        ready = dict(self._poller.poll(math.ceil(self._patience_s() * 1000)))
+        if self._wake_fd in ready:
+            os.eventfd_read(self._wake_fd)
+        if self._router in ready:
+            self._receive()
+        self._deliver()
+        self._pay_owed()
+        if self._drain_asked and self._drain_by is None:
+            self._begin_drain()
+        self._notifier.alive()
+
+    def _patience_s(self) -> float:
+        if self._posted:
+            return 0.0
+        if self._owed or self._drain_asked:
+            return POLL_S
+        return self._notifier.due_s()
+
+    def _finished(self) -> bool:
+        if self._stop_asked or self._drain_by is None:
+            return self._stop_asked
+        over = self._service.idle() and not self._posted and not self._owed
+        return over or time.monotonic() >= self._drain_by
+
+    def _begin_drain(self) -> None:
+        log.info("draining: %d requests, at most %g s", len(self._running), self._drain_seconds)
+        self._drain_by = time.monotonic() + self._drain_seconds
+        self._notifier.stopping()
+        self._service.drain()
+
+    def _shutdown(self) -> None:
+        if self._drain_by is None:
+            self._notifier.stopping()
+        for key in list(self._running):
+            self._fail(key, Draining("the daemon stopped before this request was done; send it again"))
+        self._closed = True
+        self._service.stop()
+
+    # requests
+
+    def _receive(self) -> None:
+        for _ in range(BATCH):
+            try:
+                client, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            request_id = ""
+            try:
+                message = decode(frames)
+                request_id = message.request_id
+                self._handle(client, message)
+            except SpilldError as error:
+                self._send(client, Failed.because(error, request_id or error.request_id))
+            except Exception:
+                log.exception("request %r failed", request_id)
+                self._send(client, Failed.because(InternalError("a bug in spilld; see its log"), request_id))
+
+    def _handle(self, client: bytes, message: Request | Reply) -> None:
+        match message:
+            case Generate():
+                self._start(client, message)
+            case Cancel(request_id=request_id):
+                self._cancel((client, request_id))
+            case Release(request_id=request_id, context=context):
+                self._service.release(client, context)
+                self._send(client, Released(request_id=request_id, context=context))
+            case Hello(request_id=request_id):
+                self._send(client, replace(self._service.welcome(), request_id=request_id))
+            case Stats(request_id=request_id):
+                self._send(client, StatsReply(request_id=request_id, values=self._service.stats()))
+            case _:
+                raise InvalidRequest(
+                    "type is that of a reply; allowed: generate, cancel, release, hello, stats"
+                )
+
+    def _start(self, client: bytes, request: Generate) -> None:
+        if (client, request.request_id) in self._running:
+            raise InvalidRequest(
+                f"id is {request.request_id!r}, which is in flight; allowed: one that is not"
+            )
+        if self._drain_asked:
+            raise Draining("the daemon is stopping; send the request again in a moment")
+        self._service.submit(client, request)
+        self._running[client, request.request_id] = _InFlight()
+
+    def _cancel(self, key: Key) -> None:
+        if (flight := self._running.get(key)) is not None and not flight.cancelled:
+            flight.cancelled = True
+            self._service.cancel(*key)
+
+    # events
+
+    def _deliver(self) -> None:
+        for _ in range(min(BATCH, len(self._posted))):
+            client, event = self._posted.popleft()
+            key = (client, event.request_id)
+            if (flight := self._running.get(key)) is not None and flight.heard:
+                self._forward(key, event)
+            if isinstance(event, Done | Failed):
+                self._running.pop(key, None)
+
+    def _forward(self, key: Key, event: Event) -> None:
+        try:
+            if self._send(key[0], event):
+                self._running[key].next_seq = event.seq + 1
+        except (FrameTooLarge, ProtocolError) as error:
+            self._fail(key, error)
+            self._cancel(key)
+
+    def _send(self, client: bytes, message: Reply) -> bool:
+        """False if the client cannot take it: then its requests are cancelled."""
+        try:
+            self._router.send_multipart([client, *encode(message)], zmq.NOBLOCK)
+        except zmq.Again:
+            self._abandon(
+                client, Overloaded("events came faster than this client read them; read on, or ask for less")
+            )
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._abandon(client, None)
+            return False
+        return True
+
+    def _abandon(self, client: bytes, reason: SpilldError | None) -> None:
+        """Cancel a client's requests; without a reason it is gone and is owed nothing."""
+        for key, flight in self._running.items():
+            if key[0] == client and flight.heard:
+                flight.heard = False
+                self._cancel(key)
+                if reason is not None:
+                    self._owed[key] = Failed.because(reason, key[1], flight.next_seq)
+        if reason is None:
+            self._owed = {key: failed for key, failed in self._owed.items() if key[0] != client}
+
+    def _fail(self, key: Key, error: SpilldError) -> None:
+        """End a running request, for its client, with an error of the server's own."""
+        flight = self._running[key]
+        if flight.heard and self._send(key[0], Failed.because(error, key[1], flight.next_seq)):
+            flight.heard = False
+
+    def _pay_owed(self) -> None:
+        for key, failed in list(self._owed.items()):
+            if self._send(key[0], failed):
+                self._owed.pop(key, None)
+
+    # signals
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        if self._drain_asked:
+            self.stop()
+        else:
+            self.drain()

@@ -1,0 +1,164 @@
+"""The engine as the server sees it: messages go in without waiting, threads do the work."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from .engine import Engine, Post
+from .errors import Draining, InternalError, InvalidRequest, Overloaded, SpilldError
+from .protocol import Done, Event, Failed, Generate, Message, Welcome
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 1.0
+"""How often an engine without work looks for expired contexts and deadlines."""
+
+
+class EngineService:
+    """Implements server.Service. An intake thread turns text into tokens, the engine's thread does the rest,
+    so that neither a long text nor a long step makes the server wait."""
+
+    def __init__(self, build: Callable[[Post], Engine], post: Post, welcome: Welcome, max_queue: int) -> None:
+        """build makes the engine, given where its events go."""
+        self._welcome = welcome
+        self._max_queue = max_queue
+        self._post = post
+        self._engine = build(self._pass_on)
+        self._unfinished = 0
+        self._count_lock = threading.Lock()
+        self._draining = False
+        self._stopping = False
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._intake = ThreadPoolExecutor(1, "spilld-intake")
+        self._thread = threading.Thread(target=self._loop, name="spilld-engine")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, client: bytes, request: Generate) -> None:
+        """Queue a request. Raises Draining or Overloaded."""
+        if self._draining:
+            raise Draining("the daemon is stopping; try again when it is back")
+        if self._unfinished >= self._max_queue:
+            raise Overloaded(f"{self._max_queue} requests are queued or running; try again later")
+        self._count(+1)
+        self._intake.submit(self._prepare, client, request)
+
+    def cancel(self, client: bytes, request_id: str) -> None:
+        # Through the intake, so that it cannot overtake its request.
+        self._intake.submit(self._inbox.put, partial(self._engine.cancel, client, request_id))
+
+    def release(self, client: bytes, context: str) -> None:
+        """Raises ContextNotFound if the handle is not that of an idle context."""
+        self._engine.contexts.look(context)
+        self._inbox.put(partial(self._release, context))
+
+    def stats(self) -> dict[str, object]:
+        return self._engine.stats()
+
+    def welcome(self) -> Welcome:
+        return self._welcome
+
+    def drain(self) -> None:
+        self._draining = True
+
+    def idle(self) -> bool:
+        return self._unfinished == 0
+
+    def stop(self) -> None:
+        """End the threads; what is running fails as Draining. Waits for the step that is under way."""
+        self._draining = self._stopping = True
+        self._intake.shutdown(wait=True, cancel_futures=True)
+        self._inbox.put(lambda: None)
+        self._thread.join()
+
+    # The intake thread.
+
+    def _prepare(self, client: bytes, request: Generate) -> None:
+        try:
+            prompt = self._tokens(request)
+        except SpilldError as error:
+            self._refuse(client, request, error)
+        except Exception as error:
+            log.exception("request %s could not be prepared", request.request_id)
+            self._refuse(client, request, InternalError(f"the prompt could not be prepared: {error!r}"))
+        else:
+            self._inbox.put(partial(self._arrive, client, request, prompt))
+
+    def _tokens(self, request: Generate) -> list[int]:
+        model, prompt = self._engine.model, request.prompt
+        if isinstance(prompt, str):
+            return model.tokenizer.encode(prompt, start=request.context is None)
+        messages = [part for part in prompt if isinstance(part, Message)]
+        if not messages:
+            tokens = [part for part in prompt if isinstance(part, int)]
+            if tokens and max(tokens) >= model.geometry.vocab:
+                raise InvalidRequest(
+                    f"tokens: {max(tokens)} is not below the vocabulary of {model.geometry.vocab}"
+                )
+            return tokens
+        if request.context is None:
+            return model.tokenizer.chat(messages)
+        chat = self._engine.contexts.look(request.context).messages
+        if chat is None:
+            raise InvalidRequest("the context holds a raw prompt: append text or tokens, not messages")
+        return model.tokenizer.chat_continue(chat[:-1], chat[-1].content, messages, closed=False)
+
+    # The engine's thread.
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            try:
+                self._take_messages()
+                if not self._engine.turn():
+                    self._wait()
+            except Exception as error:
+                log.exception("a step failed")
+                self._engine.fail_running(
+                    InternalError(f"a step failed: {error!r}; the daemon's log says where")
+                )
+        self._take_messages()
+        self._engine.fail_all(Draining("the daemon has stopped"))
+        self._engine.close()
+
+    def _take_messages(self) -> None:
+        while not self._inbox.empty():
+            self._inbox.get()()
+
+    def _wait(self) -> None:
+        self._engine.rest()
+        try:
+            self._inbox.get(timeout=IDLE_S)()
+        except queue.Empty:
+            return
+
+    def _arrive(self, client: bytes, request: Generate, prompt: list[int]) -> None:
+        try:
+            self._engine.add(client, request, prompt)
+        except SpilldError as error:
+            self._refuse(client, request, error)
+
+    def _release(self, context: str) -> None:
+        try:
+            self._engine.release(context)
+        except SpilldError as error:
+            log.info("context %s was gone before its release: %s", context[:8], error)
+
+    # Both.
+
+    def _refuse(self, client: bytes, request: Generate, error: SpilldError) -> None:
+        self._pass_on(client, Failed.because(error, request.request_id))
+
+    def _pass_on(self, client: bytes, event: Event) -> None:
+        self._post(client, event)
+        if isinstance(event, Done | Failed):
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self._count_lock:
+            self._unfinished += change

@@ -1,0 +1,87 @@
+"""A daemon as a child process over a temporary state folder: for the demo, benchmarks and tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .client import Client
+from .errors import DeadlineExceeded, InternalError, Unreachable
+
+START_S = 180.0
+STOP_S = 30.0
+
+
+@dataclass(frozen=True)
+class Spawned:
+    address: str
+    pid: int
+    log: Path
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """The largest resident set so far (VmHWM), mapped files included."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        raise InternalError(f"the kernel does not tell the peak memory of process {self.pid}")
+
+
+@contextmanager
+def spawned(settings: Mapping[str, object]) -> Iterator[Spawned]:
+    """A running daemon with these settings (names as in Config); it has ended when the context has.
+
+    Raises InternalError with the end of its log if it does not start.
+    """
+    with tempfile.TemporaryDirectory(prefix="spilld-") as folder:
+        address = f"ipc://{folder}/socket"
+        options = {"state": f"{folder}/state", "listen": address, **settings}
+        command = [sys.executable, "-m", "spilld.daemon", "serve"]
+        command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        log = Path(folder) / "log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        try:
+            _await(process, address, log)
+            yield Spawned(address, process.pid, log)
+        finally:
+            _end(process)
+
+
+def _await(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    give_up = time.monotonic() + START_S
+    while time.monotonic() < give_up and process.poll() is None:
+        try:
+            with Client(address, connect_timeout=1.0) as client:
+                client.hello()
+                return
+        except (Unreachable, DeadlineExceeded):  # still loading
+            continue
+    raise InternalError(f"the daemon did not start; its log ends:\n{log.read_text()[-2000:]}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def import_rss_bytes() -> int:
+    """Peak memory of an interpreter that has imported torch, transformers and numba, and nothing else."""
+    code = "import torch, transformers, numba, resource as r; print(r.getrusage(r.RUSAGE_SELF).ru_maxrss)"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    return int(shown.stdout) * 1024

@@ -1,0 +1,63 @@
+"""What a token sees depends on its position alone.
+
+A query at position p sees the stored form of positions [SINKS, boundary(p)) and exact numbers
+elsewhere up to itself; a sliding window W hides positions up to p - W. Chunk size, load, restarts
+and prefix hits change none of this, so neither do they change the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+CELL = 256
+"""The grid: cell j holds positions [256 j, 256 j + 256)."""
+
+SINKS = 64
+BLOCK = 64
+BLOCKS_PER_CELL = CELL // BLOCK
+
+WINDOW_SLOTS = SINKS + 2 * CELL
+"""A window holds the sinks, then two halves that take turns holding the cell that is being filled."""
+
+
+def boundary(position: int) -> int:
+    """Positions below this one, sinks excepted, are seen in stored form."""
+    return max(0, (position // CELL - 1) * CELL)
+
+
+def lowest_visible(position: int, window: int | None) -> int:
+    """The oldest position that a query sees in a layer with this sliding window."""
+    return 0 if window is None else max(0, position - window + 1)
+
+
+def stored_blocks(first: int, last: int, window: int | None) -> range:
+    """Blocks of which queries at positions first..last (inclusive) see some token in stored form."""
+    stop = boundary(last) // BLOCK
+    start = max(1, lowest_visible(first, window) // BLOCK)
+    return range(min(start, stop), stop)
+
+
+def segments(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Split positions [start, stop) where the grid is crossed."""
+    while start < stop:
+        end = min(stop, (start // CELL + 1) * CELL)
+        yield start, end
+        start = end
+
+
+def sealed_by(position: int) -> int:
+    """Blocks (block 0 included) that are sealed once the token at `position` has been computed."""
+    return boundary(position) // BLOCK
+
+
+def slot(position: int) -> int:
+    """Where in the window the exact K/V of a position lies while its cell is one of the newest two."""
+    return SINKS + position % (2 * CELL)
+
+
+def exact_ranges(position: int, window: int | None) -> list[tuple[int, int]]:
+    """Position ranges [start, stop) that the query at `position` sees exactly, oldest first."""
+    low, border = lowest_visible(position, window), boundary(position)
+    cell = position // CELL * CELL
+    ranges = [(0, min(SINKS, border)), (border, cell), (cell, position + 1)]
+    return [(max(a, low), b) for a, b in ranges if max(a, low) < b]

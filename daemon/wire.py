@@ -1,0 +1,124 @@
+"""Messages to frames and back: a header of 8 bytes, then one msgpack map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgpack
+
+from .errors import FrameTooLarge, InvalidRequest, ProtocolError, SpilldError, WrongVersion
+from .fields import FieldError, Ints, Many, Reader, Struct, Text, read, readers
+from .protocol import (
+    MAGIC,
+    MAX_FRAME_BYTES,
+    PROTOCOL,
+    TOKEN,
+    TYPES,
+    Generate,
+    Message,
+    Prompt,
+    Reply,
+    Request,
+)
+
+_NAMES = {cls: name for name, cls in TYPES.items()}
+
+_PROMPTS: dict[str, Reader] = {"tokens": Ints(TOKEN), "text": Text(), "messages": Many(Struct(Message))}
+
+
+def encode(message: Request | Reply) -> list[bytes]:
+    """The two frames of a message. A request is checked first: InvalidRequest names the field.
+
+    Raises FrameTooLarge beyond MAX_FRAME_BYTES, ProtocolError if a reply holds what msgpack cannot carry.
+    """
+    fields: dict[str, object] = {"type": _NAMES[type(message)], "id": message.request_id, **vars(message)}
+    del fields["request_id"]
+    if isinstance(message, Generate):
+        fields[_prompt_key(message.prompt)] = fields.pop("prompt")
+    if isinstance(message, Request):
+        _build(fields)
+    try:
+        surrogates = (
+            "strict" if isinstance(message, Request) else "replace"
+        )  # an error must always get through
+        body = msgpack.packb(fields, default=vars, unicode_errors=surrogates)
+    except (TypeError, ValueError, OverflowError) as error:
+        wrong = InvalidRequest if isinstance(message, Request) else ProtocolError
+        raise wrong(f"{fields['type']} cannot be encoded: {error}") from error
+    if len(body) > MAX_FRAME_BYTES:
+        raise FrameTooLarge(f"{fields['type']} has {len(body)} bytes; allowed: {MAX_FRAME_BYTES}")
+    return [MAGIC + bytes([PROTOCOL]), body]
+
+
+def decode(frames: Sequence[bytes]) -> Request | Reply:
+    """The message in two frames. Unknown fields are ignored.
+
+    Raises InvalidRequest (an unknown type, a field of a request), WrongVersion, FrameTooLarge, or
+    ProtocolError for all else. `request_id` of the error is set where the message named one.
+    """
+    fields = _unpack(frames)
+    request_id = fields.get("id")
+    try:
+        if (version := frames[0][-1]) != PROTOCOL:
+            raise WrongVersion(
+                f"the peer speaks protocol {version}, this side {PROTOCOL}; upgrade the older one"
+            )
+        return _build(fields)
+    except SpilldError as error:
+        if isinstance(request_id, str) and 1 <= len(request_id) <= 64:
+            error.request_id = request_id
+        raise
+
+
+def _unpack(frames: Sequence[bytes]) -> dict[str, object]:
+    if len(frames) != 2:
+        raise ProtocolError(f"a message has 2 frames, this one {len(frames)}")
+    for number, frame in enumerate(frames):
+        if len(frame) > MAX_FRAME_BYTES:
+            raise FrameTooLarge(f"frame {number} has {len(frame)} bytes; allowed: {MAX_FRAME_BYTES}")
+    header, body = frames
+    if len(header) != len(MAGIC) + 1 or not header.startswith(MAGIC):
+        raise ProtocolError(f"frame 0 is {header[:16]!r}; allowed: {MAGIC!r} and one version byte")
+    try:
+        fields = msgpack.unpackb(body)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"frame 1 is not msgpack: {error}") from error
+    if not isinstance(fields, dict):
+        raise ProtocolError(f"frame 1 is a {type(fields).__name__}; allowed: a map")
+    return fields
+
+
+def _build(fields: Mapping[str, object]) -> Request | Reply:
+    """The message that a map from the wire stands for."""
+    name = fields.get("type")
+    cls = TYPES.get(name) if isinstance(name, str) else None
+    try:
+        if cls is None:
+            raise FieldError("type", name, ", ".join(TYPES))
+        values = dict(fields)
+        values["request_id"] = readers(cls)["request_id"].read(fields.get("id"), "id")
+        if cls is Generate:
+            values["prompt"] = _prompt(fields)
+        message: Request | Reply = read(cls, values)
+        return message
+    except FieldError as error:
+        reply = cls is not None and issubclass(cls, Reply)
+        raise (ProtocolError if reply else InvalidRequest)(
+            f"{name}: {error}" if cls else str(error)
+        ) from None
+
+
+def _prompt(fields: Mapping[str, object]) -> Prompt:
+    given = [key for key in _PROMPTS if fields.get(key) is not None]
+    if len(given) != 1:
+        raise FieldError("prompt", given, "exactly one of " + ", ".join(_PROMPTS))
+    prompt: Prompt = _PROMPTS[given[0]].read(fields[given[0]], given[0])
+    if not prompt and fields.get("context") is None:
+        raise FieldError(given[0], prompt, "not empty, unless it continues a context")
+    return prompt
+
+
+def _prompt_key(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return "text"
+    return "messages" if prompt and isinstance(prompt[0], Message) else "tokens"

@@ -1,0 +1,31 @@
+"""Models that several test files share. They are converted once per machine, not once per run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from spilld.daemon.catalog import default_cache, resolve
+
+
+@pytest.fixture(scope="session")
+def cache_folder() -> Path:
+    """SPILLD_TEST_CACHE, or the cache that a daemon of this user has."""
+    return Path(os.environ.get("SPILLD_TEST_CACHE") or default_cache())
+
+
+@pytest.fixture(scope="session")
+def smollm2_float32(cache_folder: Path) -> Path:
+    return resolve("smollm2-135m", cache_folder, "float32")
+
+
+@pytest.fixture(scope="session")
+def smollm2_bfloat16(cache_folder: Path) -> Path:
+    return resolve("smollm2-135m", cache_folder, "bfloat16")
+
+
+@pytest.fixture(scope="session")
+def gemma3_float32(cache_folder: Path) -> Path:
+    return resolve("gemma3-270m", cache_folder, "float32")

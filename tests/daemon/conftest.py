@@ -1,0 +1,174 @@
+"""A real server with a small service that echoes prompts, in a thread, or as a process of its own:
+`python conftest.py ADDRESS DRAIN_SECONDS PACE_S`."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from spilld.daemon.errors import Cancelled, ContextNotFound, Draining, Overloaded, SpilldError
+from spilld.daemon.protocol import Accepted, Done, Event, Failed, Generate, Token, Usage, Welcome
+from spilld.daemon.server import Server
+
+USAGE = Usage(
+    prompt_tokens=3,
+    generated_tokens=3,
+    cached_tokens=0,
+    read_bytes={"device": 10, "host": 20, "disk": 0},
+    kv_bytes={"device": 10},
+    disk_read_bytes=0,
+    stall_ms=0.5,
+    prefill_ms=1.0,
+    decode_ms=2.0,
+)
+
+
+@dataclass
+class Echo:
+    """Repeats the words or tokens of a prompt until max_tokens, one every pace_s seconds."""
+
+    post: Callable[[bytes, Event], None]
+    pace_s: float = 0.0
+    piece: str = ""
+    """Text of every token instead of the prompt's."""
+    limit: int = 1000
+    cancelled: list[tuple[bytes, str]] = field(default_factory=list)
+    submitted: list[Generate] = field(default_factory=list)
+    draining: bool = False
+    stopped: bool = False
+    _running: dict[tuple[bytes, str], threading.Event] = field(default_factory=dict)
+
+    def submit(self, client: bytes, request: Generate) -> None:
+        if self.draining:
+            raise Draining("draining")
+        if len(self._running) >= self.limit:
+            raise Overloaded("the queue is full")
+        if request.context == "gone":
+            raise ContextNotFound("no such context")
+        if request.prompt == "bug":
+            raise RuntimeError("a bug in the engine")
+        self.submitted.append(request)
+        ended = self._running[client, request.request_id] = threading.Event()
+        threading.Thread(target=self._echo, args=(client, request, ended), daemon=True).start()
+
+    def cancel(self, client: bytes, request_id: str) -> None:
+        self.cancelled.append((client, request_id))
+        if (ended := self._running.get((client, request_id))) is not None:
+            ended.set()
+
+    def release(self, client: bytes, context: str) -> None:
+        if context == "gone":
+            raise ContextNotFound("no such context")
+
+    def stats(self) -> dict[str, object]:
+        return {"running": len(self._running), "tiers": {"host": 1}}
+
+    def welcome(self) -> Welcome:
+        return Welcome(
+            request_id="",
+            version="0",
+            model="echo",
+            dtype="float32",
+            format="exact",
+            formats=("exact",),
+            max_context=100,
+        )
+
+    def drain(self) -> None:
+        self.draining = True
+
+    def idle(self) -> bool:
+        return not self._running
+
+    def stop(self) -> None:
+        self.stopped = True
+        for ended in list(self._running.values()):
+            ended.set()
+
+    def _echo(self, client: bytes, request: Generate, ended: threading.Event) -> None:
+        prompt, name = request.prompt, request.request_id
+        words = prompt.split() if isinstance(prompt, str) else [str(item) for item in prompt]
+        self.post(client, Accepted(request_id=name, seq=0, prompt_tokens=len(words), cached_tokens=0))
+        said = ""
+        for seq, word in enumerate(itertools.islice(itertools.cycle(words), request.max_tokens), 1):
+            if ended.wait(self.pace_s) if self.pace_s else ended.is_set():
+                failed = Failed.because(Cancelled("cancelled"), name, seq)
+                return self._end(client, failed, ended)
+            said += (text := self.piece or word + " ")
+            self.post(client, Token(request_id=name, seq=seq, token=seq, text=text))
+        done = Done(
+            request_id=name,
+            seq=seq + 1,
+            reason="length",
+            text=said,
+            usage=USAGE,
+            context="kept" if request.keep else None,
+        )
+        return self._end(client, done, ended)
+
+    def _end(self, client: bytes, event: Event, ended: threading.Event) -> None:
+        self.post(client, event)
+        if self._running.get((client, event.request_id)) is ended:  # else the id was submitted again just now
+            del self._running[client, event.request_id]
+
+
+@dataclass
+class Running:
+    """A server in a thread, with its service."""
+
+    server: Server
+    echo: Echo
+    thread: threading.Thread
+
+    @property
+    def address(self) -> str:
+        return self.server.address
+
+    def join(self) -> None:
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """start(address=..., **options of Server) begins to serve; all is stopped at the end of the test."""
+    with ExitStack() as stack:
+
+        def begin(address: str = f"ipc://{tmp_path}/s", **options: float) -> Running:
+            server = stack.enter_context(Server(address, **options))  # type: ignore[arg-type]
+            echo = Echo(server.post)
+            thread = threading.Thread(target=server.run, args=(echo,))
+            running = Running(server, echo, thread)
+            thread.start()
+            stack.callback(running.join)
+            stack.callback(server.stop)
+            return running
+
+        yield begin
+
+
+@pytest.fixture
+def running(start: Start) -> Running:
+    return start()
+
+
+def main(address: str, drain_seconds: str, pace_s: str) -> None:
+    with Server(address, drain_seconds=float(drain_seconds)) as server:
+        server.run(Echo(server.post, pace_s=float(pace_s)))
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except SpilldError as error:
+        sys.exit(f"{error.code}: {error}")

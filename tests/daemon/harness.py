@@ -1,0 +1,134 @@
+"""An engine in this thread: requests go in, turns are run until they end, events come out."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from spilld.daemon.assembly import build_engine
+from spilld.daemon.config import Config
+from spilld.daemon.engine import Engine
+from spilld.daemon.model import Model, load
+from spilld.daemon.protocol import Done, Event, Failed, Generate, Token
+from spilld.offload import residency
+from spilld.offload.record import Element, Format, Layout
+from spilld.offload.residency import Holding, Spill
+from spilld.offload.store import Planner
+
+CLIENT = b"test"
+
+
+class Harness:
+    """An engine and what it has said, by request id."""
+
+    def __init__(self, config: Config, model: Model, planner: Planner = residency.plan) -> None:
+        self.events: dict[str, list[Event]] = {}
+        self.config = config
+        self.engine: Engine = build_engine(config, model, self._post, planner)
+
+    def _post(self, client: bytes, event: Event) -> None:
+        assert client == CLIENT
+        seen = self.events.setdefault(event.request_id, [])
+        assert event.seq == len(seen), "events are numbered without gaps"
+        seen.append(event)
+
+    def add(self, request_id: str, prompt: Sequence[int], **fields: Any) -> None:
+        request = Generate(request_id=request_id, prompt=tuple(prompt), **fields)
+        self.engine.add(CLIENT, request, list(prompt))
+
+    def run(self) -> None:
+        """Turn until nothing is left to do, then look whether every byte is accounted for."""
+        while self.engine.turn():
+            pass
+        self.engine.rest()
+        self.engine.check_integrity()
+
+    def ask(self, prompt: Sequence[int], request_id: str = "r", **fields: Any) -> list[int]:
+        """The tokens of one request that runs alone."""
+        self.events.pop(request_id, None)
+        self.add(request_id, prompt, **fields)
+        self.run()
+        return self.tokens(request_id)
+
+    def tokens(self, request_id: str = "r") -> list[int]:
+        last = self.events[request_id][-1]
+        if isinstance(last, Failed):
+            raise last.error()
+        return [event.token for event in self.events[request_id] if isinstance(event, Token)]
+
+    def done(self, request_id: str = "r") -> Done:
+        last = self.events[request_id][-1]
+        assert isinstance(last, Done), last
+        return last
+
+
+@contextmanager
+def engine(
+    model: Model, state: Path, planner: Planner = residency.plan, **settings: Any
+) -> Iterator[Harness]:
+    """An engine over a model in a state folder that goes with it."""
+    dtype = str(model.module.dtype).removeprefix("torch.")
+    config = Config.load(None, {"dtype": dtype, "state": str(state), **settings})
+    harness = Harness(config, model, planner)
+    try:
+        yield harness
+    finally:
+        harness.engine.close()
+        shutil.rmtree(state, ignore_errors=True)
+
+
+def column_bytes(model: Model, form: str, dtype: str = "float32") -> int:
+    """Bytes of one block in every layer."""
+    g = model.geometry
+    return g.layers * Layout(Format(form), Element(dtype), g.kv_heads, g.head_dim).record_bytes
+
+
+def random_split(seed: int, run_blocks: int = 0) -> Planner:
+    """A planner that spills runs from anywhere, of any length, more than it is asked to."""
+    draw = random.Random(seed)
+
+    def plan(holdings: Sequence[Holding], columns: int, run: int) -> list[Spill]:
+        spills = []
+        spans = [(i, span) for i, holding in enumerate(holdings) for span in holding.blocks]
+        draw.shuffle(spans)
+        for index, span in spans:
+            if columns <= 0 and draw.random() < 0.5:
+                continue
+            count = min(len(span), run_blocks or run, draw.randint(1, run))
+            first = draw.randint(span.start, span.stop - count)
+            spills.append(Spill(index, first, count))
+            columns -= count
+        return spills
+
+    return plan
+
+
+def reference(folder: Path, attention: str = "sdpa") -> Any:
+    """The same weights in plain transformers, float32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention, local_files_only=True
+    ).eval()
+
+
+def greedy(module: Any, prompt: Sequence[int], count: int) -> list[int]:
+    """Greedy tokens of plain transformers, end-of-text ignored."""
+    tokens = torch.tensor([list(prompt)])
+    cache, found = None, []
+    with torch.inference_mode():
+        for _ in range(count):
+            result = module(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = result.past_key_values
+            tokens = result.logits[:, -1].argmax(-1, keepdim=True)
+            found.append(int(tokens))
+    return found
+
+
+def load_tiny(folder: Path) -> Model:
+    return load(folder, "float32", cache=folder / "cache")

@@ -1,0 +1,219 @@
+"""Configuration files, the default places, and the systemd units."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from spilld.daemon.address import check_address, default_address
+from spilld.daemon.config import Config
+from spilld.daemon.errors import ConfigError
+
+SYSTEMD = Path(__file__).parents[2] / "systemd"
+EXAMPLE = SYSTEMD / "spilld.toml"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "spilld.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("STATE", "CACHE", "RUNTIME"):
+        monkeypatch.delenv(f"{name}_DIRECTORY", raising=False)
+    for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_defaults() -> None:
+    config = Config.load()
+    assert config == Config()
+    assert (config.model, config.format, config.dtype) == ("smollm2-135m", "k8v4", "bfloat16")
+    assert (config.host_budget, config.disk_budget, config.device_budget) == (2 * 2**30, 16 * 2**30, None)
+    assert config.state == Path.home() / ".local/state/spilld"
+    assert config.cache == Path.home() / ".cache/spilld"
+
+
+def test_file_then_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, 'model = "a"\nhost_budget = "512MiB"\nmax_queue = 3\ndrain_seconds = 5\n')
+    config = Config.load(path, {"model": "b", "format": None, "state": tmp_path, "threads": 2})
+    assert (config.model, config.host_budget, config.max_queue, config.format) == (
+        "b",
+        512 * 2**20,
+        3,
+        "k8v4",
+    )
+    assert (config.state, config.threads) == (tmp_path, 2)
+    assert type(config.drain_seconds) is float
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        (0, 0),
+        (4096, 4096),
+        ("4096", 4096),
+        ("512MiB", 512 * 2**20),
+        ("2 GiB", 2 * 2**30),
+        (" 1.5GiB ", 3 * 2**29),
+        ("1TiB", 2**40),
+        ("3 kB", 3000),
+        ("0.1GB", 100_000_000),
+        ("7B", 7),
+    ],
+)
+def test_sizes(given: object, size: int) -> None:
+    assert Config.load(None, {"host_budget": given}).host_budget == size
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("host_budget", "2GB!", "host_budget is '2GB!'; allowed: bytes, or a string such as"),
+        ("host_budget", "2G", "host_budget is '2G'"),
+        ("host_budget", -1, "host_budget is -1"),
+        ("host_budget", 1.5, "host_budget is 1.5"),
+        ("host_budget", True, "host_budget is True"),
+        ("disk_budget", "-1GiB", "disk_budget is '-1GiB'"),
+        ("format", "int2", "format is 'int2'; allowed: exact, int8, k8v4"),
+        ("dtype", "float16", "dtype is 'float16'; allowed: float32, bfloat16"),
+        ("model", "", "model is ''"),
+        ("state", "relative/path", "state is 'relative/path'; allowed: a full path"),
+        ("cache", 3, "cache is 3"),
+        ("chunk_tokens", 0, "chunk_tokens is 0; allowed: an integer from 1 to 65536"),
+        ("max_context", "many", "max_context is 'many'"),
+        ("max_queue", 0, "max_queue is 0"),
+        ("drain_seconds", -1, "drain_seconds is -1; allowed: a finite number from 0"),
+        ("read_deadline_s", 0, "read_deadline_s is 0; allowed: a finite number above 0"),
+        ("threads", 0, "threads is 0"),
+        ("context_ttl_s", float("nan"), "context_ttl_s is nan"),
+        ("listen", "tcp://0.0.0.0:1", "listen is 'tcp://0.0.0.0:1'; allowed"),
+        ("colour", "red", "unknown setting 'colour'; allowed: model, format, "),
+    ],
+)
+def test_bad_settings_are_named(tmp_path: Path, key: str, value: object, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.load(None, {key: value})
+    assert says in str(caught.value)
+    literal = repr(value).replace("True", "true").replace("'", '"')
+    with pytest.raises(ConfigError) as caught:
+        Config.load(write(tmp_path, f"{key} = {literal}"))
+    assert says in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        Config.load(tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"is not TOML: .*line 2"):
+        Config.load(write(tmp_path, 'model = "a"\nhost_budget = GiB\n'))
+    (tmp_path / "latin").write_bytes(b'model = "\xff"')
+    with pytest.raises(ConfigError, match="is not TOML"):
+        Config.load(tmp_path / "latin")
+
+
+def test_folders_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/x/state")
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/full")
+    config = Config.load(None, {"state": None})
+    assert (config.state, config.cache) == (Path("/x/state/spilld"), Path.home() / ".cache/spilld")
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/spilld:/var/lib/other")
+    monkeypatch.setenv("CACHE_DIRECTORY", "/var/cache/spilld")
+    config = Config()
+    assert (config.state, config.cache) == (Path("/var/lib/spilld"), Path("/var/cache/spilld"))
+    assert Config.load(None, {"state": "~/kv"}).state == Path.home() / "kv"
+
+
+def test_default_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert default_address({}) == "ipc:///run/spilld/spilld.sock"
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert default_address({}) == f"ipc://{Path.home()}/.local/state/spilld/spilld.sock"
+    user = {"XDG_RUNTIME_DIR": "/run/user/7"}
+    assert default_address(user) == "ipc:///run/user/7/spilld/spilld.sock"
+    assert default_address(user | {"RUNTIME_DIRECTORY": "/run/a:/run/b"}) == "ipc:///run/a/spilld.sock"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "ipc:///a/b",
+        "ipc:///" + "a" * 106,
+        "tcp://127.0.0.1:80",
+        "tcp://127.9.9.9:0",
+        "tcp://[::1]:5",
+        "tcp://127.0.0.1:*",
+    ],
+)
+def test_good_addresses(given: str) -> None:
+    assert check_address(given) == given
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "ipc://",
+        "ipc://relative",
+        "ipc://*",
+        "ipc://@abstract",
+        "ipc:///" + "a" * 107,
+        "tcp://0.0.0.0:80",
+        "tcp://*:80",
+        "tcp://lo:80",
+        "tcp://[::]:80",
+        "tcp://192.168.0.1:80",
+        "tcp://127.0.0.1.example.org:80",
+        "tcp://127.0.0.1:65536",
+        "tcp://127.0.0.1",
+        "tcp://127.0.0.1:80;127.0.0.1:81",
+        "inproc://x",
+        "/run/spilld.sock",
+    ],
+)
+def test_bad_addresses(given: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_address(given)
+    assert repr(given) in str(caught.value)
+    assert "allowed" in str(caught.value)
+
+
+def test_the_example_shows_every_setting_with_its_default() -> None:
+    assert Config.load(EXAMPLE) == Config()
+    named = [name for _, name in re.findall(r"^(# )?([a-z_]+) = ", EXAMPLE.read_text(), flags=re.M)]
+    assert named == [field.name for field in fields(Config)]
+    uncommented = re.sub(r"^# ([a-z_]+ = )", r"\1", EXAMPLE.read_text(), flags=re.M)
+    assert len(tomllib.loads(uncommented)) == len(named)
+    Config.load(None, tomllib.loads(uncommented))
+
+
+@pytest.mark.parametrize("name", ["spilld.service", "spilld-user.service"])
+def test_units(tmp_path: Path, name: str) -> None:
+    text = (SYSTEMD / name).read_text()
+    unit = configparser.ConfigParser(interpolation=None, strict=False)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read_string(text)
+    service = unit["Service"]
+    assert service["Type"] == "notify"
+    assert service["ExecStart"].split()[1] == "serve"
+    assert float(service["TimeoutStopSec"]) > Config().drain_seconds
+    assert {service[f"{kind}DirectoryMode"] for kind in ("State", "Runtime", "Cache")} == {"0700"}
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("no systemd here to verify the unit")
+    (tmp_path / name).write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.M))
+    user = ["--user"] if "user" in name else []
+    verified = subprocess.run(
+        ["systemd-analyze", "verify", *user, str(tmp_path / name)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)},
+    )
+    assert (verified.returncode, verified.stderr) == (0, "")

@@ -1,0 +1,48 @@
+"""Every supported family gives the logits of plain transformers, over all tiers, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spilld.daemon.protocol import PromptLogprob
+
+from .harness import column_bytes, engine, greedy, load_tiny, random_split, reference
+from .tiny_models import FAMILIES, VOCAB, build
+
+LENGTH = 1400
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "phi3-longrope"])
+def test_exact_records_give_transformers_logits(family: str, tmp_path: Path) -> None:
+    folder = build(family, tmp_path / family)
+    model = load_tiny(folder)
+    plain = reference(folder, "eager")  # Gemma2 has no other
+    prompt = np.random.default_rng(7).integers(4, VOCAB, LENGTH).tolist()
+    with torch.inference_mode():
+        wanted = plain(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
+    budget = 17 * column_bytes(model, "exact")
+    with engine(
+        model, tmp_path / "s", random_split(1), format="exact", host_budget=budget, disk_budget="64MiB"
+    ) as harness:
+        tokens = harness.ask(prompt, max_tokens=12, ignore_eos=True, prompt_logprobs=5)
+        done = harness.done()
+        assert done.usage.kv_bytes["disk"] > 0, "nothing lies on disk"
+        if None in model.geometry.sliding_windows:
+            assert done.usage.read_bytes["disk"] > 0, "nothing was read from disk"
+        assert done.prompt_logprobs is not None
+        _check(done.prompt_logprobs, prompt, wanted.numpy())
+        assert tokens == greedy(plain, prompt, 12)
+        assert harness.ask(prompt, max_tokens=12, ignore_eos=True) == tokens
+
+
+def _check(found: tuple[PromptLogprob, ...], prompt: list[int], wanted: np.ndarray) -> None:  # type: ignore[type-arg]
+    assert [entry.token for entry in found] == prompt
+    assert found[0].logprob is None
+    for position, entry in enumerate(found[1:]):
+        assert entry.logprob == pytest.approx(wanted[position, prompt[position + 1]], abs=1e-4)
+        for token, logprob in entry.top:
+            assert logprob == pytest.approx(wanted[position, token], abs=1e-4)

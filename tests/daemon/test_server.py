@@ -1,0 +1,454 @@
+"""The server at its socket: real frames from plain DEALER sockets, real signals to a real process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgpack
+import pytest
+import zmq
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spilld.daemon.errors import ConfigError
+from spilld.daemon.notify import Notifier
+from spilld.daemon.protocol import (
+    MAX_FRAME_BYTES,
+    Accepted,
+    Cancel,
+    Done,
+    Failed,
+    Generate,
+    Hello,
+    Progress,
+    Reply,
+    Stats,
+    StatsReply,
+    Token,
+    Welcome,
+)
+from spilld.daemon.server import Server
+from spilld.daemon.wire import decode, encode
+
+if TYPE_CHECKING:
+    from tests.daemon.conftest import Running, Start
+
+HEADER = b"spilld\x00\x01"
+
+
+class Dealer:
+    """A client without manners."""
+
+    def __init__(self, address: str, **limits: int) -> None:
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        for name, value in limits.items():
+            self.socket.setsockopt(getattr(zmq, name), value)
+        self.socket.connect(address)
+
+    def send(self, *frames: bytes) -> None:
+        self.socket.send_multipart(frames)
+
+    def generate(self, request_id: str, prompt: str = "a b c", max_tokens: int = 3) -> None:
+        self.send(*encode(Generate(request_id=request_id, prompt=prompt, max_tokens=max_tokens)))
+
+    def reply(self) -> Reply:
+        assert self.socket.poll(5000), "no reply"
+        reply = decode(self.socket.recv_multipart())
+        assert isinstance(reply, Reply)
+        return reply
+
+    def refusal(self) -> Failed:
+        reply = self.reply()
+        assert isinstance(reply, Failed)
+        return reply
+
+    def to_the_end(self) -> list[Reply]:
+        replies = [self.reply()]
+        while not isinstance(replies[-1], Done | Failed):
+            replies.append(self.reply())
+        return replies
+
+    def __enter__(self) -> Dealer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+
+def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.002)
+
+
+def test_two_clients_with_the_same_request_id(running: Running) -> None:
+    with Dealer(running.address) as one, Dealer(running.address) as two:
+        one.generate("same", "x y", 40)
+        two.generate("same", "p q", 40)
+        for dealer, text in ((one, "x y "), (two, "p q ")):
+            replies = dealer.to_the_end()
+            assert [reply.seq for reply in replies] == list(range(42))
+            assert isinstance(replies[-1], Done)
+            assert replies[-1].text == text * 20
+
+
+def test_duplicate_id_in_flight(running: Running) -> None:
+    running.echo.pace_s = 0.05
+    with Dealer(running.address) as dealer:
+        dealer.generate("x", max_tokens=10**6)
+        assert isinstance(dealer.reply(), Accepted)
+        dealer.generate("x")
+        while isinstance(reply := dealer.reply(), Token):
+            pass
+        assert isinstance(reply, Failed)
+        assert (reply.code, reply.request_id, reply.seq) == ("invalid_request", "x", 0)
+        dealer.send(*encode(Cancel(request_id="x")))
+        assert [r.code for r in dealer.to_the_end() if isinstance(r, Failed)] == ["cancelled"]
+        dealer.generate("x", max_tokens=1)  # an id that has ended is free again
+        assert isinstance(dealer.to_the_end()[-1], Done)
+
+
+def test_refusals_name_the_request(running: Running) -> None:
+    def packed(**fields: object) -> bytes:
+        return bytes(msgpack.packb(fields))
+
+    cases: list[tuple[list[bytes], str, str]] = [
+        ([b"spilld\x00\x02", packed(type="generate", id="v")], "wrong_version", "v"),
+        ([HEADER, packed(type="generate", id="p", text="a", max_tokens=0)], "invalid_request", "p"),
+        ([HEADER, packed(type="generate", id="n")], "invalid_request", "n"),
+        ([HEADER, packed(type="telepathy", id="t")], "invalid_request", "t"),
+        ([HEADER, packed(type="generate", id="i" * 65, text="a")], "invalid_request", ""),
+        ([HEADER, packed(type="released", id="r", seq=0, context="c")], "invalid_request", "r"),
+        ([HEADER, b"\xc1"], "protocol_error", ""),
+        ([HEADER], "protocol_error", ""),
+        ([HEADER, b"", b""], "protocol_error", ""),
+        ([b"GET / HTTP/1.1"], "protocol_error", ""),
+        ([HEADER, b"\x00" * (MAX_FRAME_BYTES + 1)], "frame_too_large", ""),
+        (encode(Generate(request_id="b", prompt="bug")), "internal", "b"),
+    ]
+    with Dealer(running.address) as dealer:
+        for frames, code, request_id in cases:
+            dealer.send(*frames)
+            failed = dealer.refusal()
+            assert (failed.code, failed.request_id, failed.seq) == (code, request_id, 0)
+        dealer.send(*encode(Hello(request_id="still alive")))
+        assert isinstance(dealer.reply(), Welcome)
+
+
+def test_unknown_fields_are_tolerated(running: Running) -> None:
+    sampling = {"temperature": 0.5, "mirostat": 2}
+    body = {
+        "type": "generate",
+        "id": "x",
+        "text": "a",
+        "max_tokens": 1,
+        "future": {"a": [1]},
+        "sampling": sampling,
+    }
+    with Dealer(running.address) as dealer:
+        dealer.send(HEADER, msgpack.packb(body))
+        assert isinstance(dealer.to_the_end()[-1], Done)
+    assert running.echo.submitted[0].sampling.temperature == 0.5
+
+
+def test_a_message_beyond_the_socket_limit_closes_only_that_connection(running: Running) -> None:
+    with Dealer(running.address) as big, Dealer(running.address) as small:
+        big.send(HEADER, b"\x00" * (2 * MAX_FRAME_BYTES + 1))
+        assert not big.socket.poll(200)
+        small.send(*encode(Hello(request_id="h")))
+        assert isinstance(small.reply(), Welcome)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(frames=st.lists(st.one_of(st.just(HEADER), st.binary(max_size=60)), min_size=1, max_size=4))
+def test_garbage_does_not_hurt(running: Running, frames: list[bytes]) -> None:
+    with Dealer(running.address) as dealer:
+        dealer.send(*frames)
+        assert dealer.refusal().code in ("protocol_error", "invalid_request", "wrong_version")
+    assert running.thread.is_alive()
+
+
+def test_an_event_that_cannot_be_sent_fails_its_request(running: Running) -> None:
+    running.echo.piece = "x" * (MAX_FRAME_BYTES + 1)
+    with Dealer(running.address) as dealer:
+        dealer.generate("x", max_tokens=1)
+        _, failed = dealer.to_the_end()
+        assert isinstance(failed, Failed)
+        assert (failed.code, failed.seq) == ("frame_too_large", 1)
+        until(running.echo.idle)
+        running.echo.piece = ""
+        dealer.generate("y", max_tokens=1)
+        assert isinstance(dealer.to_the_end()[-1], Done)
+
+
+def test_a_dead_client_is_cancelled(running: Running) -> None:
+    running.echo.pace_s = 0.01
+    with Dealer(running.address) as dealer, Dealer(running.address) as other:
+        for name in ("a", "b"):
+            dealer.generate(name, max_tokens=10**6)
+            dealer.reply()
+        dealer.send(*encode(Cancel(request_id="a")))
+        other.generate("c", max_tokens=10**6)
+        dealer.socket.close()
+        until(lambda: len(running.echo.cancelled) == 2)
+        assert {name for _, name in running.echo.cancelled} == {"a", "b"}
+        until(lambda: len(running.echo._running) == 1)
+        other.reply()
+
+
+def test_a_slow_client_is_cancelled_and_told(start: Start) -> None:
+    running = start(send_queue=8)
+    running.echo.piece = "x" * 100_000  # so that the kernel's buffers are soon full
+    with Dealer(running.address, RCVHWM=4) as slow, Dealer(running.address) as other:
+        slow.generate("s", max_tokens=10**6)
+        until(lambda: running.echo.cancelled)
+        other.send(*encode(Hello(request_id="h")))
+        assert isinstance(other.reply(), Welcome)
+        until(running.echo.idle)
+        replies = slow.to_the_end()
+        assert [reply.seq for reply in replies] == list(range(len(replies)))  # nothing is missing
+        assert isinstance(replies[-1], Failed)
+        assert (replies[-1].code, replies[-1].retryable) == ("overloaded", True)
+        assert len(running.echo.cancelled) == 1
+        slow.send(*encode(Stats(request_id="t")))
+        assert isinstance(slow.reply(), StatsReply)
+
+
+def test_posts_from_many_threads_arrive_in_order(running: Running) -> None:
+    running.echo.pace_s = 10
+    names = [f"r{i}" for i in range(8)]
+    with Dealer(running.address) as dealer:
+        for name in names:
+            dealer.generate(name)
+        until(lambda: len(running.echo._running) == len(names))
+        (client, _), *_ = running.echo._running
+
+        def work(name: str) -> None:
+            for seq in range(1, 300):
+                running.server.post(client, Progress(request_id=name, seq=seq, done=seq, total=300))
+
+        threads = [threading.Thread(target=work, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        seen: dict[str, list[int]] = {name: [] for name in names}
+        for _ in range(300 * len(names)):
+            reply = dealer.reply()
+            seen[reply.request_id].append(reply.seq)
+        assert seen == {name: list(range(300)) for name in names}
+        for thread in threads:
+            thread.join()
+
+
+def test_stop_fails_what_runs(running: Running) -> None:
+    running.echo.pace_s = 0.01
+    with Dealer(running.address) as dealer:
+        dealer.generate("x", max_tokens=10**6)
+        dealer.reply()
+        running.server.stop()
+        last = dealer.to_the_end()[-1]
+        assert isinstance(last, Failed)
+        assert (last.code, last.retryable) == ("draining", True)
+    running.join()
+    assert running.echo.stopped
+
+
+# The address
+
+
+def test_socket_and_folder_are_private(start: Start, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    os.umask(before)
+    path = tmp_path / "new" / "s"
+    running = start(f"ipc://{path}")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert os.umask(before) == before
+    running.server.stop()
+    running.join()
+    running.server.__exit__()
+    assert not path.exists()
+
+
+def test_second_server_on_an_address_is_refused(running: Running) -> None:
+    with pytest.raises(ConfigError, match="another spilld"), Server(running.address):
+        pass
+    with Dealer(running.address) as dealer:
+        dealer.send(*encode(Hello(request_id="h")))
+        assert isinstance(dealer.reply(), Welcome)
+
+
+def test_stale_socket_is_replaced_a_live_one_and_a_file_are_not(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with pytest.raises(ConfigError, match="another process listens"), Server(f"ipc://{path}"):
+            pass
+        assert path.exists()
+    start(f"ipc://{path}")  # nobody listens at it any more
+    ordinary = tmp_path / "file"
+    ordinary.write_text("precious")
+    with pytest.raises(ConfigError, match="not a socket"), Server(f"ipc://{ordinary}"):
+        pass
+    assert ordinary.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "address", ["tcp://0.0.0.0:5555", "tcp://*:5555", "tcp://10.0.0.1:1", "ipc://@abstract"]
+)
+def test_addresses_open_to_others_are_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="allowed"), Server(address):
+        pass
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:*", "tcp://localhost:0", "tcp://[::1]:*"])
+def test_loopback_tcp(start: Start, address: str) -> None:
+    if "::1" in address and not _has_ipv6():
+        pytest.skip("no IPv6 here")
+    running = start(address)
+    with Dealer(running.address, IPV6=1) as dealer:
+        dealer.generate("x", max_tokens=2)
+        assert isinstance(dealer.to_the_end()[-1], Done)
+    with pytest.raises(ConfigError, match="cannot listen"), Server(running.address):
+        pass
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+# A process: signals and systemd
+
+
+class Daemon:
+    def __init__(self, address: str, process: subprocess.Popen[bytes], notify: socket.socket) -> None:
+        self.address = address
+        self.process = process
+        self._notify = notify
+
+    def told(self) -> str:
+        """The next thing it told systemd."""
+        return self._notify.recv(100).decode()
+
+    def ends(self) -> int:
+        return self.process.wait(10)
+
+
+@contextmanager
+def daemon(tmp_path: Path, *, drain_s: float, pace_s: float) -> Iterator[Daemon]:
+    address = f"ipc://{tmp_path}/d"
+    conftest = Path(__file__).with_name("conftest.py")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(tmp_path / "notify"))
+        notify.settimeout(10)
+        environment = os.environ | {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        command = [sys.executable, str(conftest), address, str(drain_s), str(pace_s)]
+        with subprocess.Popen(command, env=environment) as process:
+            try:
+                running = Daemon(address, process, notify)
+                assert running.told() == "READY=1"
+                yield running
+            finally:
+                process.kill()
+
+
+def test_first_signal_drains(tmp_path: Path) -> None:
+    with daemon(tmp_path, drain_s=20, pace_s=0.1) as running, Dealer(running.address) as dealer:
+        dealer.generate("x", "a b", 6)
+        assert isinstance(dealer.reply(), Accepted)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.told() == "STOPPING=1"
+        with Dealer(running.address) as late:
+            late.generate("y")
+            refusal = late.refusal()
+            assert (refusal.code, refusal.retryable, refusal.seq) == ("draining", True, 0)
+            late.send(*encode(Stats(request_id="s")))
+            assert isinstance(late.reply(), StatsReply)
+        assert isinstance(dealer.to_the_end()[-1], Done)
+        assert running.ends() == 0
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_stops(tmp_path: Path, number: signal.Signals) -> None:
+    with daemon(tmp_path, drain_s=60, pace_s=0.05) as running, Dealer(running.address) as dealer:
+        dealer.generate("x", max_tokens=10**6)
+        dealer.reply()
+        running.process.send_signal(number)
+        assert running.told() == "STOPPING=1"
+        running.process.send_signal(number)
+        replies = dealer.to_the_end()
+        assert isinstance(replies[-1], Failed)
+        assert replies[-1].code == "draining"
+        assert [reply.seq for reply in replies] == list(range(1, len(replies) + 1))
+        assert running.ends() == 0
+
+
+def test_a_drain_has_an_end(tmp_path: Path) -> None:
+    with daemon(tmp_path, drain_s=0.3, pace_s=0.05) as running, Dealer(running.address) as dealer:
+        dealer.generate("x", max_tokens=10**6)
+        dealer.reply()
+        running.process.send_signal(signal.SIGTERM)
+        last = dealer.to_the_end()[-1]
+        assert isinstance(last, Failed)
+        assert last.code == "draining"
+        assert running.ends() == 0
+
+
+def test_killed_daemon_leaves_an_address_that_can_be_taken(tmp_path: Path, start: Start) -> None:
+    with daemon(tmp_path, drain_s=1, pace_s=0) as running:
+        running.process.kill()
+        running.ends()
+        assert (tmp_path / "d").exists()
+        start(running.address)
+        with Dealer(running.address) as dealer:
+            dealer.generate("x", max_tokens=2)
+            assert isinstance(dealer.to_the_end()[-1], Done)
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_notify(tmp_path: Path, abstract: bool) -> None:
+    name = f"@spilld-test-{os.getpid()}" if abstract else str(tmp_path / "n")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(name.replace("@", "\0"))
+        systemd.settimeout(2)
+        notifier = Notifier(
+            {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "100000", "WATCHDOG_PID": str(os.getpid())}
+        )
+        notifier.ready()
+        notifier.alive()
+        notifier.alive()  # not due yet
+        assert 0 < notifier.due_s() <= 0.05
+        time.sleep(0.06)
+        assert notifier.due_s() == 0
+        notifier.alive()
+        notifier.stopping()
+        told = [systemd.recv(100) for _ in range(4)]
+        assert told == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1", b"STOPPING=1"]
+
+
+def test_notify_without_systemd(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    silent = Notifier({"WATCHDOG_USEC": "100000", "WATCHDOG_PID": "1"})
+    silent.ready()
+    assert silent.watchdog_s is None
+    assert not caplog.records
+    Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")}).ready()
+    assert "READY=1" in caplog.text

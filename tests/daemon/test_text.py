@@ -1,0 +1,311 @@
+"""Decoding token by token against decoding at once, chat templates against transformers, stop strings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spilld.daemon.errors import InvalidRequest
+from spilld.daemon.protocol import Message
+from spilld.daemon.text import Detokenizer, StopStrings, Tokenizer
+
+from .tiny_models import CHAT_TEMPLATE, END, SPECIAL, byte_fallback, byte_level
+
+TEXTS = [
+    "Hello, world!",
+    " leading and trailing ",
+    "日本語のテキスト、中文字符、한국어",
+    "😀👩‍👩‍👧‍👦🏳️‍🌈 flags 🇩🇪🇫🇷",
+    "é as e\u0301, a\u0310\u0323\u0301 stack, नमस्ते",
+    "a\ufffdb\ufffd\ufffd",
+    "\ufffd" * 40 + "😀 after a long run",
+    "tabs\tand\r\nnewlines\n\n\n",
+    "\u2581 is not a space",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_float32: Path) -> Tokenizer:
+    return Tokenizer.load(smollm2_float32)
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2_float32: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(smollm2_float32, local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tokenizer:
+    return Tokenizer(byte_level().backend_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def fallback() -> Tokenizer:
+    return Tokenizer(byte_fallback())
+
+
+@pytest.fixture(scope="module", params=["smollm2", "tiny", "fallback"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    found: Tokenizer = request.getfixturevalue(request.param)
+    return found
+
+
+def pushed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer)
+    return [*map(detokenizer.push, tokens), detokenizer.finish()]
+
+
+class TestDetokenizer:
+    @pytest.mark.parametrize("text", TEXTS)
+    def test_pieces_join_to_the_whole(self, text: str, tokenizer: Tokenizer) -> None:
+        tokens = tokenizer.encode(text)
+        assert "".join(pushed(tokenizer, tokens)) == tokenizer.decode(tokens)
+
+    @settings(max_examples=150)
+    @given(
+        text=st.text(
+            st.one_of(st.characters(codec="utf-8"), st.sampled_from("\ufffd 😀é\u2581\n")), max_size=60
+        )
+    )
+    def test_any_text(self, text: str, tokenizer: Tokenizer) -> None:
+        tokens = tokenizer.encode(text)
+        assert "".join(pushed(tokenizer, tokens)) == tokenizer.decode(tokens)
+
+    @settings(max_examples=150)
+    @given(tokens=st.lists(st.integers(0, 390), max_size=60))
+    def test_any_tokens(self, tokens: list[int], tiny: Tokenizer, smollm2: Tokenizer) -> None:
+        """Byte-level tokens in any order, with broken bytes, special tokens and ids beyond the vocabulary."""
+        for tokenizer in (tiny, smollm2):
+            assert "".join(pushed(tokenizer, tokens)) == tokenizer.decode(tokens)
+
+    @pytest.mark.parametrize("text", [text for text in TEXTS if "\ufffd" not in text])
+    def test_no_character_is_split(self, text: str, tokenizer: Tokenizer) -> None:
+        assert not any("\ufffd" in piece for piece in pushed(tokenizer, tokenizer.encode(text)))
+
+    def test_character_appears_with_its_last_byte(self, fallback: Tokenizer) -> None:
+        tokens = fallback.encode("a😀b", start=False)
+        assert pushed(fallback, tokens) == ["", "a", "", "", "", "😀", "b", ""]
+
+    def test_unfinished_character_is_shown_at_the_end(self, fallback: Tokenizer) -> None:
+        tokens = fallback.encode("a😀", start=False)[:-1]
+        assert pushed(fallback, tokens)[-1] == "\ufffd" * 3
+
+    def test_broken_bytes_do_not_block_what_follows(self, fallback: Tokenizer) -> None:
+        broken = fallback.encode("😀", start=False)[-1]
+        detokenizer = Detokenizer(fallback)
+        for _ in range(100):
+            assert detokenizer.push(broken) == ""
+        (letter,) = fallback.encode("a", start=False)[1:]
+        assert detokenizer.push(letter) == "\ufffd" * 100 + "a"
+
+    def test_special_tokens_are_not_shown(self, tiny: Tokenizer) -> None:
+        tokens = tiny.encode("<|im_start|>assistant\nyes<|im_end|> no")
+        assert tokens[0] == 1
+        assert "".join(pushed(tiny, tokens)) == "assistant\nyes no"
+
+    def test_space_after_a_prompt(self, fallback: Tokenizer) -> None:
+        prompt, answer = fallback.encode("the model"), fallback.encode("the model", start=False)
+        continued = Detokenizer(fallback, prompt)
+        assert "".join(map(continued.push, answer)) + continued.finish() == " the model"
+        assert "".join(pushed(fallback, answer)) == "the model"
+
+    def test_prompt_that_ends_inside_a_character(self, fallback: Tokenizer) -> None:
+        tokens = fallback.encode("é😀", start=False)
+        detokenizer = Detokenizer(fallback, tokens[:-2])
+        assert [detokenizer.push(token) for token in tokens[-2:]] == ["", "😀"]
+
+    def test_cost_does_not_grow(self, smollm2: Tokenizer) -> None:
+        tokens = smollm2.encode("All happy families are alike; 日本語 😀. " * 400)
+        detokenizer = Detokenizer(smollm2)
+        half = len(tokens) // 2
+        times = []
+        for part in (tokens[:half], tokens[half:]):
+            start = time.perf_counter()
+            for token in part:
+                detokenizer.push(token)
+            times.append(time.perf_counter() - start)
+        assert times[1] < 4 * times[0] + 0.05
+
+    def test_gemma3(self, gemma3_float32: Path) -> None:
+        gemma = Tokenizer.load(gemma3_float32)
+        for text in TEXTS:
+            tokens = gemma.encode(text)
+            assert tokens[0] == 2, "Gemma's tokenizer adds a start token"
+            assert "".join(pushed(gemma, tokens)) == gemma.decode(tokens)
+        assert gemma.encode("x", start=False) == gemma.encode("x")[1:]
+        with pytest.raises(InvalidRequest, match="raw prompt"):
+            gemma.chat([Message(role="user", content="hi")])
+
+    @pytest.mark.slow
+    def test_gemma3_as_transformers(self, gemma3_float32: Path) -> None:
+        gemma = Tokenizer.load(gemma3_float32)
+        reference = transformers.AutoTokenizer.from_pretrained(gemma3_float32, local_files_only=True)
+        for text in TEXTS:
+            assert gemma.encode(text) == reference(text)["input_ids"]
+
+
+class TestTokenizer:
+    @pytest.mark.parametrize("text", TEXTS)
+    def test_encodes_as_transformers_does(self, text: str, smollm2: Tokenizer, reference: Any) -> None:
+        tokens = smollm2.encode(text)
+        assert tokens == reference(text)["input_ids"]
+        assert smollm2.decode(tokens) == reference.decode(tokens, skip_special_tokens=True)
+
+    def test_lone_surrogate_is_an_invalid_request(self, smollm2: Tokenizer) -> None:
+        with pytest.raises(InvalidRequest, match="Unicode"):
+            smollm2.encode("\ud800")
+
+    def test_own_end_token(self, smollm2: Tokenizer, tiny: Tokenizer) -> None:
+        assert smollm2.eos == 2
+        assert tiny.eos is None
+
+    def test_without_tokenizer_json(self, tmp_path: Path) -> None:
+        """An older folder: transformers builds the tokenizer from vocab.json and merges.txt."""
+        byte_level().save_pretrained(tmp_path)
+        byte_level().backend_tokenizer.model.save(str(tmp_path))
+        (tmp_path / "tokenizer.json").unlink()
+        (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+        loaded = Tokenizer.load(tmp_path)
+        assert loaded.decode(loaded.encode("some text")) == "some text"
+
+
+CHAT = [
+    Message(role="system", content="Be brief."),
+    Message(role="user", content="Say é😀!"),
+]
+NEXT = [Message(role="user", content="Again?")]
+
+
+def chatting(template: str | None) -> Tokenizer:
+    names = dict(zip(("bos_token", "eos_token"), (SPECIAL[0], SPECIAL[2]), strict=True))
+    return Tokenizer(byte_level().backend_tokenizer, template, names)
+
+
+class TestChat:
+    def test_smollm2_as_transformers(self, smollm2: Tokenizer, reference: Any) -> None:
+        for messages in (CHAT, CHAT[1:]):
+            turns = [{"role": message.role, "content": message.content} for message in messages]
+            expected = reference.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+            assert smollm2.chat(messages) == expected
+
+    @pytest.mark.parametrize("form", ["jinja", "config", "named"])
+    def test_where_templates_lie(self, form: str, tmp_path: Path) -> None:
+        byte_level().save_pretrained(tmp_path)
+        file = tmp_path / "chat_template.jinja"
+        template = file.read_text()
+        if form != "jinja":
+            file.unlink()
+            entry: object = template
+            if form == "named":
+                entry = [{"name": "tool", "template": "no"}, {"name": "default", "template": template}]
+
+            config = tmp_path / "tokenizer_config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": entry}))
+        assert Tokenizer.load(tmp_path).chat(CHAT) == chatting(CHAT_TEMPLATE).chat(CHAT)
+
+    def test_variables_of_the_template(self) -> None:
+        assert chatting("{{ bos_token }}x").chat(CHAT)[0] == 0
+
+    def test_template_that_refuses(self) -> None:
+        tokenizer = chatting("{{ raise_exception('roles must alternate') }}")
+        with pytest.raises(InvalidRequest, match="roles must alternate"):
+            tokenizer.chat(CHAT)
+
+    @pytest.mark.parametrize("which", ["smollm2", "tiny"])
+    @pytest.mark.parametrize("answer", ["Fine.", "", " spaced \n", "日本 😀"])
+    def test_continuing_equals_the_whole_conversation(
+        self, which: str, answer: str, request: pytest.FixtureRequest
+    ) -> None:
+        tokenizer = chatting(CHAT_TEMPLATE) if which == "tiny" else request.getfixturevalue("smollm2")
+        past = tokenizer.chat(CHAT) + tokenizer.encode(answer, start=False)
+        whole = tokenizer.chat([*CHAT, Message(role="assistant", content=answer), *NEXT])
+        open_tail = tokenizer.chat_continue(CHAT, answer, NEXT, closed=False)
+        closed_tail = tokenizer.chat_continue(CHAT, answer, NEXT, closed=True)
+        assert past + open_tail == whole
+        assert [*past, END, *closed_tail] == whole
+
+    def test_template_that_strips_the_answer(self) -> None:
+        tokenizer = chatting(CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim"))
+        stripped = tokenizer.chat_continue(CHAT, "yes", NEXT, closed=True)
+        assert tokenizer.chat_continue(CHAT, " yes\n", NEXT, closed=True) == stripped
+
+    def test_template_with_spaces_around_the_answer(self) -> None:
+        template = (
+            "{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }} <|im_end|>"
+            "{% else %}[{{ m['content'] }}]{% endif %}{% endfor %}"
+        )
+        tokenizer = chatting(template)
+        assert tokenizer.decode(tokenizer.chat_continue(CHAT, "yes", NEXT, closed=True)) == "[Again?]"
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{{ messages | length }}" + CHAT_TEMPLATE,
+            CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]"),
+        ],
+        ids=["counts turns", "drops the reasoning"],
+    )
+    def test_template_that_changes_the_past(self, template: str) -> None:
+        with pytest.raises(InvalidRequest, match="without a context"):
+            chatting(template).chat_continue(CHAT, "<think>hm</think>yes", NEXT, closed=True)
+
+
+def streamed(stops: list[str], pieces: list[str]) -> tuple[str, str | None]:
+    stream, shown = StopStrings(stops), ""
+    for piece in pieces:
+        new, hit = stream.push(piece)
+        shown += new
+        if hit is not None:
+            return shown, hit
+    return shown + stream.finish(), None
+
+
+def slowly(stops: list[str], text: str) -> tuple[str, str | None]:
+    """The definition: the first character at which some stop is complete, the longest stop there."""
+    for end in range(len(text) + 1):
+        for stop in sorted(stops, key=len, reverse=True):
+            if text[:end].endswith(stop):
+                return text[: end - len(stop)], stop
+    return text, None
+
+
+class TestStopStrings:
+    @given(
+        stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=4),
+        pieces=st.lists(st.text("abc", max_size=5), max_size=10),
+    )
+    def test_any_split(self, stops: list[str], pieces: list[str]) -> None:
+        assert streamed(stops, pieces) == slowly(stops, "".join(pieces))
+
+    def test_only_what_could_be_a_stop_is_held_back(self) -> None:
+        stream = StopStrings(["\nUser:"])
+        assert stream.push("Hello") == ("Hello", None)
+        assert stream.push(" you\nUs") == (" you", None)
+        assert stream.push("e it") == ("\nUse it", None)
+        assert stream.push("\nUser") == ("", None)
+        assert stream.push(": more") == ("", "\nUser:")
+
+    def test_no_stops_hold_nothing(self) -> None:
+        assert streamed([], ["a", "b"]) == ("ab", None)
+
+    def test_empty_stop_is_refused(self) -> None:
+        with pytest.raises(InvalidRequest):
+            StopStrings(["a", ""])
+
+
+def test_template_files_are_optional(tmp_path: Path, smollm2_float32: Path) -> None:
+    shutil.copy(smollm2_float32 / "tokenizer.json", tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.eos is None
+    with pytest.raises(InvalidRequest):
+        tokenizer.chat(CHAT)

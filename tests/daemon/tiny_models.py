@@ -1,0 +1,171 @@
+"""Tiny models with random weights, as complete Hugging Face folders: one of each supported family.
+
+Head counts cover grouped-query ratios 1, 2, 3 and 4; head_dim 16 and 32; windows shorter than a few blocks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+VOCAB = 384
+LONGROPE_ORIGINAL = 64
+"""Positions that tiny `phi3-longrope` serves with its short factors."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ("<|end|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
+END = 2
+"""The id of <|im_end|>."""
+
+_SHARED: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 0,
+    "eos_token_id": END,
+    "pad_token_id": 3,
+    "initializer_range": 0.15,
+}
+_SIZES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+    },
+    "mistral": {
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "sliding_window": 100,
+    },
+    "qwen2": {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    },
+    "qwen3": {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    },
+    "gemma2": {
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 96,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma3": {
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 80,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "phi3": {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
+    "phi3-longrope": {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "original_max_position_embeddings": LONGROPE_ORIGINAL,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1.0 + 0.1 * i for i in range(8)],
+            "long_factor": [2.0 + 1.5 * i for i in range(8)],
+            "original_max_position_embeddings": LONGROPE_ORIGINAL,
+        },
+    },
+}
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+    "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
+    "phi3-longrope": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
+}
+
+FAMILIES = tuple(_SIZES)
+"""Names that `build` takes. Llama ties its embeddings; Mistral slides in every layer, the Gemmas in some."""
+
+
+def build(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Write a whole folder (float32 weights, config, tokenizer, chat template) and return it.
+
+    changes: config entries that differ from the family's usual tiny ones.
+    """
+    configure, model = _CLASSES[family]
+    torch.manual_seed(seed)
+    module = model(configure(**{**_SHARED, **_SIZES[family], **changes}))
+    module.save_pretrained(folder)
+    byte_level().save_pretrained(folder)
+    return folder
+
+
+def byte_level() -> Any:
+    """A transformers tokenizer: byte-level BPE as in GPT-2, no start token, a ChatML template."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([__doc__ or "", CHAT_TEMPLATE] * 4, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=SPECIAL[0],
+        eos_token=SPECIAL[2],
+        pad_token=SPECIAL[3],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def byte_fallback() -> tokenizers.Tokenizer:
+    """A tokenizer like Llama 2's: a start token, U+2581 for spaces and one in front, the unknown as bytes."""
+    words = ["\u2581", "\u2581the", "\u2581model", "he", "lo", *"abcdefghijklmnopqrstuvwxyzé.,!?\n"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    vocab = {piece: index for index, piece in enumerate(dict.fromkeys([*pieces, "th", "\u2581th"]))}
+    merges = [("h", "e"), ("l", "o")]
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    backend.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return backend
