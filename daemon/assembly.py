@@ -34,8 +34,8 @@ from .visibility import WINDOW_SLOTS
 STAGING_BUFFERS = 16
 """Extents on their way from disk or being attended to: how far reads run ahead."""
 
-READERS = 2
-"""Threads that read; each also verifies checksums, so more than two cost the engine its cores."""
+READERS = 4
+"""Threads that read: a disk gives its rate only to several reads at a time."""
 
 DEFAULT_WINDOWS = 4
 

@@ -40,10 +40,12 @@ from .visibility import (
 FEW = 4
 """Up to this many queries the numba kernel reads records where they lie; more share a dequantised tile."""
 
-TILE_BLOCKS = 32
+TILE_BLOCKS = 64
 """Blocks that are dequantised together for a prefill tile."""
 
-Rows = npt.NDArray[np.int64]
+Blocks = npt.NDArray[np.int64]
+Places = npt.NDArray[np.int64]
+Positions = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -58,6 +60,29 @@ class Slice:
     """Per layer, the extents that are being read for it, in the order in which they will be used."""
     read_bytes: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "disk": 0})
     failure: ReadFailed | None = None
+    _bounds: dict[int | None, tuple[Positions, Positions]] = field(default_factory=dict)
+    _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+
+    def bounds(self, window: int | None) -> tuple[Positions, Positions]:
+        """Per query, the stored positions [low, high) that it sees in layers with this window."""
+        if window not in self._bounds:
+            positions = range(self.position, self.last + 1)
+            low = np.array([max(SINKS, lowest_visible(p, window)) for p in positions])
+            self._bounds[window] = low, np.array([boundary(p) for p in positions])
+        return self._bounds[window]
+
+    def hidden(self, start: int, stop: int, window: int | None) -> torch.Tensor:
+        """bool [stop - start, N]: what queries at [start, stop) of one cell do not see of the exact tokens
+        that any of them sees, oldest first."""
+        if (start, window) not in self._masks:
+            ranges = [*exact_ranges(start, window), (start + 1, stop)]
+            positions = torch.cat([torch.arange(a, b) for a, b in ranges])
+            own = torch.arange(start, stop)[:, None]
+            hidden = positions > own
+            if window is not None:
+                hidden |= positions <= own - window
+            self._masks[start, window] = hidden
+        return self._masks[start, window]
 
     @property
     def last(self) -> int:
@@ -74,12 +99,6 @@ class Call:
     scale: float
     softcap: float
     window: int | None
-
-    def bounds(self) -> tuple[Rows, Rows]:
-        """Per query, the stored positions [low, high) that it sees."""
-        positions = range(self.part.position, self.part.last + 1)
-        low = np.array([max(SINKS, lowest_visible(p, self.window)) for p in positions])
-        return low, np.array([boundary(p) for p in positions])
 
 
 class TieredAttention:
@@ -132,8 +151,10 @@ class TieredAttention:
         """Many queries: the window cell by cell, as cells are sealed on the way; then records, in tiles."""
         heads, m, dim = q.shape
         queries = q.reshape(k.shape[0], -1, m, dim)
-        out = torch.empty(queries.shape, dtype=torch.float32)
-        lse = torch.empty(queries.shape[:-1], dtype=torch.float32)
+        kv_heads, group, _, _ = queries.shape
+        # Laid out in memory as torch's flash kernel lays out its results, so that whole tiles merge in place.
+        out = torch.empty(group, m, kv_heads, dim).permute(2, 0, 1, 3)
+        lse = torch.empty(group, m, kv_heads).permute(2, 0, 1)
         for start, stop in segments(call.part.position, call.part.position + m):
             these = slice(start - call.part.position, stop - call.part.position)
             self._append(k[:, these], v[:, these], call, start)
@@ -150,15 +171,10 @@ class TieredAttention:
         """Queries of one cell, the first at position `start`, over what they see exactly."""
         m = queries.shape[2]
         keys, values = self._arena.tensor[call.part.sequence.window, call.layer]
-        ranges = exact_ranges(start, call.window)
-        positions = torch.cat([torch.arange(a, b) for a, b in ranges] + [torch.arange(start + 1, start + m)])
         slots = [slice(a, b) for a, b in _slots(start, call.window)]
         slots[-1] = slice(slots[-1].start, slots[-1].stop + m - 1)
-        own = torch.arange(start, start + m)[:, None]
-        hidden = positions > own
-        if call.window is not None:
-            hidden |= positions <= own - call.window
-        call.part.read_bytes["device"] += len(positions) * self._token_bytes
+        hidden = call.part.hidden(start, start + m, call.window)
+        call.part.read_bytes["device"] += hidden.shape[1] * self._token_bytes
         return self._backend.attend_tile(
             queries,
             torch.cat([keys[:, s] for s in slots], dim=1),
@@ -171,13 +187,13 @@ class TieredAttention:
     def _merge_records(self, q: torch.Tensor, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Merge the partials of all records into out [M, heads, head_dim] and lse [M, heads]."""
         queries = q.transpose(0, 1).float().contiguous().numpy()
-        low, high = call.bounds()
+        low, high = call.part.bounds(call.window)
         other, other_lse = np.empty_like(queries), np.empty(queries.shape[:2], np.float32)
-        for records, rows, blocks in self._records(call):
+        for memory, places, blocks in self._records(call):
             self._partial.attend(
                 queries,
-                records,
-                rows,
+                memory,
+                places,
                 blocks * BLOCK,
                 low,
                 high,
@@ -190,10 +206,10 @@ class TieredAttention:
 
     def _tiles(self, call: Call) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """Dequantised (keys, values, position of the first token), each over adjacent blocks."""
-        for records, rows, blocks in self._records(call):
+        for memory, places, blocks in self._records(call):
             for a, b in _adjacent(blocks, TILE_BLOCKS):
                 keys, values = (_front(tile, (b - a) * BLOCK) for tile in (self._tile_k, self._tile_v))
-                self._codec.open(records, rows[a:b], element_view(keys), element_view(values))
+                self._codec.open(memory, places[a:b], element_view(keys), element_view(values))
                 yield keys, values, int(blocks[a]) * BLOCK
 
     def _merge_tile(
@@ -207,7 +223,7 @@ class TieredAttention:
         lse: torch.Tensor,
     ) -> None:
         """Merge a tile into the queries that see some of it: a contiguous stretch of them."""
-        low, high = call.bounds()
+        low, high = call.part.bounds(call.window)
         stop = first + keys.shape[1]
         seeing = np.flatnonzero((high > first) & (low < stop))
         if not len(seeing):
@@ -220,6 +236,9 @@ class TieredAttention:
         other, other_lse = self._backend.attend_tile(
             queries[:, :, m], keys, values, hidden, call.scale, call.softcap
         )
+        if len(seeing) == queries.shape[2]:
+            merge(*_by_row(out, lse), *_by_row(other, other_lse))
+            return
         both = torch.logaddexp(lse[:, :, m], other_lse)
         out[:, :, m] *= (lse[:, :, m] - both).exp_()[..., None]
         out[:, :, m] += other.mul_((other_lse - both).exp_()[..., None])
@@ -244,8 +263,8 @@ class TieredAttention:
         rows = sequence.table.rows[layer, first : (cell + 1) * BLOCKS_PER_CELL]
         self._codec.seal(element_view(keys), element_view(values), self._store.records, rows)
 
-    def _records(self, call: Call) -> Iterator[tuple[npt.NDArray[np.uint8], Rows, Rows]]:
-        """(records, rows, blocks) of visible blocks: host memory first, then extents as they land."""
+    def _records(self, call: Call) -> Iterator[tuple[npt.NDArray[np.uint8], Places, Blocks]]:
+        """(memory, byte offsets, blocks) of visible records: host memory first, then extents as they land."""
         part = call.part
         visible = stored_blocks(part.position, part.last, call.window)
         if not visible:
@@ -255,12 +274,25 @@ class TieredAttention:
         here = np.flatnonzero(rows >= 0)
         if len(here):
             part.read_bytes["host"] += len(here) * record_bytes
-            yield self._store.records, rows[here], here + visible.start
-        for ref, ticket in part.tickets.get(call.layer, ()):
-            with self._store.staged(ticket) as records:
-                blocks = table.extent_blocks(ref, visible)
-                part.read_bytes["disk"] += len(blocks) * record_bytes
-                yield records, blocks - ref.first, blocks
+            yield self._store.memory, rows[here] * record_bytes, here + visible.start
+        waiting = part.tickets.get(call.layer, [])
+        while waiting:
+            batch, waiting = waiting[: self._store.staging_batch], waiting[self._store.staging_batch :]
+            with self._store.staged([ticket for _, ticket in batch]) as (memory, offsets):
+                blocks = [table.extent_blocks(ref, visible) for ref, _ in batch]
+                places = [
+                    offset + (found - ref.first) * record_bytes
+                    for (ref, _), offset, found in zip(batch, offsets, blocks, strict=True)
+                ]
+                part.read_bytes["disk"] += sum(map(len, blocks)) * record_bytes
+                yield memory, np.concatenate(places), np.concatenate(blocks)
+
+
+def _by_row(out: torch.Tensor, lse: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """[kv_heads, group, M, head_dim] and [kv_heads, group, M] as [group * M, kv_heads, ...]: the same memory
+    if that is how it is laid out."""
+    rows, row_lse = out.permute(1, 2, 0, 3).contiguous(), lse.permute(1, 2, 0).contiguous()
+    return rows.flatten(0, 1).numpy(), row_lse.flatten(0, 1).numpy()
 
 
 def _slots(position: int, window: int | None) -> list[tuple[int, int]]:
@@ -272,7 +304,7 @@ def _slots(position: int, window: int | None) -> list[tuple[int, int]]:
     return ranges
 
 
-def _adjacent(blocks: Rows, most: int) -> Iterator[tuple[int, int]]:
+def _adjacent(blocks: Blocks, most: int) -> Iterator[tuple[int, int]]:
     """Index ranges over which block numbers follow one another, each of at most `most` blocks."""
     ends = [*(np.flatnonzero(np.diff(blocks) != 1) + 1).tolist(), len(blocks)]
     start = 0

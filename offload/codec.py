@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import dequantise, quantise
-from .record import BLOCK, Element, Format, Layout
+from .record import BLOCK, Element, Format, Layout, check_places
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
@@ -40,41 +40,47 @@ class Codec:
         NaN and infinity are stored as FORMAT.md says. Raises ValueError, having written nothing, if a
         shape, dtype, stride or row is not that.
         """
-        self._check(k, v, records, rows)
+        self._check_rows(records, rows)
+        self._check_numbers(k, v, rows.size)
         if rows.size:
             quantise.seal(*_flat(k), *_flat(v), records, rows, self._planes, self._form, *self._sizes)
 
-    def open(self, records: Bytes, rows: Rows, k_out: Array, v_out: Array) -> None:
+    def open(self, memory: Bytes, places: Rows, k_out: Array, v_out: Array) -> None:
         """Unpack n records into k_out and v_out: arrays as `seal` takes them, every number written.
 
-        Quantised numbers are float32 results, rounded to nearest even for bfloat16; `exact` copies bits.
-        Raises ValueError, having written nothing, if a shape, dtype, stride or row is not that.
+        memory: uint8 [bytes], contiguous, 64-byte aligned; places: byte offsets of the records, multiples of
+        64, int64 [n]. Quantised numbers are float32 results, rounded to nearest even for bfloat16; `exact`
+        copies bits. Raises ValueError, having written nothing, if a shape, dtype, stride or row is not that.
         """
-        self._check(k_out, v_out, records, rows)
-        if rows.size:
+        check_places(memory, places, self.layout)
+        self._check_numbers(k_out, v_out, places.size)
+        if places.size:
             outputs = (*_flat(k_out), *_flat(v_out))
-            dequantise.open_records(records, rows, *outputs, self._planes, self._form, *self._sizes)
+            width = self.layout.record_bytes
+            dequantise.open_records(memory, places, width, *outputs, self._planes, self._form, *self._sizes)
 
     @property
     def _sizes(self) -> tuple[int, int, int]:
         return self.layout.kv_heads, self.layout.head_dim, self.layout.element.nbytes
 
-    def _check(self, k: Array, v: Array, records: Bytes, rows: Rows) -> None:
+    def _check_rows(self, records: Bytes, rows: Rows) -> None:
         """The kernels check no bounds: this is what keeps them inside the arrays."""
         if rows.dtype != np.int64 or rows.ndim != 1 or not rows.flags.c_contiguous:
             raise ValueError("rows must be a contiguous int64 vector")
-        shape = (self.layout.kv_heads, rows.size * BLOCK, self.layout.head_dim)
+        width = self.layout.record_bytes
+        if records.dtype != np.uint8 or records.shape[1:] != (width,) or not records.flags.c_contiguous:
+            raise ValueError(f"records must be contiguous uint8[slots, {width}]")
+        if rows.size and not (rows.min() >= 0 and rows.max() < len(records)):
+            raise ValueError(f"rows {rows.min()}..{rows.max()} are not all in 0..{len(records) - 1}")
+
+    def _check_numbers(self, k: Array, v: Array, blocks: int) -> None:
+        shape = (self.layout.kv_heads, blocks * BLOCK, self.layout.head_dim)
         for name, array in (("k", k), ("v", v)):
             if array.shape != shape or array.dtype != self.dtype:
                 raise ValueError(f"{name} is {array.dtype}{array.shape}, expected {self.dtype}{shape}")
             strides, size = array.strides, array.itemsize
             if array.size and (strides[2] != size or any(s < 0 or s % size for s in strides)):
                 raise ValueError(f"{name} has strides {strides}: the last axis must be contiguous")
-        width = self.layout.record_bytes
-        if records.dtype != np.uint8 or records.shape[1:] != (width,) or not records.flags.c_contiguous:
-            raise ValueError(f"records must be contiguous uint8[slots, {width}]")
-        if rows.size and not (rows.min() >= 0 and rows.max() < len(records)):
-            raise ValueError(f"rows {rows.min()}..{rows.max()} are not all in 0..{len(records) - 1}")
 
 
 def _flat(array: Array) -> tuple[Bytes, int, int]:

@@ -21,8 +21,9 @@ EXACT, INT8 = range(2)
 
 @njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def open_records(
-    records: Any,
-    rows: Any,
+    memory: Any,
+    places: Any,
+    width: Any,
     k: Any,
     k_head: Any,
     k_token: Any,
@@ -36,10 +37,10 @@ def open_records(
     nbytes: Any,
 ) -> None:
     """See Codec.open. k, v: bytes, with strides in bytes; planes: int64 [8, (offset, size)]."""
-    for index in prange(len(rows) * heads):
+    for index in prange(len(places) * heads):
         unit = np.int64(index)
         block, head = unit // heads, unit % heads
-        record = records[rows[block]]
+        record = memory[places[block] : places[block] + width]
         keys = k[head * k_head + block * BLOCK * k_token :]
         values = v[head * v_head + block * BLOCK * v_token :]
         k_codes = part(record, planes, K_CODES, heads, head)

@@ -17,7 +17,7 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from .lanes import dot_tile, weigh_tile, weigh_tile4
-from .record import BLOCK, V4_GROUP, Element, Format, Layout
+from .record import BLOCK, V4_GROUP, Element, Format, Layout, check_places
 from .softmax import (
     finish,
     hide,
@@ -70,8 +70,8 @@ class Partial:
     def attend(
         self,
         q: Floats,
-        records: NDArray[np.uint8],
-        rows: Integers,
+        memory: NDArray[np.uint8],
+        places: Integers,
         positions: Integers,
         low: Integers,
         high: Integers,
@@ -82,10 +82,11 @@ class Partial:
     ) -> None:
         """Attend from q [M, heads, head_dim] over blocks of records; writes out (like q) and lse [M, heads].
 
-        records: uint8 [slots, record_bytes], C-contiguous. rows, positions: int64 [n], the record and the
-        first token position of each block, in any order. low, high: int64 [M], query m sees position t iff
-        low[m] <= t < high[m]. Query head h reads KV head h // (heads / kv_heads). logit = scale * q.k, then
-        softcap * tanh(logit / softcap) unless softcap is 0. Where nothing is visible out = 0 and lse = -inf.
+        memory: uint8 [bytes], C-contiguous, 64-byte aligned. places, positions: int64 [n], the byte offset of
+        each record, a multiple of 64, and the first token position of its block, in any order. low, high:
+        int64 [M], query m sees position t iff low[m] <= t < high[m]. Query head h reads KV head
+        h // (heads / kv_heads). logit = scale * q.k, then softcap * tanh(logit / softcap) unless softcap
+        is 0. Where nothing is visible out = 0 and lse = -inf.
         What a query does not see cannot change its result, even if it is NaN.
         Raises ValueError if shapes disagree.
         """
@@ -94,20 +95,11 @@ class Partial:
         group = heads // kv_heads
         if heads != group * kv_heads or q.shape != (queries, heads, head_dim) or out.shape != q.shape:
             raise ValueError(f"q {q.shape}, out {out.shape}, lse {lse.shape} do not fit {self.layout}")
-        if (
-            records.ndim != 2
-            or records.shape[1] != self.layout.record_bytes
-            or not records.flags.c_contiguous
-        ):
+        if places.shape != positions.shape or low.shape != (queries,) or high.shape != (queries,):
             raise ValueError(
-                f"records {records.shape} are not contiguous rows of {self.layout.record_bytes} bytes"
+                f"places {places.shape}, positions {positions.shape}, low {low.shape}, high {high.shape}"
             )
-        if rows.shape != positions.shape or low.shape != (queries,) or high.shape != (queries,):
-            raise ValueError(
-                f"rows {rows.shape}, positions {positions.shape}, low {low.shape}, high {high.shape}"
-            )
-        if len(rows) and not 0 <= rows.min() <= rows.max() < len(records):
-            raise ValueError(f"rows outside the {len(records)} records")
+        check_places(memory, places, self.layout)
         if queries == 0:
             return
         count = queries * group
@@ -116,18 +108,18 @@ class Partial:
         tiled = np.zeros((kv_heads, tiles * tile, head_dim), np.float32)
         by_head = tiled[:, :count].reshape(kv_heads, queries, group, head_dim)
         by_head[:] = q.reshape(queries, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
-        parts = min(MAX_PARTS, max(1, -(-len(rows) // BLOCKS_PER_PART)))
+        parts = min(MAX_PARTS, max(1, -(-len(places) // BLOCKS_PER_PART)))
         sums = np.empty((parts, kv_heads, tiles * tile, head_dim), np.float32)
         tops = np.empty((parts, kv_heads, tiles * tile), np.float32)
         totals = np.empty_like(tops)
         _kernel(self._int4, self._exact, head_dim, tile)(
             tiled,
-            records.view(self._k_type),
-            records.view(self._v_type),
-            records.view(np.uint16),
-            records.view(np.uint32),
+            memory.view(self._k_type),
+            memory.view(self._v_type),
+            memory.view(np.uint16),
+            memory.view(np.uint32),
             self._offsets,
-            rows,
+            places,
             positions,
             low,
             high,
@@ -159,7 +151,7 @@ def _kernel(int4: bool, exact: bool, head_dim: int, tile: int) -> Callable[..., 
         halves: Any,
         words: Any,
         offsets: Any,
-        rows: Any,
+        places: Any,
         positions: Any,
         low: Any,
         high: Any,
@@ -171,7 +163,8 @@ def _kernel(int4: bool, exact: bool, head_dim: int, tile: int) -> Callable[..., 
         totals: Any,
     ) -> None:
         parts, kv_heads, height, _ = sums.shape
-        blocks = len(rows)
+        k_size, v_size = k_codes.itemsize, v_codes.itemsize
+        blocks = len(places)
         for unit in prange(parts * kv_heads):
             part, head = unit // kv_heads, unit % kv_heads
             acc, top, total = sums[part, head], tops[part, head], totals[part, head]
@@ -188,12 +181,13 @@ def _kernel(int4: bool, exact: bool, head_dim: int, tile: int) -> Callable[..., 
                 some, whole = visibility(positions[block], low, high)
                 if not some:
                     continue
-                row = rows[block]
-                k, v, scales = k_codes[row], v_codes[row], words[row]
+                place = places[block]
+                k, v = k_codes[place // k_size :], v_codes[place // v_size :]
+                half, scales = halves[place // 2 :], words[place // 4 :]
                 if not exact:
-                    read_scales(halves[row, k_scales_at : k_scales_at + BLOCK], scale, k_scale)
+                    read_scales(half[k_scales_at : k_scales_at + BLOCK], scale, k_scale)
                     if not int4:
-                        read_scales(halves[row, v_scales_at : v_scales_at + BLOCK], np.float32(1), v_scale)
+                        read_scales(half[v_scales_at : v_scales_at + BLOCK], np.float32(1), v_scale)
                 for first in range(0, height, tile):
                     stop = first + tile
                     dot_tile(k, k_at, q[head, first:stop], weights, head_dim, tile)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from .disk import DiskTier
 from .errors import BudgetTooSmall, ExtentMissing, ReadCancelled, ReadError, ReadFailed, ReadTimeout
-from .extent import RunKey, RunPlace
+from .extent import HEADER_BYTES, RunKey, RunPlace
 from .record import round_up
 from .system import PAGE, Bytes, page_aligned
 
@@ -102,9 +102,11 @@ class Prefetcher:
             raise BudgetTooSmall(f"{buffers} staging buffers and {threads} threads cannot read")
         self._disk = disk
         self._deadline_s = deadline_s
+        self.buffers = buffers
         self.staging_bytes = buffers * size
         self.stats = PrefetchStats()
-        self._buffers = page_aligned(self.staging_bytes, huge=True).reshape(buffers, size)
+        self.memory = page_aligned(self.staging_bytes, huge=True)
+        self._buffers = self.memory.reshape(buffers, size)
         self._free = deque(range(buffers))
         self._queued: deque[Ticket] = deque()
         self._issued: dict[Ticket, None] = {}
@@ -162,6 +164,12 @@ class Prefetcher:
         if ticket.records is None:
             raise ValueError("the ticket was released before")
         return ticket.records
+
+    def offset(self, ticket: Ticket) -> int:
+        """Where in `memory`, the whole ring as bytes, the first record of a loaded ticket lies."""
+        if ticket.state is not State.LOADED:
+            raise ValueError(f"a ticket that {ticket.state.value} has no records")
+        return ticket.buffer * self._buffers.shape[1] + HEADER_BYTES
 
     def release(self, ticket: Ticket) -> None:
         """The records are no longer looked at: their buffer takes the next read."""

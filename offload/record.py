@@ -11,6 +11,9 @@ import enum
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
+
 BLOCK = 64
 """Tokens in a block."""
 
@@ -109,6 +112,21 @@ class Layout:
     def record_bytes(self) -> int:
         """Size of one record: a multiple of 64."""
         return self.offset("end")
+
+
+def check_places(memory: npt.NDArray[np.uint8], places: npt.NDArray[np.int64], layout: Layout) -> None:
+    """Kernels check no bounds: this keeps them inside memory, uint8 [bytes], at byte offsets int64 [n].
+
+    Raises ValueError.
+    """
+    if memory.ndim != 1 or memory.dtype != np.uint8 or not memory.flags.c_contiguous:
+        raise ValueError("memory must be a contiguous uint8 vector")
+    if places.dtype != np.int64 or places.ndim != 1 or not places.flags.c_contiguous:
+        raise ValueError("places must be a contiguous int64 vector")
+    if places.size and not 0 <= places.min() <= places.max() <= len(memory) - layout.record_bytes:
+        raise ValueError(f"places {places.min()}..{places.max()} are not all in {len(memory)} bytes")
+    if places.size and (places % 64).any():
+        raise ValueError("places must be multiples of 64")
 
 
 def round_up(n: int, unit: int) -> int:

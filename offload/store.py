@@ -245,6 +245,11 @@ class Store:
         """The host slab: uint8[rows, record_bytes]."""
         return self._slab.records
 
+    @property
+    def memory(self) -> Bytes:
+        """The host slab as bytes; a row lies at row * record_bytes."""
+        return self._slab.records.reshape(-1)
+
     def runs_to_read(self, table: BlockTable, visible: range) -> list[RunRef]:
         """The runs of which a scan of the visible blocks needs an extent, oldest first."""
         return [ref for ref in table.runs if len(table.extent_blocks(ref, visible))]
@@ -257,14 +262,26 @@ class Store:
         if self._disk is not None:
             self._disk.prefetch.cancel(tickets)
 
+    @property
+    def staging_batch(self) -> int:
+        """Extents that may be held at once while the other half of the ring goes on being filled."""
+        return max(1, self._need_disk().prefetch.buffers // 2)
+
     @contextmanager
-    def staged(self, ticket: Ticket) -> Iterator[Bytes]:
-        """An extent's records, uint8[count, record_bytes], while the context lasts. Raises ReadFailed."""
+    def staged(self, tickets: Sequence[Ticket]) -> Iterator[tuple[Bytes, list[int]]]:
+        """Memory and, per ticket, the byte offset of the extent's first record, while the context lasts.
+
+        Raises ReadFailed if one of them did not come; all are given back in any case.
+        """
         prefetch = self._need_disk().prefetch
-        records = prefetch.wait(ticket)
         try:
-            yield records
-        finally:
+            for ticket in tickets:
+                prefetch.wait(ticket)
+            yield prefetch.memory, [prefetch.offset(ticket) for ticket in tickets]
+        except BaseException:
+            prefetch.cancel(tickets)
+            raise
+        for ticket in tickets:
             prefetch.release(ticket)
 
     # Accounts.

@@ -39,7 +39,7 @@ def test_exact_records_give_transformers_logits(family: str, tmp_path: Path) -> 
         assert harness.ask(prompt, max_tokens=12, ignore_eos=True) == tokens
 
 
-def _check(found: tuple[PromptLogprob, ...], prompt: list[int], wanted: np.ndarray) -> None:  # type: ignore[type-arg]
+def _check(found: tuple[PromptLogprob, ...], prompt: list[int], wanted: np.ndarray) -> None:
     assert [entry.token for entry in found] == prompt
     assert found[0].logprob is None
     for position, entry in enumerate(found[1:]):

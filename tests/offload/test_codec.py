@@ -68,6 +68,11 @@ def hostile(layout: Layout, seed: int, kind: str) -> Array:
     return elements(layout, numbers)
 
 
+def places(layout: Layout, count: int) -> Array:
+    """Byte offsets of records that follow one another."""
+    return np.arange(count) * layout.record_bytes
+
+
 def sealed(layout: Layout, k: Array, v: Array) -> npt.NDArray[np.uint8]:
     records = empty_records(layout, k.shape[1] // BLOCK)
     Codec(layout).seal(k, v, records, np.arange(len(records)))
@@ -112,7 +117,7 @@ def test_equals_reference_bit_for_bit(layout: Layout, seed: int, k_kind: str, v_
     np.testing.assert_array_equal(records, expected)
 
     opened, by_reference = np.zeros((2, *k.shape), k.dtype), np.ones((2, *k.shape), k.dtype)
-    codec.open(records, rows, *opened)
+    codec.open(records.reshape(-1), rows * layout.record_bytes, *opened)
     reference.open(layout, records, rows, *by_reference)
     np.testing.assert_array_equal(opened.view(np.uint8), by_reference.view(np.uint8))
 
@@ -123,7 +128,7 @@ def test_exact_round_trip_is_bit_identical(element: Element, head_dim: int) -> N
     layout = Layout(Format.EXACT, element, 2, head_dim)
     k, v = hostile(layout, 1, "bits"), hostile(layout, 2, "bits")
     k_out, v_out = np.zeros_like(k), np.zeros_like(v)
-    Codec(layout).open(sealed(layout, k, v), np.arange(2), k_out, v_out)
+    Codec(layout).open(sealed(layout, k, v).reshape(-1), places(layout, 2), k_out, v_out)
     np.testing.assert_array_equal(k.view(np.uint8), k_out.view(np.uint8))
     np.testing.assert_array_equal(v.view(np.uint8), v_out.view(np.uint8))
 
@@ -203,7 +208,7 @@ def test_a_broken_number_shows_where_it_was(form: Format, bad: float) -> None:
     k[1, 7, 9] = v[0, 3, 40] = bad
     record = sealed(layout, k, v)
     k_out, v_out = np.empty_like(k), np.empty_like(v)
-    Codec(layout).open(record, np.arange(1), k_out, v_out)
+    Codec(layout).open(record.reshape(-1), places(layout, 1), k_out, v_out)
     k_broken, v_broken = np.zeros((2, *k.shape), bool)
     k_broken[1, 7] = True
     v_broken[0, 3, 32 if form is Format.K8V4 else 0 :] = True
@@ -248,9 +253,9 @@ def test_strided_views_seal_and_open_alike(form: Format, element: Element) -> No
     np.testing.assert_array_equal(strided, plain)
 
     straight = np.zeros((2, *k.shape), k.dtype)
-    codec.open(plain, np.arange(2), *straight)
+    codec.open(plain.reshape(-1), places(layout, 2), *straight)
     tile = np.full((2, 200, 3, 80), 7, k.dtype)
-    codec.open(plain, np.arange(2), *tile[:, 50:178].swapaxes(1, 2))
+    codec.open(plain.reshape(-1), places(layout, 2), *tile[:, 50:178].swapaxes(1, 2))
     np.testing.assert_array_equal(tile[:, 50:178].swapaxes(1, 2), straight)
     assert (tile[:, :50] == 7).all()
     assert (tile[:, 178:] == 7).all()
@@ -278,16 +283,40 @@ def test_what_the_kernels_could_not_bear_is_refused() -> None:
     for k_bad, rows_bad, records_bad in refused:
         with pytest.raises(ValueError, match=r"k is|strides|rows|records"):
             codec.seal(k_bad, v, records_bad, rows_bad)
-        with pytest.raises(ValueError, match=r"k is|strides|rows|records"):
-            codec.open(records_bad, rows_bad, k_bad, v.copy())
     np.testing.assert_array_equal(records, before)
+
+
+def test_open_refuses_what_does_not_fit() -> None:
+    layout = Layout(Format.K8V4, Element.FLOAT32, 2, 64)
+    codec, width = Codec(layout), layout.record_bytes
+    k, v = ordinary(layout, 2, 8)
+    memory = empty_records(layout, 3).reshape(-1)
+    good = np.array([0, 2 * width])
+    refused: list[tuple[Array, Array, Array]] = [
+        (k[:, :-1], good, memory),
+        (k.astype(np.float64), good, memory),
+        (k[:, ::-1], good, memory),
+        (k, np.array([0, 2 * width + 64]), memory),
+        (k, np.array([-64, 0]), memory),
+        (k, np.array([0, 32]), memory),
+        (k, good.astype(np.int32), memory),
+        (k, np.array([0, 9, width])[::2], memory),
+        (k, good, memory[:-64]),
+        (k, good, memory.view(np.int8)),
+        (k, good, memory.reshape(3, -1)),
+    ]
+    for k_bad, places_bad, memory_bad in refused:
+        before = k_bad.copy()
+        with pytest.raises(ValueError, match=r"k is|strides|places|memory"):
+            codec.open(memory_bad, places_bad, k_bad, v.copy())
+        np.testing.assert_array_equal(k_bad, before)
 
 
 def test_no_blocks_is_no_work() -> None:
     layout = Layout(Format.INT8, Element.BFLOAT16, 2, 64)
     nothing = np.zeros((2, 0, 64), np.uint16)
     Codec(layout).seal(nothing, nothing, empty_records(layout, 1), np.zeros(0, np.int64))
-    Codec(layout).open(empty_records(layout, 1), np.zeros(0, np.int64), nothing, nothing)
+    Codec(layout).open(empty_records(layout, 1).reshape(-1), places(layout, 0), nothing, nothing)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "up", "down"])

@@ -46,9 +46,18 @@ class Case:
     def attend(self, order: Any = slice(None)) -> tuple[F32, F32]:
         out = np.full_like(self.q, np.nan)
         lse = np.full(self.q.shape[:2], np.nan, np.float32)
-        rows, positions = self.rows[order].copy(), self.positions[order].copy()
+        places = self.rows[order] * self.layout.record_bytes
         Partial(self.layout).attend(
-            self.q, self.records, rows, positions, self.low, self.high, self.scale, self.softcap, out, lse
+            self.q,
+            self.records.reshape(-1),
+            places,
+            self.positions[order].copy(),
+            self.low,
+            self.high,
+            self.scale,
+            self.softcap,
+            out,
+            lse,
         )
         return out, lse
 
@@ -211,7 +220,7 @@ def test_huge_logits(form: Format) -> None:
 def test_shapes_are_checked() -> None:
     case = Case(layout(Format.K8V4), 3, 1, blocks=2)
     case.rows[0] = len(case.records)
-    with pytest.raises(ValueError, match="rows outside"):
+    with pytest.raises(ValueError, match="places"):
         case.attend()
     case.q = case.q[:, :, :32].copy()
     with pytest.raises(ValueError, match="do not fit"):
