@@ -16,6 +16,8 @@ Partial = tuple[torch.Tensor, torch.Tensor]
 
 class Backend(Protocol):
     device: torch.device
+    tile_dtype: torch.dtype
+    """The dtype in which attend_tile is fastest: queries, keys and values come in it."""
 
     def windows(self, shape: WindowShape, budget_bytes: int) -> WindowArena:
         """Room for as many windows as the budget holds; ValueError if that is none."""
@@ -35,18 +37,23 @@ class Backend(Protocol):
         [start, stop). Returns output [heads, head_dim] and lse [heads].
         """
 
+    def mask(self, hidden: torch.Tensor, group: int) -> torch.Tensor:
+        """What attend_tile takes as `mask`, for reuse in every layer.
+
+        hidden bool [M, N] is True where a query does not see a token; each query must see at least one.
+        """
+
     def attend_tile(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        hidden: torch.Tensor | None,
+        mask: torch.Tensor | None,
         scale: float,
         softcap: float,
     ) -> Partial:
         """Many queries over a tile.
 
-        q [kv_heads, group, M, head_dim]; k, v [kv_heads, N, head_dim], contiguous; hidden bool
-        [M, N] is True where a query does not see a token (each query must see at least one).
-        Returns output [kv_heads, group, M, head_dim] and lse [kv_heads, group, M].
+        q [kv_heads, group, M, head_dim]; k, v [kv_heads, N, head_dim], contiguous; without a mask every
+        query sees every token. Returns output [kv_heads, group, M, head_dim] and lse [kv_heads, group, M].
         """

@@ -90,7 +90,7 @@ def build_engine(config: Config, model: Model, post: Post, planner: Planner = re
         raise BudgetError(f"{error}; raise it") from error
     except (FolderInUse, FolderUnusable) as error:
         raise StateFolderError(f"{error}; name another folder with `state`") from error
-    runner = Runner(model, TieredAttention(CpuBackend(), arena, store), store)
+    runner = Runner(model, TieredAttention(CpuBackend(), arena, store), store, config.chunk_tokens)
     return Engine(
         model,
         arena,

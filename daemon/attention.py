@@ -71,9 +71,8 @@ class Slice:
             self._bounds[window] = low, np.array([boundary(p) for p in positions])
         return self._bounds[window]
 
-    def hidden(self, start: int, stop: int, window: int | None) -> torch.Tensor:
-        """bool [stop - start, N]: what queries at [start, stop) of one cell do not see of the exact tokens
-        that any of them sees, oldest first."""
+    def mask(self, start: int, stop: int, window: int | None, group: int, backend: Backend) -> torch.Tensor:
+        """For queries at [start, stop) of one cell, over the exact tokens any of them sees, oldest first."""
         if (start, window) not in self._masks:
             ranges = [*exact_ranges(start, window), (start + 1, stop)]
             positions = torch.cat([torch.arange(a, b) for a, b in ranges])
@@ -81,7 +80,7 @@ class Slice:
             hidden = positions > own
             if window is not None:
                 hidden |= positions <= own - window
-            self._masks[start, window] = hidden
+            self._masks[start, window] = backend.mask(hidden, group)
         return self._masks[start, window]
 
     @property
@@ -112,8 +111,8 @@ class TieredAttention:
         self._partial = Partial(store.layout)
         shape = arena.shape
         dims = (shape.kv_heads, TILE_BLOCKS * BLOCK, shape.head_dim)
-        self._tile_k = torch.empty(dims, dtype=shape.dtype)
-        self._tile_v = torch.empty(dims, dtype=shape.dtype)
+        self._tile_k = torch.empty(dims, dtype=backend.tile_dtype)
+        self._tile_v = torch.empty(dims, dtype=backend.tile_dtype)
         self._token_bytes = 2 * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
 
     @property
@@ -150,7 +149,7 @@ class TieredAttention:
     def _many(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
         """Many queries: the window cell by cell, as cells are sealed on the way; then records, in tiles."""
         heads, m, dim = q.shape
-        queries = q.reshape(k.shape[0], -1, m, dim)
+        queries = q.reshape(k.shape[0], -1, m, dim).to(self._backend.tile_dtype)
         kv_heads, group, _, _ = queries.shape
         # Laid out in memory as torch's flash kernel lays out its results, so that whole tiles merge in place.
         out = torch.empty(group, m, kv_heads, dim).permute(2, 0, 1, 3)
@@ -169,17 +168,17 @@ class TieredAttention:
 
     def _exact_tile(self, queries: torch.Tensor, call: Call, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries of one cell, the first at position `start`, over what they see exactly."""
-        m = queries.shape[2]
+        _, group, m, _ = queries.shape
         keys, values = self._arena.tensor[call.part.sequence.window, call.layer]
         slots = [slice(a, b) for a, b in _slots(start, call.window)]
         slots[-1] = slice(slots[-1].start, slots[-1].stop + m - 1)
-        hidden = call.part.hidden(start, start + m, call.window)
-        call.part.read_bytes["device"] += hidden.shape[1] * self._token_bytes
+        mask = call.part.mask(start, start + m, call.window, group, self._backend)
+        call.part.read_bytes["device"] += mask.shape[1] * self._token_bytes
         return self._backend.attend_tile(
             queries,
-            torch.cat([keys[:, s] for s in slots], dim=1),
-            torch.cat([values[:, s] for s in slots], dim=1),
-            hidden,
+            torch.cat([keys[:, s] for s in slots], dim=1).to(queries.dtype),
+            torch.cat([values[:, s] for s in slots], dim=1).to(queries.dtype),
+            mask,
             call.scale,
             call.softcap,
         )
@@ -229,12 +228,13 @@ class TieredAttention:
         if not len(seeing):
             return
         m = slice(int(seeing[0]), int(seeing[-1]) + 1)
-        hidden = None
+        mask = None
         if high[m].min() < stop or low[m].max() > first:
             positions = np.arange(first, stop)
             hidden = torch.from_numpy((positions < low[m, None]) | (positions >= high[m, None]))
+            mask = self._backend.mask(hidden, queries.shape[1])
         other, other_lse = self._backend.attend_tile(
-            queries[:, :, m], keys, values, hidden, call.scale, call.softcap
+            queries[:, :, m], keys, values, mask, call.scale, call.softcap
         )
         if len(seeing) == queries.shape[2]:
             merge(*_by_row(out, lse), *_by_row(other, other_lse))

@@ -22,15 +22,24 @@ class Runner:
     """Runs the model. The reads of the next step are queued behind this one's, for a decode step's next
     scan is almost always the same: the disk goes on while the sampler works."""
 
-    def __init__(self, model: Model, attention: TieredAttention, store: Store) -> None:
+    def __init__(self, model: Model, attention: TieredAttention, store: Store, chunk_tokens: int) -> None:
         self._model = model
+        self._chunk_tokens = chunk_tokens
         self._attention = attention
         self._store = store
         self._ahead: list[Ticket] = []
 
     @property
     def workspace_bytes(self) -> int:
-        return self._attention.workspace_bytes
+        """What a prefill chunk takes besides windows and records: the dequantised tile and, by formula, the
+        largest set of activations alive at once (attention in float32, or the MLP) and one row of logits."""
+        config, geometry = self._model.module.config, self._model.geometry
+        width, size = geometry.heads * geometry.head_dim, self._model.module.dtype.itemsize
+        attention = 4 * width * 4 + (width + 2 * geometry.kv_heads * geometry.head_dim) * size
+        mlp = 3 * config.intermediate_size * size
+        residual = 3 * config.hidden_size * size
+        chunk = self._chunk_tokens * (max(attention, mlp) + residual)
+        return self._attention.workspace_bytes + chunk + geometry.vocab * (4 + size)
 
     def run(self, slices: list[Slice], keep: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Compute the slices' tokens; returns float32 logits [len(keep[i]), vocab] for those of their rows.

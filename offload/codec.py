@@ -15,6 +15,7 @@ Bytes = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
 
 PLANES = ("k_codes", "k_scales", "v_codes", "v_scales", "norms", "summary", "radius", "end")
+FLOAT32 = np.dtype(np.float32)
 FORMS = (Format.EXACT, Format.INT8, Format.K8V4)
 
 
@@ -28,7 +29,7 @@ class Codec:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.dtype = np.dtype(np.float32 if layout.element is Element.FLOAT32 else np.uint16)
+        self.dtype = FLOAT32 if layout.element is Element.FLOAT32 else np.dtype(np.uint16)
         self._planes = np.array([layout.plane(name) for name in PLANES], np.int64)
         self._form = FORMS.index(layout.format)
 
@@ -41,19 +42,21 @@ class Codec:
         shape, dtype, stride or row is not that.
         """
         self._check_rows(records, rows)
-        self._check_numbers(k, v, rows.size)
+        self._check_numbers(k, v, rows.size, self.dtype)
         if rows.size:
             quantise.seal(*_flat(k), *_flat(v), records, rows, self._planes, self._form, *self._sizes)
 
     def open(self, memory: Bytes, places: Rows, k_out: Array, v_out: Array) -> None:
-        """Unpack n records into k_out and v_out: arrays as `seal` takes them, every number written.
+        """Unpack n records into k_out and v_out, every number written.
 
         memory: uint8 [bytes], contiguous, 64-byte aligned; places: byte offsets of the records, multiples of
-        64, int64 [n]. Quantised numbers are float32 results, rounded to nearest even for bfloat16; `exact`
-        copies bits. Raises ValueError, having written nothing, if a shape, dtype, stride or row is not that.
+        64, int64 [n]. k_out, v_out: float32 [kv_heads, n*64, head_dim] whatever the layout's element, last
+        axis contiguous; nothing is rounded to it, `exact` bfloat16 is
+        widened. Raises ValueError, having written nothing, if a shape,
+        dtype, stride or place is not that.
         """
         check_places(memory, places, self.layout)
-        self._check_numbers(k_out, v_out, places.size)
+        self._check_numbers(k_out, v_out, places.size, FLOAT32)
         if places.size:
             outputs = (*_flat(k_out), *_flat(v_out))
             width = self.layout.record_bytes
@@ -73,11 +76,11 @@ class Codec:
         if rows.size and not (rows.min() >= 0 and rows.max() < len(records)):
             raise ValueError(f"rows {rows.min()}..{rows.max()} are not all in 0..{len(records) - 1}")
 
-    def _check_numbers(self, k: Array, v: Array, blocks: int) -> None:
+    def _check_numbers(self, k: Array, v: Array, blocks: int, dtype: np.dtype[Any]) -> None:
         shape = (self.layout.kv_heads, blocks * BLOCK, self.layout.head_dim)
         for name, array in (("k", k), ("v", v)):
-            if array.shape != shape or array.dtype != self.dtype:
-                raise ValueError(f"{name} is {array.dtype}{array.shape}, expected {self.dtype}{shape}")
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"{name} is {array.dtype}{array.shape}, expected {dtype}{shape}")
             strides, size = array.strides, array.itemsize
             if array.size and (strides[2] != size or any(s < 0 or s % size for s in strides)):
                 raise ValueError(f"{name} has strides {strides}: the last axis must be contiguous")

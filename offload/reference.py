@@ -37,22 +37,16 @@ def seal(layout: Layout, k: Array, v: Array, records: npt.NDArray[np.uint8], row
             records[row, offset : offset + size] = np.ascontiguousarray(plane).view(np.uint8).reshape(-1)
 
 
-def open(layout: Layout, records: npt.NDArray[np.uint8], rows: Array, k_out: Array, v_out: Array) -> None:  # noqa: A001
-    """Unpack records[rows[i]] into element arrays [kv_heads, n*64, head_dim], token-major."""
+def open(layout: Layout, records: npt.NDArray[np.uint8], rows: Array, k_out: F32, v_out: F32) -> None:  # noqa: A001
+    """Unpack records[rows[i]] into float32 [kv_heads, n*64, head_dim], token-major."""
     for i, row in enumerate(rows):
         tokens = slice(i * BLOCK, (i + 1) * BLOCK)
-        if layout.format is Format.EXACT:
-            k_out[:, tokens] = _codes(layout, records[row], "k_codes", k_out.dtype).swapaxes(1, 2)
-            v_out[:, tokens] = _codes(layout, records[row], "v_codes", v_out.dtype)
-        else:
-            with np.errstate(all="ignore"):
-                k, v = values(layout, records[row])
-                k_out[:, tokens] = narrow(layout.element, k)
-                v_out[:, tokens] = narrow(layout.element, v)
+        with np.errstate(all="ignore"):
+            k_out[:, tokens], v_out[:, tokens] = values(layout, records[row])
 
 
 def values(layout: Layout, record: npt.NDArray[np.uint8]) -> tuple[F32, F32]:
-    """K and V of one record as float32 [kv_heads, 64, head_dim], before any rounding to the element."""
+    """K and V of one record as float32 [kv_heads, 64, head_dim]."""
     heads = layout.kv_heads
     if layout.format is Format.EXACT:
         dtype = np.dtype(np.float32 if layout.element is Element.FLOAT32 else np.uint16)
@@ -84,11 +78,6 @@ def groups(layout: Layout) -> list[slice]:
 def widen(x: Array) -> F32:
     """An element array as float32, exactly."""
     return x if x.dtype == np.float32 else (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def narrow(element: Element, x: F32) -> Array:
-    """float32 as an element array, rounded to nearest even."""
-    return x if element is Element.FLOAT32 else bf16_nearest(x)
 
 
 def bf16_nearest(x: F32) -> Bf16:

@@ -153,6 +153,7 @@ class Store:
             table.rows[:, ref.first : ref.first + ref.count] = ABSENT  # freed when their write has ended
         self._slab.free(table.rows[table.rows >= 0])
         table.rows[:] = ABSENT
+        table.sealed = 1
         for ref in table.runs:
             self._need_disk().tier.delete(ref.run)
         table.runs.clear()
@@ -163,10 +164,13 @@ class Store:
     def grow(self, table: BlockTable, hashes: Sequence[bytes]) -> None:
         """Rows in every layer for the next blocks, one chain hash each (block 0 has a hash and no row).
 
+        The step that asks for them seals them; they are not spilled before the settle that follows it.
         May wait for spills. Raises TierFull when no spill can make room; the table is then as before.
         """
         start, stop = table.stop, len(table.chain) + len(hashes)
         columns = max(0, stop - start)
+        if stop > table.promised + 1:
+            raise ValueError(f"block {stop - 1} was not promised, only {table.promised} are")
         while self._slab.free_slots < columns * self.layers:
             self.make_room(columns)
             if not self._outgoing:
@@ -212,7 +216,12 @@ class Store:
         disk.spiller.submit(place, self._slab.records, rows)
 
     def settle(self) -> None:
-        """Take note of the writes that have ended: durable runs give up their rows, failed ones keep them."""
+        """Between steps: all blocks are sealed now, and some writes may have ended.
+
+        Durable runs give up their rows, failed ones keep them.
+        """
+        for table in self._tables:
+            table.sealed = table.stop
         if self._disk is not None:
             self._settle(self._disk.spiller.finished())
 

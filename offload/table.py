@@ -29,11 +29,13 @@ class BlockTable:
     """Stored blocks 1 .. stop-1 of one sequence; block 0, the sinks, stays in the window.
 
     `rows[layer, block]` is the host row of a record, or ABSENT. A block is in host memory in every
-    layer or in none. `chain[block]` is its token-chain hash.
+    layer or in none. `chain[block]` is its token-chain hash. The rows of blocks from `sealed` on
+    are there, but the step that fills them may not have ended.
     """
 
     def __init__(self, layers: int) -> None:
         self.promised = 0
+        self.sealed = 1
         self.rows: npt.NDArray[np.int64] = np.full((layers, 1), ABSENT)
         self.chain: list[bytes] = []
         self.runs: list[RunRef] = []
@@ -42,7 +44,7 @@ class BlockTable:
 
     @property
     def stop(self) -> int:
-        """The first block that is not sealed yet."""
+        """The first block that has no place yet."""
         return max(1, len(self.chain))
 
     def reach(self, blocks: int) -> None:
@@ -52,8 +54,9 @@ class BlockTable:
             self.rows = np.pad(self.rows, ((0, 0), (0, more)), constant_values=ABSENT)
 
     def host_spans(self) -> tuple[range, ...]:
-        """Blocks that lie in host memory only and are not being written, as ascending ranges."""
+        """Sealed blocks that lie in host memory only and are not being written, as ascending ranges."""
         mine = self.rows[0] >= 0
+        mine[self.sealed :] = False
         for ref in self.leaving:
             mine[ref.first : ref.first + ref.count] = False
         edges = np.flatnonzero(np.diff(np.concatenate(([0], mine.view(np.int8), [0]))))
@@ -70,15 +73,16 @@ class BlockTable:
         return int(np.count_nonzero(self.rows[0] >= 0))
 
     def check_integrity(self) -> None:
-        """Every sealed block lies in host memory in all layers, or on disk; others nowhere."""
+        """Every block below `stop` lies in host memory in all layers, or on disk; others nowhere."""
+        assert 1 <= self.sealed <= self.stop, "a block is sealed that has no place"
         present = self.rows >= 0
         assert (present == present[0]).all(), "a block is in host memory in some layers only"
         places = present[0].astype(int)
         for ref in self.runs:
             places[ref.first : ref.first + ref.count] += 1
-        assert (places[1 : self.stop] >= 1).all(), "a sealed block is nowhere"
+        assert (places[1 : self.stop] >= 1).all(), "a block is nowhere"
         places[1 : self.stop] = 0
-        assert not places.any(), "a block that is not sealed has a place"
+        assert not places.any(), "a block that was never grown has a place"
 
     @property
     def disk_blocks(self) -> int:

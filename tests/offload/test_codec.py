@@ -39,7 +39,9 @@ def empty_records(layout: Layout, slots: int) -> npt.NDArray[np.uint8]:
 
 
 def elements(layout: Layout, numbers: Array) -> Array:
-    return reference.narrow(layout.element, np.ascontiguousarray(numbers, np.float32))
+    """float32, or its nearest bfloat16 as bits."""
+    numbers = np.ascontiguousarray(numbers, np.float32)
+    return numbers if layout.element is Element.FLOAT32 else reference.bf16_nearest(numbers)
 
 
 def ordinary(layout: Layout, blocks: int, seed: int, spread: float = 1.0) -> tuple[Array, Array]:
@@ -116,10 +118,10 @@ def test_equals_reference_bit_for_bit(layout: Layout, seed: int, k_kind: str, v_
         )
     np.testing.assert_array_equal(records, expected)
 
-    opened, by_reference = np.zeros((2, *k.shape), k.dtype), np.ones((2, *k.shape), k.dtype)
+    opened, by_reference = np.zeros((2, *k.shape), np.float32), np.ones((2, *k.shape), np.float32)
     codec.open(records.reshape(-1), rows * layout.record_bytes, *opened)
     reference.open(layout, records, rows, *by_reference)
-    np.testing.assert_array_equal(opened.view(np.uint8), by_reference.view(np.uint8))
+    np.testing.assert_array_equal(opened.view(np.uint32), by_reference.view(np.uint32))
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -127,10 +129,12 @@ def test_equals_reference_bit_for_bit(layout: Layout, seed: int, k_kind: str, v_
 def test_exact_round_trip_is_bit_identical(element: Element, head_dim: int) -> None:
     layout = Layout(Format.EXACT, element, 2, head_dim)
     k, v = hostile(layout, 1, "bits"), hostile(layout, 2, "bits")
-    k_out, v_out = np.zeros_like(k), np.zeros_like(v)
-    Codec(layout).open(sealed(layout, k, v).reshape(-1), places(layout, 2), k_out, v_out)
-    np.testing.assert_array_equal(k.view(np.uint8), k_out.view(np.uint8))
-    np.testing.assert_array_equal(v.view(np.uint8), v_out.view(np.uint8))
+    opened = np.zeros((2, *k.shape), np.float32)
+    Codec(layout).open(sealed(layout, k, v).reshape(-1), places(layout, 2), *opened)
+    bits = np.stack([k, v])
+    if element is Element.BFLOAT16:
+        bits = bits.astype(np.uint32) << np.uint32(16)
+    np.testing.assert_array_equal(opened.view(np.uint32), bits.view(np.uint32))
 
 
 @settings(max_examples=40, deadline=None)
@@ -252,9 +256,9 @@ def test_strided_views_seal_and_open_alike(form: Format, element: Element) -> No
     codec.seal(k_view, v_view, strided, np.arange(2))
     np.testing.assert_array_equal(strided, plain)
 
-    straight = np.zeros((2, *k.shape), k.dtype)
+    straight = np.zeros((2, *k.shape), np.float32)
     codec.open(plain.reshape(-1), places(layout, 2), *straight)
-    tile = np.full((2, 200, 3, 80), 7, k.dtype)
+    tile = np.full((2, 200, 3, 80), 7, np.float32)
     codec.open(plain.reshape(-1), places(layout, 2), *tile[:, 50:178].swapaxes(1, 2))
     np.testing.assert_array_equal(tile[:, 50:178].swapaxes(1, 2), straight)
     assert (tile[:, :50] == 7).all()
@@ -287,14 +291,15 @@ def test_what_the_kernels_could_not_bear_is_refused() -> None:
 
 
 def test_open_refuses_what_does_not_fit() -> None:
-    layout = Layout(Format.K8V4, Element.FLOAT32, 2, 64)
+    layout = Layout(Format.K8V4, Element.BFLOAT16, 2, 64)
     codec, width = Codec(layout), layout.record_bytes
-    k, v = ordinary(layout, 2, 8)
+    k, v = np.ones((2, 2, 2 * BLOCK, 64), np.float32)
     memory = empty_records(layout, 3).reshape(-1)
     good = np.array([0, 2 * width])
     refused: list[tuple[Array, Array, Array]] = [
         (k[:, :-1], good, memory),
         (k.astype(np.float64), good, memory),
+        (k.astype(np.uint16), good, memory),
         (k[:, ::-1], good, memory),
         (k, np.array([0, 2 * width + 64]), memory),
         (k, np.array([-64, 0]), memory),
@@ -314,9 +319,9 @@ def test_open_refuses_what_does_not_fit() -> None:
 
 def test_no_blocks_is_no_work() -> None:
     layout = Layout(Format.INT8, Element.BFLOAT16, 2, 64)
-    nothing = np.zeros((2, 0, 64), np.uint16)
+    nothing, opened = np.zeros((2, 0, 64), np.uint16), np.zeros((2, 0, 64), np.float32)
     Codec(layout).seal(nothing, nothing, empty_records(layout, 1), np.zeros(0, np.int64))
-    Codec(layout).open(empty_records(layout, 1).reshape(-1), places(layout, 0), nothing, nothing)
+    Codec(layout).open(empty_records(layout, 1).reshape(-1), places(layout, 0), opened, opened)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "up", "down"])
