@@ -30,7 +30,7 @@ from .visibility import SINKS, WINDOW_SLOTS, boundary
 
 MODEL = "smollm2-135m"
 KEY = "48213"
-NEEDLE = f"\nThe pass key is {KEY}. Remember it. {KEY} is the pass key.\n"
+NEEDLE = f"\n\nThe pass key is {KEY}. Remember it. The pass key is {KEY}.\n\n"
 FIRST = "\nWhat is the pass key? The pass key is"
 SECOND = "\nOnce more, to be sure: what is the pass key? The pass key is"
 ANSWER_TOKENS = 8
