@@ -1,0 +1,851 @@
+"""The tiered store: every block stays readable, byte for byte, wherever it lies and whatever fails."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from spilld.offload import residency, store
+from spilld.offload.disk import DiskTier
+from spilld.offload.errors import BudgetTooSmall, ExtentCorrupt, TierFull, WriteFailed
+from spilld.offload.extent import extent_bytes
+from spilld.offload.host import HostSlab
+from spilld.offload.prefetch import Prefetcher, Read, Ticket
+from spilld.offload.record import Element, Format, Layout
+from spilld.offload.residency import Holding, Spill
+from spilld.offload.spill import Spiller
+from spilld.offload.store import EXTENT_TARGET, RUN_STEP, DiskPath, Planner, Store, run_length
+from spilld.offload.system import Bytes
+from spilld.offload.table import BlockTable
+
+from .faults import ScriptedSystem, Stall, error
+from .tier_contract import FINGERPRINT, LAYERS, LAYOUT
+
+RECORD = LAYOUT.record_bytes
+RUN = 4
+RUN_BYTES = LAYERS * extent_bytes(LAYOUT, RUN)
+COLUMNS = 16
+BUFFERS = 6
+
+
+class GatedSystem(ScriptedSystem):
+    """Every write waits until the gate is open, so that a test decides what is in flight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def fdatasync(self, file: int) -> None:
+        assert self.gate.wait(30), "the test never opened the gate"
+        super().fdatasync(file)
+
+
+@dataclass(eq=False)
+class Known:
+    """A sequence and what it must hold: block b, uint8[layers, record_bytes], at index b - 1."""
+
+    table: BlockTable
+    blocks: list[Bytes] = field(default_factory=list)
+
+
+class Rig:
+    """A store of 16 block columns of host memory, and by default four full runs of disk."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        columns: int = COLUMNS,
+        disk_runs: int = 4,
+        disk_rest: int = 0,
+        planner: Planner = residency.plan,
+    ) -> None:
+        self.folder = folder / "kv"
+        self.system = GatedSystem()
+        self.slab = HostSlab((columns * LAYERS + 1) * RECORD, RECORD)
+        self.disk: DiskPath | None = None
+        if disk_runs:
+            tier = DiskTier(
+                self.folder,
+                disk_runs * RUN_BYTES + disk_rest,
+                LAYOUT,
+                LAYERS,
+                FINGERPRINT,
+                self.system,
+                segment_bytes=2 * RUN_BYTES,
+            )
+            extent = extent_bytes(LAYOUT, RUN)
+            self.disk = DiskPath(tier, Spiller(tier, extent), Prefetcher(tier, BUFFERS, extent))
+        self.store = Store(LAYOUT, LAYERS, self.slab, RUN, self.disk, planner)
+        self.sequences: list[Known] = []
+        self.serial = 0
+
+    @property
+    def path(self) -> DiskPath:
+        assert self.disk is not None
+        return self.disk
+
+    def open(self, promised: int = 0) -> Known:
+        known = Known(self.store.open())
+        self.sequences.append(known)
+        self.store.promise(known.table, promised)
+        return known
+
+    def grow(self, known: Known, count: int) -> None:
+        """Rows for the next blocks, which hold nothing yet."""
+        more = count + (not known.table.chain)
+        start = len(known.table.chain)
+        self.store.grow(known.table, [bytes([i]) * 32 for i in range(start, start + more)])
+
+    def seal(self, known: Known) -> None:
+        """Records unlike any others into the rows that have none yet."""
+        for block in range(len(known.blocks) + 1, known.table.stop):
+            self.serial += 1
+            generator = np.random.default_rng(self.serial)
+            records = generator.integers(0, 256, (LAYERS, RECORD), dtype=np.uint8)
+            self.store.records[known.table.rows[:, block]] = records
+            known.blocks.append(records)
+
+    def fill(self, known: Known, count: int) -> None:
+        """What a step of the engine does for a sequence."""
+        self.store.settle()
+        self.grow(known, count)
+        self.seal(known)
+        self.store.settle()
+
+    def forget(self, known: Known) -> None:
+        self.sequences.remove(known)
+        self.store.forget(known.table)
+
+    def settled(self) -> None:
+        """Wait until no thread has anything of the store."""
+        prefetch = self.path.prefetch
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            self.store.settle()
+            prefetch.finished()
+            if not (self.path.spiller.pending or prefetch._issued or prefetch._adrift):
+                return
+            time.sleep(0.001)
+        raise AssertionError("a thread never ended")
+
+    def scan(self, known: Known, layer: int, visible: range) -> dict[int, Bytes]:
+        """Visible records of a layer by block, read as attention reads them."""
+        table = known.table
+        found: dict[int, Bytes] = {}
+        for block in visible:
+            if table.rows[layer, block] >= 0:
+                place = table.rows[layer, block] * RECORD
+                found[block] = self.store.memory[place : place + RECORD].copy()
+        runs = self.store.runs_to_read(table, visible)
+        waiting = list(zip(runs, self.store.submit([Read(ref.run, layer) for ref in runs]), strict=True))
+        while waiting:
+            size = self.store.staging_batch
+            batch, waiting = waiting[:size], waiting[size:]
+            with self.store.staged([ticket for _, ticket in batch]) as (memory, offsets):
+                for (ref, _), offset in zip(batch, offsets, strict=True):
+                    for block in table.extent_blocks(ref, visible).tolist():
+                        place = offset + (block - ref.first) * RECORD
+                        assert block not in found, "a block is served by two tiers"
+                        found[block] = memory[place : place + RECORD].copy()
+        return found
+
+    def assert_scan(self, known: Known, layer: int, visible: range) -> None:
+        found = self.scan(known, layer, visible)
+        assert sorted(found) == list(visible)
+        for block, record in found.items():
+            np.testing.assert_array_equal(record, known.blocks[block - 1][layer], f"block {block}")
+
+    def check(self) -> None:
+        """Books, budgets, and every byte of every block."""
+        self.store.check_integrity([known.table for known in self.sequences])
+        assert self.slab.used_bytes <= self.slab.budget_bytes
+        assert sum(known.table.promised for known in self.sequences) <= self.store.capacity or (
+            self.store.spill_failure
+        )
+        if self.disk is not None:
+            self.disk.prefetch.check_integrity()
+            sizes = sum(path.stat().st_size for path in self.folder.glob("*.segment"))
+            assert sizes <= self.disk.tier.budget_bytes
+        for known in self.sequences:
+            assert known.table.stop == len(known.blocks) + 1
+            for layer in range(LAYERS):
+                self.assert_scan(known, layer, range(1, known.table.stop))
+
+    def close(self) -> None:
+        self.system.gate.set()
+        self.store.close()
+
+
+@contextmanager
+def rigged(folder: Path, **options: object) -> Iterator[Rig]:
+    rig = Rig(folder, **options)  # type: ignore[arg-type]
+    try:
+        yield rig
+    finally:
+        rig.close()
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with rigged(tmp_path) as rig:
+        yield rig
+
+
+WHICH = st.integers(0, 3)
+COUNT = st.integers(1, 8)
+PROMISE = st.integers(0, 14)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """What an engine may do between and during steps. Choices never depend on what a thread has done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.rig = Rig(Path(self.folder.name))
+        self.ahead: list[Ticket] = []
+
+    def pick(self, which: int) -> Known | None:
+        return self.rig.sequences[which] if which < len(self.rig.sequences) else None
+
+    @initialize(blocks=st.lists(st.integers(6, 14), min_size=2, max_size=4))
+    def begin(self, blocks: list[int]) -> None:
+        for promised in blocks:
+            self.open(promised, idle=False)
+
+    @rule(blocks=PROMISE, idle=st.booleans())
+    def open(self, blocks: int, idle: bool) -> None:
+        if len(self.rig.sequences) < 4:
+            known = self.rig.open()
+            known.table.idle = idle
+            self.promise(len(self.rig.sequences) - 1, blocks)
+
+    @rule(which=WHICH, blocks=PROMISE)
+    def promise(self, which: int, blocks: int) -> None:
+        if (known := self.pick(which)) is None:
+            return
+        blocks = max(blocks, known.table.stop - 1)
+        before, room = known.table.promised, self.rig.store.unpromised
+        if blocks - before > room:
+            with pytest.raises(TierFull):
+                self.rig.store.promise(known.table, blocks)
+            assert known.table.promised == before
+        else:
+            self.rig.store.promise(known.table, blocks)
+            assert self.rig.store.unpromised == room - (blocks - before)
+
+    @rule(parts=st.lists(st.tuples(WHICH, COUNT), min_size=1, max_size=4, unique_by=lambda part: part[0]))
+    def step(self, parts: list[tuple[int, int]]) -> None:
+        """All sequences of a step grow before the first of them is sealed."""
+        rig = self.rig
+        rig.system.gate.set()
+        rig.store.settle()
+        grown = []
+        for which, count in parts:
+            if (known := self.pick(which)) is None:
+                continue
+            count = min(count, known.table.promised - (known.table.stop - 1))
+            before = (known.table.stop, list(known.table.chain))
+            try:
+                rig.grow(known, count)
+            except TierFull:
+                assert rig.slab.free_slots < count * LAYERS
+                assert before == (known.table.stop, known.table.chain)
+            else:
+                grown.append(known)
+                assert (known.table.rows[:, len(known.blocks) + 1 : known.table.stop] >= 0).all()
+        for known in grown:
+            rig.seal(known)
+
+    @rule(which=WHICH, at=st.integers(0, 19), count=st.integers(1, RUN))
+    def spill(self, which: int, at: int, count: int) -> None:
+        """A short run out of the middle of what is in host memory."""
+        if (known := self.pick(which)) is None or not (spans := known.table.host_spans()):
+            return
+        span = spans[at % len(spans)]
+        first = span[at % len(span)]
+        with suppress(TierFull):
+            self.rig.store.spill(known.table, first, min(count, span.stop - first))
+
+    @rule(columns=st.integers(0, COLUMNS))
+    def make_room(self, columns: int) -> None:
+        self.rig.store.make_room(columns)
+
+    @rule()
+    def settle(self) -> None:
+        self.rig.store.settle()
+
+    @rule()
+    def hold_writes(self) -> None:
+        self.rig.system.gate.clear()
+
+    @rule()
+    def finish_writes(self) -> None:
+        self.rig.system.gate.set()
+        self.rig.settled()
+
+    @rule(which=WHICH, layer=st.integers(0, LAYERS - 1), a=st.integers(1, 20), b=st.integers(1, 20))
+    def scan(self, which: int, layer: int, a: int, b: int) -> None:
+        """A sliding window sees the middle of a sequence."""
+        if (known := self.pick(which)) is not None:
+            self.rig.assert_scan(known, layer, range(min(a, b), min(max(a, b), known.table.stop)))
+
+    @rule(which=WHICH, layer=st.integers(0, LAYERS - 1))
+    def read_ahead(self, which: int, layer: int) -> None:
+        """Extents that nobody will look at: half of the ring, as attention needs the other half."""
+        self.rest()
+        if (known := self.pick(which)) is not None:
+            refs = known.table.runs[: BUFFERS // 2]
+            self.ahead = self.rig.store.submit([Read(ref.run, layer) for ref in refs])
+
+    @rule()
+    def rest(self) -> None:
+        self.rig.store.cancel(self.ahead)
+        self.ahead = []
+
+    @rule(which=WHICH)
+    def reset(self, which: int) -> None:
+        if (known := self.pick(which)) is not None:
+            promised = known.table.promised
+            self.rig.store.reset(known.table)
+            known.blocks.clear()
+            assert known.table.promised == promised
+
+    @rule(which=WHICH)
+    def forget(self, which: int) -> None:
+        if (known := self.pick(which)) is not None:
+            self.rig.forget(known)
+
+    @rule(which=WHICH, idle=st.booleans())
+    def change_idle(self, which: int, idle: bool) -> None:
+        if (known := self.pick(which)) is not None:
+            known.table.idle = idle
+
+    @invariant()
+    def everything_is_there(self) -> None:
+        self.rig.check()
+        assert self.rig.store.spill_failure is None
+
+    def teardown(self) -> None:
+        """Once all is forgotten and no thread has anything, nothing is left in any tier."""
+        rig = self.rig
+        try:
+            rig.system.gate.set()
+            for known in list(rig.sequences):
+                rig.forget(known)
+            self.rest()
+            rig.settled()
+            rig.check()
+            assert (rig.slab.used_bytes, rig.path.tier.used_bytes) == (0, 0)
+            assert rig.store.unpromised == rig.store.capacity
+        finally:
+            rig.close()
+            self.folder.cleanup()
+
+
+TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = settings(
+    max_examples=120,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+# Sizes.
+
+
+@pytest.mark.parametrize("fmt", Format)
+@pytest.mark.parametrize(("layers", "step"), [(1, 1), (3, 8), (30, 8), (26, 2)])
+def test_run_length_says_how_many_bytes_are_enough(fmt: Format, layers: int, step: int) -> None:
+    layout = Layout(fmt, Element.BFLOAT16, kv_heads=3, head_dim=64)
+    with pytest.raises(BudgetTooSmall) as refused:
+        run_length(layout, layers, 1, step)
+    match = re.search(r"need at least (\d+)$", str(refused.value))
+    assert match is not None
+    needed = int(match[1])
+    rows = HostSlab(needed, layout.record_bytes).n_slots
+    assert run_length(layout, layers, rows, step) == RUN_STEP
+    with pytest.raises(BudgetTooSmall, match=f"at least {needed}"):
+        run_length(layout, layers, HostSlab(needed - 1, layout.record_bytes).n_slots, step)
+
+
+@pytest.mark.parametrize("columns", range(16, 200, 7))
+def test_a_run_leaves_room_for_another_and_a_step(columns: int) -> None:
+    step = 8
+    run = run_length(LAYOUT, LAYERS, columns * LAYERS + 2, step)
+    assert run % RUN_STEP == 0
+    assert 2 * run + step <= columns < 2 * (run + RUN_STEP) + step or run * RECORD >= EXTENT_TARGET
+
+
+def test_a_run_is_no_longer_than_the_disk_needs() -> None:
+    run = run_length(LAYOUT, LAYERS, 10**9, 8)
+    assert (run - RUN_STEP) * RECORD < EXTENT_TARGET <= run * RECORD
+
+
+@pytest.mark.parametrize("disk_runs", [0, 1, 5])
+def test_promises_are_kept_within_the_capacity(tmp_path: Path, disk_runs: int) -> None:
+    with rigged(tmp_path, columns=10, disk_runs=disk_runs, disk_rest=RUN_BYTES - 1) as rig:
+        kv, capacity = rig.store, 10 + disk_runs * RUN
+        assert (kv.capacity, kv.unpromised) == (capacity, capacity)
+        one, other = rig.open(4), rig.open(3)
+        assert kv.unpromised == capacity - 7
+        with pytest.raises(TierFull, match=f"{capacity - 6} more blocks .* {capacity - 7} do"):
+            kv.promise(one.table, capacity - 2)
+        assert (one.table.promised, kv.unpromised) == (4, capacity - 7)
+        kv.promise(one.table, capacity - 3)
+        kv.promise(one.table, capacity - 3)
+        assert kv.unpromised == 0
+        kv.reset(one.table)
+        assert kv.unpromised == 0
+        kv.promise(one.table, 1)
+        assert kv.unpromised == capacity - 4
+        rig.forget(other)
+        assert kv.unpromised == capacity - 1
+        rig.check()
+
+
+def test_a_block_that_was_not_promised_gets_no_row(rig: Rig) -> None:
+    known = rig.open(3)
+    rig.fill(known, 3)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="promised"):
+            rig.grow(known, 1)
+        rig.check()
+    rig.store.promise(known.table, 4)
+    rig.fill(known, 1)
+    rig.check()
+
+
+def test_one_sequence_fills_both_tiers_to_the_last_block(rig: Rig) -> None:
+    capacity = rig.store.capacity
+    assert capacity == COLUMNS + 4 * RUN
+    known = rig.open(capacity)
+    while known.table.stop <= capacity:
+        rig.fill(known, min(5, capacity + 1 - known.table.stop))
+        rig.check()
+    assert rig.slab.free_slots == 1
+    assert rig.path.tier.used_bytes == rig.path.tier.budget_bytes
+    column = LAYERS * RECORD
+    assert rig.store.usage(known.table) == {"host": COLUMNS * column, "disk": 4 * RUN * column}
+    with pytest.raises(TierFull):
+        rig.store.promise(known.table, capacity + 1)
+
+
+def test_the_first_block_has_a_hash_and_no_row(rig: Rig) -> None:
+    known = rig.open(4)
+    rig.store.grow(known.table, [bytes(32)])
+    assert (known.table.stop, rig.slab.used_bytes) == (1, 0)
+    rig.store.grow(known.table, [])
+    rig.store.grow(known.table, [bytes(32)] * 2)
+    assert (known.table.stop, rig.slab.used_bytes) == (3, 2 * LAYERS * RECORD)
+    assert (known.table.rows[:, 0] < 0).all()
+
+
+def test_without_a_disk(tmp_path: Path) -> None:
+    with rigged(tmp_path, columns=4, disk_runs=0) as rig:
+        one, other = rig.open(3), rig.open(1)
+        rig.fill(one, 3)
+        rig.fill(other, 1)
+        rig.store.make_room(4)
+        rig.check()
+        assert rig.store.submit([]) == []
+        rig.store.cancel([])
+        assert (rig.store.disk_read_bytes, rig.store.stall_seconds) == (0, 0.0)
+        assert not [name for name in rig.store.stats() if "disk" in name]
+        with pytest.raises(TierFull):
+            rig.store.promise(other.table, 2)
+        rig.forget(one)
+        rig.store.promise(other.table, 4)
+        rig.fill(other, 3)
+        rig.check()
+
+
+# Spills.
+
+
+def test_growth_waits_for_the_write_that_makes_room(rig: Rig) -> None:
+    known = rig.open(COLUMNS + RUN)
+    rig.fill(known, COLUMNS)
+    stall = Stall()
+    rig.system.script["fdatasync"].append(stall)
+    timer = threading.Timer(0.1, stall.over.set)
+    timer.start()
+    rig.grow(known, 1)
+    assert stall.over.is_set()
+    rig.seal(known)
+    rig.check()
+    assert known.table.disk_blocks == RUN
+    timer.join()
+
+
+def test_growth_gives_up_on_a_write_that_never_ends(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "WRITE_DEADLINE_S", 0.05)
+    known = rig.open(COLUMNS + RUN)
+    rig.fill(known, COLUMNS)
+    rig.system.gate.clear()
+    with pytest.raises(TierFull, match="no write to disk has ended"):
+        rig.grow(known, 1)
+    rig.check()
+    rig.system.gate.set()
+    rig.settled()
+    rig.fill(known, 1)
+    rig.check()
+
+
+def test_make_room_never_waits_and_counts_what_is_on_its_way(rig: Rig) -> None:
+    known = rig.open(COLUMNS)
+    rig.fill(known, COLUMNS)
+    rig.system.gate.clear()
+    for columns, spans in (
+        (0, range(1, 17)),
+        (1, range(5, 17)),
+        (RUN, range(5, 17)),
+        (RUN + 1, range(9, 17)),
+    ):
+        rig.store.make_room(columns)
+        assert known.table.host_spans() == (spans,)
+    rig.check()
+    assert rig.slab.free_slots == 1
+    rig.system.gate.set()
+    rig.settled()
+    assert rig.slab.free_slots == 2 * RUN * LAYERS + 1
+    assert known.table.disk_blocks == 2 * RUN
+    rig.check()
+
+
+def test_what_is_not_sealed_yet_is_not_spilled(rig: Rig) -> None:
+    """In a step all sequences grow first; room for the last must not come from rows the step will fill."""
+    old, one, other = rig.open(8), rig.open(8), rig.open(12)
+    rig.fill(old, 8)
+    rig.grow(one, 8)
+    rig.grow(other, 8)
+    assert one.table.host_spans() == ()
+    assert (one.table.rows[:, 1:] >= 0).all()
+    rig.seal(one)
+    rig.seal(other)
+    rig.check()
+    assert (old.table.disk_blocks, one.table.disk_blocks) == (8, 0)
+    rig.fill(other, 4)
+    rig.check()
+
+
+def test_when_nothing_but_the_step_is_in_host_memory_growth_fails(rig: Rig) -> None:
+    one, other = rig.open(COLUMNS), rig.open(4)
+    rig.grow(one, COLUMNS)
+    with pytest.raises(TierFull, match="none can be spilled"):
+        rig.grow(other, 4)
+    rig.seal(one)
+    rig.store.settle()
+    rig.check()
+    rig.store.reset(one.table)
+    one.blocks.clear()
+    rig.grow(one, COLUMNS)
+    with pytest.raises(TierFull, match="none can be spilled"):
+        rig.grow(other, 4)
+    rig.seal(one)
+    rig.fill(other, 4)
+    rig.check()
+
+
+def test_the_planner_sees_what_can_go_and_who_is_idle(tmp_path: Path) -> None:
+    asked: list[tuple[list[Holding], int, int]] = []
+
+    def planner(holdings: Sequence[Holding], columns: int, run_blocks: int) -> list[Spill]:
+        asked.append((list(holdings), columns, run_blocks))
+        return [Spill(1, 2, 3)]
+
+    with rigged(tmp_path, planner=planner) as rig:
+        running, idle, empty = rig.open(8), rig.open(8), rig.open(8)
+        rig.fill(running, 8)
+        rig.fill(idle, 7)
+        idle.table.idle = empty.table.idle = True
+        rig.system.gate.clear()
+        rig.store.make_room(1)
+        assert asked == []
+        rig.store.make_room(3)
+        before = [Holding((range(1, 9),)), Holding((range(1, 8),), idle=True), Holding((), idle=True)]
+        assert asked == [(before, 2, RUN)]
+        rig.store.make_room(8)
+        after = [before[0], Holding((range(1, 2), range(5, 8)), idle=True), before[2]]
+        assert asked[1:] == [(after, 8 - 1 - 3, RUN)]
+        rig.system.gate.set()
+
+
+def test_a_planner_may_decline(tmp_path: Path) -> None:
+    with rigged(tmp_path, planner=lambda holdings, columns, run_blocks: []) as rig:
+        one, other = rig.open(COLUMNS), rig.open(1)
+        rig.fill(one, COLUMNS)
+        rig.store.make_room(4)
+        with pytest.raises(TierFull, match="none can be spilled"):
+            rig.grow(other, 1)
+        rig.check()
+        assert rig.path.tier.used_bytes == 0
+        assert rig.store.spill_failure is None
+
+
+def test_a_full_disk_is_no_failure(tmp_path: Path) -> None:
+    with rigged(tmp_path, disk_runs=1) as rig:
+        one, other = rig.open(COLUMNS), rig.open(RUN)
+        rig.fill(one, COLUMNS)
+        rig.fill(other, RUN)
+        rig.forget(other)
+        other = rig.open(RUN)
+        rig.fill(other, RUN)
+        with pytest.raises(TierFull):
+            rig.store.spill(one.table, 5, RUN)
+        rig.store.make_room(1)
+        rig.check()
+        assert rig.store.spill_failure is None
+        rig.forget(one)
+        rig.store.spill(other.table, 1, RUN)
+        rig.settled()
+        rig.check()
+        assert other.table.disk_blocks == RUN
+
+
+# Failures.
+
+
+@pytest.mark.parametrize("call", ["ftruncate", "pwritev", "fdatasync"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_takes_no_more_loses_nothing(rig: Rig, call: str, number: int) -> None:
+    capacity = rig.store.capacity
+    known, idle = rig.open(COLUMNS + RUN + 4), rig.open(2)
+    rig.fill(known, COLUMNS)
+    rig.fill(known, 1)
+    durable = rig.path.tier.used_bytes
+    rig.system.script[call].append(error(number))
+    rig.fill(known, 3)
+    with pytest.raises(TierFull, match="none can be spilled"):
+        rig.grow(known, 1)
+    assert isinstance(rig.store.spill_failure, WriteFailed)
+    assert str(rig.store.spill_failure) == rig.store.stats()["disk_failure"]
+    assert known.table.leaving == []
+    assert rig.path.tier.used_bytes == durable == RUN_BYTES
+    assert (rig.store.usage(known.table)["host"], known.table.disk_blocks) == (COLUMNS * LAYERS * RECORD, RUN)
+    rig.check()
+    assert (capacity, rig.store.capacity, rig.store.unpromised) == (COLUMNS + 4 * RUN, COLUMNS, 0)
+    with pytest.raises(TierFull):
+        rig.store.promise(idle.table, 3)
+    calls = rig.system.calls.copy()
+    rig.store.make_room(COLUMNS)
+    assert (rig.system.calls["pwritev"], rig.system.calls["ftruncate"]) == (
+        calls["pwritev"],
+        calls["ftruncate"],
+    )
+    rig.forget(known)
+    assert rig.store.unpromised == COLUMNS - 2
+    rig.fill(idle, 2)
+    rig.check()
+
+
+def test_a_failed_write_of_a_forgotten_sequence_frees_its_rows(rig: Rig) -> None:
+    known = rig.open(8)
+    rig.fill(known, 8)
+    stall = Stall()
+    rig.system.script["pwritev"].extend([stall, error(errno.EIO)])
+    rig.store.spill(known.table, 1, RUN)
+    rig.store.spill(known.table, 5, 3)
+    assert stall.begun.wait(5)
+    rig.forget(known)
+    stall.over.set()
+    rig.settled()
+    rig.check()
+    assert (rig.slab.used_bytes, rig.path.tier.used_bytes) == (0, 0)
+    assert rig.store.spill_failure is not None
+
+
+def test_a_corrupt_extent_is_told_and_gives_all_buffers_back(rig: Rig) -> None:
+    known = rig.open(COLUMNS)
+    rig.fill(known, COLUMNS)
+    for first in range(1, 13, RUN):
+        rig.store.spill(known.table, first, RUN)
+    rig.settled()
+    ref = known.table.runs[1]
+    place = rig.path.tier.locate(ref.run)
+    path = rig.folder / f"{place.range.segment:08}.segment"
+    with path.open("r+b") as file:
+        file.seek(place.offset(1) + 5000)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    visible = range(1, known.table.stop)
+    for _ in range(3):
+        with pytest.raises(ExtentCorrupt, match="layer 1"):
+            rig.scan(known, 1, visible)
+    rig.assert_scan(known, 0, visible)
+    rig.assert_scan(known, 2, visible)
+    tickets = rig.store.submit([Read(run.run, layer) for run in known.table.runs for layer in (0, 2)])
+    assert len(tickets) == BUFFERS
+    with rig.store.staged(tickets) as (_, offsets):
+        assert len(set(offsets)) == BUFFERS, "a buffer is gone"
+    rig.store.reset(known.table)
+    known.blocks.clear()
+    rig.fill(known, COLUMNS)
+    rig.check()
+    assert rig.path.tier.used_bytes == 0
+
+
+def test_staged_gives_buffers_back_when_the_reader_breaks(rig: Rig) -> None:
+    known = rig.open(4)
+    rig.fill(known, 4)
+    rig.store.spill(known.table, 1, RUN)
+    rig.settled()
+    for _ in range(2 * BUFFERS):
+        tickets = rig.store.submit([Read(known.table.runs[0].run, 0)] * 3)
+        with pytest.raises(ZeroDivisionError), rig.store.staged(tickets):
+            raise ZeroDivisionError
+    rig.check()
+
+
+# Forgetting.
+
+
+def test_forgetting_what_is_being_written_frees_it_in_the_end(rig: Rig) -> None:
+    known = rig.open(8)
+    rig.fill(known, 8)
+    stall = Stall()
+    rig.system.script["pwritev"].append(stall)
+    rig.store.spill(known.table, 2, RUN)
+    rig.store.spill(known.table, 6, 2)
+    assert stall.begun.wait(5)
+    rig.forget(known)
+    rig.check()
+    assert rig.slab.used_bytes == 6 * LAYERS * RECORD, "a row was freed under a write"
+    assert rig.store.unpromised == rig.store.capacity
+    stall.over.set()
+    rig.settled()
+    rig.check()
+    assert (rig.slab.used_bytes, rig.path.tier.used_bytes) == (0, 0)
+    assert not list(rig.folder.glob("*.segment"))
+
+
+def test_rows_being_written_are_not_given_to_what_comes_next(rig: Rig) -> None:
+    """A reset sequence is computed again while its old blocks are still on their way out, twice over."""
+    known = rig.open(6)
+    rig.fill(known, 6)
+    rig.system.gate.clear()
+    for _ in range(2):
+        rig.store.spill(known.table, 1, RUN)
+        rig.store.reset(known.table)
+        known.blocks.clear()
+        rig.grow(known, 6)
+        rig.seal(known)
+        rig.check()
+    rig.store.settle()
+    rig.store.spill(known.table, 3, RUN)
+    rig.system.gate.set()
+    rig.settled()
+    rig.check()
+    assert (known.table.disk_blocks, known.table.host_blocks) == (RUN, 2)
+    assert rig.path.tier.used_bytes <= 3 * RUN_BYTES
+
+
+def test_growth_may_take_the_room_of_what_was_forgotten_under_a_write(rig: Rig) -> None:
+    known = rig.open(COLUMNS)
+    rig.fill(known, COLUMNS)
+    stall = Stall()
+    rig.system.script["fdatasync"].append(stall)
+    for first in range(1, COLUMNS, RUN):
+        rig.store.spill(known.table, first, RUN)
+    rig.forget(known)
+    other = rig.open(COLUMNS)
+    timer = threading.Timer(0.05, stall.over.set)
+    timer.start()
+    rig.fill(other, COLUMNS)
+    rig.settled()
+    rig.check()
+    assert (other.table.disk_blocks, rig.path.tier.used_bytes) == (0, 0)
+    timer.join()
+
+
+def test_forgetting_what_is_being_read_frees_it_in_the_end(rig: Rig) -> None:
+    known = rig.open(RUN)
+    rig.fill(known, RUN)
+    rig.store.spill(known.table, 1, RUN)
+    rig.settled()
+    stall = Stall()
+    rig.system.script["preadv"].append(stall)
+    tickets = rig.store.submit([Read(known.table.runs[0].run, layer) for layer in range(LAYERS)])
+    assert stall.begun.wait(5)
+    rig.store.cancel(tickets)
+    rig.forget(known)
+    rig.check()
+    assert rig.path.tier.used_bytes == RUN_BYTES, "disk space was freed under a read"
+    stall.over.set()
+    rig.settled()
+    rig.check()
+    assert rig.path.tier.used_bytes == 0
+
+
+def test_the_accounts_add_up(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    known, other = rig.open(10), rig.open(5)
+    rig.fill(known, 10)
+    rig.fill(other, 5)
+    rig.store.spill(known.table, 3, RUN)
+    rig.settled()
+    rig.assert_scan(known, 0, range(1, 11))
+    rig.assert_scan(known, 1, range(1, 3))
+    stats, extent = rig.store.stats(), extent_bytes(LAYOUT, RUN)
+    assert stats["promised_blocks"] == 15
+    assert stats["capacity_blocks"] == rig.store.capacity
+    assert stats["host_used_bytes"] == 11 * LAYERS * RECORD
+    assert stats["disk_used_bytes"] == stats["disk_written_bytes"] == RUN_BYTES
+    assert stats["prefetch_bytes_read"] == rig.store.disk_read_bytes == extent
+    assert stats["prefetch_failures"] == 0
+    assert stats["disk_failure"] == ""
+    assert rig.store.stall_seconds >= 0
+    assert rig.store.usage(known.table) == {"host": 6 * LAYERS * RECORD, "disk": RUN * LAYERS * RECORD}
+    assert rig.store.usage(other.table) == {"host": 5 * LAYERS * RECORD, "disk": 0}
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_window_reads_only_the_runs_it_sees(rig: Rig) -> None:
+    known = rig.open(12)
+    rig.fill(known, 12)
+    for first in (9, 1):
+        rig.store.spill(known.table, first, RUN)
+    rig.settled()
+    late, early = known.table.runs
+    assert (late.blocks, early.blocks) == (range(9, 13), range(1, 5))
+    assert rig.path.tier.locate(late.run).identity.chain_hash == known.table.chain[12]
+    seen = {range(5, 9): [], range(4, 9): [early], range(5, 13): [late], range(1, 13): [late, early]}
+    for visible, runs in seen.items():
+        assert rig.store.runs_to_read(known.table, visible) == runs
+        rig.assert_scan(known, 2, visible)
+
+
+def test_integrity_checks_notice(rig: Rig) -> None:
+    known = rig.open(6)
+    rig.fill(known, 6)
+    with pytest.raises(AssertionError, match="a table is lost"):
+        rig.store.check_integrity([])
+    rows = known.table.rows.copy()
+    for damage, message in (
+        ((0, 2, -1), "known|some layers"),
+        ((0, 2, rows[0, 1]), "share a row"),
+        ((slice(None), 2, -1), "known"),
+    ):
+        known.table.rows[damage[:2]] = damage[2]
+        with pytest.raises(AssertionError, match=message):
+            rig.store.check_integrity([known.table])
+        known.table.rows[:] = rows
+    rig.check()
