@@ -88,7 +88,7 @@ def build_engine(config: Config, model: Model, post: Post, planner: Planner = re
         store = _store(config, model, planner)
     except (BudgetTooSmall, ValueError) as error:
         raise BudgetError(f"{error}; raise it") from error
-    except (FolderInUse, FolderUnusable) as error:
+    except (FolderInUse, FolderUnusable, OSError) as error:
         raise StateFolderError(f"{error}; name another folder with `state`") from error
     runner = Runner(model, TieredAttention(CpuBackend(), arena, store), store, config.chunk_tokens)
     return Engine(
@@ -118,8 +118,9 @@ def _arena(config: Config, geometry: Geometry) -> WindowArena:
 def _store(config: Config, model: Model, planner: Planner) -> Store:
     geometry = model.geometry
     layout = Layout(Format(config.format), Element(config.dtype), geometry.kv_heads, geometry.head_dim)
+    rows = config.host_budget // layout.record_bytes
+    blocks = run_length(layout, geometry.layers, rows, -(-config.chunk_tokens // BLOCK))
     slab = HostSlab(config.host_budget, layout.record_bytes)
-    blocks = run_length(layout, geometry.layers, slab.free_slots, -(-config.chunk_tokens // BLOCK))
     disk = None
     if config.disk_budget:
         config.state.mkdir(mode=0o700, parents=True, exist_ok=True)

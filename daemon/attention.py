@@ -221,28 +221,28 @@ class TieredAttention:
         out: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
-        """Merge a tile into the queries that see some of it: a contiguous stretch of them."""
+        """Merge a tile into the queries that see some of it.
+
+        A short sliding window may lie wholly in the exact part of a cell's later queries, so those that
+        see a tile may be several stretches.
+        """
         low, high = call.part.bounds(call.window)
         stop = first + keys.shape[1]
-        seeing = np.flatnonzero((high > first) & (low < stop))
-        if not len(seeing):
-            return
-        m = slice(int(seeing[0]), int(seeing[-1]) + 1)
-        mask = None
-        if high[m].min() < stop or low[m].max() > first:
-            positions = np.arange(first, stop)
-            hidden = torch.from_numpy((positions < low[m, None]) | (positions >= high[m, None]))
-            mask = self._backend.mask(hidden, queries.shape[1])
-        other, other_lse = self._backend.attend_tile(
-            queries[:, :, m], keys, values, mask, call.scale, call.softcap
-        )
-        if len(seeing) == queries.shape[2]:
-            merge(*_by_row(out, lse), *_by_row(other, other_lse))
-            return
-        both = torch.logaddexp(lse[:, :, m], other_lse)
-        out[:, :, m] *= (lse[:, :, m] - both).exp_()[..., None]
-        out[:, :, m] += other.mul_((other_lse - both).exp_()[..., None])
-        lse[:, :, m] = both
+        seeing = np.flatnonzero(np.maximum(low, first) < np.minimum(high, stop))
+        for a, b in _adjacent(seeing, len(seeing)) if len(seeing) else ():
+            m = slice(int(seeing[a]), int(seeing[b - 1]) + 1)
+            mask = None
+            if high[m].min() < stop or low[m].max() > first:
+                positions = np.arange(first, stop)
+                hidden = (positions < low[m, None]) | (positions >= high[m, None])
+                mask = self._backend.mask(torch.from_numpy(hidden), queries.shape[1])
+            partial = self._backend.attend_tile(
+                queries[:, :, m], keys, values, mask, call.scale, call.softcap
+            )
+            if b - a == queries.shape[2]:
+                merge(*_by_row(out, lse), *_by_row(*partial))
+            else:
+                _merge_stretch(out[:, :, m], lse[:, :, m], *partial)
 
     def _append(self, k: torch.Tensor, v: torch.Tensor, call: Call, position: int) -> None:
         """Put exact K/V of tokens within one cell into the window, sealing the cell whose half they take."""
@@ -286,6 +286,16 @@ class TieredAttention:
                 ]
                 part.read_bytes["disk"] += sum(map(len, blocks)) * record_bytes
                 yield memory, np.concatenate(places), np.concatenate(blocks)
+
+
+def _merge_stretch(
+    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> None:
+    """`merge` for a stretch of the queries, whose rows do not lie together."""
+    both = torch.logaddexp(lse, other_lse)
+    out *= (lse - both).exp_()[..., None]
+    out += other.mul_((other_lse - both).exp_()[..., None])
+    lse.copy_(both)
 
 
 def _by_row(out: torch.Tensor, lse: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

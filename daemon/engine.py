@@ -33,7 +33,7 @@ from .runner import Runner
 from .sampler import logprobs
 from .scheduler import Job, Plan, Room, Scheduler
 from .sequence import Sequence
-from .visibility import BLOCK, CELL, boundary, sealed_by
+from .visibility import BLOCK, CELL, highest_block, longest_with, sealed_by
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Engine:
     @property
     def longest(self) -> int:
         """Tokens that one sequence may have: what the model allows and the store can hold."""
-        return min(self._max_context, (self._store.capacity * BLOCK // CELL + 2) * CELL)
+        return min(self._max_context, longest_with(self._store.capacity))
 
     def stats(self) -> dict[str, object]:
         """Requests and bytes; may be read from another thread."""
@@ -176,7 +176,7 @@ class Engine:
                 f"the model allows {self._max_context}, the host and disk budgets decide the rest"
             )
         generation.max_tokens = min(generation.request.max_tokens, self.longest - known)
-        blocks = boundary(known + generation.max_tokens) // BLOCK
+        blocks = highest_block(known + generation.max_tokens)
         return Job(
             id=generation.job,
             position=position,
@@ -195,7 +195,7 @@ class Engine:
         first = len(sequence.tokens)
         sequence.tokens.extend(generation.prompt)
         sequence.table.idle = False
-        self._store.promise(sequence.table, boundary(len(sequence.tokens) + generation.max_tokens) // BLOCK)
+        self._store.promise(sequence.table, highest_block(len(sequence.tokens) + generation.max_tokens))
         self._send(generation, generation.begin(first, sequence, self.model.tokenizer))
 
     def _slices(self, plan: Plan) -> tuple[list[Slice], list[Generation]]:

@@ -50,6 +50,16 @@ def sealed_by(position: int) -> int:
     return boundary(position) // BLOCK
 
 
+def highest_block(tokens: int) -> int:
+    """The highest stored block of a sequence of so many tokens; 0 if it has none."""
+    return max(0, boundary(tokens - 1) // BLOCK - 1)
+
+
+def longest_with(blocks: int) -> int:
+    """The most tokens a sequence can have whose highest stored block is at most `blocks`."""
+    return ((blocks + 1) * BLOCK // CELL + 2) * CELL
+
+
 def slot(position: int) -> int:
     """Where in the window the exact K/V of a position lies while its cell is one of the newest two."""
     return SINKS + position % (2 * CELL)

@@ -9,18 +9,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numba
+import numpy as np
+import pytest
 import torch
 import transformers
 
-from spilld.daemon.assembly import build_engine
+from spilld.daemon.assembly import build_engine, use_threads
 from spilld.daemon.config import Config
 from spilld.daemon.engine import Engine
 from spilld.daemon.model import Model, load
 from spilld.daemon.protocol import Done, Event, Failed, Generate, Token
+from spilld.daemon.visibility import BLOCK, WINDOW_SLOTS
 from spilld.offload import residency
+from spilld.offload.disk import DiskTier
 from spilld.offload.record import Element, Format, Layout
 from spilld.offload.residency import Holding, Spill
 from spilld.offload.store import Planner
+
+from .tiny_models import VOCAB, build
 
 CLIENT = b"test"
 
@@ -73,15 +80,29 @@ class Harness:
 def engine(
     model: Model, state: Path, planner: Planner = residency.plan, **settings: Any
 ) -> Iterator[Harness]:
-    """An engine over a model in a state folder that goes with it."""
+    """An engine over a model in a state folder that goes with it. One thread: for tiny models, and on a
+    machine that others use too, threads that wait for each other take many times as long."""
     dtype = str(model.module.dtype).removeprefix("torch.")
     config = Config.load(None, {"dtype": dtype, "state": str(state), **settings})
-    harness = Harness(config, model, planner)
+    with one_thread():
+        harness = Harness(config, model, planner)
+        try:
+            yield harness
+        finally:
+            harness.engine.close()
+            shutil.rmtree(state, ignore_errors=True)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch and numba compute in this thread alone."""
+    before = torch.get_num_threads(), numba.get_num_threads()
+    use_threads(1)
     try:
-        yield harness
+        yield
     finally:
-        harness.engine.close()
-        shutil.rmtree(state, ignore_errors=True)
+        torch.set_num_threads(before[0])
+        numba.set_num_threads(before[1])
 
 
 def column_bytes(model: Model, form: str, dtype: str = "float32") -> int:
@@ -132,3 +153,43 @@ def greedy(module: Any, prompt: Sequence[int], count: int) -> list[int]:
 
 def load_tiny(folder: Path) -> Model:
     return load(folder, "float32", cache=folder / "cache")
+
+
+_SHARED: dict[Path, Model] = {}
+
+
+def shared(factory: pytest.TempPathFactory, family: str, **changes: Any) -> Model:
+    """A tiny model that all tests of a run share."""
+    folder = factory.getbasetemp() / "-".join([family, *(f"{k}={v}" for k, v in sorted(changes.items()))])
+    if folder not in _SHARED:
+        _SHARED[folder] = load_tiny(build(family, folder, **changes))
+    return _SHARED[folder]
+
+
+def some_tokens(seed: int, count: int) -> list[int]:
+    """Tokens that are not special."""
+    found: list[int] = np.random.default_rng(seed).integers(4, VOCAB, count).tolist()
+    return found
+
+
+def window_bytes(model: Model, dtype: str = "float32") -> int:
+    """Device bytes of one sequence's window."""
+    g, size = model.geometry, Element(dtype).nbytes
+    return g.layers * 2 * g.kv_heads * WINDOW_SLOTS * g.head_dim * size
+
+
+def disk_tier(harness: Harness) -> DiskTier:
+    """For faults: its `system` may be replaced."""
+    disk = harness.engine._store._disk
+    assert disk is not None
+    return disk.tier
+
+
+def said(harness: Harness, request_id: str) -> int:
+    """How many tokens a request has produced so far."""
+    return sum(isinstance(event, Token) for event in harness.events.get(request_id, []))
+
+
+def smallest_host_budget(model: Model, form: str = "k8v4", chunk: int = 512) -> int:
+    """What is accepted at the least, so that most of a long sequence must go to disk."""
+    return (chunk // BLOCK + 8) * column_bytes(model, form)

@@ -1,0 +1,246 @@
+"""Attention over all tiers against a float64 oracle of the visibility rule."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from spilld.cuda_ext.cpu import CpuBackend, element_view
+from spilld.cuda_ext.window import WindowShape
+from spilld.daemon.attention import Call, Slice, TieredAttention
+from spilld.daemon.sequence import Sequence
+from spilld.daemon.visibility import BLOCK, SINKS, WINDOW_SLOTS, boundary, sealed_by, stored_blocks
+from spilld.offload import reference
+from spilld.offload.disk import DiskTier
+from spilld.offload.errors import ExtentCorrupt
+from spilld.offload.extent import extent_bytes
+from spilld.offload.host import HostSlab
+from spilld.offload.prefetch import Prefetcher, Read
+from spilld.offload.record import Element, Format, Layout
+from spilld.offload.spill import Spiller
+from spilld.offload.store import DiskPath, Store
+from spilld.offload.system import PAGE, page_aligned
+from spilld.offload.table import RunRef
+
+from .harness import one_thread
+
+F64 = npt.NDArray[np.float64]
+RUN = 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """m queries from position `start` on; every second run of blocks lies on disk."""
+
+    start: int
+    m: int
+    format: Format = Format.K8V4
+    kv_heads: int = 2
+    group: int = 1
+    head_dim: int = 64
+    window: int | None = None
+    softcap: float = 0.0
+    element: Element = Element.FLOAT32
+    disk: bool = True
+
+    def __str__(self) -> str:
+        parts = [f"{self.m}@{self.start}", self.format, f"{self.kv_heads}x{self.group}x{self.head_dim}"]
+        parts += [f"w{self.window}"] * (self.window is not None) + [f"cap{self.softcap}"] * bool(self.softcap)
+        return "-".join([*parts, *[self.element.value] * (self.element is Element.BFLOAT16)])
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.format, self.element, self.kv_heads, self.head_dim)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.element is Element.FLOAT32 else torch.bfloat16
+
+
+EXACT, INT8, K8V4 = Format.EXACT, Format.INT8, Format.K8V4
+CASES = [
+    Case(1301, 1, EXACT, group=2, head_dim=16),
+    Case(1301, 1, INT8, group=3, head_dim=80),
+    Case(1301, 1, K8V4, group=1, head_dim=96, softcap=3.0),
+    Case(1301, 1, K8V4, group=3, head_dim=64, window=700),
+    Case(1301, 1, INT8, group=2, head_dim=32, window=100),
+    Case(1279, 3, K8V4, group=2, head_dim=128),
+    Case(1023, 3, INT8, group=1, head_dim=256),
+    Case(511, 3, EXACT, group=3, head_dim=32, softcap=2.0),
+    Case(767, 3, K8V4, group=2, head_dim=80, window=333),
+    Case(1217, 64, K8V4, group=3, head_dim=64),
+    Case(1001, 64, EXACT, group=1, head_dim=80),
+    Case(991, 64, INT8, group=2, head_dim=16, window=600, softcap=3.0),
+    Case(777, 300, K8V4, group=2, head_dim=32),
+    Case(803, 300, INT8, group=3, head_dim=96),
+    Case(901, 300, EXACT, group=2, head_dim=256, window=450),
+    Case(1, 512, K8V4, group=2, head_dim=64),
+    Case(333, 512, INT8, group=1, head_dim=128),
+    Case(1023, 512, K8V4, group=3, head_dim=80),
+    Case(769, 512, K8V4, group=2, head_dim=16, softcap=4.0),
+    Case(769, 512, EXACT, group=2, head_dim=64, window=100),
+    Case(769, 512, K8V4, group=2, head_dim=64, window=300),
+    Case(769, 512, K8V4, group=2, head_dim=64, window=300, softcap=3.0),
+    Case(1301, 1, K8V4, group=2, element=Element.BFLOAT16),
+    Case(777, 300, K8V4, group=2, element=Element.BFLOAT16),
+    Case(777, 300, EXACT, group=2, element=Element.BFLOAT16),
+    Case(1023, 512, INT8, group=2, disk=False),
+]
+
+
+class Setup:
+    """One sequence with one layer of random K/V, and every tier that it can lie in."""
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.case = case
+        layout = case.layout
+        backend = CpuBackend()
+        shape = WindowShape(WINDOW_SLOTS, 1, case.kv_heads, case.head_dim, case.dtype)
+        arena = backend.windows(shape, 2 * shape.nbytes)
+        arena.tensor.fill_(float("nan"))  # a slot that was never written must never be looked at
+        tier = DiskTier(folder / "kv", 64 << 20, layout, 1, bytes(32))
+        self.disk = DiskPath(
+            tier, Spiller(tier, extent_bytes(layout, RUN)), Prefetcher(tier, 4, extent_bytes(layout, RUN))
+        )
+        self.store = Store(layout, 1, HostSlab(64 * layout.record_bytes, layout.record_bytes), RUN, self.disk)
+        self.attention = TieredAttention(backend, arena, self.store)
+        self.sequence = Sequence(self.store.open(), arena.take())
+        self.store.promise(self.sequence.table, 60)
+        stop = case.start + case.m
+        draw = np.random.default_rng(case.start * 1000 + case.m)
+
+        def normal(heads: int) -> torch.Tensor:
+            numbers = draw.standard_normal((stop, heads, case.head_dim), np.float32)
+            return torch.from_numpy(numbers).to(case.dtype).transpose(0, 1)  # laid out as models do
+
+        self.q, self.k, self.v = (normal(n * case.kv_heads) for n in (case.group, 1, 1))
+        self.q *= 3
+        self.sequence.tokens = draw.integers(0, 100, stop).tolist()
+        self.scale = float(case.head_dim**-0.5)
+
+    def part(self, position: int, count: int) -> Slice:
+        """The next `count` tokens, with room for what they seal and the reads that they need."""
+        table = self.sequence.table
+        self.store.grow(table, self.sequence.hashes(len(table.chain), sealed_by(position + count - 1)))
+        part = Slice(self.sequence, 0, count, position)
+        tickets = self.store.submit([Read(ref.run, 0) for ref in self._runs(part)])
+        part.tickets[0] = list(zip(self._runs(part), tickets, strict=True))
+        return part
+
+    def attend(self, part: Slice) -> torch.Tensor:
+        tokens = slice(part.position, part.last + 1)
+        call = Call(0, part, self.scale, self.case.softcap, self.case.window)
+        return self.attention.attend(self.q[:, tokens], self.k[:, tokens], self.v[:, tokens], call)
+
+    def fill(self) -> None:
+        """Everything before the queries, in uneven pieces; then every second run goes to disk."""
+        at = 0
+        while at < self.case.start:
+            count = min((301, 45, 512)[at % 3], self.case.start - at)
+            self.attend(self.part(at, count))
+            at += count
+        table = self.sequence.table
+        if self.case.disk:
+            for first in range(2, table.stop, 2 * RUN):
+                self.store.spill(table, first, min(RUN, table.stop - first))
+        while table.leaving:
+            self.store.settle()
+            time.sleep(0.001)
+
+    def expected(self) -> F64:
+        """float64 [m, heads, head_dim], from all numbers and the rule alone."""
+        case, stop = self.case, self.case.start + self.case.m
+        t, p = np.arange(stop), np.arange(case.start, stop)[:, None]
+        old = (t >= SINKS) & (t < np.array([[boundary(int(query))] for (query,) in p]))
+        hidden = (t > p) if case.window is None else (t > p) | (t <= p - case.window)
+        out = np.empty((case.m, case.kv_heads * case.group, case.head_dim))
+        stored = self._stored()
+        for head in range(out.shape[1]):
+            q, kv = widen(self.q)[head, case.start :], head // case.group
+            k, v = (widen(x)[kv] for x in (self.k, self.v))
+            old_k, old_v = (x[kv].astype(np.float64) for x in stored)
+            logits = self.scale * np.where(old, q @ old_k.T, q @ k.T)
+            if case.softcap:
+                logits = case.softcap * np.tanh(logits / case.softcap)
+            logits[hidden] = -np.inf
+            weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+            sums = np.where(old, weights, 0) @ old_v + np.where(old, 0, weights) @ v
+            out[:, head] = sums / weights.sum(axis=1, keepdims=True)
+        return out
+
+    def _runs(self, part: Slice) -> list[RunRef]:
+        visible = stored_blocks(part.position, part.last, self.case.window)
+        return self.store.runs_to_read(self.sequence.table, visible)
+
+    def _stored(self) -> list[npt.NDArray[np.float32]]:
+        """What the reference codec keeps of every whole block; zeros after those."""
+        layout, blocks = self.case.layout, (self.case.start + self.case.m) // BLOCK
+        records = np.zeros((blocks, layout.record_bytes), np.uint8)
+        k, v = (element_view(x[:, : blocks * BLOCK].contiguous()) for x in (self.k, self.v))
+        reference.seal(layout, k, v, records, np.arange(blocks))
+        values = [reference.values(layout, record) for record in records]
+        kept = []
+        for parts in zip(*values, strict=True):
+            kept.append(np.zeros(self.k.shape, np.float32))
+            kept[-1][:, : blocks * BLOCK] = np.concatenate(parts, axis=1)
+        return kept
+
+
+def widen(x: torch.Tensor) -> F64:
+    return x.double().numpy()
+
+
+@contextmanager
+def prepared(case: Case, folder: Path) -> Iterator[Setup]:
+    with one_thread():
+        setup = Setup(case, folder)
+        try:
+            setup.fill()
+            yield setup
+            setup.store.check_integrity([setup.sequence.table])
+            setup.disk.prefetch.check_integrity()
+        finally:
+            setup.store.close()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_is_the_oracles(case: Case, tmp_path: Path) -> None:
+    with prepared(case, tmp_path) as setup:
+        part = setup.part(case.start, case.m)
+        found = setup.attend(part).double().numpy()
+        wanted = setup.expected()
+        tolerance = 2e-5 if case.element is Element.FLOAT32 else 2e-2
+        assert found.shape == wanted.shape
+        assert np.abs(found - wanted).max() < tolerance
+        table = setup.sequence.table
+        seen = stored_blocks(part.position, part.last, case.window)
+        on_disk = [b for ref in table.runs for b in ref.blocks if b in seen]
+        assert on_disk or not case.disk or case.window or case.start < 700, "nothing lies on disk"
+        size = case.layout.record_bytes
+        assert part.read_bytes["disk"] == len(on_disk) * size
+        assert part.read_bytes["host"] == (len(seen) - len(on_disk)) * size
+
+
+@pytest.mark.parametrize("m", [1, 3, 300])
+def test_a_damaged_extent_fails_the_slice_and_frees_the_ring(m: int, tmp_path: Path) -> None:
+    case = Case(1301, m, window=None)
+    with prepared(case, tmp_path) as setup:
+        ref = setup.sequence.table.runs[0]
+        place = setup.disk.tier.locate(ref.run)
+        ones = page_aligned(PAGE)
+        ones[:] = 1
+        setup.disk.tier.system.pwritev(place.file, [ones.data], place.offset(0))
+        part = setup.part(case.start, m)
+        out = setup.attend(part)
+        assert isinstance(part.failure, ExtentCorrupt)
+        assert not out.any()
+        assert out.shape == (m, 2, 64)
+        assert not setup.attend(part).any(), "a failed slice stays failed in every layer"

@@ -1,0 +1,276 @@
+"""Faults under a running engine: KV that is lost is computed again or the request fails, and nothing else does."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spilld.daemon.attention import TieredAttention
+from spilld.daemon.errors import InternalError, PromptTooLong, StorageFailed
+from spilld.daemon.model import Model
+from spilld.daemon.protocol import Failed, PromptLogprob
+from spilld.offload.errors import ExtentMissing
+from spilld.offload.system import SystemCalls
+
+from ..offload.faults import error
+from .harness import (
+    Harness,
+    column_bytes,
+    disk_tier,
+    engine,
+    random_split,
+    said,
+    shared,
+    smallest_host_budget,
+    some_tokens,
+    window_bytes,
+)
+
+PROMPT = some_tokens(1, 1500)
+FIELDS: dict[str, Any] = {"max_tokens": 30, "ignore_eos": True}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return shared(tmp_path_factory, "llama")
+
+
+@pytest.fixture(scope="session")
+def expected(model: Model, tmp_path_factory: pytest.TempPathFactory) -> list[int]:
+    """What PROMPT is answered with when nothing goes wrong."""
+    with engine(model, tmp_path_factory.mktemp("calm"), disk_budget=0) as harness:
+        return harness.ask(PROMPT, **FIELDS)
+
+
+@contextmanager
+def spilling(model: Model, state: Path, seed: int = 1, **settings: Any) -> Iterator[Harness]:
+    """An engine that keeps most of PROMPT's KV on disk."""
+    budgets = {
+        "host_budget": smallest_host_budget(model, chunk=128),
+        "chunk_tokens": 128,
+        "disk_budget": "64MiB",
+    }
+    with engine(model, state, random_split(seed), **{**budgets, **settings}) as harness:
+        yield harness
+
+
+class Faulty(SystemCalls):
+    """Real system calls, except where `fails` says otherwise: it gets a call's name, file and offset."""
+
+    def __init__(self, fails: Callable[[str, int, int], None]) -> None:
+        self._fails = fails
+
+    def preadv(self, file: int, buffers: Sequence[memoryview], offset: int) -> int:
+        self._fails("preadv", file, offset)
+        return super().preadv(file, buffers, offset)
+
+    def pwritev(self, file: int, buffers: Sequence[memoryview], offset: int) -> int:
+        self._fails("pwritev", file, offset)
+        return super().pwritev(file, buffers, offset)
+
+    def ftruncate(self, file: int, nbytes: int) -> None:
+        self._fails("ftruncate", file, nbytes)
+        super().ftruncate(file, nbytes)
+
+
+def until_said(harness: Harness, count: int, request_id: str = "r") -> None:
+    while said(harness, request_id) < count:
+        assert harness.engine.turn()
+
+
+def damage(harness: Harness, request_id: str = "r") -> int:
+    """Flip a byte in the records of every run of a request; how many there were."""
+    table = running(harness, request_id).table
+    tier = disk_tier(harness)
+    for index, ref in enumerate(table.runs):
+        place = tier.locate(ref.run)
+        path = tier._folder.segment(place.range.segment)
+        file = os.open(path, os.O_RDWR)
+        at = (
+            place.offset(index % place.identity.layers)
+            + 256
+            + 1000 * (index + 1) % place.identity.payload_bytes
+        )
+        os.pwrite(file, bytes([os.pread(file, 1, at)[0] ^ 0x10]), at)
+        os.fsync(file)
+        os.close(file)
+    return len(table.runs)
+
+
+def running(harness: Harness, request_id: str = "r") -> Any:
+    """The sequence that a request runs on."""
+    found = [g for g in harness.engine._generations.values() if g.request.request_id == request_id]
+    assert found[0].context is not None
+    return found[0].context.sequence
+
+
+@pytest.mark.parametrize("moment", ["prefill", "decode"])
+def test_damaged_extents_are_computed_again(
+    model: Model, expected: list[int], moment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with spilling(model, tmp_path / "s") as harness, caplog.at_level(logging.WARNING):
+        harness.add("r", PROMPT, **FIELDS, prompt_logprobs=0 if moment == "prefill" else None)
+        if moment == "decode":
+            until_said(harness, 7)
+        else:
+            while not (harness.events.get("r") and len(running(harness).table.runs) > 1):
+                assert harness.engine.turn()
+        assert damage(harness) > 1
+        harness.run()
+        assert harness.tokens() == expected
+        assert "is computed again" in caplog.text
+        if moment == "prefill":
+            _check_prompt(harness.done().prompt_logprobs)
+
+
+def _check_prompt(found: tuple[PromptLogprob, ...] | None) -> None:
+    """A recomputation neither loses nor repeats an entry."""
+    assert found is not None
+    assert [entry.token for entry in found] == PROMPT
+    assert [entry.logprob is None for entry in found] == [True] + [False] * (len(PROMPT) - 1)
+
+
+def test_one_read_error_costs_a_recomputation(model: Model, expected: list[int], tmp_path: Path) -> None:
+    faults = [error(errno.EIO)]
+
+    def fails(name: str, _file: int, _offset: int) -> None:
+        if name == "preadv" and faults:
+            raise faults.pop()
+
+    with spilling(model, tmp_path / "s") as harness:
+        disk_tier(harness).system = Faulty(fails)
+        assert harness.ask(PROMPT, **FIELDS) == expected
+        assert not faults
+
+
+def test_a_request_whose_kv_stays_lost_fails_alone(model: Model, expected: list[int], tmp_path: Path) -> None:
+    other = some_tokens(8, 1200)
+    with spilling(model, tmp_path / "s", seed=2) as harness:
+        alone = harness.ask(other, "b", max_tokens=60, ignore_eos=True)
+        harness.events.clear()
+        tier = disk_tier(harness)
+        harness.add("r", PROMPT, **FIELDS)
+        harness.add("b", other, max_tokens=60, ignore_eos=True)
+        until_said(harness, 3)
+        table = running(harness).table
+
+        def fails(name: str, file: int, offset: int) -> None:
+            for ref in list(table.runs):
+                with suppress(ExtentMissing):
+                    place = tier.locate(ref.run)
+                    if (
+                        name == "preadv"
+                        and place.file == file
+                        and place.range.offset <= offset < place.range.end
+                    ):
+                        raise error(errno.EIO)
+
+        tier.system = Faulty(fails)
+        harness.run()
+        with pytest.raises(StorageFailed, match="lost 3 times"):
+            harness.tokens("r")
+        assert harness.tokens("b") == alone
+        assert harness.ask(PROMPT, **FIELDS) == expected, "the next one starts anew"
+
+
+def test_reads_that_never_return_fail_by_their_deadline(
+    model: Model, expected: list[int], tmp_path: Path
+) -> None:
+    over = threading.Event()
+
+    def fails(name: str, _file: int, _offset: int) -> None:
+        if name == "preadv":
+            over.wait(30)
+
+    with spilling(model, tmp_path / "s", read_deadline_s=0.1) as harness:
+        harness.add("r", PROMPT, **FIELDS)
+        until_said(harness, 2)
+        disk_tier(harness).system = Faulty(fails)
+        harness.run()
+        with pytest.raises(StorageFailed, match="lost 3 times"):
+            harness.tokens()
+        over.set()
+        assert harness.ask(PROMPT, **FIELDS) == expected
+
+
+@pytest.mark.parametrize("call", ["ftruncate", "pwritev"])
+def test_a_full_disk_is_no_loss_while_host_memory_suffices(
+    model: Model, expected: list[int], call: str, tmp_path: Path
+) -> None:
+    with spilling(model, tmp_path / "s", host_budget=22 * column_bytes(model, "k8v4")) as harness:
+        disk_tier(harness).system = Faulty(full(call))
+        assert harness.ask(PROMPT, **FIELDS) == expected
+        assert "No space left" in str(harness.engine.stats()["disk_failure"])
+        assert harness.done().usage.kv_bytes["disk"] == 0
+
+
+@pytest.mark.parametrize("call", ["ftruncate", "pwritev"])
+def test_a_full_disk_fails_what_host_memory_cannot_hold(
+    model: Model, expected: list[int], call: str, tmp_path: Path
+) -> None:
+    with spilling(model, tmp_path / "s") as harness:
+        disk_tier(harness).system = Faulty(full(call))
+        harness.add("r", PROMPT, **FIELDS)
+        harness.run()
+        with pytest.raises(StorageFailed, match="raise the host or the disk budget"):
+            harness.tokens()
+        with pytest.raises(PromptTooLong):
+            harness.add("x", PROMPT, **FIELDS)
+        assert harness.ask(PROMPT[:600], max_tokens=5, ignore_eos=True)
+
+
+def test_a_waiting_request_that_fits_no_more_fails_instead_of_waiting(model: Model, tmp_path: Path) -> None:
+    with spilling(model, tmp_path / "s", device_budget=window_bytes(model)) as harness:
+        harness.add("r", PROMPT, **FIELDS)
+        harness.add("b", PROMPT, **FIELDS)
+        harness.add("c", PROMPT[:300], **FIELDS)
+        until_said(harness, 2)
+        disk_tier(harness).system = Faulty(full("pwritev"))
+        store = harness.engine._store
+        table = running(harness).table
+        (span, *_) = table.host_spans()
+        store.spill(table, span.start, 1)
+        harness.run()
+        assert len(harness.tokens("r")) == 30, "what is on disk stays readable"
+        with pytest.raises(StorageFailed, match="No space left"):
+            harness.tokens("b")
+        assert len(harness.tokens("c")) == 30
+
+
+def full(call: str) -> Callable[[str, int, int], None]:
+    def fails(name: str, _file: int, _offset: int) -> None:
+        if name == call:
+            raise error(errno.ENOSPC)
+
+    return fails
+
+
+def test_a_step_that_breaks_leaves_nothing_behind(
+    model: Model, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More often than there are staging buffers: a read that nobody takes would block the ring for good."""
+    attend = TieredAttention.attend
+
+    def breaks(*arguments: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    with spilling(model, tmp_path / "s") as harness:
+        for name in (f"r{number}" for number in range(6)):
+            harness.add(name, PROMPT, **FIELDS)
+            until_said(harness, 2, name)
+            with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+                patch.setattr(TieredAttention, "attend", breaks)
+                harness.engine.turn()
+            harness.engine.fail_running(InternalError("a step failed"))
+            harness.engine.check_integrity()
+            assert isinstance(harness.events[name][-1], Failed)
+        assert TieredAttention.attend is attend
+        assert harness.ask(PROMPT, **FIELDS) == expected

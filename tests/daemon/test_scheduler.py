@@ -1,0 +1,210 @@
+"""The scheduler, as pure state: no engine, no clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from spilld.daemon.scheduler import Job, Plan, Room, Scheduler
+from spilld.daemon.visibility import CELL
+
+PLENTY = Room(windows=100, blocks=10**6)
+
+
+def job(number: int, known: int, position: int = 0, chunk: int = 512, **fields: int) -> Job:
+    needs = {"window": 1, "blocks": 0, **fields}
+    return Job(number, position, known, chunk, window=bool(needs["window"]), blocks=needs["blocks"])
+
+
+def scheduler(*jobs: Job, chunk_tokens: int = 512, max_running: int = 16) -> Scheduler:
+    made = Scheduler(chunk_tokens, max_running)
+    for each in jobs:
+        made.add(each)
+    return made
+
+
+def test_admission_is_in_order_even_where_a_later_job_would_fit() -> None:
+    waiting = scheduler(job(1, 100, blocks=5), job(2, 100, blocks=50), job(3, 100, blocks=1))
+    assert waiting.plan(Room(windows=3, blocks=40)).admit == (1,)
+    assert waiting.starved(Room(windows=3, blocks=40))
+    assert waiting.plan(Room(windows=3, blocks=49)).admit == ()
+    assert waiting.plan(Room(windows=3, blocks=51)).admit == (2, 3)
+    assert (waiting.running, waiting.waiting) == (3, 0)
+
+
+def test_admission_needs_windows_for_new_contexts_only() -> None:
+    waiting = scheduler(job(1, 10), job(2, 10, window=0), job(3, 10), job(4, 10, window=0))
+    assert waiting.plan(Room(windows=1, blocks=0)).admit == (1, 2)
+    assert waiting.starved(Room(windows=0, blocks=0))
+    assert waiting.plan(Room(windows=1, blocks=0)).admit == (3, 4)
+
+
+def test_a_job_that_waits_for_its_turn_is_not_starved() -> None:
+    waiting = scheduler(job(1, 10), job(2, 10), max_running=1)
+    assert waiting.plan(PLENTY).admit == (1,)
+    assert not waiting.starved(Room(windows=0, blocks=0))
+    assert waiting.plan(PLENTY).admit == ()
+    waiting.remove(1)
+    assert waiting.starved(Room(windows=0, blocks=0))
+    assert waiting.plan(PLENTY).admit == (2,)
+
+
+def test_prefill_chunks_end_on_the_grid_beside_decodes() -> None:
+    running = scheduler(job(1, 700, position=699), job(2, 1000, position=100), job(3, 300))
+    assert running.plan(PLENTY).run == ((1, 1), (2, 412), (3, 100))
+    for number, count in ((1, 1), (2, 412), (3, 100)):
+        running.advance(number, count, sampled=int(number == 1))
+    assert running.plan(PLENTY).run == ((1, 1), (2, 488), (3, 24))
+    running.advance(2, 488, 1)
+    running.advance(3, 24, 0)
+    running.advance(1, 1, 1)
+    assert running.plan(PLENTY).run == ((1, 1), (2, 1), (3, 176))
+
+
+def test_a_job_with_small_chunks_leaves_the_budget_to_others() -> None:
+    running = scheduler(job(1, 300, chunk=64), job(2, 900))
+    assert running.plan(PLENTY).run == ((1, 64), (2, 256))
+
+
+def test_a_rewound_job_computes_everything_again() -> None:
+    running = scheduler(job(1, 3, position=2))
+    running.plan(PLENTY)
+    running.advance(1, 1, 1)
+    running.rewind(1)
+    assert running.plan(PLENTY) == Plan((), ((1, 4),))
+
+
+def test_unknown_jobs_may_be_removed() -> None:
+    running = scheduler(job(1, 5))
+    running.remove(7)
+    running.remove(1)
+    assert running.plan(PLENTY) == Plan((), ())
+
+
+@dataclass
+class Mirror:
+    """What the test knows of a job."""
+
+    position: int
+    known: int
+    ends: int
+    chunk: int
+    window: bool
+    blocks: int
+    admitted: bool = False
+    idle_steps: int = 0
+
+
+class Scheduling(RuleBasedStateMachine):
+    """Jobs come, are cancelled, lose their KV and end; the room is what windows and blocks leave over."""
+
+    chunk_tokens = 512
+    max_running = 3
+    windows = 2
+    blocks = 40
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Scheduler(self.chunk_tokens, self.max_running)
+        self.jobs: dict[int, Mirror] = {}
+        self.count = 0
+
+    @property
+    def room(self) -> Room:
+        admitted = [mirror for mirror in self.jobs.values() if mirror.admitted]
+        return Room(
+            self.windows - sum(m.window for m in admitted), self.blocks - sum(m.blocks for m in admitted)
+        )
+
+    @rule(
+        known=st.integers(1, 2000),
+        cached=st.integers(0, 1999),
+        answer=st.integers(1, 5),
+        chunk=st.sampled_from([64, 512]),
+        window=st.booleans(),
+        blocks=st.integers(0, 40),
+    )
+    def arrive(self, known: int, cached: int, answer: int, chunk: int, window: bool, blocks: int) -> None:
+        self.count += 1
+        position = min(cached, known - 1) if not window else 0
+        self.jobs[self.count] = Mirror(position, known, known + answer, chunk, window, blocks)
+        self.scheduler.add(Job(self.count, position, known, chunk, window, blocks))
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        number = data.draw(st.sampled_from(sorted(self.jobs)))
+        self.scheduler.remove(number)
+        del self.jobs[number]
+
+    @precondition(lambda self: any(m.admitted for m in self.jobs.values()))
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        number = data.draw(st.sampled_from(sorted(n for n, m in self.jobs.items() if m.admitted)))
+        self.scheduler.rewind(number)
+        self.jobs[number].position = 0
+
+    @rule()
+    def step(self) -> None:
+        room = self.room
+        plan = self.scheduler.plan(room)
+        self._admit(plan, room)
+        self._run(plan)
+
+    def _admit(self, plan: Plan, room: Room) -> None:
+        line = [n for n, mirror in self.jobs.items() if not mirror.admitted]
+        assert list(plan.admit) == line[: len(plan.admit)], "admission is out of order"
+        for number in plan.admit:
+            self.jobs[number].admitted = True
+        assert self.room.windows >= 0, "more windows are used than there are"
+        assert self.room.blocks >= 0, "more blocks are promised than there are"
+        if len(plan.admit) < len(line) and sum(m.admitted for m in self.jobs.values()) < self.max_running:
+            head = self.jobs[line[len(plan.admit)]]
+            assert head.window > self.room.windows or head.blocks > self.room.blocks, "it waits for nothing"
+            assert self.scheduler.starved(self.room)
+
+    def _run(self, plan: Plan) -> None:
+        run = dict(plan.run)
+        assert len(run) == len(plan.run)
+        assert all(self.jobs[n].admitted for n in run), "a job runs before it is admitted"
+        decodes = [n for n, m in self.jobs.items() if m.admitted and m.known - m.position == 1]
+        assert all(run.get(n) == 1 for n in decodes), "a decoding job got no token"
+        assert sum(run.values()) <= self.chunk_tokens + len(decodes)
+        prefills = [n for n, m in self.jobs.items() if m.admitted and n not in decodes]
+        assert [n for n in run if n not in decodes] == [n for n in prefills if n in run]
+        if prefills:
+            assert prefills[0] in run, "the oldest prefill stands still"
+        for number, tokens in run.items():
+            mirror = self.jobs[number]
+            end = mirror.position + tokens
+            assert 1 <= tokens <= max(1, mirror.chunk)
+            assert end <= mirror.known
+            crossed = mirror.position // CELL != end // CELL
+            assert end == mirror.known or end % CELL == 0 or not crossed, "a chunk ends off the grid"
+            mirror.position, sampled = end, int(end == mirror.known)
+            mirror.known += sampled
+            self.scheduler.advance(number, tokens, sampled)
+            if mirror.known == mirror.ends:
+                self.scheduler.remove(number)
+                del self.jobs[number]
+
+    @invariant()
+    def counts(self) -> None:
+        admitted = sum(mirror.admitted for mirror in self.jobs.values())
+        assert self.scheduler.running == admitted <= self.max_running
+        assert self.scheduler.waiting == len(self.jobs) - admitted
+
+    def teardown(self) -> None:
+        """No admitted job starves: without new arrivals, all that can ever be admitted ends."""
+        for _ in range(2000):
+            if not self.jobs:
+                return
+            self.step()
+        raise AssertionError(f"jobs never end: {self.jobs}")
+
+
+TestScheduling = Scheduling.TestCase
+TestScheduling.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
