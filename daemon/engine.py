@@ -20,6 +20,7 @@ from .attention import Slice
 from .contexts import Context, Contexts, new_handle
 from .errors import (
     Cancelled,
+    ContextNotFound,
     DeadlineExceeded,
     InvalidRequest,
     PromptTooLong,
@@ -124,11 +125,27 @@ class Engine:
             self._abort(generation, DeadlineExceeded(f"not done after {generation.request.deadline_s} s"))
 
     def _plan(self) -> Plan:
-        """What to admit and run; idle contexts make way for requests that find no room beside them."""
-        while self._scheduler.starved(self._room) and (context := self.contexts.oldest()) is not None:
+        """What to admit and run; contexts make way for a request that finds no room beside them."""
+        while self._scheduler.starved(self._room) and self._make_way():
+            continue
+        return self._scheduler.plan(self._room)
+
+    def _make_way(self) -> bool:
+        """Give up something for the request that is first in line; False if a running one will make room."""
+        if (context := self.contexts.oldest()) is not None:
             log.info("context %s makes room", context.handle[:8])
             self._discard(context.sequence)
-        return self._scheduler.plan(self._room)
+            return True
+        if self._scheduler.running:
+            return False
+        first, *behind = self._generations.values()
+        holders = [generation for generation in behind if generation.context is not None]
+        if holders:  # idle from here on, so it goes next
+            self._abort(holders[-1], ContextNotFound("the context made way for a request that came earlier"))
+        else:
+            lost = self._store.spill_failure
+            self._abort(first, StorageFailed(f"it fits no more since the disk tier takes nothing: {lost}"))
+        return True
 
     @property
     def _room(self) -> Room:
@@ -278,8 +295,7 @@ class Engine:
             return
         log.warning("request %s is computed again: %s", generation.request.request_id, failure)
         generation.recomputed += 1
-        if not generation.produced:
-            generation.prompt_logprobs.clear()
+        generation.restart()
         sequence = _sequence(generation)
         self._runner.rest()
         self._store.reset(sequence.table)

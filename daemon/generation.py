@@ -60,6 +60,11 @@ class Generation:
             cached_tokens=self._cached,
         )
 
+    def restart(self) -> None:
+        """Its sequence is computed again from the first token."""
+        if not self.produced:
+            del self.prompt_logprobs[0 if self.first else 1 :]  # nothing predicts a sequence's first token
+
     def account(self, read_bytes: dict[str, int], disk_read: int, stalled_s: float, took_s: float) -> None:
         """A step's cost, or this request's share of it."""
         for tier, count in read_bytes.items():

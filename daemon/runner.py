@@ -34,10 +34,10 @@ class Runner:
         """What a prefill chunk takes besides windows and records: the dequantised tile and, by formula, the
         largest set of activations alive at once (attention in float32, or the MLP) and one row of logits."""
         config, geometry = self._model.module.config, self._model.geometry
-        width, size = geometry.heads * geometry.head_dim, self._model.module.dtype.itemsize
+        width, size = geometry.heads * geometry.head_dim, int(self._model.module.dtype.itemsize)
         attention = 4 * width * 4 + (width + 2 * geometry.kv_heads * geometry.head_dim) * size
-        mlp = 3 * config.intermediate_size * size
-        residual = 3 * config.hidden_size * size
+        mlp = 3 * int(config.intermediate_size) * size
+        residual = 3 * int(config.hidden_size) * size
         chunk = self._chunk_tokens * (max(attention, mlp) + residual)
         return self._attention.workspace_bytes + chunk + geometry.vocab * (4 + size)
 
@@ -50,14 +50,18 @@ class Runner:
         tokens = [token for s in slices for token in s.sequence.tokens[s.position : s.position + s.count]]
         positions = [position for s in slices for position in range(s.position, s.position + s.count)]
         rows = [s.start + row for s, kept in zip(slices, keep, strict=True) for row in kept]
-        with torch.inference_mode():
-            logits = self._model.module(
-                input_ids=torch.tensor([tokens]),
-                position_ids=torch.tensor([positions]),
-                use_cache=False,
-                logits_to_keep=torch.tensor(rows, dtype=torch.long),
-                spilld_step=Step(self._attention, slices),
-            ).logits[0]
+        try:
+            with torch.inference_mode():
+                logits = self._model.module(
+                    input_ids=torch.tensor([tokens]),
+                    position_ids=torch.tensor([positions]),
+                    use_cache=False,
+                    logits_to_keep=torch.tensor(rows, dtype=torch.long),
+                    spilld_step=Step(self._attention, slices),
+                ).logits[0]
+        except BaseException:  # reads that nobody takes would keep their staging buffers for good
+            self._store.cancel(ticket for s in slices for reads in s.tickets.values() for _, ticket in reads)
+            raise
         return list(logits.float().split([len(kept) for kept in keep]))
 
     def rest(self) -> None:

@@ -142,6 +142,9 @@ class EngineService:
             self._engine.add(client, request, prompt)
         except SpilldError as error:
             self._refuse(client, request, error)
+        except Exception as error:
+            log.exception("request %s could not be added", request.request_id)
+            self._refuse(client, request, InternalError(f"the request could not be added: {error!r}"))
 
     def _release(self, context: str) -> None:
         try:

@@ -116,7 +116,7 @@ class TestHandles:
     def test_a_continuation_behind_a_request_that_needs_its_window(
         self, model: Model, tmp_path: Path
     ) -> None:
-        """Neither may wait for the other: the first in line is served, then the other, or it is told why not."""
+        """Neither may wait for the other: the first in line is served, the other is told."""
         with engine(model, tmp_path / "s", **one_window(model)) as harness:
             context = keep(harness)
             harness.add("first", PROMPT[:20], **FIELDS)

@@ -95,7 +95,7 @@ class TestSameTokens:
                 context = harness.done().context
                 whole += piece + answer
             last = PROMPT[1450:]
-            fields = {"max_tokens": ANSWER, "ignore_eos": True, "sampling": sampling}
+            fields: dict[str, Any] = {"max_tokens": ANSWER, "ignore_eos": True, "sampling": sampling}
             continued = harness.ask(last, context=context, **fields)
             assert harness.done().usage.cached_tokens == len(whole) - 1
             assert self.ask(harness, sampling, whole + last) == continued
@@ -240,7 +240,7 @@ def whole_text(model: Model, prompt: list[int], tokens: list[int]) -> str:
 
 
 def test_the_longest_request_runs_and_a_longer_one_is_refused(model: Model, tmp_path: Path) -> None:
-    settings = {"host_budget": smallest_host_budget(model, "k8v4"), "disk_budget": 0}
+    settings: dict[str, Any] = {"host_budget": smallest_host_budget(model), "disk_budget": 0}
     with engine(model, tmp_path / "s", **settings) as harness:
         longest = harness.engine.longest
         assert longest < model.geometry.max_positions, "the host budget decides"

@@ -13,6 +13,8 @@ from spilld.daemon.visibility import (
     WINDOW_SLOTS,
     boundary,
     exact_ranges,
+    highest_block,
+    longest_with,
     lowest_visible,
     sealed_by,
     segments,
@@ -73,6 +75,13 @@ def test_what_is_seen_as_stored_has_been_sealed(position: int) -> None:
     assert position + 1 - boundary(position) <= 2 * CELL, "more is exact than the window holds"
     overwritten = range(position + 1 - 2 * CELL, position // CELL * CELL - CELL)
     assert all(p < boundary(position) for p in overwritten)
+
+
+@given(st.integers(0, 100))
+def test_the_longest_sequence_needs_no_block_too_many(blocks: int) -> None:
+    longest = longest_with(blocks)
+    assert highest_block(longest) <= blocks < highest_block(longest + 1)
+    assert highest_block(longest) == max(0, sealed_by(longest - 1) - 1)
 
 
 @pytest.mark.parametrize(

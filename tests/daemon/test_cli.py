@@ -1,0 +1,158 @@
+"""The command line: what cannot work ends in one line that says what to do, and status 1."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spilld.daemon.__main__ import main
+from spilld.daemon.model import Model
+from spilld.daemon.spawn import Spawned, spawned
+
+from .harness import shared
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return shared(tmp_path_factory, "llama")
+
+
+@pytest.fixture(scope="module")
+def running(model: Model) -> Iterator[Spawned]:
+    settings = {"model": model.folder, "cache": model.folder / "cache", "dtype": "float32", "threads": 1}
+    with spawned(settings) as running:
+        yield running
+
+
+def spilld(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "spilld.daemon", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+def serve(folder: Path, *arguments: object) -> list[str]:
+    base = ("serve", f"--state={folder}/state", f"--cache={folder}/cache", f"--listen=ipc://{folder}/socket")
+    return [*base, "--dtype=float32", *map(str, arguments)]
+
+
+def corrupt(model: Model, folder: Path) -> Path:
+    """The model's folder with the end of its weights cut off."""
+    folder.mkdir()
+    for file in model.folder.iterdir():
+        if file.is_file():
+            (folder / file.name).write_bytes(file.read_bytes())
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5000])
+    return folder
+
+
+class TestServeThatCannotStart:
+    """Each says in one line what is wrong and what is allowed."""
+
+    @pytest.fixture(autouse=True)
+    def _environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # serve would set it for good
+        monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+
+    @pytest.mark.parametrize(
+        ("option", "words"),
+        [
+            ("--format=int3", ["format", "'int3'", "exact, int8, k8v4"]),
+            ("--chunk-tokens=many", ["chunk_tokens", "'many'"]),
+            ("--host-budget=2XB", ["host_budget", "512MiB"]),
+            ("--state=relative", ["state", "a full path"]),
+            ("--listen=nowhere", ["listen", "nowhere"]),
+            ("--config=/no/such/file", ["/no/such/file"]),
+        ],
+    )
+    def test_bad_settings(self, option: str, words: list[str], tmp_path: Path, capsys: Any) -> None:
+        assert main(serve(tmp_path, option)) == 1
+        self.check(capsys.readouterr().err, words)
+
+    def test_a_bad_file(self, tmp_path: Path, capsys: Any) -> None:
+        config = tmp_path / "config.toml"
+        for text, words in (("modle = 'x'", ["modle", "allowed"]), ("model = ", ["not TOML"])):
+            config.write_text(text)
+            assert main(serve(tmp_path, "--config", config)) == 1
+            self.check(capsys.readouterr().err, words)
+
+    @pytest.mark.parametrize(
+        ("option", "words"),
+        [
+            ("--host-budget=20000", ["host budget", "need at least", "raise it"]),
+            ("--device-budget=1000", ["device budget", "holds no window of", "raise it"]),
+            ("--disk-budget=5000", ["of disk", "raise it"]),
+            ("--max-context=5000", ["5000", "4096"]),
+        ],
+    )
+    def test_small_budgets(
+        self, option: str, words: list[str], model: Model, tmp_path: Path, capsys: Any
+    ) -> None:
+        assert main(serve(tmp_path, f"--model={model.folder}", option)) == 1
+        self.check(capsys.readouterr().err, words)
+
+    def test_a_corrupt_folder(self, model: Model, tmp_path: Path, capsys: Any) -> None:
+        folder = corrupt(model, tmp_path / "broken")
+        assert main(serve(tmp_path, f"--model={folder}")) == 1
+        self.check(capsys.readouterr().err, [str(folder)])
+
+    def test_a_state_folder_that_is_a_file(self, model: Model, tmp_path: Path, capsys: Any) -> None:
+        (tmp_path / "state").write_text("")
+        assert main(serve(tmp_path, f"--model={model.folder}")) == 1
+        self.check(capsys.readouterr().err, [f"{tmp_path}/state", "`state`"])
+
+    def check(self, said: str, words: list[str]) -> None:
+        assert said.startswith("spilld: ")
+        assert said.count("\n") == 1, "one line"
+        assert all(word in said for word in words)
+
+
+def test_an_unknown_model_as_a_process(tmp_path: Path) -> None:
+    """The whole way: exit status, nothing but the message, no socket left behind."""
+    ended = spilld(*serve(tmp_path, "--model=gpt-17"))
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.splitlines()[-1].startswith("spilld: there is no model 'gpt-17': known names are")
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "socket").exists()
+
+
+def test_ask_and_stats(running: Spawned, model: Model, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("A short text.")
+    ended = spilld("ask", "--address", running.address, "--max-tokens=8", text, "What is it?")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout
+    piped = spilld(
+        "ask", "--address", running.address, "--max-tokens=8", "-", "What is it?", input="A short text."
+    )
+    assert (piped.returncode, piped.stdout) == (0, ended.stdout)
+    shown = spilld("stats", "--address", running.address, "--json")
+    values = json.loads(shown.stdout)
+    assert values["model"] == str(model.folder)
+    assert values["requests_running"] == 0
+    table = spilld("stats", "--address", running.address)
+    assert "host budget bytes" in table.stdout
+    assert "2,048.00 MiB" in table.stdout
+
+
+def test_ask_without_a_daemon_or_a_text(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("A short text.")
+    ended = spilld("ask", f"--address=ipc://{tmp_path}/nobody", text, "What is it?")
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("spilld: ")
+    assert f"ipc://{tmp_path}/nobody" in ended.stderr
+    assert "spilld serve" in ended.stderr
+    text.write_bytes(b"\xff\xfe\x00")
+    for file in (text, tmp_path / "missing"):
+        ended = spilld("ask", file, "What is it?", env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)})
+        assert ended.returncode == 1
+        assert ended.stderr.startswith(f"spilld: cannot read {file}")
+        assert ended.stderr.count("\n") == 1

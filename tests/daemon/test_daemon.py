@@ -1,0 +1,258 @@
+"""A daemon of its own, over a real socket: several clients, bad ones, dying ones, and signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from spilld.daemon.client import AsyncClient, Client, Done, Token
+from spilld.daemon.errors import (
+    ContextNotFound,
+    DeadlineExceeded,
+    Draining,
+    InternalError,
+    InvalidRequest,
+    PromptTooLong,
+)
+from spilld.daemon.model import Model
+from spilld.daemon.spawn import Spawned, spawned
+
+from .harness import column_bytes, engine, shared, some_tokens, window_bytes
+
+PROMPT = some_tokens(1, 1300)
+LONG = 2500
+"""Tokens of an answer that is not waited for."""
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return shared(tmp_path_factory, "llama")
+
+
+@contextmanager
+def daemon(model: Model, **settings: Any) -> Iterator[Spawned]:
+    chosen = {"model": model.folder, "cache": model.folder / "cache", "dtype": "float32", "threads": 1}
+    with spawned({**chosen, **settings}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def running(model: Model) -> Iterator[Spawned]:
+    """Two windows; most of PROMPT's KV does not fit the host budget."""
+    budgets = {
+        "device_budget": 2 * window_bytes(model),
+        "host_budget": 10 * column_bytes(model, "k8v4"),
+        "disk_budget": "64MiB",
+        "chunk_tokens": 128,
+    }
+    with daemon(model, **budgets) as running:
+        yield running
+
+
+@pytest.fixture
+def client(running: Spawned) -> Iterator[Client]:
+    """A client of a daemon that is idle before and after."""
+    with Client(running.address) as client:
+        settle(client)
+        yield client
+        settle(client)
+
+
+def settle(client: Client) -> None:
+    """Wait until nothing runs."""
+    give_up = time.monotonic() + 20
+    while (stats := client.stats())["requests_running"] or stats["requests_waiting"]:
+        assert time.monotonic() < give_up, f"requests never end: {stats}"
+        time.sleep(0.02)
+
+
+def emptied(client: Client) -> None:
+    """Nothing runs and no tier holds a byte, soon: a write that is under way still has its rows."""
+    settle(client)
+    give_up = time.monotonic() + 10
+    while any((stats := client.stats())[f"{tier}_used_bytes"] for tier in ("device", "host", "disk")):
+        assert time.monotonic() < give_up, f"bytes are lost: {stats}"
+        time.sleep(0.02)
+
+
+def tokens_of(generation: Any) -> list[int]:
+    return [event.token for event in generation if isinstance(event, Token)]
+
+
+@pytest.fixture(scope="module")
+def expected(model: Model, tmp_path_factory: pytest.TempPathFactory) -> list[int]:
+    with engine(model, tmp_path_factory.mktemp("here"), disk_budget=0) as harness:
+        return harness.ask(PROMPT, max_tokens=20, ignore_eos=True)
+
+
+def test_tokens_text_and_chat(client: Client, model: Model, expected: list[int]) -> None:
+    generation = client.generate(PROMPT, max_tokens=20, ignore_eos=True)
+    assert tokens_of(generation) == expected
+    assert generation.result.usage.read_bytes["disk"] > 0
+    assert len(client.generate("Once upon a time", max_tokens=5, ignore_eos=True).text()) > 0
+    messages = [{"role": "user", "content": "hello"}]
+    first = client.generate(messages, max_tokens=5, ignore_eos=True, keep=True)
+    first.text()
+    more = [{"role": "user", "content": "and then?"}]
+    second = client.generate(more, context=first.result.context, max_tokens=5, ignore_eos=True)
+    second.text()
+    assert second.result.usage.cached_tokens > 0
+    client.release(str(first.result.context))
+    with pytest.raises(ContextNotFound):
+        client.generate(more, context=first.result.context).text()
+    welcome = client.hello()
+    assert (welcome.model, welcome.dtype, welcome.format) == (str(model.folder), "float32", "k8v4")
+    assert welcome.max_context == model.geometry.max_positions
+
+
+def test_several_clients_at_once(running: Spawned, client: Client, expected: list[int]) -> None:
+    async def both() -> list[list[int]]:
+        async with AsyncClient(running.address) as one, AsyncClient(running.address) as two:
+
+            async def ask(asking: AsyncClient) -> list[int]:
+                generation = asking.generate(PROMPT, max_tokens=20, ignore_eos=True)
+                return [event.token async for event in generation if isinstance(event, Token)]
+
+            return list(await asyncio.gather(ask(one), ask(two), ask(two)))
+
+    mine = client.generate(PROMPT, max_tokens=20, ignore_eos=True)
+    assert asyncio.run(both()) == [expected] * 3
+    assert tokens_of(mine) == expected
+
+
+def test_closing_a_generation_frees_its_window(client: Client) -> None:
+    with client.generate(PROMPT, max_tokens=LONG, ignore_eos=True) as generation:
+        while not isinstance(next(generation), Token):
+            pass
+        assert client.stats()["requests_running"] == 1
+    emptied(client)
+
+
+def test_bad_requests_get_typed_errors(client: Client, running: Spawned, model: Model) -> None:
+    vocab = model.geometry.vocab
+    with pytest.raises(InvalidRequest, match=f"{vocab} is not below"):
+        client.generate([1, vocab]).text()
+    with pytest.raises(PromptTooLong, match="leave room to answer"):
+        client.generate(some_tokens(1, 4096)).text()
+    with pytest.raises(InvalidRequest, match="not empty"):
+        client.generate([]).text()
+    with pytest.raises(ContextNotFound):
+        client.release("0" * 32)
+    with pytest.raises(DeadlineExceeded):
+        client.generate(PROMPT, max_tokens=LONG, ignore_eos=True, timeout=0.3).text()
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        socket.connect(running.address)
+        for frames in ([b""], [b"spilld\x00\x01", b"\xc1"], [os.urandom(2000)] * 3):
+            socket.send_multipart(frames)
+        assert socket.poll(5000)
+    assert client.generate(PROMPT[:5], max_tokens=3, ignore_eos=True).text() is not None
+
+
+def test_stats(client: Client, running: Spawned, model: Model) -> None:
+    stats = client.stats()
+    assert stats["device_budget_bytes"] == 2 * window_bytes(model)
+    assert stats["host_budget_bytes"] == 10 * column_bytes(model, "k8v4")
+    assert stats["disk_budget_bytes"] == 64 << 20
+    assert stats["disk_failure"] == ""
+    before = int(str(stats["disk_written_bytes"]))
+    generation = client.generate(PROMPT, max_tokens=20, ignore_eos=True)
+    while not isinstance(next(generation), Token):
+        pass
+    during = client.stats()
+    assert during["device_used_bytes"] == window_bytes(model)
+    assert 0 < int(str(during["host_used_bytes"])) <= 10 * column_bytes(model, "k8v4")
+    assert 0 < int(str(during["disk_used_bytes"])) <= 64 << 20
+    assert int(str(during["promised_blocks"])) == 15
+    generation.text()
+    after = client.stats()
+    assert int(str(after["disk_written_bytes"])) > before
+    assert int(str(after["prefetch_bytes_read"])) > 0
+    assert (after["requests_running"], after["promised_blocks"]) == (0, 0)
+    emptied(client)
+    assert running.peak_rss_bytes > 100 << 20
+
+
+def test_a_killed_client_disturbs_nobody(client: Client, running: Spawned, expected: list[int]) -> None:
+    program = (
+        "import sys; from spilld.daemon.client import Client, Token\n"
+        "for event in Client(sys.argv[1]).generate('hello', max_tokens=2500, ignore_eos=True):\n"
+        "    if isinstance(event, Token): print('token', flush=True)\n"
+    )
+    command = [sys.executable, "-c", program, running.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"token\n"
+        mine = client.generate(PROMPT, max_tokens=20, ignore_eos=True)
+        child.send_signal(signal.SIGKILL)
+    assert tokens_of(mine) == expected
+    emptied(client)
+
+
+def ends(running: Spawned, seconds: float) -> int:
+    """The exit status, left for `spawned` to collect."""
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        found = os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if found is not None:
+            return found.si_status
+        time.sleep(0.02)
+    raise AssertionError(f"the daemon has not ended; its log ends: {running.log.read_text()[-1000:]}")
+
+
+def first_token(generation: Any) -> None:
+    while not isinstance(next(generation), Token):
+        pass
+
+
+def test_the_first_signal_lets_a_running_answer_finish(model: Model) -> None:
+    with daemon(model) as running, Client(running.address) as client:
+        generation = client.generate("hello", max_tokens=500, ignore_eos=True)
+        first_token(generation)
+        os.kill(running.pid, signal.SIGTERM)
+        refused: list[BaseException] = []
+
+        def late() -> None:
+            with Client(running.address) as other:
+                try:
+                    other.generate("hello").text()
+                except Draining as error:
+                    refused.append(error)
+
+        thread = threading.Thread(target=late)
+        thread.start()
+        assert len(tokens_of(generation)) == 499
+        assert isinstance(generation.result, Done)
+        thread.join()
+        assert [type(error) for error in refused] == [Draining]
+        assert ends(running, 10) == 0
+
+
+def test_the_second_signal_stops_at_once(model: Model) -> None:
+    with daemon(model, drain_seconds=60) as running, Client(running.address) as client:
+        generation = client.generate("hello", max_tokens=LONG, ignore_eos=True)
+        first_token(generation)
+        os.kill(running.pid, signal.SIGTERM)
+        time.sleep(0.2)
+        os.kill(running.pid, signal.SIGTERM)
+        with pytest.raises(Draining):
+            generation.text()
+        assert ends(running, 10) == 0
+        assert "Traceback" not in running.log.read_text()
+
+
+def test_a_daemon_that_does_not_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(InternalError, match="there is no model"), spawned({"model": tmp_path / "none"}):
+        pass

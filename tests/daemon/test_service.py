@@ -1,0 +1,231 @@
+"""The engine behind its threads: messages go in without waiting, every request ends in one last event."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spilld.daemon.assembly import build_engine, welcome
+from spilld.daemon.attention import TieredAttention
+from spilld.daemon.config import Config
+from spilld.daemon.engine import Engine
+from spilld.daemon.errors import ContextNotFound, Draining, Overloaded
+from spilld.daemon.model import Model
+from spilld.daemon.protocol import Done, Event, Failed, Generate, Message, Prompt, Token
+from spilld.daemon.service import EngineService
+
+from .harness import one_thread, shared, some_tokens
+
+CLIENT = b"c"
+LONG = 3000
+"""Tokens of an answer that is not waited for."""
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return shared(tmp_path_factory, "llama")
+
+
+class Desk:
+    """A running service, and what it has said by request id."""
+
+    def __init__(self, model: Model, state: Path, **settings: Any) -> None:
+        config = Config.load(None, {"dtype": "float32", "state": str(state), **settings})
+        self.events: dict[str, list[Event]] = {}
+        self._change = threading.Condition()
+        self.engine: Engine
+
+        def build(post: Any) -> Engine:
+            self.engine = build_engine(config, model, post)
+            return self.engine
+
+        self.service = EngineService(build, self._post, welcome(config, model), config.max_queue)
+
+    def _post(self, client: bytes, event: Event) -> None:
+        assert client == CLIENT
+        with self._change:
+            self.events.setdefault(event.request_id, []).append(event)
+            self._change.notify_all()
+
+    def submit(self, request_id: str, prompt: Prompt, **fields: Any) -> None:
+        wanted = {"max_tokens": 6, "ignore_eos": True, **fields}
+        self.service.submit(CLIENT, Generate(request_id=request_id, prompt=prompt, **wanted))
+
+    def end(self, request_id: str) -> Done:
+        """The last event of a request; a failure is raised."""
+        last = self.wait(request_id, Done | Failed)
+        if isinstance(last, Failed):
+            raise last.error()
+        assert isinstance(last, Done)
+        return last
+
+    def code(self, request_id: str) -> str:
+        last = self.wait(request_id, Done | Failed)
+        return last.code if isinstance(last, Failed) else ""
+
+    def wait(self, request_id: str, kind: Any) -> Event:
+        def found() -> Event | None:
+            return next((e for e in self.events.get(request_id, []) if isinstance(e, kind)), None)
+
+        with self._change:
+            assert self._change.wait_for(lambda: found() is not None, 30), "it never came"
+            event = found()
+        assert event is not None
+        return event
+
+    def ask(self, request_id: str, prompt: Prompt, **fields: Any) -> Done:
+        self.submit(request_id, prompt, **fields)
+        return self.end(request_id)
+
+
+@contextmanager
+def desk(model: Model, state: Path, **settings: Any) -> Iterator[Desk]:
+    with one_thread():
+        opened = Desk(model, state, **settings)
+        opened.service.start()
+        try:
+            yield opened
+        finally:
+            opened.service.stop()
+
+
+@pytest.fixture
+def opened(model: Model, tmp_path: Path) -> Iterator[Desk]:
+    with desk(model, tmp_path / "s") as opened:
+        yield opened
+        deadline = time.monotonic() + 10
+        while not opened.service.idle() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert opened.service.idle(), "every request was counted out"
+
+
+def turn(role: str, content: str) -> Message:
+    return Message(role=role, content=content)
+
+
+def test_text_tokens_and_chat_are_the_same_prompt(opened: Desk, model: Model) -> None:
+    text = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    tokens = tuple(model.tokenizer.encode(text))
+    said = {
+        opened.ask("text", text).text,
+        opened.ask("tokens", tokens).text,
+        opened.ask("chat", (turn("user", "hello"),)).text,
+    }
+    assert len(said) == 1
+    assert opened.end("chat").usage.prompt_tokens == len(tokens)
+
+
+def test_a_chat_goes_on_where_it_was(opened: Desk) -> None:
+    """Appending to the context gives what the whole conversation gives."""
+    first = (turn("system", "be brief"), turn("user", "one"))
+    answer = opened.ask("1", first, keep=True)
+    second = opened.ask("2", (turn("user", "two"),), context=answer.context)
+    assert second.context == answer.context
+    third = opened.ask("3", (turn("user", "three"),), context=answer.context)
+    sequence = opened.engine.contexts.look(str(answer.context)).sequence
+    whole = (
+        *(*first, turn("assistant", answer.text), turn("user", "two")),
+        *(turn("assistant", second.text), turn("user", "three"), turn("assistant", third.text)),
+    )
+    assert opened.engine.contexts.look(str(answer.context)).messages == whole
+    assert opened.ask("whole", tuple(sequence.tokens[:-6]), keep=False).text == third.text
+    template = opened.engine.model.tokenizer.decode(sequence.tokens)
+    assert template.count("user\n") == 3
+
+
+def test_refusals_are_typed_and_the_service_goes_on(opened: Desk, model: Model) -> None:
+    raw = opened.ask("raw", tuple(some_tokens(1, 40)), keep=True).context
+    opened.submit("vocabulary", (5, model.geometry.vocab))
+    opened.submit("empty", ())
+    opened.submit("surrogate", "\ud800")
+    opened.submit("mixed", (turn("user", "hello"),), context=raw)
+    opened.submit("unknown", "hello", context="0" * 32)
+    opened.submit("unknown chat", (turn("user", "hello"),), context="0" * 32)
+    opened.submit("long", tuple(some_tokens(1, 4096)))
+    codes = {name: opened.code(name) for name in opened.events if name != "raw"}
+    wanted = {"unknown": "context_not_found", "unknown chat": "context_not_found", "long": "prompt_too_long"}
+    wanted |= dict.fromkeys(("vocabulary", "empty", "surrogate", "mixed"), "invalid_request")
+    for name, code in wanted.items():
+        assert codes.get(name, opened.code(name)) == code
+        assert [(type(e), e.seq) for e in opened.events[name]] == [(Failed, 0)]
+    assert opened.ask("after", "hello", context=raw).context == raw
+    opened.service.release(CLIENT, str(raw))
+    assert opened.ask("last", "hello").reason == "length"
+    with pytest.raises(ContextNotFound):
+        opened.service.release(CLIENT, str(raw))
+
+
+def test_cancel_and_overload(model: Model, tmp_path: Path) -> None:
+    with desk(model, tmp_path / "s", max_queue=2) as opened:
+        opened.submit("a", "hello", max_tokens=LONG)
+        opened.submit("b", "hello", max_tokens=LONG)
+        with pytest.raises(Overloaded, match="2 requests"):
+            opened.submit("c", "hello")
+        opened.wait("a", Token)
+        for name in "ab":
+            opened.service.cancel(CLIENT, name)
+            assert opened.code(name) == "cancelled"
+        assert opened.ask("d", "hello").reason == "length"
+        opened.submit("e", "hello", max_tokens=LONG)
+        opened.service.cancel(CLIENT, "e")
+        assert opened.code("e") == "cancelled", "a cancel does not overtake its request"
+
+
+def test_a_step_that_breaks_fails_what_ran_in_it(opened: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = tuple(some_tokens(2, 700))
+    expected = opened.ask("before", tokens).text
+    opened.submit("r", tokens, max_tokens=LONG)
+    opened.wait("r", Token)
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(TieredAttention, "attend", breaks)
+    assert opened.code("r") == "internal"
+    monkeypatch.undo()
+    assert opened.ask("after", tokens).text == expected
+
+
+def test_a_request_that_breaks_the_intake_fails_alone(opened: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened.submit("r", "hello", max_tokens=400)
+    opened.wait("r", Token)
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(opened.engine, "add", breaks)
+    opened.submit("bad", "hello")
+    assert opened.code("bad") == "internal"
+    monkeypatch.undo()
+    assert opened.end("r").reason == "length"
+
+
+def test_draining_and_stopping(model: Model, tmp_path: Path) -> None:
+    with desk(model, tmp_path / "s") as opened:
+        opened.submit("r", "hello", max_tokens=300)
+        opened.wait("r", Token)
+        opened.service.drain()
+        with pytest.raises(Draining):
+            opened.submit("late", "hello")
+        assert not opened.service.idle()
+        assert opened.end("r").reason == "length", "what is admitted goes on"
+        assert opened.service.idle()
+    with desk(model, tmp_path / "s") as opened:
+        opened.submit("r", "hello", max_tokens=LONG)
+        opened.wait("r", Token)
+        opened.service.stop()
+        assert opened.code("r") == "draining"
+        assert not list((tmp_path / "s" / "kv").glob("*.segment"))
+
+
+def test_a_deadline_is_kept_without_any_other_event(opened: Desk) -> None:
+    opened.submit("r", "hello", max_tokens=LONG, deadline_s=0.2)
+    began = time.monotonic()
+    assert opened.code("r") == "deadline_exceeded"
+    assert time.monotonic() - began < 5
