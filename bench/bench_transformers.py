@@ -1,0 +1,144 @@
+"""Is a request to spilld faster than plain transformers with the same weights?
+
+SmolLM2-135M in bfloat16 on the CPU, a prompt of 7,500 tokens (Python's documentation), then 32 more, greedy.
+Ours is a daemon with default budgets, format k8v4 and its whole KV in host memory, timed at the client:
+prefill is until the first token arrives, decode the mean time between tokens after it. A second daemon has
+the demo's budgets (one window on the device, 25 % of the KV in host memory, the rest on disk). The baseline
+is a process that does nothing but transformers' forward passes over its own KV cache, each one timed.
+They take turns after a warm-up; medians of 3.
+
+What bounds the result. Prefill: the FLOPs of the linear layers at the measured rate of bfloat16 products,
+plus those of causal attention at that of float32. Decode: all weights, once, at the measured rate of memory,
+plus the records, by bytes or by FLOPs, whichever takes longer. With records on disk see bench_scan.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from harness import Goal, Result, document, gemm_rate, in_child, main, medians, memory_rate, say
+
+from spilld.daemon.catalog import default_cache, resolve
+from spilld.daemon.client import Client, Token
+from spilld.daemon.demo import MODEL, Shape, budgets
+from spilld.daemon.plain import greedy
+from spilld.daemon.spawn import spawned
+from spilld.offload.record import Element, Format
+
+BENCH = "transformers"
+TOKENS = 7500
+COUNT = 33
+"""Tokens to generate: the first ends the prefill, the others are decode steps."""
+
+WARM_UP = 1500
+
+
+@dataclass(frozen=True)
+class Work:
+    """What TOKENS tokens and one more cannot be computed without."""
+
+    linear_flops: float
+    attention_flops: float
+    weight_bytes: int
+    record_bytes: int
+    one_token_flops: float
+
+    @classmethod
+    def of(cls, folder: Path) -> Work:
+        """From a model folder in bfloat16 whose input and output embeddings are one matrix."""
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        embedding = config["vocab_size"] * config["hidden_size"]
+        shape = Shape.of(folder)
+        pair = 4 * shape.layers * config["num_attention_heads"] * shape.head_dim
+        return cls(
+            linear_flops=2.0 * TOKENS * (weights / Element.BFLOAT16.nbytes - embedding),
+            attention_flops=pair * TOKENS**2 / 2,
+            weight_bytes=weights,
+            record_bytes=shape.kv_bytes(TOKENS, Format.K8V4, Element.BFLOAT16),
+            one_token_flops=float(pair * TOKENS),
+        )
+
+    def prefill_s(self, limits: dict[str, float]) -> float:
+        return self.linear_flops / limits["bfloat16_flops"] + self.attention_flops / limits["float32_flops"]
+
+    def decode_ms(self, limits: dict[str, float]) -> float:
+        records = max(
+            self.record_bytes / limits["memory_bytes_s"], self.one_token_flops / limits["float32_flops"]
+        )
+        return 1e3 * (self.weight_bytes / limits["memory_bytes_s"] + records)
+
+
+def ask(client: Client, prompt: Sequence[int]) -> dict[str, float]:
+    """Times of one request, as its client sees them."""
+    asked = time.perf_counter()
+    stream = client.generate(prompt, max_tokens=COUNT, ignore_eos=True)
+    arrivals = [time.perf_counter() for event in stream if isinstance(event, Token)]
+    if stream.result.usage.cached_tokens or len(arrivals) != COUNT:
+        raise RuntimeError(f"not a whole prefill and {COUNT} tokens: {stream.result.usage}")
+    return {
+        "prefill_s": arrivals[0] - asked,
+        "decode_ms": 1e3 * (arrivals[-1] - arrivals[0]) / (COUNT - 1),
+    }
+
+
+def plain(folder: Path, prompt: Sequence[int]) -> dict[str, float]:
+    """The same of transformers."""
+    found = greedy(folder, Element.BFLOAT16, prompt, COUNT)
+    return {"prefill_s": found.prefill_s, "decode_ms": sum(found.decode_ms) / len(found.decode_ms)}
+
+
+def measure() -> tuple[dict[str, float], list[Result]]:
+    folder = resolve(MODEL, default_cache(), Element.BFLOAT16)
+    prompt = document(folder, TOKENS)
+    limits = {
+        "memory_bytes_s": in_child(memory_rate),
+        "float32_flops": in_child(gemm_rate, "float32"),
+        "bfloat16_flops": in_child(gemm_rate, "bfloat16"),
+    }
+    cases = {
+        "all in host": {"model": MODEL, "format": "k8v4", "dtype": "bfloat16"},
+        "75 % on disk": budgets(folder, TOKENS, Format.K8V4, Element.BFLOAT16),
+    }
+    with ExitStack() as stack:
+        contenders: dict[str, Callable[[Sequence[int]], dict[str, float]]] = {}
+        for case, settings in cases.items():
+            daemon = stack.enter_context(spawned(settings))
+            contenders[case] = partial(ask, stack.enter_context(Client(daemon.address)))
+        contenders["transformers"] = partial(plain, folder)
+        for case, run in contenders.items():
+            say(f"warm-up: {case}")
+            run(prompt[:WARM_UP])
+        found = medians({case: partial(run, prompt) for case, run in contenders.items()})
+    work = Work.of(folder)
+    bounds = {"prefill_s": work.prefill_s(limits), "decode_ms": work.decode_ms(limits)}
+    results = []
+    for case in cases:
+        in_host = case == "all in host"
+        for metric, name, unit, at_most in (
+            ("prefill_s", "prefill", "s", 1.0),
+            ("decode_ms", "decode", "ms/token", 1 / 3),
+        ):
+            results.append(
+                Result(
+                    bench=BENCH,
+                    metric=name,
+                    case=f"{TOKENS} tokens, {case}",
+                    unit=unit,
+                    ours=found[case][metric],
+                    baseline=found["transformers"][metric],
+                    limit=bounds[metric] if in_host else None,
+                    goal=Goal("ratio", at_most) if in_host else None,
+                )
+            )
+    return limits, results
+
+
+if __name__ == "__main__":
+    main(__doc__, measure)
