@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -46,8 +45,6 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 def _serve(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    # Two OpenMP pools share the cores, torch's and numba's: the one that waits must not spin.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     config = Config.load(options.config, {s.name: _number(getattr(options, s.name)) for s in fields(Config)})
     from .assembly import serve  # loads torch, which the client commands do without
 

@@ -142,7 +142,9 @@ class TieredAttention:
         keys, values = self._arena.tensor[part.sequence.window, call.layer]
         slots = np.array(_slots(part.position, call.window))
         part.read_bytes["device"] += int((slots[:, 1] - slots[:, 0]).sum()) * self._token_bytes
-        out, lse = self._backend.attend_one(q[:, 0], keys, values, slots, call.scale, call.softcap)
+        out, lse = self._backend.attend_one(
+            q[:, 0].contiguous(), keys, values, slots, call.scale, call.softcap
+        )
         self._merge_records(q, call, out[None], lse[None])
         return out[None]
 

@@ -159,10 +159,12 @@ class Generation:
         return _expect(reply, Event)
 
     def tokens(self) -> Iterator[str]:
-        """The text, piece by piece."""
+        """The text, piece by piece; the last may be what was held back for a stop string that never came."""
+        shown = 0
         for event in self:
-            if isinstance(event, Token) and event.text:
-                yield event.text
+            if isinstance(event, Token | Done) and (piece := _piece(event, shown)):
+                shown += len(piece)
+                yield piece
 
     def text(self) -> str:
         """Wait for the end; the whole text."""
@@ -294,10 +296,12 @@ class AsyncGeneration:
         return _expect(reply, Event)
 
     async def tokens(self) -> AsyncIterator[str]:
-        """The text, piece by piece."""
+        """As Generation.tokens."""
+        shown = 0
         async for event in self:
-            if isinstance(event, Token) and event.text:
-                yield event.text
+            if isinstance(event, Token | Done) and (piece := _piece(event, shown)):
+                shown += len(piece)
+                yield piece
 
     async def text(self) -> str:
         """Wait for the end; the whole text."""
@@ -322,6 +326,11 @@ class AsyncGeneration:
     def __del__(self) -> None:
         if self._call.open:
             self._client._cancel(self._call)
+
+
+def _piece(event: Token | Done, shown: int) -> str:
+    """The text an event adds to the `shown` characters that came before it."""
+    return event.text if isinstance(event, Token) else event.text[shown:]
 
 
 def _expect(reply: Reply | None, kind: type[R]) -> R:

@@ -72,6 +72,7 @@ def _lines(console: Console) -> Iterator[str]:
 
 def show(generation: Generation, console: Console) -> Done:
     """Draw the prefill's progress, then stream the answer. Closing (Ctrl-C) cancels the request."""
+    shown = 0
     with generation, prefill_bar(console) as bar:
         for event in generation:
             if isinstance(event, Progress):
@@ -79,9 +80,10 @@ def show(generation: Generation, console: Console) -> Done:
                 if event.done == event.total:
                     bar.stop()
             elif isinstance(event, Token):
+                shown += len(event.text)
                 console.print(event.text, end="", markup=False, highlight=False, soft_wrap=True)
             elif isinstance(event, Done):
-                console.print()
+                console.print(event.text[shown:], markup=False, highlight=False, soft_wrap=True)
     return generation.result
 
 

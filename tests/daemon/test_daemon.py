@@ -117,6 +117,18 @@ def test_tokens_text_and_chat(client: Client, model: Model, expected: list[int])
     assert welcome.max_context == model.geometry.max_positions
 
 
+def test_the_pieces_are_the_whole_text(client: Client) -> None:
+    """Text held back for a stop string that never comes is the last piece."""
+    whole = client.generate(PROMPT, max_tokens=12, ignore_eos=True).text()
+    stop = [whole[-2:] + "\0"]
+    held = client.generate(PROMPT, max_tokens=12, ignore_eos=True, stop=stop)
+    streamed = "".join(event.text for event in held if isinstance(event, Token))
+    assert whole.startswith(streamed)
+    assert len(streamed) < len(whole)
+    again = client.generate(PROMPT, max_tokens=12, ignore_eos=True, stop=stop)
+    assert "".join(again.tokens()) == again.result.text == whole
+
+
 def test_several_clients_at_once(running: Spawned, client: Client, expected: list[int]) -> None:
     async def both() -> list[list[int]]:
         async with AsyncClient(running.address) as one, AsyncClient(running.address) as two:
