@@ -85,8 +85,8 @@ def run_length(layout: Layout, layers: int, host_rows: int, step_columns: int) -
 class Store:
     """Block tables and the tiers their blocks lie in.
 
-    Blocks are promised before they are sealed: the sum of all promises never exceeds `capacity`, so
-    a sequence that was admitted finds room for every block it may come to have.
+    Blocks are promised before they are sealed, and the sum of all promises never exceeds `capacity`. That
+    counts full runs: where many short ones waste disk, growth may still end in TierFull, never in a hang.
     """
 
     def __init__(
