@@ -10,9 +10,11 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:  # config.py takes the names of formats from here, and clients load no numpy
+    import numpy as np
+    import numpy.typing as npt
 
 BLOCK = 64
 """Tokens in a block."""
@@ -119,9 +121,9 @@ def check_places(memory: npt.NDArray[np.uint8], places: npt.NDArray[np.int64], l
 
     Raises ValueError.
     """
-    if memory.ndim != 1 or memory.dtype != np.uint8 or not memory.flags.c_contiguous:
+    if memory.ndim != 1 or memory.dtype != "uint8" or not memory.flags.c_contiguous:
         raise ValueError("memory must be a contiguous uint8 vector")
-    if places.dtype != np.int64 or places.ndim != 1 or not places.flags.c_contiguous:
+    if places.dtype != "int64" or places.ndim != 1 or not places.flags.c_contiguous:
         raise ValueError("places must be a contiguous int64 vector")
     if places.size and not 0 <= places.min() <= places.max() <= len(memory) - layout.record_bytes:
         raise ValueError(f"places {places.min()}..{places.max()} are not all in {len(memory)} bytes")
