@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,9 +91,10 @@ def _file_digest(file: Path, cache: Path) -> bytes:
             hasher.update(chunk)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        writing = note.with_name(f"{note.name}.{os.getpid()}")
-        writing.write_text(json.dumps({"file": state, "xxh3_128": hasher.hexdigest()}))
-        writing.replace(note)
+        # A name of its own for every writer: two threads of one process may digest the same file.
+        with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as writing:
+            json.dump({"file": state, "xxh3_128": hasher.hexdigest()}, writing)
+        Path(writing.name).replace(note)
     except OSError as error:
         raise ConfigError(f"the cache folder {cache} cannot be written: {error}") from error
     return hasher.digest()

@@ -313,3 +313,12 @@ class TestDigest:
         (note,) = (tmp_path / "digests").iterdir()
         note.write_bytes(torn)
         assert digest([file], tmp_path) == first
+
+    def test_by_several_threads_at_a_time(self, tmp_path: Path) -> None:
+        files = [tmp_path / str(number) for number in range(20)]
+        for file in files:
+            file.write_bytes(file.name.encode() * 1000)
+        with ThreadPoolExecutor(8) as pool:
+            found = set(pool.map(lambda _: digest(files, tmp_path / "cache"), range(8)))
+        assert found == {digest(files, tmp_path / "elsewhere")}
+        assert len(list((tmp_path / "cache" / "digests").iterdir())) == len(files)
