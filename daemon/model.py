@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from .catalog import default_cache, resolve
 from .errors import ConfigError, CorruptModel, UnsupportedModel
 from .geometry import Geometry
+from .linear import has_bfloat16_products, widen
 from .rope import fix_rope, rope_bytes
 from .text import Tokenizer
 from .weights import digest, read_layout
@@ -82,6 +83,8 @@ def load(
             f"a context of {longest} tokens exceeds the model's {geometry.max_positions} positions"
         )
     fix_rope(module, longest)
+    if dtype == "bfloat16" and not has_bfloat16_products():
+        widen(module)
     return Model(
         name=name or folder.name,
         folder=folder,

@@ -12,6 +12,7 @@ from spilld.offload.table import RunRef
 
 from .attention import Slice, TieredAttention
 from .interface import Step
+from .linear import wide_bytes
 from .model import Model
 from .visibility import stored_blocks
 
@@ -32,14 +33,16 @@ class Runner:
     @property
     def workspace_bytes(self) -> int:
         """What a prefill chunk takes besides windows and records: the dequantised tile and, by formula, the
-        largest set of activations alive at once (attention in float32, or the MLP) and one row of logits."""
+        largest set of activations alive at once (attention in float32, or the MLP), what linear layers
+        widen, and one row of logits."""
         config, geometry = self._model.module.config, self._model.geometry
         width, size = geometry.heads * geometry.head_dim, int(self._model.module.dtype.itemsize)
         attention = 4 * width * 4 + (width + 2 * geometry.kv_heads * geometry.head_dim) * size
         mlp = 3 * int(config.intermediate_size) * size
         residual = 3 * int(config.hidden_size) * size
         chunk = self._chunk_tokens * (max(attention, mlp) + residual)
-        return self._attention.workspace_bytes + chunk + geometry.vocab * (4 + size)
+        wide = wide_bytes(self._model.module.base_model, self._chunk_tokens)
+        return self._attention.workspace_bytes + chunk + wide + geometry.vocab * (4 + size)
 
     def run(self, slices: list[Slice], keep: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Compute the slices' tokens; returns float32 logits [len(keep[i]), vocab] for those of their rows.
