@@ -46,6 +46,7 @@ TILE_BLOCKS = 64
 Blocks = npt.NDArray[np.int64]
 Places = npt.NDArray[np.int64]
 Positions = npt.NDArray[np.int64]
+NO_CUTS: Blocks = np.empty(0, np.int64)
 
 
 @dataclass
@@ -206,9 +207,14 @@ class TieredAttention:
             merge(out.numpy(), lse.numpy(), other, other_lse)
 
     def _tiles(self, call: Call) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        """Dequantised (keys, values, position of the first token), each over adjacent blocks."""
+        """Dequantised (keys, values, position of the first token), each over adjacent blocks.
+
+        A tile ends where the newest queries see further than older ones: without a sliding window a query
+        sees all of a tile or nothing, so that no mask is needed.
+        """
+        ends = np.unique(call.part.bounds(call.window)[1]) // BLOCK
         for memory, places, blocks in self._records(call):
-            for a, b in _adjacent(blocks, TILE_BLOCKS):
+            for a, b in _adjacent(blocks, TILE_BLOCKS, np.searchsorted(blocks, ends)):
                 keys, values = (_front(tile, (b - a) * BLOCK) for tile in (self._tile_k, self._tile_v))
                 self._codec.open(memory, places[a:b], element_view(keys), element_view(values))
                 yield keys, values, int(blocks[a]) * BLOCK
@@ -316,11 +322,12 @@ def _slots(position: int, window: int | None) -> list[tuple[int, int]]:
     return ranges
 
 
-def _adjacent(blocks: Blocks, most: int) -> Iterator[tuple[int, int]]:
-    """Index ranges over which block numbers follow one another, each of at most `most` blocks."""
-    ends = [*(np.flatnonzero(np.diff(blocks) != 1) + 1).tolist(), len(blocks)]
+def _adjacent(blocks: Blocks, most: int, cuts: Blocks = NO_CUTS) -> Iterator[tuple[int, int]]:
+    """Index ranges over which block numbers follow one another, each of at most `most` blocks, none across
+    one of the cuts."""
+    ends = np.unique([*(np.flatnonzero(np.diff(blocks) != 1) + 1), *cuts, len(blocks)])
     start = 0
-    for end in ends:
+    for end in ends.tolist():
         for a in range(start, end, most):
             yield a, min(a + most, end)
         start = end
