@@ -24,6 +24,7 @@ from .config import Config
 from .engine import Engine, Post
 from .errors import BudgetError, StateFolderError
 from .geometry import Geometry
+from .kernels import prepare
 from .model import Model, load, resolve
 from .protocol import Welcome
 from .runner import Runner
@@ -45,6 +46,7 @@ def serve(config: Config) -> None:
     use_threads(config.threads)
     with Server(config.listen, drain_seconds=config.drain_seconds) as server:
         model = load_model(config)
+        prepare(record_layout(config, model.geometry), model.geometry.heads, config.cache)
         service = EngineService(
             lambda post: build_engine(config, model, post),
             server.post,
@@ -115,9 +117,13 @@ def _arena(config: Config, geometry: Geometry) -> WindowArena:
     return CpuBackend().windows(shape, budget)
 
 
+def record_layout(config: Config, geometry: Geometry) -> Layout:
+    return Layout(Format(config.format), Element(config.dtype), geometry.kv_heads, geometry.head_dim)
+
+
 def _store(config: Config, model: Model, planner: Planner) -> Store:
     geometry = model.geometry
-    layout = Layout(Format(config.format), Element(config.dtype), geometry.kv_heads, geometry.head_dim)
+    layout = record_layout(config, geometry)
     rows = config.host_budget // layout.record_bytes
     blocks = run_length(layout, geometry.layers, rows, -(-config.chunk_tokens // BLOCK))
     slab = HostSlab(config.host_budget, layout.record_bytes)

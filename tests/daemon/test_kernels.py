@@ -1,0 +1,51 @@
+"""Kernels are compiled in a child, once for the same sources."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spilld.offload
+from spilld.daemon import kernels
+from spilld.daemon.errors import ConfigError, InternalError
+from spilld.offload.record import Element, Format, Layout
+
+LAYOUT = Layout(Format.EXACT, Element.FLOAT32, 1, 64)
+
+
+def test_child_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.prepare(LAYOUT, 2, tmp_path)
+    (note,) = (tmp_path / "kernels").iterdir()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    kernels.prepare(LAYOUT, 2, tmp_path)
+    with pytest.raises(InternalError, match="cannot be compiled"):
+        kernels.prepare(LAYOUT, 3, tmp_path)
+    assert list((tmp_path / "kernels").iterdir()) == [note], "a failure is tried again"
+
+
+def test_changed_sources_are_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[object] = []
+
+    def run(command: object, **_: object) -> subprocess.CompletedProcess[str]:
+        runs.append(command)
+        return subprocess.CompletedProcess([], 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    source = tmp_path / "kernel.py"
+    source.write_text("")
+    monkeypatch.setattr(spilld.offload, "__file__", str(source))
+    for text in ("", "changed"):
+        kernels.prepare(LAYOUT, 2, tmp_path)
+        kernels.prepare(LAYOUT, 2, tmp_path)
+        source.write_text(text + "x")
+        kernels.prepare(LAYOUT, 2, tmp_path)
+    assert len(runs) == 3
+
+
+def test_unwritable_cache_is_a_typed_error(tmp_path: Path) -> None:
+    (tmp_path / "kernels").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        kernels.prepare(LAYOUT, 2, tmp_path)
