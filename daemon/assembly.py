@@ -46,13 +46,13 @@ def serve(config: Config) -> None:
     use_threads(config.threads)
     with Server(config.listen, drain_seconds=config.drain_seconds) as server:
         model = load_model(config)
-        prepare(record_layout(config, model.geometry), model.geometry.heads, config.cache)
         service = EngineService(
             lambda post: build_engine(config, model, post),
             server.post,
             welcome(config, model),
             config.max_queue,
         )
+        prepare(record_layout(config, model.geometry), model.geometry.heads, config.cache)
         service.start()
         server.run(service)
 

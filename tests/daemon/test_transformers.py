@@ -23,7 +23,7 @@ def document(model: Model, length: int) -> tuple[int, ...]:
 
 @cache
 def wanted(folder: Path, model: Model, length: int) -> list[int]:
-    return greedy(folder, "float32", document(model, length), COUNT).tokens
+    return greedy(folder, "float32", document(model, length), COUNT, threads=1).tokens
 
 
 @pytest.fixture(scope="module")
