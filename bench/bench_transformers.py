@@ -7,9 +7,10 @@ the demo's budgets (one window on the device, 25 % of the KV in host memory, the
 is a process that does nothing but transformers' forward passes over its own KV cache, each one timed.
 They take turns after a warm-up; medians of 3.
 
-What bounds the result. Prefill: the FLOPs of the linear layers at the measured rate of bfloat16 products,
-plus those of causal attention at that of float32. Decode: all weights, once, at the measured rate of memory,
-plus the records, by bytes or by FLOPs, whichever takes longer. With records on disk see bench_scan.
+What bounds the result. Prefill: the FLOPs of the linear layers at the measured rate of bfloat16 or float32
+products, whichever is faster here, plus those of causal attention at that of float32. Decode: all weights,
+once, at the measured rate of memory, plus the records, by bytes or by FLOPs, whichever takes longer. With
+records on disk see bench_scan.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class Work:
         )
 
     def prefill_s(self, limits: dict[str, float]) -> float:
-        return self.linear_flops / limits["bfloat16_flops"] + self.attention_flops / limits["float32_flops"]
+        linear = max(limits["bfloat16_flops"], limits["float32_flops"])
+        return self.linear_flops / linear + self.attention_flops / limits["float32_flops"]
 
     def decode_ms(self, limits: dict[str, float]) -> float:
         records = max(
