@@ -4,6 +4,7 @@ OffloadError
 ├── BudgetTooSmall      a budget cannot hold what one request needs at the least
 ├── FolderUnusable      the state folder is missing its parent, or cannot be written
 │   └── FolderInUse     another daemon holds it
+├── IndexDamaged        the index of the disk tier cannot be read: what it named is lost
 ├── TierFull            a tier has no room now; may pass once something is released
 ├── WriteFailed         a run could not be made durable; it is absent, earlier runs are intact
 └── ReadFailed          a stored extent did not come back; the KV must be recomputed
@@ -31,6 +32,10 @@ class FolderUnusable(OffloadError):
 
 class FolderInUse(FolderUnusable):
     """Another daemon holds the folder."""
+
+
+class IndexDamaged(OffloadError):
+    """The index of the disk tier cannot be read."""
 
 
 class TierFull(OffloadError):
