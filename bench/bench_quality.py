@@ -63,7 +63,7 @@ def serving(model: Model, form: Format) -> tuple[Store, Runner, Sequence]:
     blocks = boundary(CONTEXT + POSITIONS) // BLOCK
     slab = HostSlab(blocks * g.layers * layout.record_bytes, layout.record_bytes)
     store = Store(layout, g.layers, slab, run_blocks=blocks)
-    sequence = Sequence(store.open(), arena.take())
+    sequence = Sequence(store.open(), arena.take(), bytes(32))
     store.promise(sequence.table, blocks)
     return store, Runner(model, TieredAttention(CpuBackend(), arena, store), store, CHUNK), sequence
 

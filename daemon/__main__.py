@@ -1,4 +1,4 @@
-"""The command line: spilld serve | ask | chat | stats | demo."""
+"""The command line: spilld serve | ask | chat | sessions | stats | check | demo."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .config import Config
-from .errors import SpilldError
+from .errors import InvalidRequest, SpilldError
+
+if TYPE_CHECKING:
+    from .client import Client
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="run the daemon"))
     _add_ask(commands.add_parser("ask", help="ask a question about a text file"))
     _add_chat(commands.add_parser("chat", help="talk to the model; its context stays in the daemon"))
+    _add_sessions(commands.add_parser("sessions", help="list, fork, rename, pin or delete sessions"))
     _add_stats(commands.add_parser("stats", help="what the daemon is doing, and how full its tiers are"))
+    _add_check(commands.add_parser("check", help="verify what is stored on disk, while no daemon runs"))
     _add_demo(commands.add_parser("demo", help="a long document, most of its KV on disk, two questions"))
     return parser
 
@@ -63,13 +69,27 @@ def _number(text: str | None) -> object:
 
 def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", help="of the daemon; by default its socket in your runtime directory")
+    parser.add_argument("--tenant", default="", help="a secret that separates what is stored for you")
+
+
+def _client(options: argparse.Namespace) -> Client:
+    from .client import Client
+
+    return Client(options.address, tenant=options.tenant)
 
 
 def _add_ask(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_ask)
     _add_address(parser)
-    parser.add_argument("file", type=Path, metavar="FILE", help="a text file, or - for standard input")
+    parser.add_argument(
+        "file",
+        type=Path,
+        nargs="?",
+        metavar="FILE",
+        help="a text file, - for standard input; none: the session",
+    )
     parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("--session", metavar="NAME", help="append to this session, so that more can be asked")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
 
@@ -77,11 +97,16 @@ def _add_ask(parser: argparse.ArgumentParser) -> None:
 def _ask(options: argparse.Namespace) -> None:
     from .terminal import ask
 
-    text = sys.stdin.read() if str(options.file) == "-" else _read(options.file)
-    ask(options.address, text, options.question, options.max_tokens, options.temperature)
+    if options.file is None and options.session is None:
+        raise InvalidRequest("there is nothing to ask about: give a FILE, a --session, or both")
+    text = None if options.file is None else _read(options.file)
+    with _client(options) as client:
+        ask(client, text, options.question, options.session, options.max_tokens, options.temperature)
 
 
 def _read(file: Path) -> str:
+    if str(file) == "-":
+        return sys.stdin.read()
     try:
         return file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -92,6 +117,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_chat)
     _add_address(parser)
     parser.add_argument("--system", help="what the model is told before the first message")
+    parser.add_argument("--session", metavar="NAME", help="go on with this session, or begin it")
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.7)
 
@@ -99,7 +125,44 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 def _chat(options: argparse.Namespace) -> None:
     from .terminal import chat
 
-    chat(options.address, options.system, options.max_tokens, options.temperature)
+    with _client(options) as client:
+        chat(client, options.system, options.session, options.max_tokens, options.temperature)
+
+
+def _add_sessions(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_sessions)
+    _add_address(parser)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    actions.add_parser("list", help="names, tokens, and where the KV lies (without an action, too)")
+    for action, what in (
+        ("fork", "copy NAME, or its first --tokens tokens, to INTO"),
+        ("rename", "call NAME INTO"),
+    ):
+        chosen = actions.add_parser(action, help=what)
+        chosen.add_argument("name", metavar="NAME")
+        chosen.add_argument("into", metavar="INTO")
+        if action == "fork":
+            chosen.add_argument("--tokens", type=int)
+    for action, what in (
+        ("pin", "keep NAME and its KV on disk"),
+        ("unpin", "end that"),
+        ("delete", "delete NAME"),
+    ):
+        actions.add_parser(action, help=what).add_argument("name", metavar="NAME")
+    expire = actions.add_parser("expire", help="delete NAME once it was not used for SECONDS")
+    expire.add_argument("name", metavar="NAME")
+    expire.add_argument("ttl_s", type=float, metavar="SECONDS")
+
+
+def _sessions(options: argparse.Namespace) -> None:
+    from .terminal import sessions
+
+    known = ("into", "tokens", "ttl_s")
+    fields = {name: getattr(options, name) for name in known if hasattr(options, name)}
+    with _client(options) as client:
+        if options.action not in (None, "list"):
+            getattr(client, options.action)(options.name, **fields)
+        sessions(client)
 
 
 def _add_stats(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +174,23 @@ def _add_stats(parser: argparse.ArgumentParser) -> None:
 def _stats(options: argparse.Namespace) -> None:
     from .terminal import stats
 
-    stats(options.address, options.json)
+    with _client(options) as client:
+        stats(client, options.json)
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_check)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML, for its `state`")
+    parser.add_argument("--state", metavar="FOLDER", help="the state folder; by default the daemon's")
+    parser.add_argument("--repair", action="store_true", help="forget what is damaged: it is computed again")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def _check(options: argparse.Namespace) -> int:
+    from .terminal import check
+
+    config = Config.load(options.config, {"state": options.state})
+    return 0 if check(config.state / "kv", options.repair, options.json) else 1
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:

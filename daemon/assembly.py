@@ -10,6 +10,7 @@ import torch
 from spilld.cuda_ext.cpu import CpuBackend
 from spilld.cuda_ext.window import WindowArena, WindowShape
 from spilld.offload import residency
+from spilld.offload.cache import RunCache
 from spilld.offload.disk import DiskTier
 from spilld.offload.errors import BudgetTooSmall, FolderInUse, FolderUnusable
 from spilld.offload.extent import extent_bytes
@@ -30,6 +31,8 @@ from .protocol import Welcome
 from .runner import Runner
 from .server import Server
 from .service import EngineService
+from .sessions import SessionBook
+from .tail import TAIL_BLOCKS
 from .visibility import WINDOW_SLOTS
 
 STAGING_BUFFERS = 16
@@ -87,7 +90,9 @@ def build_engine(config: Config, model: Model, post: Post, planner: Planner = re
     """The tiers within their budgets and the engine over them. Raises BudgetError or StateFolderError."""
     try:
         arena = _arena(config, model.geometry)
+        config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         store = _store(config, model, planner)
+        book = SessionBook(config.state / "sessions.sqlite")
     except (BudgetTooSmall, ValueError) as error:
         raise BudgetError(f"{error}; raise it") from error
     except (FolderInUse, FolderUnusable, OSError) as error:
@@ -98,6 +103,7 @@ def build_engine(config: Config, model: Model, post: Post, planner: Planner = re
         arena,
         store,
         runner,
+        book,
         post,
         max_context=config.max_context or model.geometry.max_positions,
         chunk_tokens=config.chunk_tokens,
@@ -129,11 +135,16 @@ def _store(config: Config, model: Model, planner: Planner) -> Store:
     slab = HostSlab(config.host_budget, layout.record_bytes)
     disk = None
     if config.disk_budget:
-        config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        extent = extent_bytes(layout, blocks)
-        tier = DiskTier(config.state / "kv", config.disk_budget, layout, geometry.layers, model.fingerprint)
+        tail = Layout(Format.RAW, layout.element, layout.kv_heads, layout.head_dim)
+        tier = DiskTier(
+            *(config.state / "kv", config.disk_budget, layout, geometry.layers, model.fingerprint),
+            floor_bytes=config.disk_floor,
+        )
+        stored = [run.identity.nbytes for run in tier.runs() if run.identity.fingerprint == model.fingerprint]
+        extent = max(extent_bytes(layout, blocks), extent_bytes(tail, TAIL_BLOCKS), *stored)
         disk = DiskPath(
             tier,
+            RunCache(tier, extent),
             Spiller(tier, extent),
             Prefetcher(tier, STAGING_BUFFERS, extent, READERS, config.read_deadline_s),
         )

@@ -20,6 +20,7 @@ from spilld.offload.codec import Codec
 from spilld.offload.errors import ReadFailed
 from spilld.offload.partial import Partial, merge
 from spilld.offload.prefetch import Ticket
+from spilld.offload.promotion import Promotion
 from spilld.offload.record import BLOCK
 from spilld.offload.store import Store
 from spilld.offload.table import RunRef
@@ -59,6 +60,7 @@ class Slice:
     position: int
     tickets: dict[int, list[tuple[RunRef, Ticket]]] = field(default_factory=dict)
     """Per layer, the extents that are being read for it, in the order in which they will be used."""
+    promotion: Promotion | None = None
     read_bytes: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "disk": 0})
     failure: ReadFailed | None = None
     _bounds: dict[int | None, tuple[Positions, Positions]] = field(default_factory=dict)
@@ -288,8 +290,11 @@ class TieredAttention:
             batch, waiting = waiting[: self._store.staging_batch], waiting[self._store.staging_batch :]
             with self._store.staged([ticket for _, ticket in batch]) as (memory, offsets):
                 blocks = [table.extent_blocks(ref, visible) for ref, _ in batch]
+                if part.promotion is not None:
+                    for (ref, _), offset in zip(batch, offsets, strict=True):
+                        part.promotion.copy(ref, call.layer, memory, offset)
                 places = [
-                    offset + (found - ref.first) * record_bytes
+                    offset + (found - ref.base) * record_bytes
                     for (ref, _), offset, found in zip(batch, offsets, blocks, strict=True)
                 ]
                 part.read_bytes["disk"] += sum(map(len, blocks)) * record_bytes

@@ -14,7 +14,19 @@ from typing import Any, TypedDict
 
 from .errors import DeadlineExceeded, InvalidRequest, ProtocolError, SpilldError, Unreachable
 from .fields import FieldError, Struct, readers
-from .protocol import Cancel, Done, Event, Failed, Generate, Message, Prompt, Reply, Request, Sampling
+from .protocol import (
+    Cancel,
+    ChangeSession,
+    Done,
+    Event,
+    Failed,
+    Generate,
+    Message,
+    Prompt,
+    Reply,
+    Request,
+    Sampling,
+)
 from .wire import decode, encode
 
 LAST_WORDS_S = 0.1
@@ -39,24 +51,32 @@ class Options(TypedDict, total=False):
     logprobs: int | None
     prompt_logprobs: int | None
     context: str | None
+    session: str | None
     keep: bool
     timeout: float | None
     """Seconds for the whole call; then it is cancelled and raises DeadlineExceeded."""
 
 
-def generate_request(request_id: str, prompt: Promptable, options: Options) -> Generate:
+def generate_request(request_id: str, tenant: str, prompt: Promptable, options: Options) -> Generate:
     """The request for what a caller gave to `generate`."""
     rest: dict[str, Any] = dict(options)
     sampling = {name: rest.pop(name) for name in readers(Sampling) if name in rest}
     stop = rest.pop("stop", ())
     return Generate(
         request_id=request_id,
+        tenant=tenant,
         prompt=_prompt(prompt),
         sampling=Sampling(**sampling),
         deadline_s=rest.pop("timeout", None),
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         **rest,
     )
+
+
+def change_request(
+    request_id: str, tenant: str, action: str, session: str, fields: Mapping[str, Any]
+) -> ChangeSession:
+    return ChangeSession(request_id=request_id, tenant=tenant, action=action, session=session, **fields)
 
 
 def _prompt(given: Promptable) -> Prompt:

@@ -14,12 +14,12 @@ import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from typing import Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import zmq
 
 from .address import default_address
-from .calls import Call, Calls, Options, Promptable, generate_request
+from .calls import Call, Calls, Options, Promptable, change_request, generate_request
 from .errors import ProtocolError
 from .link import Link
 from .protocol import (
@@ -27,12 +27,15 @@ from .protocol import (
     Done,
     Event,
     Hello,
+    ListSessions,
     Message,
     Progress,
     Release,
     Released,
     Reply,
     Request,
+    SessionInfo,
+    Sessions,
     Stats,
     StatsReply,
     Token,
@@ -50,6 +53,7 @@ __all__ = [
     "Generation",
     "Message",
     "Progress",
+    "SessionInfo",
     "Token",
     "Usage",
     "Welcome",
@@ -58,17 +62,22 @@ __all__ = [
 R = TypeVar("R", bound=Reply)
 
 ASK_S = 10.0
-"""How long hello, stats and release wait: the daemon answers them between two polls."""
+"""How long hello and stats wait: the daemon answers them between two polls."""
+
+CHANGE_S = 120.0
+"""How long all that concerns sessions waits: the daemon does it between two steps."""
 
 
 class Client:
     """A connection to the daemon; Unreachable if none is there within connect_timeout seconds.
 
-    Any number of generations may be in flight, read in any order.
+    Any number of generations may be in flight, read in any order. tenant: a secret that separates what is
+    stored for this client from all else.
     """
 
-    def __init__(self, address: str | None = None, *, connect_timeout: float = 2.0) -> None:
+    def __init__(self, address: str | None = None, *, tenant: str = "", connect_timeout: float = 2.0) -> None:
         self.address = address or default_address()
+        self.tenant = tenant
         self._calls = Calls(self.address, connect_timeout)
         self._link = Link(self._calls)
         self._thread = threading.get_ident()
@@ -85,7 +94,7 @@ class Client:
     def generate(self, prompt: Promptable, **options: Unpack[Options]) -> Generation:
         """Continue a text, token ids or a chat. Options are those of `protocol.Generate` and `Sampling`;
         `timeout` seconds end the whole call with DeadlineExceeded. Raises InvalidRequest before it sends."""
-        request = generate_request(self._calls.next_id(), prompt, options)
+        request = generate_request(self._calls.next_id(), self.tenant, prompt, options)
         return Generation(self, self._start(request, options.get("timeout")))
 
     def hello(self) -> Welcome:
@@ -97,7 +106,35 @@ class Client:
 
     def release(self, context: str) -> None:
         """Give a context handle back."""
-        self._ask(Release(request_id=self._calls.next_id(), context=context), Released)
+        request = Release(request_id=self._calls.next_id(), tenant=self.tenant, context=context)
+        self._ask(request, Released, CHANGE_S)
+
+    def sessions(self) -> tuple[SessionInfo, ...]:
+        """The tenant's sessions, by name."""
+        request = ListSessions(request_id=self._calls.next_id(), tenant=self.tenant)
+        return self._ask(request, Sessions, CHANGE_S).sessions
+
+    def fork(self, session: str, into: str, tokens: int | None = None) -> SessionInfo:
+        """A new session with the first `tokens` tokens of another, or all; what both have is stored once."""
+        return self._change("fork", session, into=into, tokens=tokens)[0]
+
+    def rename(self, session: str, into: str) -> SessionInfo:
+        """Give a session another name; a kept context becomes a session so."""
+        return self._change("rename", session, into=into)[0]
+
+    def pin(self, session: str) -> SessionInfo:
+        """Keep a session and its KV on disk until `unpin`."""
+        return self._change("pin", session)[0]
+
+    def unpin(self, session: str) -> SessionInfo:
+        return self._change("unpin", session)[0]
+
+    def expire(self, session: str, ttl_s: float | None) -> SessionInfo:
+        """Delete a session once it has not been used for ttl_s seconds; None: never."""
+        return self._change("expire", session, ttl_s=ttl_s)[0]
+
+    def delete(self, session: str) -> None:
+        self._change("delete", session)
 
     def close(self) -> None:
         """The daemon cancels what is still in flight."""
@@ -116,8 +153,12 @@ class Client:
         self._link.flush()
         return call
 
-    def _ask(self, request: Request, answer: type[R]) -> R:
-        return _expect(self._next(self._start(request, ASK_S)), answer)
+    def _change(self, action: str, session: str, **fields: Any) -> tuple[SessionInfo, ...]:
+        request = change_request(self._calls.next_id(), self.tenant, action, session, fields)
+        return self._ask(request, Sessions, CHANGE_S).sessions
+
+    def _ask(self, request: Request, answer: type[R], patience_s: float = ASK_S) -> R:
+        return _expect(self._next(self._start(request, patience_s)), answer)
 
     def _next(self, call: Call) -> Reply | None:
         try:
@@ -194,8 +235,9 @@ class Generation:
 class AsyncClient:
     """Client for asyncio: `async with AsyncClient() as client`."""
 
-    def __init__(self, address: str | None = None, *, connect_timeout: float = 2.0) -> None:
+    def __init__(self, address: str | None = None, *, tenant: str = "", connect_timeout: float = 2.0) -> None:
         self.address = address or default_address()
+        self.tenant = tenant
         self._calls = Calls(self.address, connect_timeout)
 
     async def __aenter__(self) -> Self:
@@ -222,7 +264,7 @@ class AsyncClient:
 
     def generate(self, prompt: Promptable, **options: Unpack[Options]) -> AsyncGeneration:
         """As `Client.generate`; the request leaves at once, nothing needs to be awaited for that."""
-        request = generate_request(self._calls.next_id(), prompt, options)
+        request = generate_request(self._calls.next_id(), self.tenant, prompt, options)
         return AsyncGeneration(self, self._start(request, options.get("timeout")))
 
     async def hello(self) -> Welcome:
@@ -233,8 +275,32 @@ class AsyncClient:
         return (await self._ask(Stats(request_id=self._calls.next_id()), StatsReply)).values
 
     async def release(self, context: str) -> None:
-        """Give a context handle back."""
-        await self._ask(Release(request_id=self._calls.next_id(), context=context), Released)
+        request = Release(request_id=self._calls.next_id(), tenant=self.tenant, context=context)
+        await self._ask(request, Released, CHANGE_S)
+
+    # Each of these as in Client.
+
+    async def sessions(self) -> tuple[SessionInfo, ...]:
+        request = ListSessions(request_id=self._calls.next_id(), tenant=self.tenant)
+        return (await self._ask(request, Sessions, CHANGE_S)).sessions
+
+    async def fork(self, session: str, into: str, tokens: int | None = None) -> SessionInfo:
+        return (await self._change("fork", session, into=into, tokens=tokens))[0]
+
+    async def rename(self, session: str, into: str) -> SessionInfo:
+        return (await self._change("rename", session, into=into))[0]
+
+    async def pin(self, session: str) -> SessionInfo:
+        return (await self._change("pin", session))[0]
+
+    async def unpin(self, session: str) -> SessionInfo:
+        return (await self._change("unpin", session))[0]
+
+    async def expire(self, session: str, ttl_s: float | None) -> SessionInfo:
+        return (await self._change("expire", session, ttl_s=ttl_s))[0]
+
+    async def delete(self, session: str) -> None:
+        await self._change("delete", session)
 
     def _start(self, request: Request, timeout: float | None) -> Call:
         self._move()  # learn first whether the link still stands
@@ -242,8 +308,12 @@ class AsyncClient:
         self._move()
         return call
 
-    async def _ask(self, request: Request, answer: type[R]) -> R:
-        return _expect(await self._next(self._start(request, ASK_S)), answer)
+    async def _change(self, action: str, session: str, **fields: Any) -> tuple[SessionInfo, ...]:
+        request = change_request(self._calls.next_id(), self.tenant, action, session, fields)
+        return (await self._ask(request, Sessions, CHANGE_S)).sessions
+
+    async def _ask(self, request: Request, answer: type[R], patience_s: float = ASK_S) -> R:
+        return _expect(await self._next(self._start(request, patience_s)), answer)
 
     async def _next(self, call: Call) -> Reply | None:
         changed = asyncio.Event()

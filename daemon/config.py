@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated
 
-from spilld.offload.record import Element, Format
+from spilld.offload.record import SEALED, Element
 
 from .address import check_address, default_address
 from .errors import ConfigError
@@ -75,12 +75,13 @@ class Config:
     """Sizes in bytes, times in seconds. systemd/spilld.toml explains each setting."""
 
     model: Annotated[str, Text(1)] = "smollm2-135m"
-    format: Annotated[str, Choice(tuple(Format))] = "k8v4"
+    format: Annotated[str, Choice(SEALED)] = "k8v4"
     dtype: Annotated[str, Choice(tuple(Element))] = "bfloat16"
     device_budget: Annotated[int | None, Maybe(Size())] = None
     """For windows and staging; None is room for a few windows."""
     host_budget: Annotated[int, Size()] = 2 * GIB
     disk_budget: Annotated[int, Size()] = 16 * GIB
+    disk_floor: Annotated[int, Size()] = GIB
     state: Annotated[Path, Folder()] = field(default_factory=_state)
     cache: Annotated[Path, Folder()] = field(default_factory=_cache)
     listen: Annotated[str, Address()] = field(default_factory=default_address)

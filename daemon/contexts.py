@@ -1,33 +1,32 @@
-"""Contexts that outlive their request: finished sequences under a handle, waiting to be continued."""
+"""Sequences between requests: what a session has in memory, waiting to be continued."""
 
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .errors import ContextNotFound
-from .protocol import Message
 from .sequence import Sequence
+
+Key = tuple[str, str]
+"""(tenant, name) of a session, or (tenant, handle) of a kept context, which is a session without a name."""
 
 
 @dataclass
 class Context:
-    """A sequence that no request is running on. messages is the chat so far, None after a raw prompt."""
+    """A sequence that is in memory."""
 
-    handle: str
     sequence: Sequence
-    messages: tuple[Message, ...] | None = None
-    used: float = 0.0
 
 
 class Contexts:
-    """Idle contexts, least recently used first. A claimed one is its claimant's until it is kept again."""
+    """Idle contexts, least recently used first. A claimed one is its claimant's until it is kept again.
 
-    def __init__(self, ttl_s: float) -> None:
-        self._ttl_s = ttl_s
-        self._idle: dict[str, Context] = {}
+    Losing one loses no session: its tokens are on disk, and its KV as far as the disk had room.
+    """
+
+    def __init__(self) -> None:
+        self._idle: dict[Key, Context] = {}
 
     def __len__(self) -> int:
         return len(self._idle)
@@ -35,33 +34,20 @@ class Contexts:
     def __iter__(self) -> Iterator[Context]:
         return iter(self._idle.values())
 
-    def keep(self, context: Context) -> None:
-        context.used = time.monotonic()
-        self._idle[context.handle] = context
+    def keep(self, context: Context, key: Key) -> None:
+        self._idle[key] = context
 
-    def claim(self, handle: str) -> Context:
-        """Take a context out. Raises ContextNotFound."""
-        context = self.look(handle)
-        del self._idle[handle]
-        return context
+    def claim(self, key: Key) -> Context | None:
+        """Take a context out, if it is there."""
+        return self._idle.pop(key, None)
 
-    def look(self, handle: str) -> Context:
-        """A context, left where it is. Raises ContextNotFound."""
-        if handle not in self._idle:
-            raise ContextNotFound(
-                "no such context: it was released, expired, evicted, or another request runs on it; "
-                "send the whole prompt again"
-            )
-        return self._idle[handle]
+    def get(self, key: Key) -> Context | None:
+        """A context, left where it is."""
+        return self._idle.get(key)
 
     def oldest(self) -> Context | None:
         """Take the least recently used context out, if there is one."""
         return self._idle.pop(next(iter(self._idle))) if self._idle else None
-
-    def expired(self) -> list[Context]:
-        """Take those out that have not been used for ttl_s."""
-        limit = time.monotonic() - self._ttl_s
-        return [self._idle.pop(c.handle) for c in list(self._idle.values()) if c.used < limit]
 
 
 def new_handle() -> str:

@@ -7,33 +7,47 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from spilld.cuda_ext.window import WindowArena
-from spilld.offload.errors import OffloadError
+from spilld.offload.errors import ExtentCorrupt, OffloadError, ReadFailed
 from spilld.offload.store import Store
 
+from . import tail
 from .attention import Slice
-from .contexts import Context, Contexts, new_handle
+from .contexts import Context, Contexts, Key
 from .errors import (
     Cancelled,
-    ContextNotFound,
     DeadlineExceeded,
+    Draining,
     InvalidRequest,
     PromptTooLong,
     SpilldError,
     StorageFailed,
 )
 from .generation import Generation
+from .keeper import SessionKeeper
 from .model import Model
-from .protocol import Event, Generate, Message, PromptLogprob
+from .protocol import (
+    ChangeSession,
+    Event,
+    Generate,
+    ListSessions,
+    PromptLogprob,
+    Release,
+    Released,
+    Reply,
+    Sessions,
+)
 from .runner import Runner
 from .sampler import logprobs
 from .scheduler import Job, Plan, Room, Scheduler
 from .sequence import Sequence
+from .sessions import Session, SessionBook
 from .visibility import BLOCK, CELL, highest_block, longest_with, sealed_by
 
 log = logging.getLogger(__name__)
@@ -44,7 +58,12 @@ RECOMPUTES = 2
 PROMPT_LOGPROB_CHUNK = 64
 """Tokens a step where the logits of every token are wanted: they take 4 bytes * vocabulary each."""
 
-Post = Callable[[bytes, Event], None]
+NO_ROOM = Room(windows=0, blocks=-1)
+
+TICK_S = 1.0
+"""How often sessions are looked at: which have expired, which are still to be pinned."""
+
+Post = Callable[[bytes, Reply], None]
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -57,6 +76,7 @@ class Engine:
         arena: WindowArena,
         store: Store,
         runner: Runner,
+        book: SessionBook,
         post: Post,
         *,
         max_context: int,
@@ -64,7 +84,8 @@ class Engine:
         context_ttl_s: float = 3600.0,
     ) -> None:
         self.model = model
-        self.contexts = Contexts(context_ttl_s)
+        self.contexts = Contexts()
+        self._keeper = SessionKeeper(book, store, model, context_ttl_s)
         self._arena = arena
         self._store = store
         self._runner = runner
@@ -73,7 +94,9 @@ class Engine:
         self._chunk_tokens = chunk_tokens
         self._scheduler = Scheduler(chunk_tokens)
         self._generations: dict[int, Generation] = {}
+        self._behind: defaultdict[Key, deque[Generation]] = defaultdict(deque)
         self._jobs = 0
+        self._ticked = 0.0
 
     @property
     def longest(self) -> int:
@@ -110,8 +133,14 @@ class Engine:
         plan = self._plan()
         for job in plan.admit:
             self._admit(self._generations[job])
-        self._step(plan)
-        return bool(plan.run)
+        running = self._scheduler.plan(NO_ROOM)  # the admitted may begin further on than was planned
+        self._step(running)
+        return bool(plan.admit or running.run)
+
+    @property
+    def writing(self) -> bool:
+        """Something is on its way to disk, and is to be settled soon."""
+        return self._store.writing
 
     def rest(self) -> None:
         """There is nothing to run: stop reading ahead."""
@@ -119,10 +148,15 @@ class Engine:
         self._store.settle()
 
     def _expire(self) -> None:
-        for context in self.contexts.expired():
-            self._discard(context.sequence)
-        for generation in [g for g in self._generations.values() if g.overdue]:
+        for generation in [g for g in self._all() if g.overdue]:
             self._abort(generation, DeadlineExceeded(f"not done after {generation.request.deadline_s} s"))
+        if time.monotonic() - self._ticked >= TICK_S:
+            self._ticked = time.monotonic()
+            self._tend_sessions()
+
+    def _all(self) -> list[Generation]:
+        """Requests that wait for another on their session first, so that to end one begins no other."""
+        return [*(g for waiting in self._behind.values() for g in waiting), *self._generations.values()]
 
     def _plan(self) -> Plan:
         """What to admit and run; contexts make way for a request that finds no room beside them."""
@@ -133,19 +167,27 @@ class Engine:
     def _make_way(self) -> bool:
         """Give up something for the request that is first in line; False if a running one will make room."""
         if (context := self.contexts.oldest()) is not None:
-            log.info("context %s makes room", context.handle[:8])
+            log.info("an idle context makes room")
             self._discard(context.sequence)
             return True
         if self._scheduler.running:
             return False
         first, *behind = self._generations.values()
         holders = [generation for generation in behind if generation.context is not None]
-        if holders:  # idle from here on, so it goes next
-            self._abort(holders[-1], ContextNotFound("the context made way for a request that came earlier"))
+        if holders:
+            self._dispossess(holders[-1])
         else:
             lost = self._store.spill_failure
             self._abort(first, StorageFailed(f"it fits no more since the disk tier takes nothing: {lost}"))
         return True
+
+    def _dispossess(self, generation: Generation) -> None:
+        """Take the context of a waiting request: an earlier one needs its room. It comes back from disk."""
+        assert generation.context is not None
+        generation.history = list(generation.context.sequence.tokens)
+        self._discard(generation.context.sequence)
+        generation.context = None
+        self._scheduler.replace(self._job(generation))
 
     @property
     def _room(self) -> Room:
@@ -167,25 +209,49 @@ class Engine:
             self._advance(generation, part, rows.numpy())
         prefilling = any(s.count > 1 for s in slices)
         self._store.make_room((self._chunk_tokens if prefilling else CELL) // BLOCK)
+        self._store.write_behind()
 
     # A request's way, from its arrival to its last event.
 
-    def add(self, client: bytes, request: Generate, prompt: list[int]) -> None:
-        """A request with its prompt in tokens. Raises the SpilldError that refuses it, leaving no trace."""
-        context = None if request.context is None else self.contexts.look(request.context)
+    def add(self, client: bytes, request: Generate, prompt: list[int] | None) -> None:
+        """A request with its prompt in tokens; None if the prompt is messages that continue a session.
+
+        Requests on one session run one after the other. Raises the SpilldError that refuses it, leaving no
+        trace.
+        """
         self._jobs += 1
-        generation = Generation(self._jobs, client, request, prompt)
-        job = self._job(generation, context)
-        if context is not None:
-            generation.context = self.contexts.claim(context.handle)
+        generation = Generation(self._jobs, client, request, prompt or [])
+        key = generation.key
+        if key is not None and any(other.key == key for other in self._generations.values()):
+            self._behind[key].append(generation)
+        else:
+            self._begin(generation)
+
+    def _begin(self, generation: Generation) -> None:
+        request, key = generation.request, generation.key
+        generation.session = self._keeper.session(request)
+        context = None if key is None else self.contexts.get(key)
+        if generation.session is not None:
+            generation.prompt = self._keeper.prompt(request, generation.prompt, generation.session)
+            generation.history = [] if context else list(generation.session.tokens)
+        generation.context = context
+        try:
+            job = self._job(generation)
+        except SpilldError:
+            generation.context = None
+            raise
+        if key is not None:
+            self.contexts.claim(key)
         self._generations[generation.job] = generation
         self._scheduler.add(job)
 
-    def _job(self, generation: Generation, context: Context | None) -> Job:
+    def _job(self, generation: Generation) -> Job:
         """What the scheduler must know. max_tokens is cut to what the sequence may still hold."""
-        position = context.sequence.computed if context else 0
-        known = (len(context.sequence.tokens) if context else 0) + len(generation.prompt)
-        if known == position:
+        sequence = None if generation.context is None else generation.context.sequence
+        position = 0 if sequence is None else sequence.computed
+        before = generation.history if sequence is None else sequence.tokens
+        known = len(before) + len(generation.prompt)
+        if known == position and not generation.appends:
             raise InvalidRequest("there is nothing to compute: the prompt has no tokens")
         if known >= self.longest:
             raise PromptTooLong(
@@ -197,23 +263,45 @@ class Engine:
         return Job(
             id=generation.job,
             position=position,
-            known=known,
+            known=known - generation.held_back,
             chunk=self._chunk_tokens if generation.request.prompt_logprobs is None else PROMPT_LOGPROB_CHUNK,
-            window=context is None,
-            blocks=max(0, blocks - (context.sequence.table.promised if context else 0)),
+            window=sequence is None,
+            blocks=max(0, blocks - (sequence.table.promised if sequence else 0)),
         )
 
     def _admit(self, generation: Generation) -> None:
         context = generation.context
         if context is None:
-            context = Context(new_handle(), Sequence(self._store.open(), self._arena.take()))
-            generation.context = context
+            sequence = Sequence(
+                self._store.open(), self._arena.take(), self._keeper.root(generation.request.tenant)
+            )
+            sequence.tokens.extend(generation.history)
+            context = generation.context = Context(sequence)
         sequence = context.sequence
         first = len(sequence.tokens)
         sequence.tokens.extend(generation.prompt)
         sequence.table.idle = False
         self._store.promise(sequence.table, highest_block(len(sequence.tokens) + generation.max_tokens))
+        if not sequence.computed and generation.request.prompt_logprobs is None:
+            self._resume(generation, sequence)
         self._send(generation, generation.begin(first, sequence, self.model.tokenizer))
+        if generation.complete(sequence):
+            self._finish(generation, "length")
+
+    def _resume(self, generation: Generation, sequence: Sequence) -> None:
+        """Take over what an earlier request computed of the same beginning, if it is still there."""
+        resume = tail.find(self._store, sequence.root, sequence.tokens)
+        if resume is None:
+            return
+        self._runner.rest()
+        try:
+            tail.restore(self._store, self._arena, sequence.window, resume)
+        except ReadFailed as failure:
+            log.warning("request %s begins anew: %s", generation.request.request_id, failure)
+            return
+        self._store.attach(sequence.table, resume.refs, resume.hashes)
+        sequence.computed = resume.position
+        self._scheduler.resume(generation.job, resume.position)
 
     def _slices(self, plan: Plan) -> tuple[list[Slice], list[Generation]]:
         """The plan as slices of a packed batch, with room for the blocks that they will seal."""
@@ -250,12 +338,16 @@ class Engine:
             return
         sequence = part.sequence
         sequence.computed += part.count
-        complete = sequence.computed == len(sequence.tokens)
-        self._scheduler.advance(generation.job, part.count, int(complete))
+        complete = generation.complete(sequence)
+        self._scheduler.advance(generation.job, part.count, int(complete and not generation.appends))
         if not generation.produced:
             self._note_prompt(generation, part, logits)
             self._send(generation, generation.progress(sequence))
-        if complete:
+            if sequence.computed % (tail.ANCHOR_CELLS * CELL) == 0:
+                tail.save(self._store, self._arena, sequence)
+        if complete and generation.appends:
+            self._finish(generation, "length")
+        elif complete:
             self._sample(generation, sequence, logits[-1])
 
     def _note_prompt(self, generation: Generation, part: Slice, logits: Logits) -> None:
@@ -298,7 +390,7 @@ class Engine:
         generation.restart()
         sequence = _sequence(generation)
         self._runner.rest()
-        self._store.reset(sequence.table)
+        self._store.reset(sequence.table, damaged=isinstance(failure, ExtentCorrupt))
         sequence.computed = 0
         self._scheduler.rewind(generation.job)
 
@@ -306,13 +398,9 @@ class Engine:
 
     def cancel(self, client: bytes, request_id: str) -> None:
         """End a request; one that has ended already is ignored."""
-        for generation in list(self._generations.values()):
+        for generation in self._all():
             if (generation.client, generation.request.request_id) == (client, request_id):
                 self._abort(generation, Cancelled("cancelled by the client"))
-
-    def release(self, handle: str) -> None:
-        """Give an idle context back. Raises ContextNotFound."""
-        self._discard(self.contexts.claim(handle).sequence)
 
     def fail_running(self, error: SpilldError) -> None:
         """A step broke: the KV of everything that ran in it is in doubt and goes with it."""
@@ -321,51 +409,129 @@ class Engine:
                 self._abort(generation, error)
 
     def fail_all(self, error: SpilldError) -> None:
-        for generation in list(self._generations.values()):
+        for generation in self._all():
             self._abort(generation, error)
 
     def close(self) -> None:
         self._runner.rest()
         self._store.close()
+        self._keeper.book.close()
 
     def _finish(self, generation: Generation, reason: str) -> None:
-        context = generation.context
-        assert context is not None
-        kv_bytes = self._kv_bytes(context.sequence)
-        kept = generation.request.keep or generation.request.context is not None
-        event = generation.done(reason, kv_bytes, context.handle if kept else None)
-        self._remove(generation, context if kept else None)
+        assert generation.context is not None
+        sequence, session = generation.context.sequence, generation.session
+        self._save(sequence)
+        event = generation.done(reason, self._keeper.kv_bytes(sequence), session.name if session else None)
+        if session is not None:
+            self._keeper.record(session, generation)
+        self._remove(generation, keep=session is not None)
         self._send(generation, event)
 
     def _abort(self, generation: Generation, error: SpilldError) -> None:
-        """Fail a request. A continued context survives a cancel, with what was appended so far."""
-        harmless = isinstance(error, Cancelled | DeadlineExceeded) or not generation.started
-        kept = generation.request.context is not None and harmless
-        self._remove(generation, generation.context if kept else None)
+        """Fail a request. Its session survives a cancel, with what was appended so far; after an error of
+        ours it is what it was before."""
+        session = generation.session
+        known = session is not None and (session.listed or bool(session.tokens))
+        harmless = isinstance(error, Cancelled | DeadlineExceeded | Draining)
+        if harmless and generation.context is not None and generation.started:
+            self._save(generation.context.sequence)
+            if session is not None and known:
+                self._keeper.record(session, generation)
+        self._remove(generation, keep=known and (harmless or not generation.started))
         self._send(generation, generation.failed(error))
 
-    def _remove(self, generation: Generation, keep: Context | None) -> None:
+    def _remove(self, generation: Generation, keep: bool) -> None:
+        waiting = self._behind.get(generation.key) if generation.key else None
+        if waiting and generation in waiting:
+            waiting.remove(generation)
+            return
         self._runner.rest()
         self._scheduler.remove(generation.job)
         del self._generations[generation.job]
-        if keep is not None:
-            keep.messages = _chat(keep.messages, generation)
-            keep.sequence.table.idle = True
-            self._store.promise(keep.sequence.table, keep.sequence.table.stop - 1)
-            self.contexts.keep(keep)
-        elif generation.context is not None:
-            self._discard(generation.context.sequence)
+        context, session = generation.context, generation.session
+        if context is not None and keep and session is not None:
+            context.sequence.table.idle = True
+            self._store.promise(context.sequence.table, context.sequence.table.stop - 1)
+            self.contexts.keep(context, session.key)
+        elif context is not None:
+            self._discard(context.sequence)
+        if waiting:
+            self._follow(waiting.popleft())
+
+    def _follow(self, generation: Generation) -> None:
+        """Begin a request that waited for another on its session."""
+        try:
+            self._begin(generation)
+        except SpilldError as error:
+            self._send(generation, generation.failed(error))
+            waiting = self._behind.get(generation.key) if generation.key else None
+            if waiting:
+                self._follow(waiting.popleft())
+
+    # Sessions.
+
+    def manage(self, request: Release | ListSessions | ChangeSession) -> Reply:
+        """List or change sessions. Raises ContextNotFound or InvalidRequest."""
+        if isinstance(request, Release):
+            self._refuse_if_busy((request.tenant, request.context))
+            self._release((request.tenant, request.context))
+            return Released(request_id=request.request_id, context=request.context)
+        if isinstance(request, ListSessions):
+            sessions = self._keeper.book.of(request.tenant)
+        else:
+            sessions = self._change(request)
+        infos = tuple(self._keeper.info(session, self._in_use(session.key)) for session in sessions)
+        return Sessions(request_id=request.request_id, sessions=infos)
+
+    def _change(self, request: ChangeSession) -> list[Session]:
+        key = (request.tenant, request.session)
+        if request.action in ("rename", "delete"):
+            self._refuse_if_busy(key)
+        if request.action == "delete":
+            self._release(key)
+            return []
+        changed = self._keeper.change(request)
+        if request.action == "rename" and (context := self.contexts.claim(key)) is not None:
+            self.contexts.keep(context, changed.key)
+        return [changed]
+
+    def _refuse_if_busy(self, key: Key) -> None:
+        if any(generation.key == key for generation in self._all()):
+            raise InvalidRequest(f"a request runs on session {key[1]!r}: wait for it, or cancel it first")
+
+    def _release(self, key: Key) -> None:
+        self._keeper.forget(key)
+        if (context := self.contexts.claim(key)) is not None:
+            self._discard(context.sequence)
+
+    def _in_use(self, key: Key) -> tuple[Sequence | None, bool]:
+        """The sequence of a session, if it is in memory, and whether a request runs on it."""
+        context = self.contexts.get(key)
+        running = next((g for g in self._generations.values() if g.session and g.session.key == key), None)
+        if running is not None:
+            context = running.context
+        return context.sequence if context else None, running is not None
+
+    def _tend_sessions(self) -> None:
+        busy = {generation.key for generation in self._all()}
+        for key in self._keeper.book.expired():
+            if key not in busy:
+                log.info("session %s has expired", key[1][:8])
+                self._release(key)
+        self._keeper.pin_what_waits()
+
+    # The rest.
+
+    def _save(self, sequence: Sequence) -> None:
+        """Between steps: what was computed outlives the sequence, for whoever begins alike."""
+        if sequence.computed >= CELL:
+            self._store.settle()
+            self._store.save(sequence.table)
+            tail.save(self._store, self._arena, sequence)
 
     def _discard(self, sequence: Sequence) -> None:
         self._store.forget(sequence.table)
         self._arena.give_back(sequence.window)
-
-    def _kv_bytes(self, sequence: Sequence) -> dict[str, int]:
-        """Where the KV lies: exact tokens on the device, records where they are served from."""
-        shape = self._arena.shape
-        exact = sequence.computed - (sequence.table.stop - 1) * BLOCK
-        token = 2 * shape.layers * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
-        return {"device": exact * token, **self._store.usage(sequence.table)}
 
     def _send(self, generation: Generation, event: Event) -> None:
         self._post(generation.client, event)
@@ -374,14 +540,3 @@ class Engine:
 def _sequence(generation: Generation) -> Sequence:
     assert generation.context is not None
     return generation.context.sequence
-
-
-def _chat(before: tuple[Message, ...] | None, generation: Generation) -> tuple[Message, ...] | None:
-    """The chat that a context holds after a request; None once anything but messages went into it."""
-    asked = generation.request.prompt
-    new = tuple(message for message in asked if isinstance(message, Message))
-    if not generation.started:
-        return before
-    if not new or len(new) != len(asked) or (generation.request.context is not None and before is None):
-        return None
-    return (*(before or ()), *new, Message(role="assistant", content=generation.text))

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 
-from .contexts import Context
+from .contexts import Context, Key
 from .errors import SpilldError
 from .protocol import Accepted, Done, Event, Failed, Generate, Progress, PromptLogprob, Token, Usage
 from .sampler import Choice, Sampler
 from .sequence import Sequence
+from .sessions import Session
 from .text import Detokenizer, StopStrings, Tokenizer
 
 
 class Generation:
     """Collects the output of one request. Its events carry sequence numbers 0, 1, 2, ...
 
-    context is the context it runs on: one that is being continued, or a new one once it is admitted.
+    context is the context it runs on: one that is being continued, or a new one once it is admitted, which
+    then begins with the tokens of `history`. session is what it continues or leaves behind.
     """
 
     def __init__(self, job: int, client: bytes, request: Generate, prompt: list[int]) -> None:
@@ -24,6 +26,8 @@ class Generation:
         self.request = request
         self.prompt = prompt
         self.context: Context | None = None
+        self.session: Session | None = None
+        self.history: list[int] = []
         self.max_tokens = request.max_tokens
         self.recomputed = 0
         self.sampler = Sampler(request.sampling, request.logprobs)
@@ -40,6 +44,26 @@ class Generation:
         self._text: list[str] = []
         self._stops = StopStrings(request.stop)
         self._sent = 0
+
+    @property
+    def key(self) -> Key | None:
+        """The session that the request names."""
+        name = self.request.context or self.request.session
+        return None if name is None else (self.request.tenant, name)
+
+    @property
+    def appends(self) -> bool:
+        """It generates nothing."""
+        return self.request.max_tokens == 0
+
+    @property
+    def held_back(self) -> int:
+        """Tokens at the end that are left to the next request: the last, whose logits that one will need."""
+        return int(self.appends)
+
+    def complete(self, sequence: Sequence) -> bool:
+        """Everything known is computed."""
+        return len(sequence.tokens) - sequence.computed <= self.held_back
 
     @property
     def started(self) -> bool:

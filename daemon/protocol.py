@@ -1,7 +1,8 @@
 """Protocol version 1: the messages. PROTOCOL.md specifies them, wire.py makes frames of them.
 
-Requests (client to daemon):  Generate, Cancel, Release, Hello, Stats.
-Replies (daemon to client):   Event (Accepted, Progress, Token, Done, Failed), Released, Welcome, StatsReply.
+Requests (client to daemon):  Generate, Cancel, Release, ListSessions, ChangeSession, Hello, Stats.
+Replies (daemon to client):   Event (Accepted, Progress, Token, Done, Failed), Released, Sessions, Welcome,
+                              StatsReply.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ MAX_FRAME_BYTES = 16 * 2**20
 
 TOKEN = Int(0, 2**31 - 1)
 HANDLE = Text(1, 128)
+TENANT = Text(0, 64)
 COUNT = Int(0)
 
 Id = Annotated[str, Text(1, 64)]
@@ -66,10 +68,15 @@ class Generate:
     request_id: Id
     prompt: Annotated[Prompt, Checked()]
     context: Annotated[str | None, Maybe(HANDLE)] = None
-    """Append the prompt to this handle's context. Only then may the prompt be empty."""
+    """Append the prompt to this handle's context. Only then, or with a session, may the prompt be empty."""
+    session: Annotated[str | None, Maybe(HANDLE)] = None
+    """Append the prompt to the session of this name, which is made if there is none."""
+    tenant: Annotated[str, TENANT] = ""
+    """A secret: nothing that was stored under one can be named, read or noticed under another."""
     keep: Annotated[bool, Flag()] = False
     """Keep the context: Done carries a handle for it."""
-    max_tokens: Annotated[int, Int(1)] = 256
+    max_tokens: Annotated[int, Int(0)] = 256
+    """0 appends the prompt and generates nothing."""
     stop: Annotated[tuple[str, ...], Many(Text(1, 256), 16)] = ()
     ignore_eos: Annotated[bool, Flag()] = False
     sampling: Annotated[Sampling, Struct(Sampling)] = Sampling()
@@ -93,6 +100,34 @@ class Release:
 
     request_id: Id
     context: Annotated[str, HANDLE]
+    tenant: Annotated[str, TENANT] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListSessions:
+    """The tenant's sessions. Answered by Sessions."""
+
+    request_id: Id
+    tenant: Annotated[str, TENANT] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangeSession:
+    """One change of one session. Answered by Sessions, which holds the session as it is then (the new one for
+    fork and rename, none for delete), or by Failed.
+
+    fork copies the first `tokens` tokens, or all, to the name `into`; what both have in common is stored
+    once. rename gives it the name `into`. pin keeps its KV on disk whatever room is needed; unpin ends that.
+    expire deletes it when it has not been used for ttl_s seconds, or never if that is None.
+    """
+
+    request_id: Id
+    tenant: Annotated[str, TENANT] = ""
+    session: Annotated[str, HANDLE]
+    action: Annotated[str, Choice(("fork", "rename", "pin", "unpin", "expire", "delete"))]
+    into: Annotated[str | None, Maybe(HANDLE)] = None
+    tokens: Annotated[int | None, Maybe(Int(1))] = None
+    ttl_s: Annotated[float | None, Maybe(Real(0, above=True))] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +249,29 @@ class Released(Reply):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SessionInfo:
+    """A session as it is now. Times are seconds since 1970.
+
+    kv_bytes: where its KV lies, per tier. What lies nowhere (evicted, or never sealed) is computed again when
+    the session goes on.
+    """
+
+    name: Annotated[str, HANDLE]
+    tokens: Annotated[int, COUNT]
+    kv_bytes: Annotated[dict[str, int], MapOf(COUNT)]
+    running: Annotated[bool, Flag()]
+    pinned: Annotated[bool, Flag()]
+    ttl_s: Annotated[float | None, Maybe(Real(0))]
+    created: Annotated[float, Real(0)]
+    used: Annotated[float, Real(0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sessions(Reply):
+    sessions: Annotated[tuple[SessionInfo, ...], Many(Struct(SessionInfo))]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Welcome(Reply):
     """What this daemon serves. version is spilld's own; max_context and max_frame_bytes are limits."""
 
@@ -232,12 +290,19 @@ class StatsReply(Reply):
     values: Annotated[dict[str, object], MapOf()]
 
 
-Request = Generate | Cancel | Release | Hello | Stats
+def is_last(reply: Reply) -> bool:
+    """Whether no further reply to the same request follows."""
+    return not isinstance(reply, Event) or isinstance(reply, Done | Failed)
+
+
+Request = Generate | Cancel | Release | ListSessions | ChangeSession | Hello | Stats
 
 TYPES: dict[str, type] = {
     "generate": Generate,
     "cancel": Cancel,
     "release": Release,
+    "list_sessions": ListSessions,
+    "change_session": ChangeSession,
     "hello": Hello,
     "stats": Stats,
     "accepted": Accepted,
@@ -246,6 +311,7 @@ TYPES: dict[str, type] = {
     "done": Done,
     "failed": Failed,
     "released": Released,
+    "sessions": Sessions,
     "welcome": Welcome,
     "stats_reply": StatsReply,
 }

@@ -50,6 +50,7 @@ class Runner:
         A slice whose KV did not come back carries its `failure` afterwards; its logits mean nothing.
         """
         self._read_for(slices)
+        self._begin_promotions(slices)
         tokens = [token for s in slices for token in s.sequence.tokens[s.position : s.position + s.count]]
         positions = [position for s in slices for position in range(s.position, s.position + s.count)]
         rows = [s.start + row for s, kept in zip(slices, keep, strict=True) for row in kept]
@@ -65,7 +66,18 @@ class Runner:
         except BaseException:  # reads that nobody takes would keep their staging buffers for good
             self._store.cancel(ticket for s in slices for reads in s.tickets.values() for _, ticket in reads)
             raise
+        finally:
+            for part in slices:
+                if part.promotion is not None:
+                    part.promotion.end()
         return list(logits.float().split([len(kept) for kept in keep]))
+
+    def _begin_promotions(self, slices: list[Slice]) -> None:
+        """Let decode scans bring back what host memory has room for, a run each: fresh memory is slow, and a
+        first token shall not wait for it. Where layers slide, no scan passes all layers of a run."""
+        if not any(self._model.geometry.sliding_windows):
+            for part in (part for part in slices if part.count == 1):
+                part.promotion = self._store.promotion(part.sequence.table)
 
     def rest(self) -> None:
         """Drop what was read ahead: the next step will be another, or there is none."""

@@ -63,6 +63,10 @@ class Scheduler:
     def add(self, job: Job) -> None:
         self._waiting[job.id] = job
 
+    def replace(self, job: Job) -> None:
+        """A waiting job needs something else than before; it keeps its place in the line."""
+        self._waiting[job.id] = job
+
     def remove(self, job: JobId) -> None:
         """The job has ended, in whatever state; unknown ids are ignored."""
         self._waiting.pop(job, None)
@@ -72,6 +76,10 @@ class Scheduler:
         """A step computed `tokens` of the job and then sampled so many new ones (0 or 1)."""
         self._running[job].position += tokens
         self._running[job].known += sampled
+
+    def resume(self, job: JobId, position: int) -> None:
+        """So many tokens of the job, just admitted, were computed before."""
+        self._running[job].position = position
 
     def rewind(self, job: JobId) -> None:
         """The job's K/V was lost: compute all its known tokens again."""

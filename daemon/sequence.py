@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
-from spilld.offload.chain import ROOT, chain_hash
+from spilld.offload.chain import chain_hash
 from spilld.offload.table import BlockTable
 
 from .visibility import BLOCK
@@ -16,14 +17,21 @@ class Sequence:
 
     table: BlockTable
     window: int
+    root: bytes
+    """Parent of block 0 in the token chain: names model, format and tenant."""
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
 
     def hashes(self, start: int, stop: int) -> list[bytes]:
-        """Token-chain hashes of blocks [start, stop), where block start-1 is the newest in the table."""
-        parent = self.table.chain[-1] if self.table.chain else ROOT
-        found = []
-        for block in range(start, stop):
-            parent = chain_hash(parent, self.tokens[block * BLOCK : (block + 1) * BLOCK])
-            found.append(parent)
-        return found
+        """Token-chain hashes of blocks [start, stop); the table must have block start-1, if there is one."""
+        parent = self.table.chain[start - 1] if start else self.root
+        return chain(parent, self.tokens[start * BLOCK : max(start, stop) * BLOCK], stop - start)
+
+
+def chain(parent: bytes, tokens: Sequence_[int], blocks: int) -> list[bytes]:
+    """Token-chain hashes of so many blocks that follow the block `parent`."""
+    found = []
+    for block in range(blocks):
+        parent = chain_hash(parent, tokens[block * BLOCK : (block + 1) * BLOCK])
+        found.append(parent)
+    return found

@@ -35,18 +35,18 @@ from .listener import listen
 from .notify import Notifier
 from .protocol import (
     Cancel,
-    Done,
-    Event,
+    ChangeSession,
     Failed,
     Generate,
     Hello,
+    ListSessions,
     Release,
-    Released,
     Reply,
     Request,
     Stats,
     StatsReply,
     Welcome,
+    is_last,
 )
 from .wire import decode, encode
 
@@ -75,8 +75,8 @@ class Service(Protocol):
     def cancel(self, client: bytes, request_id: str) -> None:
         """End a request soon. Called at most once for each; one that has ended is ignored."""
 
-    def release(self, client: bytes, context: str) -> None:
-        """Give a context back."""
+    def manage(self, client: bytes, request: Release | ListSessions | ChangeSession) -> None:
+        """List or change sessions, or give a context back; one reply is posted."""
 
     def stats(self) -> dict[str, object]:
         """Plain data for StatsReply."""
@@ -116,7 +116,7 @@ class Server:
         self._drain_seconds = drain_seconds
         self._send_queue = send_queue
         self._notifier = Notifier()
-        self._posted: deque[tuple[bytes, Event]] = deque()
+        self._posted: deque[tuple[bytes, Reply]] = deque()
         self._running: dict[Key, _InFlight] = {}
         self._owed: dict[Key, Failed] = {}  # could not be sent yet: the client's queue is full
         self._drain_asked = self._stop_asked = self._closed = False
@@ -126,7 +126,7 @@ class Server:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         weakref.finalize(self, os.close, self._wake_fd)
 
-    def post(self, client: bytes, event: Event) -> None:
+    def post(self, client: bytes, event: Reply) -> None:
         """Send an event to a client; from any thread. Dropped if its request is no longer running."""
         if not self._closed:
             self._posted.append((client, event))
@@ -237,27 +237,30 @@ class Server:
                 self._start(client, message)
             case Cancel(request_id=request_id):
                 self._cancel((client, request_id))
-            case Release(request_id=request_id, context=context):
-                self._service.release(client, context)
-                self._send(client, Released(request_id=request_id, context=context))
+            case Release() | ListSessions() | ChangeSession():
+                self._refuse_in_flight(client, message.request_id)
+                self._service.manage(client, message)
+                self._running[client, message.request_id] = _InFlight()
             case Hello(request_id=request_id):
                 self._send(client, replace(self._service.welcome(), request_id=request_id))
             case Stats(request_id=request_id):
                 self._send(client, StatsReply(request_id=request_id, values=self._service.stats()))
             case _:
                 raise InvalidRequest(
-                    "type is that of a reply; allowed: generate, cancel, release, hello, stats"
+                    "type is that of a reply; allowed: generate, cancel, release, list_sessions, "
+                    "change_session, hello, stats"
                 )
 
     def _start(self, client: bytes, request: Generate) -> None:
-        if (client, request.request_id) in self._running:
-            raise InvalidRequest(
-                f"id is {request.request_id!r}, which is in flight; allowed: one that is not"
-            )
+        self._refuse_in_flight(client, request.request_id)
         if self._drain_asked:
             raise Draining("the daemon is stopping; send the request again in a moment")
         self._service.submit(client, request)
         self._running[client, request.request_id] = _InFlight()
+
+    def _refuse_in_flight(self, client: bytes, request_id: str) -> None:
+        if (client, request_id) in self._running:
+            raise InvalidRequest(f"id is {request_id!r}, which is in flight; allowed: one that is not")
 
     def _cancel(self, key: Key) -> None:
         if (flight := self._running.get(key)) is not None and not flight.cancelled:
@@ -272,10 +275,10 @@ class Server:
             key = (client, event.request_id)
             if (flight := self._running.get(key)) is not None and flight.heard:
                 self._forward(key, event)
-            if isinstance(event, Done | Failed):
+            if is_last(event):
                 self._running.pop(key, None)
 
-    def _forward(self, key: Key, event: Event) -> None:
+    def _forward(self, key: Key, event: Reply) -> None:
         try:
             if self._send(key[0], event):
                 self._running[key].next_seq = event.seq + 1

@@ -9,14 +9,29 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from spilld.offload.errors import OffloadError
+
 from .engine import Engine, Post
-from .errors import Draining, InternalError, InvalidRequest, Overloaded, SpilldError
-from .protocol import Done, Event, Failed, Generate, Message, Welcome
+from .errors import Draining, InternalError, InvalidRequest, Overloaded, SpilldError, StorageFailed
+from .protocol import (
+    ChangeSession,
+    Failed,
+    Generate,
+    ListSessions,
+    Message,
+    Release,
+    Reply,
+    Welcome,
+    is_last,
+)
 
 log = logging.getLogger(__name__)
 
 IDLE_S = 1.0
-"""How often an engine without work looks for expired contexts and deadlines."""
+"""How often an engine without work looks for expired sessions and deadlines."""
+
+SETTLE_S = 0.02
+"""How often it looks whether a write has ended, which the index does not know before."""
 
 
 class EngineService:
@@ -53,10 +68,10 @@ class EngineService:
         # Through the intake, so that it cannot overtake its request.
         self._intake.submit(self._inbox.put, partial(self._engine.cancel, client, request_id))
 
-    def release(self, client: bytes, context: str) -> None:
-        """Raises ContextNotFound if the handle is not that of an idle context."""
-        self._engine.contexts.look(context)
-        self._inbox.put(partial(self._release, context))
+    def manage(self, client: bytes, request: Release | ListSessions | ChangeSession) -> None:
+        self._count(+1)
+        # Through the intake, so that it cannot overtake a request of the same client.
+        self._intake.submit(self._inbox.put, partial(self._manage, client, request))
 
     def stats(self) -> dict[str, object]:
         return self._engine.stats()
@@ -91,9 +106,10 @@ class EngineService:
             self._inbox.put(partial(self._arrive, client, request, prompt))
 
     def _tokens(self, request: Generate) -> list[int]:
+        """Of a text, token ids, or a new chat; what continues a session is the engine's to complete."""
         model, prompt = self._engine.model, request.prompt
         if isinstance(prompt, str):
-            return model.tokenizer.encode(prompt, start=request.context is None)
+            return model.tokenizer.encode(prompt, start=request.context is None and request.session is None)
         messages = [part for part in prompt if isinstance(part, Message)]
         if not messages:
             tokens = [part for part in prompt if isinstance(part, int)]
@@ -102,12 +118,9 @@ class EngineService:
                     f"tokens: {max(tokens)} is not below the vocabulary of {model.geometry.vocab}"
                 )
             return tokens
-        if request.context is None:
+        if request.context is None and request.session is None:
             return model.tokenizer.chat(messages)
-        chat = self._engine.contexts.look(request.context).messages
-        if chat is None:
-            raise InvalidRequest("the context holds a raw prompt: append text or tokens, not messages")
-        return model.tokenizer.chat_continue(chat[:-1], chat[-1].content, messages, closed=False)
+        return []
 
     # The engine's thread.
 
@@ -133,7 +146,7 @@ class EngineService:
     def _wait(self) -> None:
         self._engine.rest()
         try:
-            self._inbox.get(timeout=IDLE_S)()
+            self._inbox.get(timeout=SETTLE_S if self._engine.writing else IDLE_S)()
         except queue.Empty:
             return
 
@@ -146,20 +159,24 @@ class EngineService:
             log.exception("request %s could not be added", request.request_id)
             self._refuse(client, request, InternalError(f"the request could not be added: {error!r}"))
 
-    def _release(self, context: str) -> None:
+    def _manage(self, client: bytes, request: Release | ListSessions | ChangeSession) -> None:
         try:
-            self._engine.release(context)
+            reply = self._engine.manage(request)
         except SpilldError as error:
-            log.info("context %s was gone before its release: %s", context[:8], error)
+            reply = Failed.because(error, request.request_id)
+        except (OSError, OffloadError) as error:
+            failed = StorageFailed(f"the sessions cannot be changed: {error}")
+            reply = Failed.because(failed, request.request_id)
+        self._pass_on(client, reply)
 
     # Both.
 
     def _refuse(self, client: bytes, request: Generate, error: SpilldError) -> None:
         self._pass_on(client, Failed.because(error, request.request_id))
 
-    def _pass_on(self, client: bytes, event: Event) -> None:
-        self._post(client, event)
-        if isinstance(event, Done | Failed):
+    def _pass_on(self, client: bytes, reply: Reply) -> None:
+        self._post(client, reply)
+        if is_last(reply):
             self._count(-1)
 
     def _count(self, change: int) -> None:

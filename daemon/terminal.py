@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,52 +15,78 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from spilld.offload.errors import FolderUnusable
+
 from .client import Client, Done, Generation, Message, Progress, Token
-from .errors import ContextNotFound
+from .errors import ContextNotFound, StateFolderError
 
-QUESTION = "{text}\n\nQuestion: {question}\nAnswer:"
-
-
-def ask(address: str | None, text: str, question: str, max_tokens: int, temperature: float) -> None:
-    """Ask once about a text, raw: works with base and chat models alike."""
-    prompt = QUESTION.format(text=text, question=question)
-    with Client(address) as client:
-        show(
-            client.generate(prompt, max_tokens=max_tokens, temperature=temperature, stop=["\nQuestion:"]),
-            Console(),
-        )
+ABOUT = "{text}\n\n"
+QUESTION = "Question: {question}\nAnswer:"
 
 
-def chat(address: str | None, system: str | None, max_tokens: int, temperature: float) -> None:
-    """A conversation whose context stays in the daemon; Ctrl-C ends an answer, Ctrl-D the chat."""
+def ask(
+    client: Client,
+    text: str | None,
+    question: str,
+    session: str | None,
+    max_tokens: int,
+    temperature: float,
+) -> None:
+    """Ask once about a text or a session, raw: works with base and chat models alike."""
+    about = "\n\n" if text is None else ABOUT.format(text=text)
+    prompt = about + QUESTION.format(question=question)
+    stop = ["\nQuestion:"]
+    show(
+        client.generate(prompt, session=session, max_tokens=max_tokens, temperature=temperature, stop=stop),
+        Console(),
+    )
+
+
+def chat(
+    client: Client, system: str | None, session: str | None, max_tokens: int, temperature: float
+) -> None:
+    """A conversation that stays in the daemon; Ctrl-C ends an answer, Ctrl-D the chat. Without a session its
+    context goes with the chat."""
     console = Console()
-    messages = [Message(role="system", content=system)] if system else []
-    handle: str | None = None
-    with Client(address) as client:
-        console.print(f"[dim]{client.hello().model}: Ctrl-C ends an answer, Ctrl-D the chat[/]")
-        for line in _lines(console):
-            messages.append(Message(role="user", content=line))
-            sent = messages if handle is None else messages[-1:]
-            try:
-                generation = client.generate(
-                    sent, context=handle, keep=True, max_tokens=max_tokens, temperature=temperature
-                )
-                done = show(generation, console)
-            except ContextNotFound:  # it expired meanwhile: everything is still here, so send it all
-                handle = None
-                done = show(
-                    client.generate(messages, keep=True, max_tokens=max_tokens, temperature=temperature),
-                    console,
-                )
-            except KeyboardInterrupt:
-                console.print("[dim](stopped)[/]")
-                messages.pop()
-                handle = None
-                continue
-            handle = done.context
-            messages.append(Message(role="assistant", content=done.text))
-        if handle is not None:
-            client.release(handle)
+    goes_on = session is not None and any(info.name == session for info in client.sessions())
+    said = [Message(role="system", content=system)] if system and not goes_on else []
+    where: dict[str, str | None] = {"session": session, "context": None}
+    console.print(f"[dim]{client.hello().model}: Ctrl-C ends an answer, Ctrl-D the chat[/]")
+    for line in _lines(console):
+        said.append(Message(role="user", content=line))
+        new = said[-1:] if goes_on else said
+        try:
+            done = _answer(client, new, where, console, max_tokens, temperature)
+        except ContextNotFound:  # it expired meanwhile: everything is still here, so send it all
+            where["context"] = None
+            done = _answer(client, said, where, console, max_tokens, temperature)
+        except KeyboardInterrupt:
+            console.print("[dim](stopped)[/]")
+            continue
+        said.append(Message(role="assistant", content=done.text))
+        goes_on = True
+        where["context"] = done.context if session is None else None
+    if where["context"] is not None:
+        client.release(where["context"])
+
+
+def _answer(
+    client: Client,
+    messages: list[Message],
+    where: Mapping[str, str | None],
+    console: Console,
+    max_tokens: int,
+    temperature: float,
+) -> Done:
+    generation = client.generate(
+        messages,
+        session=where["session"],
+        context=where["context"],
+        keep=True,
+        max_tokens=max_tokens,
+        temperature=temperature,
+    )
+    return show(generation, console)
 
 
 def _lines(console: Console) -> Iterator[str]:
@@ -95,10 +124,52 @@ def prefill_bar(console: Console) -> Iterator[Bar]:
         yield bar
 
 
-def stats(address: str | None, as_json: bool) -> None:
+def sessions(client: Client) -> None:
+    """The sessions, and where their KV lies."""
+    table = Table("session", "tokens", "device", "host", "disk", "used", "")
+    for info in client.sessions():
+        sizes = [size(info.kv_bytes.get(tier, 0)) for tier in ("device", "host", "disk")]
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.used))
+        marks = [word for word, on in (("pinned", info.pinned), ("running", info.running)) if on]
+        if info.ttl_s is not None:
+            marks.append(f"expires after {info.ttl_s:g} s")
+        table.add_row(escape(info.name), f"{info.tokens:,}", *sizes, used, ", ".join(marks))
+    Console().print(table)
+
+
+def check(folder: Path, repair: bool, as_json: bool) -> bool:
+    """Verify the store in a folder and say what was found; whether it is clean. Raises StateFolderError."""
+    from spilld.offload.check import check as verify
+
+    console = Console(stderr=as_json)
+    try:
+        with Bar(TextColumn("reading"), BarColumn(), console=console, transient=True) as bar:
+            task = bar.add_task("reading", total=None)
+            report = verify(
+                folder,
+                repair=repair,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    except FolderUnusable as error:
+        raise StateFolderError(f"{error}; stop the daemon, or name its folder with --state") from error
+    if as_json:
+        print(json.dumps({**asdict(report), "clean": report.clean}))
+        return report.clean
+    for line in (report.index, *(f"run {run} is lost" for run in report.lost), *report.damaged):
+        if line:
+            console.print(f"[red]{escape(line)}[/]", soft_wrap=True)
+    verdict = "clean" if report.clean else "forgotten, to be computed again" if repair else "DAMAGED"
+    console.print(
+        f"{folder}: {report.runs:,} runs, {report.extents:,} extents read, {size(report.run_bytes)}; "
+        f"{size(report.orphan_bytes)} belong to no run; {verdict}",
+        soft_wrap=True,
+    )
+    return report.clean
+
+
+def stats(client: Client, as_json: bool) -> None:
     """The daemon's counters; sizes for people, or exact as JSON."""
-    with Client(address) as client:
-        values = {"model": client.hello().model, **client.stats()}
+    values = {"model": client.hello().model, **client.stats()}
     if as_json:
         print(json.dumps(values))
         return

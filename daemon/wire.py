@@ -113,8 +113,11 @@ def _prompt(fields: Mapping[str, object]) -> Prompt:
     if len(given) != 1:
         raise FieldError("prompt", given, "exactly one of " + ", ".join(_PROMPTS))
     prompt: Prompt = _PROMPTS[given[0]].read(fields[given[0]], given[0])
-    if not prompt and fields.get("context") is None:
-        raise FieldError(given[0], prompt, "not empty, unless it continues a context")
+    names = [key for key in ("context", "session") if fields.get(key) is not None]
+    if len(names) > 1:
+        raise FieldError("session", fields["session"], "nothing beside a context")
+    if not prompt and not names:
+        raise FieldError(given[0], prompt, "not empty, unless it continues a context or a session")
     return prompt
 
 

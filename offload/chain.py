@@ -8,13 +8,16 @@ from hashlib import blake2b
 import numpy as np
 
 CHAIN_BYTES = 32
-ROOT = bytes(CHAIN_BYTES)
-"""Parent of a sequence's block 0."""
 
 
-def chain_hash(parent: bytes, tokens: Sequence[int], key: bytes = b"") -> bytes:
-    """blake2b(key, parent || token ids as little-endian uint32): equal only for equal histories.
+def root(fingerprint: bytes, form: str, tenant: bytes = b"") -> bytes:
+    """Parent of a sequence's block 0: K/V is the same only for the same model, format and tenant.
 
-    The key (at most 64 bytes) separates tenants: without it a hash tells nothing about the tokens.
+    The tenant's key (at most 64 bytes) separates tenants: without it nobody can name what is stored under it.
     """
-    return blake2b(parent + np.asarray(tokens, "<u4").tobytes(), key=key, digest_size=CHAIN_BYTES).digest()
+    return blake2b(fingerprint + form.encode(), key=tenant, digest_size=CHAIN_BYTES).digest()
+
+
+def chain_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """blake2b(parent || token ids as little-endian uint32): equal only for equal histories of one root."""
+    return blake2b(parent + np.asarray(tokens, "<u4").tobytes(), digest_size=CHAIN_BYTES).digest()

@@ -1,30 +1,45 @@
-"""The disk tier: runs of extents in segment files, under a byte budget that is never exceeded."""
+"""The disk tier: runs of extents in segment files, their index, and a byte budget that is never exceeded."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from . import extent
-from .errors import BudgetTooSmall, ExtentCorrupt, ExtentMissing, ReadError, WriteFailed
+from .errors import (
+    BudgetTooSmall,
+    ExtentCorrupt,
+    ExtentMissing,
+    FolderUnusable,
+    IndexDamaged,
+    ReadError,
+    TierFull,
+    WriteFailed,
+)
 from .extent import ExtentIdentity, RunKey, RunPlace, extent_bytes
 from .folder import Folder
 from .host import Rows
+from .index import Contents, Entry, Index, consistent
 from .record import Layout
 from .segment import SEGMENT_BYTES, Range, SegmentSpace
 from .system import Bytes, SystemCalls, page_aligned, read_fully, write_fully
 
 log = logging.getLogger(__name__)
 
+NAMELESS = Contents(parent=b"")
+"""Of a run that nobody will look for."""
+
 
 @dataclass
 class _Run:
     place: RunPlace
+    contents: Contents
     committed: bool = False
     doomed: bool = False
     holds: int = 0
@@ -40,10 +55,12 @@ class DiskTier:
     """Runs on disk. One owner thread calls everything but write_extent, sync and read_extent.
 
     Those three run on I/O threads, on a place that the owner holds; they touch the place, their buffer
-    and the file, and no state of the tier. A run exists from commit until delete; its bytes are not
-    used again while anybody holds it. used_bytes is what the segment files measure, at most budget_bytes.
+    and the file, and no state of the tier. A run exists from commit until delete, also when the process ends
+    in between; its bytes are not used again while anybody holds it. used_bytes is what the segment files
+    measure, at most budget_bytes.
 
-    There is no index yet: runs end with the process, and segments of an earlier one are removed at start.
+    At start the index is held against the length of the files; what the extents contain is looked at when
+    they are read. Bytes that no row names are collected. Runs of other models are kept: they only take room.
     """
 
     def __init__(
@@ -56,16 +73,19 @@ class DiskTier:
         system: SystemCalls | None = None,
         *,
         segment_bytes: int = SEGMENT_BYTES,
+        floor_bytes: int = 0,
     ) -> None:
         """Make the folder (0700) if its parent exists, lock it, and probe for O_DIRECT.
 
         Raises BudgetTooSmall if a run of one block does not fit, FolderInUse if another daemon holds
-        the folder, FolderUnusable if it cannot be made or written.
+        the folder, FolderUnusable if it cannot be made or written. A damaged index is put aside, and what
+        it named is lost. floor_bytes: what the file system must have left after each growth of a file.
         """
         smallest = layers * extent_bytes(layout, 1)
         if budget_bytes < smallest:
             raise BudgetTooSmall(f"a run of one block takes {smallest} bytes of disk, not {budget_bytes}")
         self.budget_bytes = budget_bytes
+        self.floor_bytes = floor_bytes
         self.layout = layout
         self.layers = layers
         self.fingerprint = fingerprint
@@ -75,6 +95,43 @@ class DiskTier:
         self._runs: dict[RunKey, _Run] = {}
         self._folder = Folder(folder, self.system)
         self._closed = False
+        try:
+            self.index = Index(self._folder.index)
+        except (OSError, IndexDamaged) as error:
+            self._folder.close()
+            raise FolderUnusable(f"{folder}: {error}") from error
+        try:
+            self._recover()
+        except (OSError, IndexDamaged) as error:
+            self.close()
+            raise FolderUnusable(f"{folder}: {error}") from error
+
+    def _recover(self) -> None:
+        """Take over the runs that the index names and whose bytes the files have; collect all other bytes."""
+        files = self._folder.segments()
+        sizes = {number: path.stat().st_size for number, path in files.items()}
+        found, lost = consistent(self.index.entries(), sizes)
+        for number, path in files.items():
+            self._take_over(number, path, [entry for entry in found if entry.range.segment == number])
+        if lost:
+            log.warning("%s: %d runs are lost, their bytes are not there", self._folder.path, len(lost))
+            self.index.remove(entry.identity.run for entry in lost)
+        for entry in found:
+            if self.used_bytes <= self.budget_bytes:
+                break
+            self.delete(entry.identity.run)
+
+    def _take_over(self, number: int, path: Path, entries: Sequence[Entry]) -> None:
+        if not entries:
+            self.system.unlink(path)
+            return
+        file = self.system.open(path, os.O_RDWR | self._folder.flags)
+        self._files[number] = _File(file, durable_name=True)
+        self._space.adopt(number, [entry.range for entry in entries])
+        self.system.ftruncate(file, self._space.sizes()[number])
+        for entry in entries:
+            place = RunPlace(entry.identity, entry.range, file, fresh=False)
+            self._runs[place.run] = _Run(place, entry.contents, committed=True)
 
     @property
     def direct(self) -> bool:
@@ -91,27 +148,55 @@ class DiskTier:
         entry = self._runs.get(run)
         return entry is not None and entry.committed and not entry.doomed
 
-    def run_bytes(self, count: int) -> int:
+    def run_bytes(self, count: int, layout: Layout | None = None) -> int:
         """Bytes on disk of a run of count blocks, all layers."""
-        return self.layers * extent_bytes(self.layout, count)
+        return self.layers * extent_bytes(layout or self.layout, count)
 
-    def reserve(self, run: RunKey, *, first: int, count: int, chain_hash: bytes) -> RunPlace:
+    def runs(self) -> list[RunPlace]:
+        """Every committed run, of any model, the least recently used first."""
+        keys = [entry.identity.run for entry in self.index.entries()]
+        return [self._runs[key].place for key in keys if key in self]
+
+    def contents(self, run: RunKey) -> Contents:
+        """What a committed run is found by. Raises ExtentMissing."""
+        return self._present(run).contents
+
+    def touch(self, runs: Iterable[RunKey]) -> None:
+        """Note that runs were used now; a note that cannot be made is logged and forgotten."""
+        try:
+            self.index.touch(runs, int(time.time()))
+        except (OSError, IndexDamaged) as error:
+            log.warning("the use of runs is not noted: %s", error)
+
+    def reserve(
+        self,
+        run: RunKey,
+        *,
+        first: int,
+        count: int,
+        chain_hash: bytes,
+        contents: Contents = NAMELESS,
+        layout: Layout | None = None,
+    ) -> RunPlace:
         """Space for a run of count blocks, the first of which is block `first` of its sequence.
 
-        Follow with commit or abandon. Raises TierFull, or WriteFailed if the file cannot be made or
-        grown; either way nothing has changed.
+        contents: what the index finds it by once it is committed. Follow with commit or abandon. Raises
+        TierFull, or WriteFailed if the file cannot be made or grown; either way nothing has changed.
         """
         if run in self._runs:
             raise ValueError(f"run {run.hex()} is already there")
-        identity = ExtentIdentity(self.layout, self.layers, self.fingerprint, run, chain_hash, first, count)
+        identity = ExtentIdentity(
+            layout or self.layout, self.layers, self.fingerprint, run, chain_hash, first, count
+        )
         found = self._space.find(self.layers * identity.nbytes)
         try:
+            self._respect_floor(found)
             file = self._grow(found)
         except OSError as error:
             raise WriteFailed(f"no room for run {run.hex()}: {error}") from error
         self._space.take(found)
         place = RunPlace(identity, found, file.file, fresh=not file.durable_name)
-        self._runs[run] = _Run(place)
+        self._runs[run] = _Run(place, contents)
         return place
 
     def write_extent(self, place: RunPlace, layer: int, records: Bytes, rows: Rows, scratch: Bytes) -> int:
@@ -140,8 +225,16 @@ class DiskTier:
             raise WriteFailed(f"run {place.run.hex()} may not be durable: {error}") from error
 
     def commit(self, place: RunPlace) -> None:
-        """The run exists from now on: every layer was written, then synced."""
-        self._awaiting(place).committed = True
+        """The run exists from now on: every layer was written, then synced.
+
+        Raises WriteFailed if the index does not take its row: the run still waits, to be abandoned.
+        """
+        entry = self._awaiting(place)
+        try:
+            self.index.add(Entry(place.identity, place.range, entry.contents, int(time.time())))
+        except (OSError, IndexDamaged) as error:
+            raise WriteFailed(f"run {place.run.hex()} is in no index: {error}") from error
+        entry.committed = True
         self._files[place.range.segment].durable_name = True
 
     def awaits(self, place: RunPlace) -> bool:
@@ -156,9 +249,17 @@ class DiskTier:
         self._reclaim(entry)
 
     def delete(self, run: RunKey) -> None:
-        """Forget a run; its space is free once nobody holds it. Raises ExtentMissing."""
+        """Forget a run; its space is free once nobody holds it. Raises ExtentMissing.
+
+        If its row cannot be removed, its space stays taken: the row must not come to name other bytes.
+        """
         entry = self._present(run)
         entry.doomed = True
+        try:
+            self.index.remove([run])
+        except (OSError, IndexDamaged) as error:
+            log.warning("run %s keeps its space until the next start: %s", run.hex(), error)
+            entry.holds += 1
         self._reclaim(entry)
 
     def locate(self, run: RunKey) -> RunPlace:
@@ -198,7 +299,14 @@ class DiskTier:
             raise ExtentCorrupt(f"layer {layer} of run {place.run.hex()}: the file ends in it")
         return extent.verify(wanted, place.identity, layer)
 
-    def put(self, run: RunKey, first: int, chain_hash: bytes, records: Sequence[Bytes]) -> None:
+    def put(
+        self,
+        run: RunKey,
+        first: int,
+        chain_hash: bytes,
+        records: Sequence[Bytes],
+        contents: Contents = NAMELESS,
+    ) -> None:
         """Store a run, uint8[count, record_bytes] for each layer, and wait until it is durable.
 
         Raises TierFull or WriteFailed; the run is then absent and all earlier runs are intact.
@@ -206,16 +314,16 @@ class DiskTier:
         if len(records) != self.layers:
             raise ValueError(f"a run has {self.layers} layers, got {len(records)}")
         rows = np.arange(len(records[0]), dtype=np.int64)
-        place = self.reserve(run, first=first, count=len(rows), chain_hash=chain_hash)
+        place = self.reserve(run, first=first, count=len(rows), chain_hash=chain_hash, contents=contents)
         scratch = page_aligned(place.identity.nbytes)
         try:
             for layer, layer_records in enumerate(records):
                 self.write_extent(place, layer, layer_records, rows, scratch)
             self.sync(place)
+            self.commit(place)
         except BaseException:
             self.abandon(place)
             raise
-        self.commit(place)
 
     def get(self, run: RunKey, layer: int) -> Bytes:
         """The records of one layer, uint8[count, record_bytes], in memory of their own. Raises ReadFailed."""
@@ -226,19 +334,26 @@ class DiskTier:
         """Ranges partition the segments, and the files in the folder measure what the ledger says."""
         self._space.check_integrity([entry.place.range for entry in self._runs.values()])
         sizes = {self._folder.segment(number): size for number, size in self._space.sizes().items()}
-        found = {path: path.stat().st_size for path in self._folder.segments()}
+        found = {path: path.stat().st_size for path in self._folder.segments().values()}
         assert found == sizes, f"the folder holds {found}, the ledger says {sizes}"
         assert self._files.keys() == self._space.sizes().keys(), "a segment has no open file"
+        self.index.check_integrity()
+        rows = {entry.identity.run: (entry.identity, entry.range) for entry in self.index.entries()}
+        known = {run: entry.place for run, entry in self._runs.items() if run in self}
+        assert rows == {run: (place.identity, place.range) for run, place in known.items()}, (
+            "the index and the tier know different runs"
+        )
         for entry in self._runs.values():
             assert entry.holds >= 0, "a run is released more often than held"
             assert entry.holds > 0 or not entry.doomed, "a forgotten run keeps its space"
 
     def close(self) -> None:
-        """Remove the segments and unlock the folder.
+        """Close the segments and the index, and unlock the folder. Runs that wait for a commit are lost.
 
         Files of runs still held stay open until their release: an I/O thread may be stuck in one, and its
         descriptor must not come to mean another file.
         """
+        self._trim()
         self._closed = True
         held = {entry.place.range.segment for entry in self._runs.values() if entry.holds}
         if held:
@@ -246,9 +361,9 @@ class DiskTier:
                 "%s: closed while %d segment files are being read or written", self._folder.path, len(held)
             )
         for number in list(self._files):
-            self._unlink(number)
             if number not in held:
                 self.system.close(self._files.pop(number).file)
+        self.index.close()
         self._folder.close()
 
     def _awaiting(self, place: RunPlace) -> _Run:
@@ -262,11 +377,21 @@ class DiskTier:
             raise ExtentMissing(f"run {run.hex()} is not in the disk tier")
         return entry
 
+    def _respect_floor(self, found: Range) -> None:
+        """Raises TierFull if the growth that a range needs would leave less than the floor."""
+        growth = found.end - self._space.sizes().get(found.segment, 0)
+        if growth > 0 and self.floor_bytes:
+            left = self.system.free_bytes(self._folder.path) - growth
+            if left < self.floor_bytes:
+                raise TierFull(
+                    f"{growth} bytes more would leave {left} bytes free; {self.floor_bytes} must be"
+                )
+
     def _grow(self, found: Range) -> _File:
         """The file of a range, long enough for it. On OSError file and folder are as before."""
         file = self._files.get(found.segment)
         if file is None:
-            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | (os.O_DIRECT if self.direct else 0)
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | self._folder.flags
             file = _File(self.system.open(self._folder.segment(found.segment), flags))
             try:
                 self.system.ftruncate(file.file, found.end)
@@ -280,28 +405,35 @@ class DiskTier:
         return file
 
     def _reclaim(self, entry: _Run) -> None:
-        """Free the space of a forgotten run that nobody holds, and give the file system what it can have."""
+        """Free the space of a forgotten run that nobody holds."""
         if entry.holds or not entry.doomed or self._closed:
             return
         del self._runs[entry.place.run]
         self._space.give_back(entry.place.range)
-        number = entry.place.range.segment
-        spare = self._space.spare(number)
-        if spare == self._space.sizes()[number]:
-            return
-        try:
-            if spare:
-                self.system.ftruncate(self._files[number].file, spare)
-            else:
-                self.system.unlink(self._folder.segment(number))
-        except OSError as error:
-            log.warning(
-                "%s: cannot shorten segment %d, its space stays counted: %s", self._folder.path, number, error
-            )
-            return
-        self._space.cut(number)
-        if not spare:
-            self.system.close(self._files.pop(number).file)
+        self._trim()
+
+    def _trim(self) -> None:
+        """Give the file system what it can have: free ends of files, also those it did not take before."""
+        for number, size in self._space.sizes().items():
+            spare = self._space.spare(number)
+            if spare == size:
+                continue
+            try:
+                if spare:
+                    self.system.ftruncate(self._files[number].file, spare)
+                else:
+                    self.system.unlink(self._folder.segment(number))
+            except OSError as error:
+                log.warning(
+                    "%s: cannot shorten segment %d, its space stays counted: %s",
+                    self._folder.path,
+                    number,
+                    error,
+                )
+                continue
+            self._space.cut(number)
+            if not spare:
+                self.system.close(self._files.pop(number).file)
 
     def _let_go(self, number: int) -> None:
         """After close, the folder may be another's: only close the file once nobody holds a run in it."""

@@ -22,7 +22,6 @@ _SEGMENT_NAME = re.compile(r"\d{8}\.segment")
 class Folder:
     """A folder of mode 0700 that one process holds by a file lock until close.
 
-    Segments that an earlier process left behind are removed, because no index names their runs.
     direct: O_DIRECT works here.
     """
 
@@ -33,7 +32,6 @@ class Folder:
         self._system = system
         self._lock = _lock(path)
         try:
-            self._remove_stale()
             self.direct = self._probe()
         except OSError as error:
             os.close(self._lock)
@@ -42,20 +40,23 @@ class Folder:
     def segment(self, number: int) -> Path:
         return self.path / f"{number:08}.segment"
 
-    def segments(self) -> list[Path]:
-        """Segment files that lie in the folder now."""
-        return [path for path in self.path.iterdir() if _SEGMENT_NAME.fullmatch(path.name)]
+    def segments(self) -> dict[int, Path]:
+        """Segment files that lie in the folder now, by their numbers."""
+        names = {path.name: path for path in self.path.iterdir()}
+        return {int(name[:8]): path for name, path in names.items() if _SEGMENT_NAME.fullmatch(name)}
+
+    @property
+    def flags(self) -> int:
+        """For opening segments, beside the access mode."""
+        return os.O_DIRECT if self.direct else 0
+
+    @property
+    def index(self) -> Path:
+        return self.path / "index.sqlite"
 
     def close(self) -> None:
         """Let another process have the folder."""
         os.close(self._lock)
-
-    def _remove_stale(self) -> None:
-        stale = self.segments()
-        for path in stale:
-            self._system.unlink(path)
-        if stale:
-            log.info("%s: removed %d segments of an earlier process", self.path, len(stale))
 
     def _probe(self) -> bool:
         """Whether O_DIRECT works here, found out by writing a page and reading it back."""

@@ -31,6 +31,12 @@ class Format(enum.StrEnum):
     EXACT = "exact"
     INT8 = "int8"
     K8V4 = "k8v4"
+    RAW = "raw"
+    """Numbers that are not sealed: what a window holds. No queries run over it."""
+
+
+SEALED = (Format.EXACT, Format.INT8, Format.K8V4)
+"""Formats that attention reads."""
 
 
 class Element(enum.StrEnum):
@@ -57,6 +63,8 @@ class Layout:
     norms      [3, kv_heads, 64] bf16     |K residual|, |V residual|, |V|, rounded up
     summary    [4, kv_heads, head_dim] bf16  key minimum, key maximum, key mean, value mean
     radius     [kv_heads] float32         largest |value - value mean|, rounded up
+
+    `raw` has one plane: numbers [64, 2, kv_heads, head_dim], token by token K and V in the compute dtype.
     """
 
     format: Format
@@ -79,6 +87,9 @@ class Layout:
     def _planes(self) -> dict[str, tuple[int, int]]:
         numbers = self.kv_heads * self.head_dim * BLOCK
         per_token = 2 * self.kv_heads * BLOCK
+        if self.format is Format.RAW:
+            size = 2 * numbers * self.element.nbytes
+            return {"numbers": (0, size), "end": (size, 0)}
         sizes = {
             "k_codes": numbers * (self.element.nbytes if self.format is Format.EXACT else 1),
             "k_scales": 0 if self.format is Format.EXACT else per_token,

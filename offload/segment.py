@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .errors import TierFull
@@ -27,6 +28,8 @@ class Range:
 
 @dataclass
 class _Segment:
+    unit: int
+    """Bytes of every range in it, while it has one: a hole fits the next range, whatever is evicted."""
     nbytes: int = 0
     free: list[tuple[int, int]] = field(default_factory=list)
     """(offset, end), ascending, neither empty nor touching one another."""
@@ -38,7 +41,7 @@ class _Segment:
 
 
 class SegmentSpace:
-    """Ranges of segment files, first fit over coalesced holes, else at the end of a file.
+    """Ranges of segment files, each file for ranges of one size: first a hole, else the end of a file.
 
     used_bytes, the sum of the file lengths, never exceeds budget_bytes. Changes of a file's length are
     two steps, so that the caller can let the system call come between: find, grow the file, take; and
@@ -56,17 +59,31 @@ class SegmentSpace:
         """Length of every segment file in bytes."""
         return {number: segment.nbytes for number, segment in self._segments.items()}
 
+    def adopt(self, number: int, taken: Sequence[Range]) -> None:
+        """A segment that was there before: its file ends with the last of these disjoint ranges, of which
+        there is at least one. It may exceed the budget, which must be mended before the next find."""
+        segment = self._segments[number] = _Segment(taken[0].nbytes)
+        at = 0
+        for place in sorted(taken, key=lambda place: place.offset):
+            if place.offset > at:
+                segment.free.append((at, place.offset))
+            at = place.end
+        segment.nbytes = at
+        self.used_bytes += at
+        self._next = max(self._next, number + 1)
+
     def find(self, nbytes: int) -> Range:
         """A range for nbytes, rounded up to 4096; changes nothing. Raises TierFull."""
         nbytes = round_up(nbytes, PAGE)
         if nbytes < PAGE:
             raise ValueError("an empty range has no place")
-        for number, segment in self._segments.items():
+        alike = [(n, s) for n, s in self._segments.items() if s.unit == nbytes or s.tail == 0]
+        for number, segment in alike:
             for offset, end in segment.free:
                 if end - offset >= nbytes:
                     return Range(number, offset, nbytes)
         room = self.budget_bytes - self.used_bytes
-        for number, segment in self._segments.items():
+        for number, segment in alike:
             end = segment.tail + nbytes
             if end <= self.segment_bytes and end - segment.nbytes <= room:
                 return Range(number, segment.tail, nbytes)
@@ -76,7 +93,9 @@ class SegmentSpace:
 
     def take(self, place: Range) -> None:
         """Occupy what find returned. The file, which must be as long as place.end by now, may be new."""
-        segment = self._segments.setdefault(place.segment, _Segment())
+        segment = self._segments.setdefault(place.segment, _Segment(place.nbytes))
+        if segment.tail == 0:
+            segment.unit = place.nbytes
         self._next = max(self._next, place.segment + 1)
         if place.end > segment.nbytes:
             growth = place.end - segment.nbytes

@@ -114,9 +114,12 @@ class Spiller:
         if error is None and not self._disk.awaits(place):
             error = WriteFailed(f"run {place.run.hex()} was abandoned")
         if error is None:
-            self._disk.commit(place)
-            self.bytes_written += place.range.nbytes
-        else:
+            try:
+                self._disk.commit(place)
+                self.bytes_written += place.range.nbytes
+            except WriteFailed as failed:
+                error = failed
+        if error is not None:
             log.warning("write failed: %s", error)
             self.failures += 1
             if self._disk.awaits(place):

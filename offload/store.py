@@ -1,5 +1,8 @@
 """The tiered store: records of all sequences, in the host slab and in runs on disk.
 
+Sealed blocks are written to disk as soon as they fill a run, whether or not host memory is short: when it is,
+their rows are free at once, and what was computed outlives the process.
+
 One thread, the engine's, owns all state. The threads of the prefetcher and the spiller only move
 bytes; what they move is held until they are done, so neither rows nor disk space are used again
 under them.
@@ -8,7 +11,9 @@ under them.
 from __future__ import annotations
 
 import logging
+import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +22,17 @@ import numpy as np
 import numpy.typing as npt
 
 from . import residency
+from .cache import RunCache
 from .disk import DiskTier
-from .errors import BudgetTooSmall, TierFull, WriteFailed
+from .errors import BudgetTooSmall, ExtentCorrupt, TierFull, WriteFailed
 from .extent import RunKey, extent_bytes
 from .host import HostSlab
+from .index import Contents
 from .prefetch import Prefetcher, Read, Ticket
-from .record import Layout, round_up
+from .promotion import Promotion
+from .record import Format, Layout, round_up
 from .residency import Holding, Spill
-from .spill import Spilled, Spiller
+from .spill import CLOSE_S, Spilled, Spiller
 from .system import Bytes
 from .table import ABSENT, BlockTable, RunRef
 
@@ -39,14 +47,21 @@ WRITE_DEADLINE_S = 60.0
 RUN_STEP = 4
 """Runs are multiples of a cell."""
 
+PROMOTION_MARGIN = 16
+"""Block columns of host memory that stay free when runs are copied back from disk."""
+
+WRITES_AHEAD = 2
+"""Runs and tails that may wait for the disk before more are written that need not be."""
+
 Planner = Callable[[Sequence[Holding], int, int], list[Spill]]
 
 
 @dataclass(frozen=True)
 class DiskPath:
-    """The disk tier with the threads that move bytes to it and from it."""
+    """The disk tier, what is cached there, and the threads that move bytes to it and from it."""
 
     tier: DiskTier
+    cache: RunCache
     spiller: Spiller
     prefetch: Prefetcher
 
@@ -58,11 +73,15 @@ class DiskPath:
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A run that is being written: its rows stay as they are until the write has ended."""
+    """A run that is being written: its rows stay as they are until the write has ended.
+
+    keep: afterwards too, as the copy that is read.
+    """
 
     table: BlockTable
     ref: RunRef
     rows: npt.NDArray[np.int64]
+    keep: bool
 
 
 def run_length(layout: Layout, layers: int, host_rows: int, step_columns: int) -> int:
@@ -107,17 +126,20 @@ class Store:
         self._planner = planner
         self._tables: list[BlockTable] = []
         self._outgoing: dict[RunKey, Outgoing] = {}
+        self._tails: dict[RunKey, Bytes] = {}
+        self._pinned: Counter[RunKey] = Counter()
 
     # Promises.
 
     @property
     def capacity(self) -> int:
-        """Blocks (in every layer) that host memory and disk hold together."""
+        """Blocks (in every layer) that host memory and disk hold together, beside what is pinned."""
         host = self._slab.budget_bytes // self.layout.record_bytes // self.layers
         if self._disk is None or self.spill_failure is not None:
             return host
         run_bytes = self.layers * extent_bytes(self.layout, self.run_blocks)
-        return host + self._disk.tier.budget_bytes // run_bytes * self.run_blocks
+        pinned = sum(self._disk.tier.locate(run).range.nbytes for run in self._pinned)
+        return host + max(0, self._disk.tier.budget_bytes - pinned) // run_bytes * self.run_blocks
 
     @property
     def unpromised(self) -> int:
@@ -143,10 +165,18 @@ class Store:
         self._tables.remove(table)
         self._empty(table)
 
-    def reset(self, table: BlockTable) -> None:
-        """Forget all blocks of a sequence that is to be computed again; its promise stays."""
+    def reset(self, table: BlockTable, *, damaged: bool = False) -> None:
+        """Forget all blocks of a sequence that is to be computed again; its promise stays.
+
+        damaged: one of its runs was not what was written, so none of them is trusted any more, for anybody.
+        From now on the sequence adopts nothing that was stored before.
+        """
+        runs = [ref.run for ref in table.runs]
         self._empty(table)
         table.chain.clear()
+        table.adopts = False
+        for run in runs if damaged else ():
+            self._need_disk().cache.discard(run)
 
     def _empty(self, table: BlockTable) -> None:
         for ref in table.leaving:
@@ -155,7 +185,7 @@ class Store:
         table.rows[:] = ABSENT
         table.sealed = 1
         for ref in table.runs:
-            self._need_disk().tier.delete(ref.run)
+            self._need_disk().cache.release(ref.run)
         table.runs.clear()
         table.leaving.clear()
 
@@ -173,8 +203,11 @@ class Store:
             raise ValueError(f"block {stop - 1} was not promised, only {table.promised} are")
         while self._slab.free_slots < columns * self.layers:
             self.make_room(columns)
+            if self._slab.free_slots >= columns * self.layers:
+                break
             if not self._outgoing:
-                raise TierFull(f"host memory has no room for {columns} more blocks and none can be spilled")
+                why = f": {self.spill_failure}" if self.spill_failure else ""
+                raise TierFull(f"host memory has no room for {columns} more blocks, none can be spilled{why}")
             ended = self._need_disk().spiller.wait(WRITE_DEADLINE_S)
             if not ended:
                 raise TierFull(f"no write to disk has ended within {WRITE_DEADLINE_S} s")
@@ -186,8 +219,10 @@ class Store:
         table.chain.extend(hashes)
 
     def make_room(self, columns: int) -> None:
-        """Begin the spills that will leave at least `columns` block columns free. Never waits."""
-        going = sum(outgoing.ref.count for outgoing in self._outgoing.values())
+        """Give up copies of what is on disk, then begin the spills that will leave at least `columns` block
+        columns free. Never waits."""
+        self._drop_copies(columns - self._slab.free_slots // self.layers)
+        going = sum(outgoing.ref.count for outgoing in self._outgoing.values() if not outgoing.keep)
         short = columns - self._slab.free_slots // self.layers - going
         if short <= 0 or self._disk is None or self.spill_failure is not None:
             return
@@ -201,19 +236,78 @@ class Store:
                 self._give_up_spilling(failure)
                 return
 
-    def spill(self, table: BlockTable, first: int, count: int) -> None:
-        """Begin to write blocks [first, first + count) as one run; their rows are freed once it is durable.
+    def _drop_copies(self, columns: int) -> None:
+        """Free rows of blocks that are also on disk, whole runs, the oldest of idle sequences first."""
+        for table in sorted(self._tables, key=lambda table: (not table.idle, -table.host_blocks)):
+            for ref in table.runs:
+                if columns <= 0:
+                    return
+                columns -= self._drop(table, ref)
+
+    def _drop(self, table: BlockTable, ref: RunRef) -> int:
+        rows = table.rows[:, ref.first : ref.first + ref.count]
+        copies = rows[0] >= 0
+        self._slab.free(rows[:, copies].ravel())
+        rows[:] = ABSENT
+        return int(copies.sum())
+
+    def spill(self, table: BlockTable, first: int, count: int, *, keep: bool = False) -> None:
+        """Begin to write blocks [first, first + count) as one run; their rows are freed once it is durable,
+        unless `keep`. What is on disk already, computed by another request, is not written again.
 
         Raises TierFull or WriteFailed when the disk tier has no room; nothing has changed then.
         """
+        disk = self._need_disk()
+        for known in disk.cache.find(table.chain[first : first + count], first) if table.adopts else ():
+            self._adopt(table, RunRef(known.run, known.base, first, known.count), keep=keep)
+            first, count = first + known.count, count - known.count
+        if count:
+            self._write(table, first, count, keep=keep)
+
+    def _adopt(self, table: BlockTable, ref: RunRef, *, keep: bool) -> None:
+        self._need_disk().cache.acquire([ref.run])
+        table.runs.append(ref)
+        if not keep:
+            self._drop(table, ref)
+
+    def _write(self, table: BlockTable, first: int, count: int, *, keep: bool) -> None:
         run = RunKey(uuid.uuid4().bytes)
         disk, end = self._need_disk(), first + count
-        place = disk.tier.reserve(run, first=first, count=count, chain_hash=table.chain[end - 1])
-        ref = RunRef(run, first, count)
+        contents = Contents(table.chain[first - 1], tuple(table.chain[first:end]))
+        place = disk.cache.reserve(
+            run, first=first, count=count, chain=table.chain[end - 1], contents=contents, layout=self.layout
+        )
+        ref = RunRef(run, first, first, count)
         rows = table.rows[:, first:end].copy()
         table.leaving.append(ref)
-        self._outgoing[run] = Outgoing(table, ref, rows)
+        self._outgoing[run] = Outgoing(table, ref, rows, keep)
         disk.spiller.submit(place, self._slab.records, rows)
+
+    def write_behind(self) -> None:
+        """Begin to write a full run that lies in host memory only, if the disk has little else to do."""
+        if self._disk is None or self.spill_failure is not None or self._disk.spiller.pending >= WRITES_AHEAD:
+            return
+        for table in self._tables:
+            for span in table.host_spans():
+                if len(span) >= self.run_blocks:
+                    self._try_to_keep(table, span.start, self.run_blocks)
+                    return
+
+    def save(self, table: BlockTable) -> None:
+        """Begin to write every sealed block of a sequence that lies in host memory only."""
+        if self._disk is not None and self.spill_failure is None:
+            for span in table.host_spans():
+                for first in range(span.start, span.stop, self.run_blocks):
+                    self._try_to_keep(table, first, min(self.run_blocks, span.stop - first))
+
+    def _try_to_keep(self, table: BlockTable, first: int, count: int) -> None:
+        """A write that nobody waits for: without room it is left."""
+        try:
+            self.spill(table, first, count, keep=True)
+        except TierFull as full:
+            log.info("blocks are not saved: %s", full)
+        except WriteFailed as failure:
+            self._give_up_spilling(failure)
 
     def settle(self) -> None:
         """Between steps: all blocks are sealed now, and some writes may have ended.
@@ -227,25 +321,114 @@ class Store:
 
     def _settle(self, spilled: Sequence[Spilled]) -> None:
         for ended in spilled:
-            outgoing = self._outgoing.pop(ended.run)
-            table, ref = outgoing.table, outgoing.ref
-            wanted = ref in table.leaving
-            if wanted:
-                table.leaving.remove(ref)
             if ended.error is not None:
                 self._give_up_spilling(ended.error)
-            elif wanted:
-                table.runs.append(ref)
-                table.rows[:, ref.first : ref.first + ref.count] = ABSENT
             else:
-                self._need_disk().tier.delete(ref.run)
-            if ended.error is None or not wanted:
-                self._slab.free(outgoing.rows.ravel())
+                self._need_disk().cache.enter(self._need_disk().tier.locate(ended.run))
+            if self._tails.pop(ended.run, None) is None:
+                self._settle_run(self._outgoing.pop(ended.run), ended.ok)
+
+    def _settle_run(self, outgoing: Outgoing, durable: bool) -> None:
+        table, ref = outgoing.table, outgoing.ref
+        wanted = ref in table.leaving
+        if wanted:
+            table.leaving.remove(ref)
+        if durable and wanted:
+            self._need_disk().cache.hold([ref.run])
+            table.runs.append(ref)
+            if outgoing.keep:
+                return
+            table.rows[:, ref.first : ref.first + ref.count] = ABSENT
+        if durable or not wanted:
+            self._slab.free(outgoing.rows.ravel())
 
     def _give_up_spilling(self, failure: WriteFailed) -> None:
         """Degrade to no disk tier: what is on disk stays readable, nothing more goes there."""
         log.error("the disk tier takes no more runs: %s", failure)
         self.spill_failure = failure
+
+    # What was computed before.
+
+    def find(self, hashes: Sequence[bytes]) -> list[RunRef]:
+        """Where blocks 1, 2, ... of a chain lie on disk, as far as they do without a gap. hashes: of blocks
+        0, 1, ..."""
+        if self._disk is None:
+            return []
+        found = self._disk.cache.find(hashes[1:], 1)
+        return [RunRef(stretch.run, stretch.base, stretch.first, stretch.count) for stretch in found]
+
+    def attach(self, table: BlockTable, refs: Sequence[RunRef], hashes: Sequence[bytes]) -> None:
+        """Make stored blocks those of an empty table; hashes: of block 0 and of each of them."""
+        self._need_disk().cache.acquire([ref.run for ref in refs])
+        table.runs.extend(refs)
+        table.chain.extend(hashes)
+        table.reach(len(hashes) - 1)
+        table.sealed = table.stop
+
+    def pin(self, runs: Sequence[RunKey]) -> None:
+        """Keep runs that were found until unpin, whatever room is needed."""
+        self._need_disk().cache.hold(runs)
+        self._pinned.update(runs)
+
+    def unpin(self, runs: Sequence[RunKey]) -> None:
+        for run in runs:
+            self._need_disk().cache.release(run)
+        self._pinned -= Counter(runs)
+
+    def tails(self, anchor: bytes) -> list[tuple[RunKey, list[int]]]:
+        """Tails after a block: (run, the tokens that follow the block), the newest first."""
+        return [] if self._disk is None else self._disk.cache.tails(anchor)
+
+    @property
+    def tail_layout(self) -> Layout:
+        """How a tail's numbers lie: K, then V, [kv_heads, 64, head_dim] in the compute dtype."""
+        return Layout(Format.RAW, self.layout.element, self.layout.kv_heads, self.layout.head_dim)
+
+    def save_tail(self, anchor: bytes, tokens: Sequence[int], first: int, numbers: Bytes) -> None:
+        """Begin to write the exact numbers of a sequence's window; left if the disk has no room.
+
+        numbers: uint8[layers, blocks, bytes of tail_layout], the store's from now on. tokens follow the
+        block `anchor`.
+        """
+        if self._disk is None or self.spill_failure is not None:
+            return
+        layers, count, width = numbers.shape
+        run = RunKey(uuid.uuid4().bytes)
+        contents = Contents(anchor, tokens=tuple(tokens))
+        try:
+            place = self._disk.cache.reserve(
+                run, first=first, count=count, chain=anchor, contents=contents, layout=self.tail_layout
+            )
+        except TierFull as full:
+            log.info("a tail is not saved: %s", full)
+        except WriteFailed as failure:
+            self._give_up_spilling(failure)
+        else:
+            self._tails[run] = numbers
+            rows = np.arange(layers * count).reshape(layers, count)
+            self._disk.spiller.submit(place, numbers.reshape(-1, width), rows)
+
+    def read_tail(self, run: RunKey) -> Iterator[Bytes]:
+        """Its numbers, uint8[blocks, bytes of tail_layout] for each layer, each valid until the next.
+
+        Nothing else may be under way. Raises ReadFailed.
+        """
+        for ticket in (tickets := self.submit([Read(run, layer) for layer in range(self.layers)])):
+            try:
+                yield self._loaded(ticket)
+            except BaseException:
+                self.cancel(tickets)
+                raise
+            self._need_disk().prefetch.release(ticket)
+        self._need_disk().cache.acquire([run])
+        self._need_disk().cache.release(run)
+
+    def _loaded(self, ticket: Ticket) -> Bytes:
+        try:
+            return self._need_disk().prefetch.wait(ticket)
+        except ExtentCorrupt:
+            self._need_disk().cache.discard(ticket.read.run)
+            raise
 
     # Scans.
 
@@ -285,7 +468,7 @@ class Store:
         prefetch = self._need_disk().prefetch
         try:
             for ticket in tickets:
-                prefetch.wait(ticket)
+                self._loaded(ticket)
             yield prefetch.memory, [prefetch.offset(ticket) for ticket in tickets]
         except BaseException:
             prefetch.cancel(tickets)
@@ -293,12 +476,30 @@ class Store:
         for ticket in tickets:
             prefetch.release(ticket)
 
+    def promotion(self, table: BlockTable) -> Promotion:
+        """Of a run of a sequence that lies on disk only, or several short ones, if host memory is free beyond
+        what growth and spills want. To be ended before anything else is asked of the store."""
+        spare = self._slab.free_slots // self.layers - 2 * self.run_blocks - PROMOTION_MARGIN
+        return Promotion(self._slab, self.layers, table, min(spare, self.run_blocks))
+
     # Accounts.
+
+    @property
+    def column_bytes(self) -> int:
+        """Bytes of one block in every layer."""
+        return self.layers * self.layout.record_bytes
 
     def usage(self, table: BlockTable) -> dict[str, int]:
         """Record bytes of a sequence by the tier that serves them."""
-        column = self.layers * self.layout.record_bytes
-        return {"host": table.host_blocks * column, "disk": table.disk_blocks * column}
+        return {
+            "host": table.host_blocks * self.column_bytes,
+            "disk": table.disk_blocks * self.column_bytes,
+        }
+
+    @property
+    def writing(self) -> bool:
+        """Runs or tails are on their way to disk."""
+        return bool(self._outgoing or self._tails)
 
     def stats(self) -> dict[str, object]:
         """Capacity and use of the tiers in bytes, and what moved between them."""
@@ -314,6 +515,7 @@ class Store:
                 "disk_used_bytes": tier.used_bytes,
                 "disk_budget_bytes": tier.budget_bytes,
                 "disk_direct": tier.direct,
+                "disk_cached_bytes": self._disk.cache.cached_bytes,
                 "disk_failure": str(self.spill_failure or ""),
                 "disk_written_bytes": spiller.bytes_written,
                 "staging_bytes": prefetch.staging_bytes + spiller.scratch_bytes,
@@ -345,11 +547,15 @@ class Store:
             table.check_integrity()
         if self._disk is not None:
             self._disk.tier.check_integrity()
-            assert all(ref.run in self._disk.tier for table in self._tables for ref in table.runs)
+            uses = Counter(ref.run for table in self._tables for ref in table.runs)
+            self._disk.cache.check_integrity(uses + self._pinned)
 
     def close(self) -> None:
-        """Stop moving bytes; the disk tier forgets its runs."""
+        """Finish the writes that were begun, unless the disk takes longer than CLOSE_S, and stop."""
         if self._disk is not None:
+            give_up = time.monotonic() + CLOSE_S
+            while self.writing and (left := give_up - time.monotonic()) > 0:
+                self._settle(self._disk.spiller.wait(left))
             self._disk.close()
 
     def _need_disk(self) -> DiskPath:

@@ -59,6 +59,11 @@ class SystemCalls:
     def ftruncate(self, file: int, nbytes: int) -> None:
         os.ftruncate(file, nbytes)
 
+    def free_bytes(self, folder: Path) -> int:
+        """What its file system has left for such as us."""
+        status = os.statvfs(folder)
+        return status.f_bavail * status.f_frsize
+
     def unlink(self, path: Path) -> None:
         path.unlink(missing_ok=True)
 

@@ -14,9 +14,10 @@ ABSENT = -1
 
 @dataclass(frozen=True)
 class RunRef:
-    """Blocks [first, first + count) of a sequence, durable on disk as one run."""
+    """Blocks [first, first + count) of a sequence, durable on disk in one run whose first block is `base`."""
 
     run: RunKey
+    base: int
     first: int
     count: int
 
@@ -30,7 +31,8 @@ class BlockTable:
 
     `rows[layer, block]` is the host row of a record, or ABSENT. A block is in host memory in every
     layer or in none. `chain[block]` is its token-chain hash. The rows of blocks from `sealed` on
-    are there, but the step that fills them may not have ended.
+    are there, but the step that fills them may not have ended. adopts: what others stored of the same chain
+    may become its own.
     """
 
     def __init__(self, layers: int) -> None:
@@ -41,6 +43,7 @@ class BlockTable:
         self.runs: list[RunRef] = []
         self.leaving: list[RunRef] = []
         self.idle = False
+        self.adopts = True
 
     @property
     def stop(self) -> int:
@@ -57,7 +60,7 @@ class BlockTable:
         """Sealed blocks that lie in host memory only and are not being written, as ascending ranges."""
         mine = self.rows[0] >= 0
         mine[self.sealed :] = False
-        for ref in self.leaving:
+        for ref in (*self.leaving, *self.runs):
             mine[ref.first : ref.first + ref.count] = False
         edges = np.flatnonzero(np.diff(np.concatenate(([0], mine.view(np.int8), [0]))))
         return tuple(range(a, b) for a, b in edges.reshape(-1, 2).tolist())

@@ -8,13 +8,29 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 from spilld.daemon.errors import Cancelled, ContextNotFound, Draining, Overloaded, SpilldError
-from spilld.daemon.protocol import Accepted, Done, Event, Failed, Generate, Token, Usage, Welcome
+from spilld.daemon.protocol import (
+    Accepted,
+    ChangeSession,
+    Done,
+    Event,
+    Failed,
+    Generate,
+    ListSessions,
+    Release,
+    Released,
+    Reply,
+    SessionInfo,
+    Sessions,
+    Token,
+    Usage,
+    Welcome,
+)
 from spilld.daemon.server import Server
 
 USAGE = Usage(
@@ -30,17 +46,30 @@ USAGE = Usage(
 )
 
 
+INFO = SessionInfo(
+    name="notes",
+    tokens=3,
+    kv_bytes={"device": 10, "host": 0, "disk": 5},
+    running=False,
+    pinned=True,
+    ttl_s=None,
+    created=1.0,
+    used=2.0,
+)
+
+
 @dataclass
 class Echo:
     """Repeats the words or tokens of a prompt until max_tokens, one every pace_s seconds."""
 
-    post: Callable[[bytes, Event], None]
+    post: Callable[[bytes, Reply], None]
     pace_s: float = 0.0
     piece: str = ""
     """Text of every token instead of the prompt's."""
     limit: int = 1000
     cancelled: list[tuple[bytes, str]] = field(default_factory=list)
     submitted: list[Generate] = field(default_factory=list)
+    managed: list[Release | ListSessions | ChangeSession] = field(default_factory=list)
     draining: bool = False
     stopped: bool = False
     _running: dict[tuple[bytes, str], threading.Event] = field(default_factory=dict)
@@ -63,9 +92,22 @@ class Echo:
         if (ended := self._running.get((client, request_id))) is not None:
             ended.set()
 
-    def release(self, client: bytes, context: str) -> None:
-        if context == "gone":
-            raise ContextNotFound("no such context")
+    def manage(self, client: bytes, request: Release | ListSessions | ChangeSession) -> None:
+        self.managed.append(request)
+        name, reply = request.request_id, self._answer(request)
+        self.post(client, Failed.because(reply, name) if isinstance(reply, SpilldError) else reply)
+
+    def _answer(self, request: Release | ListSessions | ChangeSession) -> Reply | SpilldError:
+        if isinstance(request, Release):
+            if request.context == "gone":
+                return ContextNotFound("no such context")
+            return Released(request_id=request.request_id, context=request.context)
+        if isinstance(request, ListSessions):
+            return Sessions(request_id=request.request_id, sessions=(INFO,))
+        if request.session == "gone":
+            return ContextNotFound("no such session")
+        changed = () if request.action == "delete" else (replace(INFO, name=request.into or request.session),)
+        return Sessions(request_id=request.request_id, sessions=changed)
 
     def stats(self) -> dict[str, object]:
         return {"running": len(self._running), "tiers": {"host": 1}}

@@ -19,7 +19,7 @@ from spilld.daemon.assembly import build_engine, use_threads
 from spilld.daemon.config import Config
 from spilld.daemon.engine import Engine
 from spilld.daemon.model import Model, load
-from spilld.daemon.protocol import Done, Event, Failed, Generate, Token
+from spilld.daemon.protocol import Done, Event, Failed, Generate, Reply, Token
 from spilld.daemon.visibility import BLOCK, WINDOW_SLOTS
 from spilld.offload import residency
 from spilld.offload.disk import DiskTier
@@ -40,8 +40,9 @@ class Harness:
         self.config = config
         self.engine: Engine = build_engine(config, model, self._post, planner)
 
-    def _post(self, client: bytes, event: Event) -> None:
+    def _post(self, client: bytes, event: Reply) -> None:
         assert client == CLIENT
+        assert isinstance(event, Event)
         seen = self.events.setdefault(event.request_id, [])
         assert event.seq == len(seen), "events are numbered without gaps"
         seen.append(event)
@@ -78,10 +79,13 @@ class Harness:
 
 @contextmanager
 def engine(
-    model: Model, state: Path, planner: Planner = residency.plan, **settings: Any
+    model: Model, state: Path, planner: Planner = residency.plan, keep_state: bool = False, **settings: Any
 ) -> Iterator[Harness]:
-    """An engine over a model in a state folder that goes with it. One thread: for tiny models, and on a
-    machine that others use too, threads that wait for each other take many times as long."""
+    """An engine over a model in a state folder that goes with it unless it is to be kept.
+
+    One thread: for tiny models, and on a machine that others use too, threads that wait for each other take
+    many times as long.
+    """
     dtype = str(model.module.dtype).removeprefix("torch.")
     config = Config.load(None, {"dtype": dtype, "state": str(state), **settings})
     with one_thread():
@@ -90,7 +94,8 @@ def engine(
             yield harness
         finally:
             harness.engine.close()
-            shutil.rmtree(state, ignore_errors=True)
+            if not keep_state:
+                shutil.rmtree(state, ignore_errors=True)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from spilld.daemon.attention import Call, Slice, TieredAttention
 from spilld.daemon.sequence import Sequence
 from spilld.daemon.visibility import BLOCK, SINKS, WINDOW_SLOTS, boundary, sealed_by, stored_blocks
 from spilld.offload import reference
+from spilld.offload.cache import RunCache
 from spilld.offload.disk import DiskTier
 from spilld.offload.errors import ExtentCorrupt
 from spilld.offload.extent import extent_bytes
@@ -108,11 +109,14 @@ class Setup:
         arena.tensor.fill_(float("nan"))  # a slot that was never written must never be looked at
         tier = DiskTier(folder / "kv", 64 << 20, layout, 1, bytes(32))
         self.disk = DiskPath(
-            tier, Spiller(tier, extent_bytes(layout, RUN)), Prefetcher(tier, 4, extent_bytes(layout, RUN))
+            tier,
+            RunCache(tier, extent_bytes(layout, RUN)),
+            Spiller(tier, extent_bytes(layout, RUN)),
+            Prefetcher(tier, 4, extent_bytes(layout, RUN)),
         )
         self.store = Store(layout, 1, HostSlab(64 * layout.record_bytes, layout.record_bytes), RUN, self.disk)
         self.attention = TieredAttention(backend, arena, self.store)
-        self.sequence = Sequence(self.store.open(), arena.take())
+        self.sequence = Sequence(self.store.open(), arena.take(), bytes(32))
         self.store.promise(self.sequence.table, 60)
         stop = case.start + case.m
         draw = np.random.default_rng(case.start * 1000 + case.m)

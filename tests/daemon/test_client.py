@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 import pytest
 import zmq
 
 from spilld.daemon import client as client_module
-from spilld.daemon.client import Accepted, AsyncClient, Client, Done, Message, Token
+from spilld.daemon.client import Accepted, AsyncClient, Client, Done, Message, SessionInfo, Token
 from spilld.daemon.errors import (
     ConfigError,
     ContextNotFound,
@@ -55,6 +55,7 @@ def test_public_names() -> None:
         "Generation",
         "Message",
         "Progress",
+        "SessionInfo",
         "Token",
         "Usage",
         "Welcome",
@@ -121,6 +122,52 @@ def test_hello_stats_release(running: Running) -> None:
         client.release("kept")
         with pytest.raises(ContextNotFound):
             client.release("gone")
+
+
+INFO = SessionInfo(
+    name="notes",
+    tokens=3,
+    kv_bytes={"device": 10, "host": 0, "disk": 5},
+    running=False,
+    pinned=True,
+    ttl_s=None,
+    created=1.0,
+    used=2.0,
+)
+"""What the echo of conftest.py knows."""
+
+
+def changes(client: Client | AsyncClient) -> list[tuple[Any, dict[str, object]]]:
+    """Every change of a session, and the fields that the daemon must see."""
+    return [
+        (client.fork("s", "t", 5), {"action": "fork", "into": "t", "tokens": 5}),
+        (client.fork("s", "t"), {"action": "fork", "into": "t", "tokens": None}),
+        (client.rename("s", "t"), {"action": "rename", "into": "t"}),
+        (client.pin("s"), {"action": "pin"}),
+        (client.unpin("s"), {"action": "unpin"}),
+        (client.expire("s", 2.5), {"action": "expire", "ttl_s": 2.5}),
+        (client.expire("s", None), {"action": "expire", "ttl_s": None}),
+        (client.delete("s"), {"action": "delete"}),
+    ]
+
+
+def assert_changed(running: Running, answers: list[Any], wanted: list[dict[str, object]]) -> None:
+    seen = [vars(request) for request in running.echo.managed]
+    for request, fields in zip(seen, wanted, strict=True):
+        assert {"tenant": "secret", "session": "s", **fields}.items() <= request.items()
+    for info, fields in zip(answers, wanted, strict=True):
+        assert fields["action"] == "delete" or info.name == fields.get("into", "s")
+
+
+def test_sessions(running: Running) -> None:
+    with Client(running.address, tenant="secret") as client:
+        asked = changes(client)
+        assert_changed(running, [answer for answer, _ in asked], [fields for _, fields in asked])
+        assert client.sessions() == (INFO,)
+        with pytest.raises(ContextNotFound):
+            client.pin("gone")
+        client.generate("hello", session="s", max_tokens=1).text()
+        assert (running.echo.submitted[-1].session, running.echo.submitted[-1].tenant) == ("s", "secret")
 
 
 def test_typed_failures(running: Running) -> None:
@@ -350,7 +397,7 @@ def test_replies_that_cannot_be_used(
 
 def test_async(running: Running) -> None:
     async def talk() -> None:
-        async with AsyncClient(running.address) as client:
+        async with AsyncClient(running.address, tenant="secret") as client:
             generation = client.generate("one two three", max_tokens=4, keep=True)
             events = [event async for event in generation]
             assert [type(event) for event in events] == [Accepted, Token, Token, Token, Token, Done]
@@ -362,6 +409,11 @@ def test_async(running: Running) -> None:
             assert (await client.hello()).model == "echo"
             assert (await client.stats())["running"] == 0
             await client.release("kept")
+            assert await client.sessions() == (INFO,)
+            running.echo.managed.clear()
+            asked = changes(client)
+            answers = [await answer for answer, _ in asked]
+            assert_changed(running, answers, [fields for _, fields in asked])
             with pytest.raises(ContextNotFound):
                 await client.release("gone")
             with pytest.raises(InvalidRequest):

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from spilld.daemon.errors import Cancelled, ContextNotFound, DeadlineExceeded
+from spilld.daemon.errors import Cancelled, ContextNotFound, DeadlineExceeded, InvalidRequest
 from spilld.daemon.model import Model
-from spilld.daemon.protocol import Done, Failed
+from spilld.daemon.protocol import Done, Failed, Release, Released
 
 from .harness import CLIENT, Harness, column_bytes, engine, said, shared, some_tokens, window_bytes
 
@@ -30,6 +30,10 @@ def keep(harness: Harness, prompt: list[int] = PROMPT) -> str:
     return context
 
 
+def release(harness: Harness, context: str) -> None:
+    assert isinstance(harness.engine.manage(Release(request_id="m", context=context)), Released)
+
+
 def one_window(model: Model) -> dict[str, Any]:
     return {"device_budget": window_bytes(model)}
 
@@ -42,24 +46,23 @@ def code(harness: Harness, request_id: str) -> str:
 class TestHandles:
     def test_unknown(self, model: Model, tmp_path: Path) -> None:
         with engine(model, tmp_path / "s") as harness:
-            with pytest.raises(ContextNotFound, match="send the whole prompt again"):
+            with pytest.raises(ContextNotFound, match="send the whole prompt"):
                 harness.add("r", PROMPT, context="0" * 32)
             with pytest.raises(ContextNotFound):
-                harness.engine.release("0" * 32)
+                release(harness, "0" * 32)
             assert not harness.events
 
-    def test_in_use_and_again_afterwards(self, model: Model, tmp_path: Path) -> None:
+    def test_requests_on_one_run_one_after_the_other(self, model: Model, tmp_path: Path) -> None:
         with engine(model, tmp_path / "s") as harness:
             context = keep(harness)
             harness.add("a", PROMPT[:5], context=context, **FIELDS)
-            with pytest.raises(ContextNotFound):
-                harness.add("b", PROMPT[:5], context=context)
-            with pytest.raises(ContextNotFound):
-                harness.engine.release(context)
+            harness.add("b", PROMPT[:5], context=context, **FIELDS)
+            with pytest.raises(InvalidRequest, match="a request runs on"):
+                release(harness, context)
             harness.run()
             assert harness.done("a").context == context, "a continued context is kept unasked"
-            harness.ask(PROMPT[:5], context=context, **FIELDS)
-            assert len({event.request_id for events in harness.events.values() for event in events}) == 3
+            assert harness.done("b").context == context
+            assert harness.done("b").usage.cached_tokens == 1400 + 8 + 5 + 8 - 1
 
     def test_a_refused_request_leaves_the_context(self, model: Model, tmp_path: Path) -> None:
         with engine(model, tmp_path / "s", max_context=1500) as harness:
@@ -74,33 +77,44 @@ class TestHandles:
             stats = harness.engine.stats()
             assert stats["contexts_idle"] == 1
             assert stats["device_used_bytes"] == window_bytes(model)
-            harness.engine.release(context)
+            release(harness, context)
+            while harness.engine._store.writing:
+                harness.engine.rest()
             harness.engine.check_integrity()
             stats = harness.engine.stats()
-            assert [stats[f"{tier}_used_bytes"] for tier in ("device", "host", "disk")] == [0, 0, 0]
+            assert [stats[f"{tier}_used_bytes"] for tier in ("device", "host")] == [0, 0]
+            assert stats["contexts_idle"] == 0
             assert stats["promised_blocks"] == 0
             with pytest.raises(ContextNotFound):
                 harness.add("a", PROMPT, context=context)
 
-    def test_evicted_by_a_request_that_needs_its_window(self, model: Model, tmp_path: Path) -> None:
-        with engine(model, tmp_path / "s", device_budget=2 * window_bytes(model)) as harness:
-            old, new = keep(harness), keep(harness, PROMPT[:100])
-            harness.ask(PROMPT[:9], **FIELDS)
-            with pytest.raises(ContextNotFound):
-                harness.add("a", PROMPT, context=old)
-            assert harness.ask(PROMPT[:9], context=new, **FIELDS), "the newer one stays"
+    def test_one_that_made_way_comes_back(self, model: Model, tmp_path: Path) -> None:
+        """A window for one sequence: each request takes it from the context before."""
+        with engine(model, tmp_path / "a") as harness:
+            old = keep(harness)
+            wanted = harness.ask(PROMPT[:9], context=old, **FIELDS)
+        with engine(model, tmp_path / "s", **one_window(model)) as harness:
+            old = keep(harness)
+            harness.ask(PROMPT[:100], **FIELDS)
+            assert len(harness.engine.contexts) == 0
+            assert harness.ask(PROMPT[:9], context=old, **FIELDS) == wanted
+            assert harness.done().usage.cached_tokens == 1407, "from disk"
 
-    def test_evicted_by_a_request_that_needs_its_blocks(self, model: Model, tmp_path: Path) -> None:
+    def test_one_whose_kv_is_nowhere_is_computed_again(self, model: Model, tmp_path: Path) -> None:
         budget = 20 * column_bytes(model, "k8v4")
         with engine(model, tmp_path / "s", host_budget=budget, disk_budget=0) as harness:
             context = keep(harness)
             assert harness.ask(PROMPT[:500], **FIELDS)
             assert len(harness.engine.contexts) == 1, "there was room beside it"
             assert len(harness.ask(PROMPT, **FIELDS)) == 8
-            with pytest.raises(ContextNotFound):
-                harness.add("a", PROMPT, context=context)
+            assert len(harness.engine.contexts) == 0
+            again = harness.ask(PROMPT[:9], context=context, **FIELDS)
+            assert harness.done().usage.cached_tokens == 0
+        with engine(model, tmp_path / "a") as harness:
+            assert again == harness.ask(PROMPT[:9], context=keep(harness), **FIELDS)
 
-    def test_expired(self, model: Model, tmp_path: Path) -> None:
+    def test_expired(self, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("spilld.daemon.engine.TICK_S", 0.0)
         with engine(model, tmp_path / "s", context_ttl_s=0.2) as harness:
             context = keep(harness)
             harness.add("a", PROMPT[:5], context=context, **FIELDS)
@@ -116,15 +130,15 @@ class TestHandles:
     def test_a_continuation_behind_a_request_that_needs_its_window(
         self, model: Model, tmp_path: Path
     ) -> None:
-        """Neither may wait for the other: the first in line is served, the other is told."""
+        """Neither may wait for the other: the first in line is served, the other's context comes back."""
         with engine(model, tmp_path / "s", **one_window(model)) as harness:
             context = keep(harness)
             harness.add("first", PROMPT[:20], **FIELDS)
             harness.add("second", PROMPT[:20], context=context, **FIELDS)
             harness.add("third", PROMPT[:20], **FIELDS)
             harness.run()
-            assert len(harness.tokens("first")) == len(harness.tokens("third")) == 8
-            assert code(harness, "second") == "context_not_found"
+            assert [len(harness.tokens(name)) for name in ("first", "second", "third")] == [8, 8, 8]
+            assert harness.done("second").usage.cached_tokens == 1407
 
 
 class TestEnds:
@@ -174,7 +188,7 @@ class TestEnds:
             while said(harness, "r") < tokens:
                 harness.engine.turn()
             harness.engine.cancel(CLIENT, "r")
-            history += harness.engine.contexts.look(context).sequence.tokens[len(history) :]
+            history += harness.engine._keeper.book.get("", context).tokens[len(history) :]
             assert len(history) == 1408 + 700 + tokens
             continued = harness.ask(PROMPT[:30], context=context, **FIELDS)
             assert continued == harness.ask(history + PROMPT[:30], **FIELDS)

@@ -62,7 +62,7 @@ class TestSameTokens:
     def test_in_small_chunks_spilled_at_random(
         self, model: Model, form: str, sampling: Sampling, alone: list[int], tmp_path: Path, seed: int
     ) -> None:
-        settings = {
+        settings: dict[str, Any] = {
             "host_budget": smallest_host_budget(model, form, 128),
             "chunk_tokens": 128,
             "disk_budget": "64MiB",
@@ -75,7 +75,7 @@ class TestSameTokens:
     def test_among_others_spilled_at_random(
         self, model: Model, form: str, sampling: Sampling, alone: list[int], tmp_path: Path
     ) -> None:
-        settings = {"host_budget": smallest_host_budget(model, form), "disk_budget": "64MiB"}
+        settings: dict[str, Any] = {"host_budget": smallest_host_budget(model, form), "disk_budget": "64MiB"}
         with engine(model, tmp_path / "s", random_split(3), format=form, **settings) as harness:
             harness.add("a", some_tokens(2, 900), max_tokens=60, ignore_eos=True)
             harness.add("b", some_tokens(3, 70), max_tokens=30, ignore_eos=True, prompt_logprobs=1)
@@ -86,7 +86,7 @@ class TestSameTokens:
             assert all(isinstance(events[-1], Done) for events in harness.events.values())
 
     def test_in_pieces(self, model: Model, form: str, sampling: Sampling, tmp_path: Path) -> None:
-        settings = {"host_budget": smallest_host_budget(model, form), "disk_budget": "64MiB"}
+        settings: dict[str, Any] = {"host_budget": smallest_host_budget(model, form), "disk_budget": "64MiB"}
         pieces = [PROMPT[:700], PROMPT[700:703], PROMPT[703:1450]]
         context, whole = None, list[int]()
         with engine(model, tmp_path / "s", random_split(4), format=form, **settings) as harness:
@@ -109,7 +109,7 @@ def test_the_same_tokens_with_sliding_windows_and_softcap(
     with engine(model, tmp_path / "a", format="exact", disk_budget=0) as harness:
         alone = harness.ask(PROMPT, max_tokens=20, ignore_eos=True)
     assert alone == greedy(reference(model.folder, "eager"), PROMPT, 20)
-    settings = {
+    settings: dict[str, Any] = {
         "host_budget": smallest_host_budget(model, "exact", 128),
         "chunk_tokens": 128,
         "disk_budget": "64MiB",

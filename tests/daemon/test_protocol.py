@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import msgpack
@@ -26,10 +27,12 @@ from spilld.daemon.protocol import (
     TYPES,
     Accepted,
     Cancel,
+    ChangeSession,
     Done,
     Failed,
     Generate,
     Hello,
+    ListSessions,
     Message,
     Progress,
     PromptLogprob,
@@ -38,6 +41,8 @@ from spilld.daemon.protocol import (
     Reply,
     Request,
     Sampling,
+    SessionInfo,
+    Sessions,
     Stats,
     StatsReply,
     Token,
@@ -54,6 +59,7 @@ count = st.integers(0, 2**63 - 1)
 tokens = st.integers(0, 2**31 - 1)
 ids = st.text(min_size=1, max_size=64)
 handles = st.text(min_size=1, max_size=128)
+tenants = st.text(max_size=64)
 logprobs = st.floats(max_value=0, allow_nan=False)
 millis = st.floats(0, allow_nan=False, allow_infinity=False)
 tops = st.lists(st.tuples(tokens, logprobs), max_size=20).map(tuple)
@@ -87,6 +93,17 @@ usage = st.builds(
     prefill_ms=millis,
     decode_ms=millis,
 )
+infos = st.builds(
+    SessionInfo,
+    name=handles,
+    tokens=count,
+    kv_bytes=tiers,
+    running=st.booleans(),
+    pinned=st.booleans(),
+    ttl_s=st.none() | positive,
+    created=millis,
+    used=millis,
+)
 prompt_logprobs = st.lists(
     st.builds(PromptLogprob, token=tokens, logprob=st.none() | logprobs, top=tops), max_size=3
 )
@@ -96,18 +113,22 @@ MESSAGES: dict[type, st.SearchStrategy[Request | Reply]] = {
         Generate,
         request_id=ids,
         prompt=st.lists(tokens, min_size=1, max_size=9).map(tuple) | st.text(min_size=1) | chats,
-        context=st.none() | handles,
+        tenant=tenants,
         keep=st.booleans(),
-        max_tokens=st.integers(1, 2**63 - 1),
+        max_tokens=st.integers(0, 2**63 - 1),
         stop=st.lists(st.text(min_size=1, max_size=256), max_size=16).map(tuple),
         ignore_eos=st.booleans(),
         sampling=sampling,
         logprobs=st.none() | st.integers(0, 20),
         prompt_logprobs=st.none() | st.integers(0, 20),
         deadline_s=st.none() | positive,
+    ).flatmap(
+        lambda request: st.sampled_from(
+            [request, replace(request, context="c"), replace(request, session="\N{SNOWMAN}")]
+        )
     ),
     Cancel: st.builds(Cancel, request_id=ids),
-    Release: st.builds(Release, request_id=ids, context=handles),
+    Release: st.builds(Release, request_id=ids, tenant=tenants, context=handles),
     Hello: st.builds(Hello, request_id=ids),
     Stats: st.builds(Stats, request_id=ids),
     Accepted: st.builds(Accepted, request_id=ids, seq=count, prompt_tokens=count, cached_tokens=count),
@@ -128,6 +149,18 @@ MESSAGES: dict[type, st.SearchStrategy[Request | Reply]] = {
     Failed: st.builds(
         Failed, request_id=st.just("") | ids, seq=count, code=ids, message=text, retryable=st.booleans()
     ),
+    ListSessions: st.builds(ListSessions, request_id=ids, tenant=tenants),
+    ChangeSession: st.builds(
+        ChangeSession,
+        request_id=ids,
+        tenant=tenants,
+        session=handles,
+        action=st.sampled_from(["fork", "rename", "pin", "unpin", "expire", "delete"]),
+        into=st.none() | handles,
+        tokens=st.none() | st.integers(1, 2**40),
+        ttl_s=st.none() | st.floats(1e-9, 1e9),
+    ),
+    Sessions: st.builds(Sessions, request_id=ids, seq=count, sessions=st.lists(infos, max_size=3).map(tuple)),
     Released: st.builds(Released, request_id=ids, seq=count, context=handles),
     Welcome: st.builds(
         Welcome,
@@ -222,7 +255,7 @@ BAD_FIELDS: list[tuple[Mapping[str, object], str]] = [
     ({"context": ""}, "context is ''"),
     ({"context": "c" * 129}, "context is "),
     ({"keep": 1}, "keep is 1; allowed: true or false"),
-    ({"max_tokens": 0}, "max_tokens is 0; allowed: an integer from 1 to"),
+    ({"max_tokens": -1}, "max_tokens is -1; allowed: an integer from 0 to"),
     ({"max_tokens": True}, "max_tokens is True"),
     ({"max_tokens": None}, "max_tokens is None"),
     ({"stop": "end"}, "stop is 'end'"),
@@ -253,6 +286,14 @@ BAD_FIELDS: list[tuple[Mapping[str, object], str]] = [
     ({"type": "telepathy"}, "type is 'telepathy'; allowed: generate, cancel,"),
     ({"type": None}, "type is None"),
     ({"type": "release"}, "context is None; allowed: it must be given"),
+    ({"session": ""}, "session is ''; allowed: a string of 1 to 128 characters"),
+    ({"session": "s", "context": "c"}, "session is 's'; allowed: nothing beside a context"),
+    ({"tenant": "x" * 65}, "a string of 0 to 64 characters"),
+    ({"type": "change_session", "action": "pin"}, "session is None; allowed: it must be given"),
+    (
+        {"type": "change_session", "session": "s", "action": "burn"},
+        "action is 'burn'; allowed: fork,",
+    ),
 ]
 
 

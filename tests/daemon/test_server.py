@@ -127,7 +127,7 @@ def test_refusals_name_the_request(running: Running) -> None:
 
     cases: list[tuple[list[bytes], str, str]] = [
         ([b"spilld\x00\x02", packed(type="generate", id="v")], "wrong_version", "v"),
-        ([HEADER, packed(type="generate", id="p", text="a", max_tokens=0)], "invalid_request", "p"),
+        ([HEADER, packed(type="generate", id="p", text="a", max_tokens=-1)], "invalid_request", "p"),
         ([HEADER, packed(type="generate", id="n")], "invalid_request", "n"),
         ([HEADER, packed(type="telepathy", id="t")], "invalid_request", "t"),
         ([HEADER, packed(type="generate", id="i" * 65, text="a")], "invalid_request", ""),

@@ -15,9 +15,20 @@ from spilld.daemon.assembly import build_engine, welcome
 from spilld.daemon.attention import TieredAttention
 from spilld.daemon.config import Config
 from spilld.daemon.engine import Engine
-from spilld.daemon.errors import ContextNotFound, Draining, Overloaded
+from spilld.daemon.errors import Draining, Overloaded
 from spilld.daemon.model import Model
-from spilld.daemon.protocol import Done, Event, Failed, Generate, Message, Prompt, Token
+from spilld.daemon.protocol import (
+    Done,
+    Failed,
+    Generate,
+    Message,
+    Prompt,
+    Release,
+    Released,
+    Reply,
+    Token,
+)
+from spilld.daemon.sequence import Sequence
 from spilld.daemon.service import EngineService
 
 from .harness import one_thread, shared, some_tokens
@@ -37,7 +48,7 @@ class Desk:
 
     def __init__(self, model: Model, state: Path, **settings: Any) -> None:
         config = Config.load(None, {"dtype": "float32", "state": str(state), **settings})
-        self.events: dict[str, list[Event]] = {}
+        self.events: dict[str, list[Reply]] = {}
         self._change = threading.Condition()
         self.engine: Engine
 
@@ -47,7 +58,7 @@ class Desk:
 
         self.service = EngineService(build, self._post, welcome(config, model), config.max_queue)
 
-    def _post(self, client: bytes, event: Event) -> None:
+    def _post(self, client: bytes, event: Reply) -> None:
         assert client == CLIENT
         with self._change:
             self.events.setdefault(event.request_id, []).append(event)
@@ -69,8 +80,8 @@ class Desk:
         last = self.wait(request_id, Done | Failed)
         return last.code if isinstance(last, Failed) else ""
 
-    def wait(self, request_id: str, kind: Any) -> Event:
-        def found() -> Event | None:
+    def wait(self, request_id: str, kind: Any) -> Reply:
+        def found() -> Reply | None:
             return next((e for e in self.events.get(request_id, []) if isinstance(e, kind)), None)
 
         with self._change:
@@ -105,6 +116,12 @@ def opened(model: Model, tmp_path: Path) -> Iterator[Desk]:
         assert opened.service.idle(), "every request was counted out"
 
 
+def sequence_of(opened: Desk, answer: Done) -> Sequence:
+    context = opened.engine.contexts.get(("", str(answer.context)))
+    assert context is not None
+    return context.sequence
+
+
 def turn(role: str, content: str) -> Message:
     return Message(role=role, content=content)
 
@@ -128,12 +145,12 @@ def test_a_chat_goes_on_where_it_was(opened: Desk) -> None:
     second = opened.ask("2", (turn("user", "two"),), context=answer.context)
     assert second.context == answer.context
     third = opened.ask("3", (turn("user", "three"),), context=answer.context)
-    sequence = opened.engine.contexts.look(str(answer.context)).sequence
+    sequence = sequence_of(opened, answer)
     whole = (
         *(*first, turn("assistant", answer.text), turn("user", "two")),
         *(turn("assistant", second.text), turn("user", "three"), turn("assistant", third.text)),
     )
-    assert opened.engine.contexts.look(str(answer.context)).messages == whole
+    assert opened.engine._keeper.book.get("", str(answer.context)).messages == whole
     assert opened.ask("whole", tuple(sequence.tokens[:-6]), keep=False).text == third.text
     template = opened.engine.model.tokenizer.decode(sequence.tokens)
     assert template.count("user\n") == 3
@@ -155,10 +172,10 @@ def test_refusals_are_typed_and_the_service_goes_on(opened: Desk, model: Model) 
         assert codes.get(name, opened.code(name)) == code
         assert [(type(e), e.seq) for e in opened.events[name]] == [(Failed, 0)]
     assert opened.ask("after", "hello", context=raw).context == raw
-    opened.service.release(CLIENT, str(raw))
+    for name, wanted_reply in (("once", Released), ("twice", Failed)):
+        opened.service.manage(CLIENT, Release(request_id=name, context=str(raw)))
+        assert isinstance(opened.wait(name, wanted_reply), wanted_reply)
     assert opened.ask("last", "hello").reason == "length"
-    with pytest.raises(ContextNotFound):
-        opened.service.release(CLIENT, str(raw))
 
 
 def test_cancel_and_overload(model: Model, tmp_path: Path) -> None:
@@ -221,7 +238,7 @@ def test_draining_and_stopping(model: Model, tmp_path: Path) -> None:
         opened.wait("r", Token)
         opened.service.stop()
         assert opened.code("r") == "draining"
-        assert not list((tmp_path / "s" / "kv").glob("*.segment"))
+        assert (tmp_path / "s" / "sessions.sqlite").exists()
 
 
 def test_a_deadline_is_kept_without_any_other_event(opened: Desk) -> None:

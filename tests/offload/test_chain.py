@@ -1,4 +1,4 @@
-"""The token-chain hash: equal for equal histories under equal keys, and for nothing else."""
+"""The token-chain hash: equal for equal histories under equal roots, and for nothing else."""
 
 from __future__ import annotations
 
@@ -10,34 +10,40 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spilld.offload.chain import CHAIN_BYTES, ROOT, chain_hash
+from spilld.offload.chain import CHAIN_BYTES, chain_hash, root
+from spilld.offload.record import SEALED
 
+MODEL = bytes(range(32))
+ROOT = root(MODEL, "k8v4")
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=6)
 BLOCKS = st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=2), max_size=4)
 
 
-def chain(blocks: list[list[int]], key: bytes = b"") -> list[bytes]:
-    hashes = [ROOT]
+def chain(blocks: list[list[int]], parent: bytes = ROOT) -> list[bytes]:
+    hashes = [parent]
     for tokens in blocks:
-        hashes.append(chain_hash(hashes[-1], tokens, key))
+        hashes.append(chain_hash(hashes[-1], tokens))
     return hashes
 
 
 def test_known_vector() -> None:
-    """32 bytes of parent, then every token as 4 bytes, lowest first; the key is blake2b's own."""
+    """32 bytes of parent, then every token as 4 bytes, lowest first."""
     tokens = [0, 1, 258, 151_643, 2**32 - 1]
     message = bytes(range(32)) + bytes.fromhex("00000000 01000000 02010000 5b500200 ffffffff")
-    for key in (b"", b"tenant", bytes(64)):
-        expected = blake2b(message, key=key, digest_size=32).digest()
-        assert chain_hash(bytes(range(32)), tokens, key) == expected
-    assert bytes(32) == ROOT
-    assert len(chain_hash(ROOT, tokens)) == CHAIN_BYTES == 32
+    assert chain_hash(bytes(range(32)), tokens) == blake2b(message, digest_size=32).digest()
+    assert len(ROOT) == len(chain_hash(ROOT, tokens)) == CHAIN_BYTES == 32
 
 
-@given(parent=st.binary(min_size=32, max_size=32), tokens=TOKENS, key=st.binary(max_size=64))
-def test_it_is_blake2b_of_parent_and_tokens(parent: bytes, tokens: list[int], key: bytes) -> None:
+def test_known_root() -> None:
+    """The fingerprint, then the name of the format; the tenant's key is blake2b's own."""
+    for tenant in (b"", b"tenant", bytes(64)):
+        assert root(MODEL, "int8", tenant) == blake2b(MODEL + b"int8", key=tenant, digest_size=32).digest()
+
+
+@given(parent=st.binary(min_size=32, max_size=32), tokens=TOKENS)
+def test_it_is_blake2b_of_parent_and_tokens(parent: bytes, tokens: list[int]) -> None:
     message = parent + b"".join(token.to_bytes(4, "little") for token in tokens)
-    assert chain_hash(parent, tokens, key) == blake2b(message, key=key, digest_size=32).digest()
+    assert chain_hash(parent, tokens) == blake2b(message, digest_size=32).digest()
 
 
 @given(BLOCKS, BLOCKS)
@@ -71,10 +77,19 @@ def test_histories_that_only_look_alike_differ() -> None:
     assert all(a != b for a, b in combinations(hashes, 2))
 
 
-@given(TOKENS, st.binary(max_size=63), st.binary(max_size=63))
-def test_tenants_share_nothing(tokens: list[int], key: bytes, other: bytes) -> None:
-    assert (chain_hash(ROOT, tokens, key) == chain_hash(ROOT, tokens, other)) == (key == other)
-    assert chain_hash(ROOT, tokens, key) != chain_hash(ROOT, tokens, key + b"\0")
+@given(BLOCKS, st.binary(max_size=63), st.binary(max_size=64))
+def test_tenants_share_nothing(history: list[list[int]], tenant: bytes, other: bytes) -> None:
+    """Not even where both send the same tokens; keys that only differ in length are two keys."""
+    mine = set(chain(history, root(MODEL, "k8v4", tenant)))
+    for stranger in {other, tenant + b"\0"} - {tenant}:
+        assert not mine & set(chain(history, root(MODEL, "k8v4", stranger)))
+
+
+@given(BLOCKS)
+def test_models_and_formats_share_nothing(history: list[list[int]]) -> None:
+    roots = [root(model, form) for model in (MODEL, bytes(32)) for form in SEALED]
+    hashes = [name for parent in roots for name in chain(history, parent)]
+    assert len(set(hashes)) == len(hashes)
 
 
 def test_tokens_of_an_array_count_as_those_of_a_list() -> None:
@@ -88,5 +103,8 @@ def test_tokens_of_an_array_count_as_those_of_a_list() -> None:
 def test_what_is_no_token_is_no_hash(token: int) -> None:
     with pytest.raises(OverflowError):
         chain_hash(ROOT, [1, token])
+
+
+def test_a_tenant_key_has_at_most_64_bytes() -> None:
     with pytest.raises(ValueError, match="key"):
-        chain_hash(ROOT, [1], bytes(65))
+        root(MODEL, "k8v4", bytes(65))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from spilld.offload import reference
 from spilld.offload.partial import Partial, merge
-from spilld.offload.record import BLOCK, Element, Format, Layout
+from spilld.offload.record import BLOCK, SEALED, Element, Format, Layout
 
 F32 = NDArray[np.float32]
 FIRST = 64
@@ -89,7 +89,7 @@ def layout(form: Format, head_dim: int = 64, kv_heads: int = 2, element: Element
     return Layout(format=form, element=element, kv_heads=kv_heads, head_dim=head_dim)
 
 
-FORMATS = pytest.mark.parametrize("form", list(Format))
+FORMATS = pytest.mark.parametrize("form", SEALED)
 
 
 @pytest.mark.parametrize(

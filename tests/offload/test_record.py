@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 import spilld.offload.record as record_module
-from spilld.offload.record import HEAD_DIMS, Element, Format, Layout, round_up
+from spilld.offload.record import HEAD_DIMS, SEALED, Element, Format, Layout, round_up
 
 PLANES = ("k_codes", "k_scales", "v_codes", "v_scales", "norms", "summary", "radius", "end")
 LAYOUTS = [
     Layout(form, element, kv_heads, head_dim)
-    for form in Format
+    for form in SEALED
     for element in Element
     for kv_heads in (1, 2, 3, 8, 17)
     for head_dim in HEAD_DIMS
@@ -45,7 +45,7 @@ def test_planes_are_aligned_disjoint_and_cover_the_record(layout: Layout) -> Non
 def test_format_page_states_the_numbers_of_the_layout() -> None:
     page = (Path(str(record_module.__file__)).parent / "FORMAT.md").read_text()
     for name, layers, kv_heads, head_dim in (("SmolLM2-135M", 30, 3, 64), ("Gemma3-270M", 18, 1, 256)):
-        for form in Format:
+        for form in SEALED:
             for element in Element:
                 size = Layout(form, element, kv_heads, head_dim).record_bytes
                 label = f"{name} {form}" + (f" {element}" if form is Format.EXACT else "")
@@ -57,7 +57,7 @@ def test_format_page_states_the_numbers_of_the_layout() -> None:
 
 def test_format_page_states_the_offsets_of_the_layout() -> None:
     page = (Path(str(record_module.__file__)).parent / "FORMAT.md").read_text()
-    columns = [Layout(form, Element.BFLOAT16, *size) for size in ((3, 64), (1, 256)) for form in Format]
+    columns = [Layout(form, Element.BFLOAT16, *size) for size in ((3, 64), (1, 256)) for form in SEALED]
     table = page[page.index("| plane | exact bf16") :]
     for name in PLANES:
         row = re.search(rf"^\| {'record' if name == 'end' else name} \|(.*)\|$", table, re.MULTILINE)
@@ -78,3 +78,10 @@ def test_unsupported_shapes_are_refused() -> None:
 @pytest.mark.parametrize(("n", "unit", "rounded"), [(0, 64, 0), (1, 64, 64), (64, 64, 64), (65, 64, 128)])
 def test_round_up(n: int, unit: int, rounded: int) -> None:
     assert round_up(n, unit) == rounded
+
+
+@pytest.mark.parametrize("element", Element)
+def test_raw_is_one_plane_of_bare_numbers(element: Element) -> None:
+    layout = Layout(Format.RAW, element, 3, 64)
+    assert layout.plane("numbers") == (0, 64 * 2 * 3 * 64 * element.nbytes)
+    assert layout.record_bytes == 64 * 2 * 3 * 64 * element.nbytes

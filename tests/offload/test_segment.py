@@ -21,6 +21,7 @@ class SpaceMachine(RuleBasedStateMachine):
         self.space = SegmentSpace(budget_bytes=40 * PAGE + 100, segment_bytes=16 * PAGE)
         self.taken: list[Range] = []
         self.files: dict[int, int] = {}
+        self.units: dict[int, int] = {}
 
     @rule(nbytes=st.integers(1, 20 * PAGE))
     def take(self, nbytes: int) -> None:
@@ -28,10 +29,13 @@ class SpaceMachine(RuleBasedStateMachine):
         try:
             found = self.space.find(nbytes)
         except TierFull:
-            assert self._longest_hole() < pages
+            assert self._longest_hole(pages * PAGE) < pages
             assert sum(self.files.values()) + pages * PAGE > self.space.budget_bytes
             return
         assert found.nbytes == pages * PAGE
+        if self._empty(found.segment):
+            self.units[found.segment] = found.nbytes
+        assert self.units[found.segment] == found.nbytes
         self.files[found.segment] = max(self.files.get(found.segment, 0), found.end)
         self.space.take(found)
         self.taken.append(found)
@@ -50,7 +54,7 @@ class SpaceMachine(RuleBasedStateMachine):
             self.space.cut(place.segment)
             self.files[place.segment] = spare
             if not spare:
-                del self.files[place.segment]
+                del self.files[place.segment], self.units[place.segment]
 
     @precondition(lambda self: self.taken)
     @rule(data=st.data())
@@ -64,10 +68,16 @@ class SpaceMachine(RuleBasedStateMachine):
         assert self.space.sizes() == self.files
         assert self.space.used_bytes == sum(self.files.values()) <= self.space.budget_bytes
 
-    def _longest_hole(self) -> int:
+    def _empty(self, segment: int) -> bool:
+        return not any(place.segment == segment for place in self.taken)
+
+    def _longest_hole(self, unit: int) -> int:
+        """Pages of the longest hole in a file for ranges of this size."""
         used = {(p.segment, at) for p in self.taken for at in range(p.offset, p.end, PAGE)}
         longest = 0
         for segment, size in self.files.items():
+            if self.units[segment] != unit and not self._empty(segment):
+                continue
             hole = 0
             for at in range(0, size, PAGE):
                 hole = 0 if (segment, at) in used else hole + 1
@@ -89,14 +99,14 @@ TestSpace = SpaceMachine.TestCase
 
 def test_a_run_longer_than_a_segment_has_one_of_its_own() -> None:
     space = SegmentSpace(budget_bytes=100 * PAGE, segment_bytes=4 * PAGE)
-    for nbytes, segment in ((PAGE, 0), (9 * PAGE, 1), (PAGE, 0), (4 * PAGE, 2)):
+    for nbytes, segment in ((PAGE, 0), (9 * PAGE, 1), (PAGE, 0), (4 * PAGE, 2), (9 * PAGE, 3)):
         found = space.find(nbytes)
         assert found.segment == segment
         space.take(found)
-    assert space.sizes() == {0: 2 * PAGE, 1: 9 * PAGE, 2: 4 * PAGE}
+    assert space.sizes() == {0: 2 * PAGE, 1: 9 * PAGE, 2: 4 * PAGE, 3: 9 * PAGE}
 
 
-def test_holes_join_and_are_filled_before_a_file_grows() -> None:
+def test_a_hole_takes_the_next_of_its_size_before_a_file_grows() -> None:
     space = SegmentSpace(budget_bytes=100 * PAGE)
     places = []
     for _ in range(5):
@@ -104,21 +114,36 @@ def test_holes_join_and_are_filled_before_a_file_grows() -> None:
         space.take(places[-1])
     for i in (1, 3, 2):
         space.give_back(places[i])
-    assert space.find(6 * PAGE) == Range(0, 2 * PAGE, 6 * PAGE)
-    assert space.find(7 * PAGE).offset == 10 * PAGE
+    for i in (1, 2, 3):
+        assert space.find(2 * PAGE) == places[i]
+        space.take(places[i])
+    assert space.find(2 * PAGE) == Range(0, 10 * PAGE, 2 * PAGE)
 
 
-def test_a_file_that_could_not_shrink_grows_from_its_free_tail() -> None:
+def test_ranges_of_another_size_lie_elsewhere() -> None:
+    """Else what is evicted between them would leave holes that nothing fits."""
+    space = SegmentSpace(budget_bytes=14 * PAGE)
+    first, second, third = Range(0, 0, 4 * PAGE), Range(0, 4 * PAGE, 4 * PAGE), Range(1, 0, 6 * PAGE)
+    for place in (first, second, third):
+        assert space.find(place.nbytes) == place
+        space.take(place)
+    space.give_back(first)
+    with pytest.raises(TierFull):
+        space.find(2 * PAGE)
+    space.give_back(second)
+    assert space.find(2 * PAGE) == Range(0, 0, 2 * PAGE), "an empty file is for any size"
+
+
+def test_a_file_that_could_not_shrink_is_filled_from_its_free_tail() -> None:
     space = SegmentSpace(budget_bytes=10 * PAGE)
     first, second = Range(0, 0, 4 * PAGE), Range(0, 4 * PAGE, 4 * PAGE)
     space.take(first)
     space.take(second)
     space.give_back(second)
-    longer = space.find(6 * PAGE)
-    assert longer == Range(0, 4 * PAGE, 6 * PAGE)
-    space.take(longer)
-    assert space.sizes() == {0: 10 * PAGE}
-    space.check_integrity([first, longer])
+    assert space.find(4 * PAGE) == second
+    space.take(second)
+    assert space.sizes() == {0: 8 * PAGE}
+    space.check_integrity([first, second])
 
 
 def test_find_promises_nothing_until_take() -> None:

@@ -91,7 +91,7 @@ def test_nothing_of_an_earlier_run_is_left_behind_a_shorter_one(
     submit(tier, spiller, slab, 1, 4)
     short = submit(tier, spiller, slab, 2, 1)
     assert all(spilled.ok for spilled in until_ended(spiller, 2))
-    raw = (tmp_path / "kv" / "00000000.segment").read_bytes()
+    raw = (tmp_path / "kv" / f"{short.range.segment:08}.segment").read_bytes()
     for layer in range(LAYERS):
         begin, end = (
             short.offset(layer) + 256 + LAYOUT.record_bytes,

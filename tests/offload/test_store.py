@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +22,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from spilld.offload import residency, store
+from spilld.offload.cache import RunCache
+from spilld.offload.chain import chain_hash, root
 from spilld.offload.disk import DiskTier
-from spilld.offload.errors import BudgetTooSmall, ExtentCorrupt, TierFull, WriteFailed
-from spilld.offload.extent import extent_bytes
+from spilld.offload.errors import BudgetTooSmall, ExtentCorrupt, ExtentMissing, TierFull, WriteFailed
+from spilld.offload.extent import RunKey, extent_bytes
 from spilld.offload.host import HostSlab
+from spilld.offload.index import Contents
 from spilld.offload.prefetch import Prefetcher, Read, Ticket
-from spilld.offload.record import Element, Format, Layout
+from spilld.offload.record import SEALED, Element, Format, Layout
 from spilld.offload.residency import Holding, Spill
 from spilld.offload.spill import Spiller
 from spilld.offload.store import EXTENT_TARGET, RUN_STEP, DiskPath, Planner, Store, run_length
 from spilld.offload.system import Bytes
-from spilld.offload.table import BlockTable
+from spilld.offload.table import BlockTable, RunRef
 
 from .faults import ScriptedSystem, Stall, error
 from .tier_contract import FINGERPRINT, LAYERS, LAYOUT
@@ -41,6 +45,18 @@ RUN = 4
 RUN_BYTES = LAYERS * extent_bytes(LAYOUT, RUN)
 COLUMNS = 16
 BUFFERS = 6
+ROOT = root(FINGERPRINT, LAYOUT.format)
+TAIL_LAYOUT = Layout(Format.RAW, LAYOUT.element, LAYOUT.kv_heads, LAYOUT.head_dim)
+TAIL_BLOCKS = 2
+
+
+@lru_cache(maxsize=512)
+def content(name: bytes) -> Bytes:
+    """What the model computes for the block of this chain hash, uint8[layers, record_bytes]."""
+    generator = np.random.default_rng(int.from_bytes(name))
+    records = generator.integers(0, 256, (LAYERS, RECORD), dtype=np.uint8)
+    records.flags.writeable = False
+    return records
 
 
 class GatedSystem(ScriptedSystem):
@@ -58,10 +74,22 @@ class GatedSystem(ScriptedSystem):
 
 @dataclass(eq=False)
 class Known:
-    """A sequence and what it must hold: block b, uint8[layers, record_bytes], at index b - 1."""
+    """A sequence and what it must hold: block b, uint8[layers, record_bytes], at index b - 1.
+
+    The tokens of blocks without a name yet are of its own lineage; sequences that begin with the same names
+    share a history.
+    """
 
     table: BlockTable
+    lineage: int
+    names: list[bytes] = field(default_factory=list)
     blocks: list[Bytes] = field(default_factory=list)
+
+    def hashes(self, stop: int) -> list[bytes]:
+        """Chain hashes of blocks 0 .. stop - 1."""
+        while len(self.names) < stop:
+            self.names.append(chain_hash(self.names[-1] if self.names else ROOT, [self.lineage]))
+        return self.names[:stop]
 
 
 class Rig:
@@ -77,50 +105,72 @@ class Rig:
         planner: Planner = residency.plan,
     ) -> None:
         self.folder = folder / "kv"
+        self.columns = columns
+        self.disk_budget = disk_runs * RUN_BYTES + disk_rest if disk_runs else 0
+        self.planner = planner
+        self.lineages = 0
+        self.start()
+
+    def start(self, run_blocks: int = RUN) -> None:
+        """As a daemon does, on whatever is in the folder."""
         self.system = GatedSystem()
-        self.slab = HostSlab((columns * LAYERS + 1) * RECORD, RECORD)
+        self.slab = HostSlab((self.columns * LAYERS + 1) * RECORD, RECORD)
         self.disk: DiskPath | None = None
-        if disk_runs:
+        if self.disk_budget:
             tier = DiskTier(
                 self.folder,
-                disk_runs * RUN_BYTES + disk_rest,
+                self.disk_budget,
                 LAYOUT,
                 LAYERS,
                 FINGERPRINT,
                 self.system,
                 segment_bytes=2 * RUN_BYTES,
             )
-            extent = extent_bytes(LAYOUT, RUN)
-            self.disk = DiskPath(tier, Spiller(tier, extent), Prefetcher(tier, BUFFERS, extent))
-        self.store = Store(LAYOUT, LAYERS, self.slab, RUN, self.disk, planner)
+            extent = max(extent_bytes(LAYOUT, run_blocks), extent_bytes(TAIL_LAYOUT, TAIL_BLOCKS))
+            self.disk = DiskPath(
+                tier, RunCache(tier, extent), Spiller(tier, extent), Prefetcher(tier, BUFFERS, extent)
+            )
+        self.store = Store(LAYOUT, LAYERS, self.slab, run_blocks, self.disk, self.planner)
         self.sequences: list[Known] = []
-        self.serial = 0
 
     @property
     def path(self) -> DiskPath:
         assert self.disk is not None
         return self.disk
 
-    def open(self, promised: int = 0) -> Known:
-        known = Known(self.store.open())
+    def open(self, promised: int = 0, like: Sequence[bytes] = ()) -> Known:
+        """A sequence that begins with blocks of these names."""
+        self.lineages += 1
+        known = Known(self.store.open(), self.lineages, list(like))
         self.sequences.append(known)
         self.store.promise(known.table, promised)
         return known
 
     def grow(self, known: Known, count: int) -> None:
         """Rows for the next blocks, which hold nothing yet."""
-        more = count + (not known.table.chain)
         start = len(known.table.chain)
-        self.store.grow(known.table, [bytes([i]) * 32 for i in range(start, start + more)])
+        self.store.grow(known.table, known.hashes(start + count + (not start))[start:])
 
     def seal(self, known: Known) -> None:
-        """Records unlike any others into the rows that have none yet."""
+        """What the model computes, into the rows that have none yet."""
         for block in range(len(known.blocks) + 1, known.table.stop):
-            self.serial += 1
-            generator = np.random.default_rng(self.serial)
-            records = generator.integers(0, 256, (LAYERS, RECORD), dtype=np.uint8)
+            records = content(known.names[block])
             self.store.records[known.table.rows[:, block]] = records
             known.blocks.append(records)
+
+    def attach(self, known: Known, most: int = 1000) -> int:
+        """Take over what is stored of an empty sequence, `most` blocks of it; returns how many it was."""
+        refs, blocks = [], 0
+        for ref in self.store.find(known.hashes(max(len(known.names), 1))):
+            assert ref.first == blocks + 1, "a gap in what was found"
+            count = min(ref.count, most - blocks)
+            if count:
+                refs.append(RunRef(ref.run, ref.base, ref.first, count))
+                blocks += count
+        if blocks:
+            self.store.attach(known.table, refs, known.hashes(blocks + 1))
+            known.blocks = [content(name) for name in known.names[1 : blocks + 1]]
+        return blocks
 
     def fill(self, known: Known, count: int) -> None:
         """What a step of the engine does for a sequence."""
@@ -132,6 +182,25 @@ class Rig:
     def forget(self, known: Known) -> None:
         self.sequences.remove(known)
         self.store.forget(known.table)
+
+    def reset(self, known: Known, *, anew: bool = True) -> None:
+        """Forget what was computed; anew: what comes next is something else."""
+        self.store.reset(known.table)
+        known.blocks.clear()
+        if anew:
+            self.lineages += 1
+            known.lineage = self.lineages
+            known.names.clear()
+
+    def reopen(self, run_blocks: int = RUN) -> None:
+        """End the process in good order and begin the next."""
+        self.close()
+        self.start(run_blocks)
+
+    def stored(self) -> dict[RunKey, list[Bytes]]:
+        """What lies on disk, by run and layer."""
+        tier = self.path.tier
+        return {place.run: [tier.get(place.run, layer) for layer in range(LAYERS)] for place in tier.runs()}
 
     def settled(self) -> None:
         """Wait until no thread has anything of the store."""
@@ -161,7 +230,7 @@ class Rig:
             with self.store.staged([ticket for _, ticket in batch]) as (memory, offsets):
                 for (ref, _), offset in zip(batch, offsets, strict=True):
                     for block in table.extent_blocks(ref, visible).tolist():
-                        place = offset + (block - ref.first) * RECORD
+                        place = offset + (block - ref.base) * RECORD
                         assert block not in found, "a block is served by two tiers"
                         found[block] = memory[place : place + RECORD].copy()
         return found
@@ -187,6 +256,19 @@ class Rig:
             assert known.table.stop == len(known.blocks) + 1
             for layer in range(LAYERS):
                 self.assert_scan(known, layer, range(1, known.table.stop))
+
+    def assert_all_disk_can_be_had(self) -> None:
+        """Nothing is in use, so one run as large as the whole budget fits. What was cached is gone then."""
+        cache, tier = self.path.cache, self.path.tier
+        assert cache.cached_bytes == sum(place.range.nbytes for place in tier.runs())
+        count = tier.budget_bytes // LAYERS // RECORD
+        while tier.run_bytes(count) > tier.budget_bytes:
+            count -= 1
+        whole = cache.reserve(
+            bytes(16), first=1, count=count, chain=bytes(32), contents=Contents(bytes(32)), layout=LAYOUT
+        )
+        tier.abandon(whole)
+        assert (tier.used_bytes, tier.runs(), cache.cached_bytes) == (0, [], 0)
 
     def close(self) -> None:
         self.system.gate.set()
@@ -221,6 +303,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         self.rig = Rig(Path(self.folder.name))
         self.ahead: list[Ticket] = []
+        self.histories: list[list[bytes]] = []
 
     def pick(self, which: int) -> Known | None:
         return self.rig.sequences[which] if which < len(self.rig.sequences) else None
@@ -230,12 +313,81 @@ class StoreMachine(RuleBasedStateMachine):
         for promised in blocks:
             self.open(promised, idle=False)
 
-    @rule(blocks=PROMISE, idle=st.booleans())
-    def open(self, blocks: int, idle: bool) -> None:
+    @rule(blocks=PROMISE, idle=st.booleans(), like=st.integers(0, 20), shared=st.integers(0, 20))
+    def open(self, blocks: int, idle: bool, like: int = 0, shared: int = 0) -> None:
+        """A new sequence, which may begin as one that was there before."""
         if len(self.rig.sequences) < 4:
-            known = self.rig.open()
+            names = self.histories[like][:shared] if like < len(self.histories) else []
+            known = self.rig.open(like=names)
+            self.histories.append(known.names)
             known.table.idle = idle
             self.promise(len(self.rig.sequences) - 1, blocks)
+
+    @rule(which=WHICH, most=st.integers(0, 20))
+    def attach(self, which: int, most: int) -> None:
+        """Blocks of an empty sequence that are stored need not be computed again."""
+        if (known := self.pick(which)) is None or known.table.chain:
+            return
+        self.finish_writes()
+        blocks = self.rig.attach(known, min(most, known.table.promised))
+        assert known.table.disk_blocks == blocks
+
+    @rule(which=WHICH)
+    def find(self, which: int) -> None:
+        """What is found is stored without a gap, and is what the names say; all else is not stored."""
+        if (known := self.pick(which)) is None:
+            return
+        self.finish_writes()
+        stored, at = self.rig.stored(), 1
+        for ref in self.rig.store.find(known.names):
+            assert ref.first == at
+            for block in ref.blocks:
+                for layer, records in enumerate(stored[ref.run]):
+                    expected = content(known.names[block])[layer]
+                    np.testing.assert_array_equal(records[block - ref.base], expected)
+            at += ref.count
+        if at < len(known.names):
+            expected = content(known.names[at])[0]
+            assert not any((records == expected).all(1).any() for records, *_ in stored.values())
+
+    @rule()
+    def write_behind(self) -> None:
+        self.rig.store.write_behind()
+
+    @rule(which=WHICH)
+    def save(self, which: int) -> None:
+        if (known := self.pick(which)) is not None:
+            self.rig.store.save(known.table)
+
+    @rule(runs=st.integers(1, 4))
+    def evict(self, runs: int) -> None:
+        """Everything goes before room is refused, but what is in use and what that continues."""
+        self.finish_writes()
+        cache, tier = self.rig.path.cache, self.rig.path.tier
+        used = {ref.run for known in self.rig.sequences for ref in known.table.runs}
+        try:
+            place = cache.reserve(
+                bytes(16), first=1, count=runs * RUN, chain=bytes(32), contents=Contents(b""), layout=LAYOUT
+            )
+        except TierFull:
+            left = {place.run for place in tier.runs()}
+            continued = {run for child in left for run in tier.index.holders(tier.contents(child).parent)}
+            assert left <= used | continued, "a run that nobody needs was not given up"
+        else:
+            tier.abandon(place)
+        assert all(run in tier for run in used), "a run in use is gone"
+
+    @rule()
+    def reopen(self) -> None:
+        """A daemon that ends and starts again loses no run, and no byte of one."""
+        self.finish_writes()
+        self.rest()
+        before = self.rig.stored()
+        self.rig.reopen()
+        after = self.rig.stored()
+        assert after.keys() == before.keys()
+        for run, layers in before.items():
+            np.testing.assert_array_equal(after[run], layers)
 
     @rule(which=WHICH, blocks=PROMISE)
     def promise(self, which: int, blocks: int) -> None:
@@ -320,12 +472,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.rig.store.cancel(self.ahead)
         self.ahead = []
 
-    @rule(which=WHICH)
-    def reset(self, which: int) -> None:
+    @rule(which=WHICH, anew=st.booleans())
+    def reset(self, which: int, anew: bool) -> None:
         if (known := self.pick(which)) is not None:
             promised = known.table.promised
-            self.rig.store.reset(known.table)
-            known.blocks.clear()
+            self.rig.reset(known, anew=anew)
             assert known.table.promised == promised
 
     @rule(which=WHICH)
@@ -344,7 +495,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.rig.store.spill_failure is None
 
     def teardown(self) -> None:
-        """Once all is forgotten and no thread has anything, nothing is left in any tier."""
+        """Once all is forgotten and no thread has anything, no row is taken, and all disk can be had."""
         rig = self.rig
         try:
             rig.system.gate.set()
@@ -353,8 +504,9 @@ class StoreMachine(RuleBasedStateMachine):
             self.rest()
             rig.settled()
             rig.check()
-            assert (rig.slab.used_bytes, rig.path.tier.used_bytes) == (0, 0)
+            assert rig.slab.used_bytes == 0
             assert rig.store.unpromised == rig.store.capacity
+            rig.assert_all_disk_can_be_had()
         finally:
             rig.close()
             self.folder.cleanup()
@@ -372,7 +524,7 @@ TestStoreMachine.settings = settings(
 # Sizes.
 
 
-@pytest.mark.parametrize("fmt", Format)
+@pytest.mark.parametrize("fmt", SEALED)
 @pytest.mark.parametrize(("layers", "step"), [(1, 1), (3, 8), (30, 8), (26, 2)])
 def test_run_length_says_how_many_bytes_are_enough(fmt: Format, layers: int, step: int) -> None:
     layout = Layout(fmt, Element.BFLOAT16, kv_heads=3, head_dim=64)
@@ -555,8 +707,7 @@ def test_when_nothing_but_the_step_is_in_host_memory_growth_fails(rig: Rig) -> N
     rig.seal(one)
     rig.store.settle()
     rig.check()
-    rig.store.reset(one.table)
-    one.blocks.clear()
+    rig.reset(one)
     rig.grow(one, COLUMNS)
     with pytest.raises(TierFull, match="none can be spilled"):
         rig.grow(other, 4)
@@ -570,7 +721,7 @@ def test_the_planner_sees_what_can_go_and_who_is_idle(tmp_path: Path) -> None:
 
     def planner(holdings: Sequence[Holding], columns: int, run_blocks: int) -> list[Spill]:
         asked.append((list(holdings), columns, run_blocks))
-        return [Spill(1, 2, 3)]
+        return [Spill(1, 2, 3)] if len(asked) == 1 else []
 
     with rigged(tmp_path, planner=planner) as rig:
         running, idle, empty = rig.open(8), rig.open(8), rig.open(8)
@@ -669,8 +820,10 @@ def test_a_failed_write_of_a_forgotten_sequence_frees_its_rows(rig: Rig) -> None
     stall.over.set()
     rig.settled()
     rig.check()
-    assert (rig.slab.used_bytes, rig.path.tier.used_bytes) == (0, 0)
+    assert rig.slab.used_bytes == 0
+    assert [place.identity.first for place in rig.path.tier.runs()] == [5]
     assert rig.store.spill_failure is not None
+    rig.assert_all_disk_can_be_had()
 
 
 def test_a_corrupt_extent_is_told_and_gives_all_buffers_back(rig: Rig) -> None:
@@ -688,20 +841,24 @@ def test_a_corrupt_extent_is_told_and_gives_all_buffers_back(rig: Rig) -> None:
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
     visible = range(1, known.table.stop)
-    for _ in range(3):
-        with pytest.raises(ExtentCorrupt, match="layer 1"):
-            rig.scan(known, 1, visible)
     rig.assert_scan(known, 0, visible)
-    rig.assert_scan(known, 2, visible)
-    tickets = rig.store.submit([Read(run.run, layer) for run in known.table.runs for layer in (0, 2)])
+    with pytest.raises(ExtentCorrupt, match="layer 1"):
+        rig.scan(known, 1, visible)
+    assert ref.run not in rig.path.tier, "what is damaged must not be found again"
+    for layer in range(LAYERS):
+        with pytest.raises(ExtentMissing):
+            rig.scan(known, layer, visible)
+    intact = [run.run for run in known.table.runs if run != ref]
+    tickets = rig.store.submit([Read(run, layer) for run in intact for layer in range(LAYERS)])
     assert len(tickets) == BUFFERS
     with rig.store.staged(tickets) as (_, offsets):
         assert len(set(offsets)) == BUFFERS, "a buffer is gone"
-    rig.store.reset(known.table)
-    known.blocks.clear()
+    rig.reset(known, anew=False)
+    assert [found.run for found in rig.store.find(known.names)] == intact[:1]
     rig.fill(known, COLUMNS)
     rig.check()
-    assert rig.path.tier.used_bytes == 0
+    rig.forget(known)
+    rig.assert_all_disk_can_be_had()
 
 
 def test_staged_gives_buffers_back_when_the_reader_breaks(rig: Rig) -> None:
@@ -734,7 +891,9 @@ def test_forgetting_what_is_being_written_frees_it_in_the_end(rig: Rig) -> None:
     stall.over.set()
     rig.settled()
     rig.check()
-    assert (rig.slab.used_bytes, rig.path.tier.used_bytes) == (0, 0)
+    assert rig.slab.used_bytes == 0
+    assert sorted(place.identity.first for place in rig.path.tier.runs()) == [2, 6]
+    rig.assert_all_disk_can_be_had()
     assert not list(rig.folder.glob("*.segment"))
 
 
@@ -745,8 +904,7 @@ def test_rows_being_written_are_not_given_to_what_comes_next(rig: Rig) -> None:
     rig.system.gate.clear()
     for _ in range(2):
         rig.store.spill(known.table, 1, RUN)
-        rig.store.reset(known.table)
-        known.blocks.clear()
+        rig.reset(known)
         rig.grow(known, 6)
         rig.seal(known)
         rig.check()
@@ -773,11 +931,11 @@ def test_growth_may_take_the_room_of_what_was_forgotten_under_a_write(rig: Rig) 
     rig.fill(other, COLUMNS)
     rig.settled()
     rig.check()
-    assert (other.table.disk_blocks, rig.path.tier.used_bytes) == (0, 0)
+    assert (other.table.disk_blocks, rig.path.cache.cached_bytes) == (0, 4 * RUN_BYTES)
     timer.join()
 
 
-def test_forgetting_what_is_being_read_frees_it_in_the_end(rig: Rig) -> None:
+def test_room_of_what_is_being_read_is_given_away_only_when_the_read_has_ended(rig: Rig) -> None:
     known = rig.open(RUN)
     rig.fill(known, RUN)
     rig.store.spill(known.table, 1, RUN)
@@ -789,11 +947,13 @@ def test_forgetting_what_is_being_read_frees_it_in_the_end(rig: Rig) -> None:
     rig.store.cancel(tickets)
     rig.forget(known)
     rig.check()
-    assert rig.path.tier.used_bytes == RUN_BYTES, "disk space was freed under a read"
+    with pytest.raises(TierFull):
+        rig.assert_all_disk_can_be_had()
+    assert (rig.path.tier.runs(), rig.path.tier.used_bytes) == ([], RUN_BYTES)
     stall.over.set()
     rig.settled()
     rig.check()
-    assert rig.path.tier.used_bytes == 0
+    rig.assert_all_disk_can_be_had()
 
 
 def test_the_accounts_add_up(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
@@ -808,7 +968,7 @@ def test_the_accounts_add_up(rig: Rig, caplog: pytest.LogCaptureFixture) -> None
     assert stats["promised_blocks"] == 15
     assert stats["capacity_blocks"] == rig.store.capacity
     assert stats["host_used_bytes"] == 11 * LAYERS * RECORD
-    assert stats["disk_used_bytes"] == stats["disk_written_bytes"] == RUN_BYTES
+    assert stats["disk_used_bytes"] == stats["disk_written_bytes"] == stats["disk_cached_bytes"] == RUN_BYTES
     assert stats["prefetch_bytes_read"] == rig.store.disk_read_bytes == extent
     assert stats["prefetch_failures"] == 0
     assert stats["disk_failure"] == ""

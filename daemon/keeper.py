@@ -1,0 +1,169 @@
+"""What sessions are to the engine: what a request continues and leaves behind, what stays on disk for it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from spilld.offload.chain import root
+from spilld.offload.errors import IndexDamaged
+from spilld.offload.extent import RunKey
+from spilld.offload.store import Store
+
+from . import tail
+from .contexts import Key, new_handle
+from .errors import InvalidRequest
+from .generation import Generation
+from .model import Model
+from .protocol import ChangeSession, Generate, Message, SessionInfo
+from .sequence import Sequence
+from .sessions import Session, SessionBook
+from .visibility import BLOCK
+
+log = logging.getLogger(__name__)
+
+
+class SessionKeeper:
+    """Keeps the book, and pins the KV of pinned sessions in the store."""
+
+    def __init__(self, book: SessionBook, store: Store, model: Model, context_ttl_s: float) -> None:
+        self.book = book
+        self._store = store
+        self._model = model
+        self._context_ttl_s = context_ttl_s
+        self._pins: dict[Key, list[RunKey]] = {}
+        self._to_pin = {session.key for session in book.pinned()}
+
+    def root(self, tenant: str) -> bytes:
+        """What the token chains of a tenant begin with."""
+        return root(self._model.fingerprint, self._store.layout.format, tenant.encode())
+
+    def session(self, request: Generate) -> Session | None:
+        """What a request continues or will leave behind. Raises ContextNotFound for an unknown handle."""
+        if request.context is not None:
+            return self.book.get(request.tenant, request.context)
+        if request.session is not None:
+            new = Session(tenant=request.tenant, name=request.session)
+            return self.book.find(request.tenant, request.session) or new
+        if request.keep:
+            ttl_s = self._context_ttl_s
+            return Session(tenant=request.tenant, name=new_handle(), listed=False, ttl_s=ttl_s)
+        return None
+
+    def prompt(self, request: Generate, tokens: list[int], session: Session) -> list[int]:
+        """Tokens of what a session goes on with. `tokens` are those of a text or of token ids; how a text
+        begins, and what a message is, depends on what the session holds. Raises InvalidRequest."""
+        tokenizer = self._model.tokenizer
+        if isinstance(request.prompt, str):
+            new = request.session is not None and not session.tokens
+            return (tokenizer.encode("") if new else []) + tokens
+        messages = [part for part in request.prompt if isinstance(part, Message)]
+        if not messages:
+            return tokens
+        if not session.tokens:
+            return tokenizer.chat(messages)
+        if session.messages is None:
+            raise InvalidRequest("the session holds a raw prompt: append text or tokens, not messages")
+        chat = session.messages
+        return tokenizer.chat_continue(chat[:-1], chat[-1].content, messages, closed=False)
+
+    def record(self, session: Session, generation: Generation) -> None:
+        """Make durable what a session holds after a request."""
+        assert generation.context is not None
+        tokens = tuple(generation.context.sequence.tokens)
+        try:
+            self.book.put(replace(session, tokens=tokens, messages=_chat(session, generation)))
+        except (OSError, IndexDamaged) as error:
+            log.error("session %s will not outlive this process: %s", session.name[:8], error)
+        if session.pinned:
+            self._to_pin.add(session.key)
+
+    def change(self, request: ChangeSession) -> Session:
+        """Fork, rename, pin, unpin or expire; the session as it is then."""
+        tenant, name, into = request.tenant, request.session, request.into
+        match request.action:
+            case "fork":
+                self.book.fork(tenant, name, _given(request.action, into), request.tokens)
+            case "rename":
+                self.book.rename(tenant, name, _given(request.action, into))
+                self._unpin((tenant, name))
+            case "pin" | "unpin":
+                ttl_s = self.book.get(tenant, name).ttl_s
+                self.book.keep(tenant, name, pinned=request.action == "pin", ttl_s=ttl_s)
+                self._unpin((tenant, name))
+            case "expire":
+                self.book.keep(tenant, name, pinned=self.book.get(tenant, name).pinned, ttl_s=request.ttl_s)
+        session = self.book.get(tenant, into if into and request.action in ("fork", "rename") else name)
+        if session.pinned:
+            self._to_pin.add(session.key)
+        return session
+
+    def forget(self, key: Key) -> None:
+        """Delete a session. Raises ContextNotFound."""
+        self.book.delete(*key)
+        self._unpin(key)
+
+    def info(self, session: Session, in_use: tuple[Sequence | None, bool]) -> SessionInfo:
+        """in_use: its sequence if it is in memory, and whether a request runs on it."""
+        sequence, running = in_use
+        return SessionInfo(
+            name=session.name,
+            tokens=len(session.tokens),
+            kv_bytes=self.kv_bytes(sequence) if sequence else self._stored_bytes(session),
+            running=running,
+            pinned=session.pinned,
+            ttl_s=session.ttl_s,
+            created=session.created,
+            used=session.used,
+        )
+
+    def kv_bytes(self, sequence: Sequence) -> dict[str, int]:
+        """Where KV lies: exact tokens on the device, records where they are served from."""
+        g, size = self._model.geometry, int(self._model.module.dtype.itemsize)
+        exact = sequence.computed - (sequence.table.stop - 1) * BLOCK
+        token = 2 * g.layers * g.kv_heads * g.head_dim * size
+        return {"device": exact * token, **self._store.usage(sequence.table)}
+
+    def _stored_bytes(self, session: Session) -> dict[str, int]:
+        resume = tail.find(self._store, self.root(session.tenant), session.tokens)
+        blocks = sum(ref.count for ref in resume.refs) if resume else 0
+        return {"device": 0, "host": 0, "disk": blocks * self._store.column_bytes}
+
+    def pin_what_waits(self) -> None:
+        """Pin what was written meanwhile for pinned sessions."""
+        if self._to_pin and not self._store.writing:
+            for key in self._to_pin:
+                self._pin(key)
+            self._to_pin.clear()
+
+    def _pin(self, key: Key) -> None:
+        self._unpin(key)
+        session = self.book.find(*key)
+        if session is None or not session.pinned:
+            return
+        resume = tail.find(self._store, self.root(session.tenant), session.tokens)
+        if resume is not None:
+            self._pins[key] = [*(ref.run for ref in resume.refs), resume.tail]
+            self._store.pin(self._pins[key])
+
+    def _unpin(self, key: Key) -> None:
+        if key in self._pins:
+            self._store.unpin(self._pins.pop(key))
+
+
+def _given(action: str, into: str | None) -> str:
+    if into is None:
+        raise InvalidRequest(f"into is None; allowed: the name that {action} shall give")
+    return into
+
+
+def _chat(session: Session, generation: Generation) -> tuple[Message, ...] | None:
+    """The chat that a session holds after a request; None once anything but messages went into it."""
+    asked = generation.request.prompt
+    new = tuple(message for message in asked if isinstance(message, Message))
+    if not asked:
+        return session.messages
+    if len(new) != len(asked) or (session.tokens and session.messages is None):
+        return None
+    before = (*(session.messages or ()), *new)
+    return before if generation.appends else (*before, Message(role="assistant", content=generation.text))

@@ -1,0 +1,176 @@
+"""Sessions on disk: the tokens of named sequences. Their KV is found by the tokens, or computed again.
+
+So a session is small, survives everything that the file does, and a fork of it shares what it has in common.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgpack
+import numpy as np
+
+from spilld.offload.database import Database
+
+from .errors import ContextNotFound, InvalidRequest
+from .protocol import Message
+
+SCHEMA = 1
+_CREATE = """
+CREATE TABLE sessions (
+    tenant TEXT, name TEXT, tokens BLOB NOT NULL, messages BLOB, listed INTEGER NOT NULL,
+    pinned INTEGER NOT NULL, ttl_s REAL, created REAL NOT NULL, used REAL NOT NULL, PRIMARY KEY (tenant, name)
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One named sequence. messages is the chat so far, None after a raw prompt.
+
+    listed: it has a name that its user chose; else the name is the handle of a kept context. Times are
+    seconds, created and used since 1970; without a ttl it stays until it is deleted.
+    """
+
+    tenant: str
+    name: str
+    tokens: tuple[int, ...] = ()
+    messages: tuple[Message, ...] | None = None
+    listed: bool = True
+    pinned: bool = False
+    ttl_s: float | None = None
+    created: float = 0.0
+    used: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.tenant, self.name
+
+
+class SessionBook:
+    """Every session of a state folder. One thread calls everything. Errors are those of Database; unknown
+    names raise ContextNotFound."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = Database.open(path, SCHEMA, _CREATE)
+
+    def find(self, tenant: str, name: str) -> Session | None:
+        rows = self._db.rows("SELECT * FROM sessions WHERE tenant = ? AND name = ?", (tenant, name))
+        return _session(*rows[0]) if rows else None
+
+    def get(self, tenant: str, name: str) -> Session:
+        if (session := self.find(tenant, name)) is None:
+            raise ContextNotFound(
+                f"there is no session or context {name!r}: it was deleted, or expired; send the whole prompt"
+            )
+        return session
+
+    def put(self, session: Session) -> None:
+        """Keep a session under its name, in place of what was there; it was used now."""
+        now = time.time()
+        values = (
+            *(session.tenant, session.name, np.asarray(session.tokens, "<u4").tobytes()),
+            *(_packed(session.messages), session.listed, session.pinned, session.ttl_s),
+            *(session.created or now, now),
+        )
+        self._db.run("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+
+    def fork(self, tenant: str, name: str, into: str, tokens: int | None = None) -> None:
+        """A copy under a new name, of the first `tokens` tokens or of all."""
+        source = self.get(tenant, name)
+        self._refuse_taken(tenant, into)
+        if tokens is not None and not 0 < tokens <= len(source.tokens):
+            raise InvalidRequest(f"tokens is {tokens}; allowed: 1 to {len(source.tokens)}")
+        cut = tokens is not None and tokens < len(source.tokens)
+        self.put(
+            replace(
+                source,
+                name=into,
+                tokens=source.tokens[:tokens],
+                messages=None if cut else source.messages,
+                listed=True,
+                pinned=False,
+                ttl_s=None if not source.listed else source.ttl_s,
+                created=0.0,
+            )
+        )
+
+    def rename(self, tenant: str, name: str, into: str) -> None:
+        """Give a session another name; a kept context becomes a session that stays."""
+        session = self.get(tenant, name)
+        self._refuse_taken(tenant, into)
+        ttl_s = session.ttl_s if session.listed else None
+        self._db.run(
+            "UPDATE sessions SET name = ?, listed = 1, ttl_s = ? WHERE tenant = ? AND name = ?",
+            (into, ttl_s, tenant, name),
+        )
+
+    def keep(self, tenant: str, name: str, *, pinned: bool, ttl_s: float | None) -> None:
+        """Change how long a session stays."""
+        changed = self._db.run(
+            "UPDATE sessions SET pinned = ?, ttl_s = ?, used = ? WHERE tenant = ? AND name = ?",
+            (pinned, ttl_s, time.time(), tenant, name),
+        )
+        if not changed:
+            self.get(tenant, name)
+
+    def delete(self, tenant: str, name: str) -> None:
+        if not self._db.run("DELETE FROM sessions WHERE tenant = ? AND name = ?", (tenant, name)):
+            self.get(tenant, name)
+
+    def of(self, tenant: str) -> list[Session]:
+        """A tenant's named sessions, in the order of their names."""
+        rows = self._db.rows("SELECT * FROM sessions WHERE tenant = ? AND listed ORDER BY name", (tenant,))
+        return [_session(*row) for row in rows]
+
+    def pinned(self) -> list[Session]:
+        """Pinned sessions of all tenants."""
+        return [_session(*row) for row in self._db.rows("SELECT * FROM sessions WHERE pinned")]
+
+    def expired(self) -> list[tuple[str, str]]:
+        """(tenant, name) of sessions whose time is over."""
+        return self._db.rows(
+            "SELECT tenant, name FROM sessions WHERE NOT pinned AND used + ttl_s < ?", (time.time(),)
+        )
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _refuse_taken(self, tenant: str, name: str) -> None:
+        if self._db.rows("SELECT 1 FROM sessions WHERE tenant = ? AND name = ?", (tenant, name)):
+            raise InvalidRequest(f"there is a session {name!r} already; delete it or choose another name")
+
+
+def _packed(messages: Sequence[Message] | None) -> bytes | None:
+    if messages is None:
+        return None
+    packed: bytes = msgpack.packb([(message.role, message.content) for message in messages])
+    return packed
+
+
+def _session(
+    tenant: str,
+    name: str,
+    tokens: bytes,
+    messages: bytes | None,
+    listed: int,
+    pinned: int,
+    ttl_s: float | None,
+    created: float,
+    used: float,
+) -> Session:
+    turns = None if messages is None else msgpack.unpackb(messages)
+    return Session(
+        tenant=tenant,
+        name=name,
+        tokens=tuple(np.frombuffer(tokens, "<u4").tolist()),
+        messages=None if turns is None else tuple(Message(role=role, content=text) for role, text in turns),
+        listed=bool(listed),
+        pinned=bool(pinned),
+        ttl_s=ttl_s,
+        created=created,
+        used=used,
+    )

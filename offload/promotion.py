@@ -1,0 +1,45 @@
+"""Runs on their way back: a scan that passes all layers of a run copies it into host memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from .host import HostSlab, Rows
+from .system import Bytes
+from .table import BlockTable, RunRef
+
+
+class Promotion:
+    """Takes rows for whole runs at once; what was not copied in every layer by the end gives them back."""
+
+    def __init__(self, slab: HostSlab, layers: int, table: BlockTable, columns: int) -> None:
+        """Of the runs of `table` that lie on disk only, the oldest that fit `columns` block columns."""
+        self._slab = slab
+        self._layers = layers
+        self._table = table
+        self._rows: dict[RunRef, Rows] = {}
+        self._copied: Counter[RunRef] = Counter()
+        for ref in table.runs:
+            if ref.count > columns:
+                return
+            if (table.rows[0, ref.first : ref.first + ref.count] < 0).all():
+                self._rows[ref] = slab.allocate(layers * ref.count).reshape(layers, ref.count)
+                columns -= ref.count
+
+    def copy(self, ref: RunRef, layer: int, memory: Bytes, offset: int) -> None:
+        """One layer of a run, if it is one of those. offset: of its extent's first record in memory."""
+        if (rows := self._rows.get(ref)) is not None:
+            width = self._slab.record_bytes
+            start = offset + (ref.first - ref.base) * width
+            records = memory[start : start + ref.count * width]
+            self._slab.records[rows[layer]] = records.reshape(ref.count, width)
+            self._copied[ref] += 1
+
+    def end(self) -> None:
+        """What was copied whole is read from host memory from now on."""
+        for ref, rows in self._rows.items():
+            if self._copied[ref] == self._layers:
+                self._table.rows[:, ref.first : ref.first + ref.count] = rows
+            else:
+                self._slab.free(rows.ravel())
+        self._rows = {}
