@@ -31,7 +31,7 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/mypy
 
 bench: $(VENV)/.ready
-	@for script in bench/bench_*.py; do echo "== $$script"; $(VENV)/bin/python $$script || exit 1; done
+	@for script in bench/bench_*.py bench/eviction.py bench/restore.py; do echo "== $$script"; $(VENV)/bin/python $$script || exit 1; done
 
 wheel: $(VENV)/.ready
 	$(VENV)/bin/python -m build --wheel --no-isolation --outdir dist .
