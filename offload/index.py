@@ -256,7 +256,8 @@ def consistent(entries: Sequence[Entry], sizes: Mapping[int, int]) -> tuple[list
         group.sort(key=lambda entry: entry.range.offset)
         for entry in group:
             whole = entry.range.nbytes == round_up(entry.identity.layers * entry.identity.nbytes, PAGE)
-            if not whole or entry.range.offset % PAGE or entry.range.end > sizes.get(number, 0):
+            aligned = entry.range.offset >= 0 and not entry.range.offset % PAGE
+            if not whole or not aligned or entry.range.end > sizes.get(number, 0):
                 wrong.add(entry.identity.run)
         for entry, following in itertools.pairwise(group):
             if entry.range.end > following.range.offset:

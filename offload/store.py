@@ -255,7 +255,7 @@ class Store:
         """Begin to write blocks [first, first + count) as one run; their rows are freed once it is durable,
         unless `keep`. What is on disk already, computed by another request, is not written again.
 
-        Raises TierFull or WriteFailed when the disk tier has no room; nothing has changed then.
+        Raises TierFull or WriteFailed when the disk tier has no room for what is to be written.
         """
         disk = self._need_disk()
         for known in disk.cache.find(table.chain[first : first + count], first) if table.adopts else ():

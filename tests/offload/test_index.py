@@ -421,6 +421,16 @@ class TestDamage:
         db.close()
         assert served(folder) == LAYERS * (4 + 4)
 
+    def test_a_lone_run_before_the_beginning_of_its_file_is_lost(self, folder: Path) -> None:
+        """No other row overlaps it there."""
+        db = Database(folder / "index.sqlite", SCHEMA, _CREATE)
+        assert db.run("UPDATE runs SET offset = -4096 WHERE run = ?", [key(4)]) == 1
+        db.close()
+        tier = open_tier(folder)
+        assert {place.run for place in tier.runs()} == {key(n) for n in (1, 2, 3, 5)}
+        tier.check_integrity()
+        tier.close()
+
     def test_overlapping_rows_are_both_lost(self, folder: Path) -> None:
         db = Database(folder / "index.sqlite", SCHEMA, _CREATE)
         ((segment, offset),) = db.rows("SELECT segment, offset FROM runs WHERE run = ?", [key(1)])
