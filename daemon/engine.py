@@ -473,8 +473,12 @@ class Engine:
     def manage(self, request: Release | ListSessions | ChangeSession) -> Reply:
         """List or change sessions. Raises ContextNotFound or InvalidRequest."""
         if isinstance(request, Release):
-            self._refuse_if_busy((request.tenant, request.context))
-            self._release((request.tenant, request.context))
+            key = (request.tenant, request.context)
+            self._refuse_if_busy(key)
+            if self._keeper.book.get(*key).listed:  # only `delete` ends what its user gave a name
+                self._drop(key)
+            else:
+                self._release(key)
             return Released(request_id=request.request_id, context=request.context)
         if isinstance(request, ListSessions):
             sessions = self._keeper.book.of(request.tenant)
@@ -501,6 +505,10 @@ class Engine:
 
     def _release(self, key: Key) -> None:
         self._keeper.forget(key)
+        self._drop(key)
+
+    def _drop(self, key: Key) -> None:
+        """Give up what a session has in memory."""
         if (context := self.contexts.claim(key)) is not None:
             self._discard(context.sequence)
 

@@ -6,7 +6,7 @@ SpilldError                   code (stable, on the wire), message, retryable
 ├── ProtocolError             protocol_error       a frame is malformed
 │   ├── WrongVersion          wrong_version        the peer speaks another protocol version
 │   └── FrameTooLarge         frame_too_large
-├── ContextNotFound           context_not_found    the handle is unknown, in use or was evicted
+├── ContextNotFound           context_not_found    the handle or session is unknown or has expired
 ├── Cancelled                 cancelled
 ├── DeadlineExceeded          deadline_exceeded
 ├── Draining                  draining             the daemon is stopping (retryable)

@@ -9,7 +9,15 @@ import pytest
 
 from spilld.daemon.errors import ContextNotFound, InternalError, InvalidRequest, SpilldError
 from spilld.daemon.model import Model
-from spilld.daemon.protocol import ChangeSession, Failed, ListSessions, Sampling, SessionInfo, Sessions
+from spilld.daemon.protocol import (
+    ChangeSession,
+    Failed,
+    ListSessions,
+    Release,
+    Sampling,
+    SessionInfo,
+    Sessions,
+)
 
 from .harness import Harness, engine, shared, smallest_host_budget, some_tokens, window_bytes
 
@@ -183,6 +191,14 @@ class TestManagement:
         with engine(model, tmp_path / "s") as harness:
             assert names(harness) == ["kept"]
             assert harness.ask(MORE, session="kept", **FIELDS)
+
+    def test_releasing_a_session_gives_up_its_memory_only(self, model: Model, tmp_path: Path) -> None:
+        wanted = without_a_break(model, tmp_path / "a", (PROMPT, {"form": "k8v4", **FIELDS}), (MORE, FIELDS))
+        with engine(model, tmp_path / "s") as harness:
+            first = harness.ask(PROMPT, session="s", **FIELDS)
+            harness.engine.manage(Release(request_id="m", context=str(harness.done().context)))
+            assert manage(harness)[0].kv_bytes["device"] == 0
+            assert [first, harness.ask(MORE, session="s", **FIELDS)] == wanted
 
     def test_a_handle_outlives_the_process(self, model: Model, tmp_path: Path) -> None:
         with engine(model, tmp_path / "s", keep_state=True) as harness:
