@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 
 import numba
 import torch
@@ -11,6 +12,7 @@ from spilld.cuda_ext.cpu import CpuBackend
 from spilld.cuda_ext.window import WindowArena, WindowShape
 from spilld.offload import residency
 from spilld.offload.cache import RunCache
+from spilld.offload.database import Database
 from spilld.offload.disk import DiskTier
 from spilld.offload.errors import BudgetTooSmall, FolderInUse, FolderUnusable
 from spilld.offload.extent import extent_bytes
@@ -20,11 +22,13 @@ from spilld.offload.record import BLOCK, Element, Format, Layout
 from spilld.offload.spill import Spiller
 from spilld.offload.store import DiskPath, Planner, Store, run_length
 
+from . import journal, sessions
 from .attention import TieredAttention
 from .config import Config
 from .engine import Engine, Post
 from .errors import BudgetError, StateFolderError
 from .geometry import Geometry
+from .journal import Journal
 from .kernels import prepare
 from .model import Model, load, resolve
 from .protocol import Welcome
@@ -92,7 +96,7 @@ def build_engine(config: Config, model: Model, post: Post, planner: Planner = re
         arena = _arena(config, model.geometry)
         config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         store = _store(config, model, planner)
-        book = SessionBook(config.state / "sessions.sqlite")
+        book = _book(config.state / "sessions.sqlite")
     except (BudgetTooSmall, ValueError) as error:
         raise BudgetError(f"{error}; raise it") from error
     except (FolderInUse, FolderUnusable, OSError) as error:
@@ -103,12 +107,19 @@ def build_engine(config: Config, model: Model, post: Post, planner: Planner = re
         arena,
         store,
         runner,
-        book,
+        SessionBook(book),
+        Journal(book),
         post,
         max_context=config.max_context or model.geometry.max_positions,
         chunk_tokens=config.chunk_tokens,
         context_ttl_s=config.context_ttl_s,
+        retention_s=config.retention_s,
     )
+
+
+def _book(path: Path) -> Database:
+    """Sessions and requests. Schema 1 had sessions only."""
+    return Database.open(path, 2, sessions.CREATE + journal.CREATE, {1: journal.CREATE})
 
 
 def _arena(config: Config, geometry: Geometry) -> WindowArena:

@@ -8,11 +8,17 @@ from __future__ import annotations
 import operator
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
-from .errors import DeadlineExceeded, InvalidRequest, ProtocolError, SpilldError, Unreachable
+from .errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ProtocolError,
+    RequestNotFound,
+    SpilldError,
+    Unreachable,
+)
 from .fields import FieldError, Struct, readers
 from .protocol import (
     Cancel,
@@ -25,6 +31,7 @@ from .protocol import (
     Prompt,
     Reply,
     Request,
+    Resume,
     Sampling,
 )
 from .wire import decode, encode
@@ -98,17 +105,27 @@ def _prompt(given: Promptable) -> Prompt:
 class Call:
     """One request and what has come back."""
 
-    def __init__(self, request_id: str, *, deadline: float | None, connect_by: float) -> None:
-        self.request_id = request_id
+    def __init__(self, request: Request, *, deadline: float | None, connect_by: float) -> None:
+        self.request = request
         self.deadline = deadline
         self.connect_by = connect_by
         self.lost_by: float | None = None  # the link broke: nothing can come after this
+        self.resuming = False
         self.replies: deque[Reply] = deque()
         self.next_seq = 0
         self.open = True  # a reply may still come
         self.error: SpilldError | None = None
         self.done: Done | None = None
         self.on_change: Callable[[], None] | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def lasts(self) -> bool:
+        """It outlives the link: the daemon keeps what comes of it."""
+        return isinstance(self.request, Generate | Resume)
 
     def result(self) -> Done:
         """The last event, once it has arrived."""
@@ -124,17 +141,19 @@ class Call:
 class Calls:
     """Every call in flight on one connection. Frames to send are appended to `outbox`."""
 
-    def __init__(self, address: str, connect_timeout: float) -> None:
+    def __init__(self, address: str, tenant: str, connect_timeout: float, reconnect_s: float) -> None:
         self.address = address
+        self.tenant = tenant
         self.connect_timeout = connect_timeout
+        self.reconnect_s = reconnect_s
         self.connected = False
         self.closed = False
         self.outbox: deque[list[bytes]] = deque()
         self._calls: dict[str, Call] = {}
-        self._ids: Iterator[str] = (f"{secrets.token_hex(4)}-{number}" for number in count())
 
     def next_id(self) -> str:
-        return next(self._ids)
+        """128 random bits: whoever knows the id of a request may cancel it."""
+        return secrets.token_hex(16)
 
     def start(self, request: Request, now: float, timeout: float | None = None) -> Call:
         """Send a request. Raises InvalidRequest or FrameTooLarge before anything is sent."""
@@ -142,7 +161,7 @@ class Calls:
             raise Unreachable("this client is closed")
         frames = encode(request)
         deadline = None if timeout is None else now + timeout
-        call = Call(request.request_id, deadline=deadline, connect_by=now + self.connect_timeout)
+        call = Call(request, deadline=deadline, connect_by=now + self.connect_timeout)
         self._calls[call.request_id] = call
         self.outbox.append(frames)
         return call
@@ -165,7 +184,7 @@ class Calls:
         if give_up is None or now < give_up:
             return None
         if call.lost_by is not None:
-            return Unreachable(f"the daemon at {self.address} went away; its log says why")
+            return self._gone(call)
         return self.unreachable()
 
     def _give_up(self, call: Call) -> float | None:
@@ -212,8 +231,18 @@ class Calls:
             self.end(wrong)
             return
         call = self._calls.get(reply.request_id)
-        if call is not None and reply.seq >= call.next_seq:  # a repeat has been handled before
+        if call is None or reply.seq < call.next_seq:  # a repeat has been handled before
+            return
+        if isinstance(reply, Failed) and self._begins_anew(call, reply):
+            self.outbox.append(encode(call.request))
+        else:
             self._route(call, reply)
+
+    def _begins_anew(self, call: Call, failed: Failed) -> bool:
+        """The request was lost with the link, before the daemon had it."""
+        lost = call.resuming and failed.code == RequestNotFound.code and isinstance(call.request, Generate)
+        call.resuming = False
+        return lost and call.next_seq == 0
 
     def _route(self, call: Call, reply: Reply) -> None:
         if reply.seq > call.next_seq:
@@ -233,18 +262,37 @@ class Calls:
 
     def link_up(self) -> None:
         self.connected = True
+        for call in self._calls.values():
+            if call.lost_by is not None and call.lasts:
+                call.lost_by, call.resuming = None, True
+                self._resume(call)
+
+    def _resume(self, call: Call) -> None:
+        resume = Resume(request_id=call.request_id, tenant=self.tenant, next_seq=call.next_seq)
+        self.outbox.append(encode(resume))
 
     def link_lost(self, now: float) -> None:
-        """The daemon is gone and has forgotten every call."""
+        """The daemon is gone; it may come back, and then knows the generations that it had."""
         self.connected = False
         for call in list(self._calls.values()):
-            call.lost_by = now + LAST_WORDS_S
+            call.lost_by = now + (max(self.reconnect_s, LAST_WORDS_S) if call.lasts else LAST_WORDS_S)
             call.changed()
 
     def close(self) -> None:
-        """End every call; no other can start."""
+        """Cancel every call; no other can start."""
+        for call in list(self._calls.values()):
+            if call.lasts:
+                self.outbox.append(encode(Cancel(request_id=call.request_id)))
         self.closed = True
         self.end(Unreachable("this client was closed"))
+
+    def _gone(self, call: Call) -> Unreachable:
+        if not call.lasts:
+            return Unreachable(f"the daemon at {self.address} went away; its log says why")
+        return Unreachable(
+            f"the daemon at {self.address} went away and was not back within {self.reconnect_s:g} s; its log "
+            f"says why. It keeps the request for a while: resume({call.request_id!r})"
+        )
 
     def unreachable(self) -> Unreachable:
         return Unreachable(

@@ -34,6 +34,7 @@ from .protocol import (
     Released,
     Reply,
     Request,
+    Resume,
     SessionInfo,
     Sessions,
     Stats,
@@ -71,14 +72,22 @@ CHANGE_S = 120.0
 class Client:
     """A connection to the daemon; Unreachable if none is there within connect_timeout seconds.
 
-    Any number of generations may be in flight, read in any order. tenant: a secret that separates what is
+    Any number of generations may be in flight, read in any order. When the daemon goes away, they go on where
+    they were once it is back, if that is within reconnect_s seconds. tenant: a secret that separates what is
     stored for this client from all else.
     """
 
-    def __init__(self, address: str | None = None, *, tenant: str = "", connect_timeout: float = 2.0) -> None:
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        tenant: str = "",
+        connect_timeout: float = 2.0,
+        reconnect_s: float = 30.0,
+    ) -> None:
         self.address = address or default_address()
         self.tenant = tenant
-        self._calls = Calls(self.address, connect_timeout)
+        self._calls = Calls(self.address, tenant, connect_timeout, reconnect_s)
         self._link = Link(self._calls)
         self._thread = threading.get_ident()
         self._poller = zmq.Poller()
@@ -96,6 +105,11 @@ class Client:
         `timeout` seconds end the whole call with DeadlineExceeded. Raises InvalidRequest before it sends."""
         request = generate_request(self._calls.next_id(), self.tenant, prompt, options)
         return Generation(self, self._start(request, options.get("timeout")))
+
+    def resume(self, request_id: str, timeout: float | None = None) -> Generation:
+        """All events of a generation that was begun earlier, by this client or another: those that were, and
+        those to come. RequestNotFound if the daemon does not know it any more."""
+        return Generation(self, self._start(Resume(request_id=request_id, tenant=self.tenant), timeout))
 
     def hello(self) -> Welcome:
         """What the daemon serves."""
@@ -137,7 +151,7 @@ class Client:
         self._change("delete", session)
 
     def close(self) -> None:
-        """The daemon cancels what is still in flight."""
+        """Cancel what is still in flight."""
         self._calls.close()
         self._link.close()
 
@@ -190,6 +204,11 @@ class Generation:
         self._client = client
         self._call = call
 
+    @property
+    def id(self) -> str:
+        """With it, `resume` finds this generation again."""
+        return self._call.request_id
+
     def __iter__(self) -> Iterator[Event]:
         return self
 
@@ -235,10 +254,17 @@ class Generation:
 class AsyncClient:
     """Client for asyncio: `async with AsyncClient() as client`."""
 
-    def __init__(self, address: str | None = None, *, tenant: str = "", connect_timeout: float = 2.0) -> None:
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        tenant: str = "",
+        connect_timeout: float = 2.0,
+        reconnect_s: float = 30.0,
+    ) -> None:
         self.address = address or default_address()
         self.tenant = tenant
-        self._calls = Calls(self.address, connect_timeout)
+        self._calls = Calls(self.address, tenant, connect_timeout, reconnect_s)
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -266,6 +292,10 @@ class AsyncClient:
         """As `Client.generate`; the request leaves at once, nothing needs to be awaited for that."""
         request = generate_request(self._calls.next_id(), self.tenant, prompt, options)
         return AsyncGeneration(self, self._start(request, options.get("timeout")))
+
+    def resume(self, request_id: str, timeout: float | None = None) -> AsyncGeneration:
+        """As `Client.resume`."""
+        return AsyncGeneration(self, self._start(Resume(request_id=request_id, tenant=self.tenant), timeout))
 
     async def hello(self) -> Welcome:
         """What the daemon serves."""
@@ -355,6 +385,11 @@ class AsyncGeneration:
     def __init__(self, client: AsyncClient, call: Call) -> None:
         self._client = client
         self._call = call
+
+    @property
+    def id(self) -> str:
+        """As Generation.id."""
+        return self._call.request_id
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self

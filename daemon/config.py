@@ -92,6 +92,7 @@ class Config:
     read_deadline_s: Annotated[float, Real(0, 86400, above=True)] = 30.0
     threads: Annotated[int | None, Maybe(Int(1, 4096))] = None
     context_ttl_s: Annotated[float, Real(0, above=True)] = 3600.0
+    retention_s: Annotated[float, Real(0, above=True)] = 120.0
 
     @classmethod
     def load(cls, path: Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:

@@ -6,30 +6,34 @@ One thread calls everything here; service.py owns the threads.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from spilld.cuda_ext.window import WindowArena
-from spilld.offload.errors import ExtentCorrupt, OffloadError, ReadFailed
+from spilld.offload.errors import ExtentCorrupt, IndexDamaged, OffloadError, ReadFailed
 from spilld.offload.store import Store
 
 from . import tail
 from .attention import Slice
-from .contexts import Context, Contexts, Key
+from .contexts import Contexts, Key, new_handle
 from .errors import (
     Cancelled,
     DeadlineExceeded,
     Draining,
     InvalidRequest,
     PromptTooLong,
+    RequestNotFound,
     SpilldError,
     StorageFailed,
 )
-from .generation import Generation
+from .generation import NOBODY, Generation
+from .journal import Entry, Journal, Unfinished
 from .keeper import SessionKeeper
 from .model import Model
 from .protocol import (
@@ -41,6 +45,7 @@ from .protocol import (
     Release,
     Released,
     Reply,
+    Resume,
     Sessions,
 )
 from .runner import Runner
@@ -68,7 +73,8 @@ Logits = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class Engine:
-    """Owns every sequence. Each request that was added ends in exactly one Done or Failed event."""
+    """Owns every sequence. Each request that was added ends in exactly one Done or Failed event, in this
+    process or, after `suspend`, in one that restores it."""
 
     def __init__(
         self,
@@ -77,15 +83,19 @@ class Engine:
         store: Store,
         runner: Runner,
         book: SessionBook,
+        journal: Journal,
         post: Post,
         *,
         max_context: int,
         chunk_tokens: int = 512,
         context_ttl_s: float = 3600.0,
+        retention_s: float = 120.0,
     ) -> None:
         self.model = model
         self.contexts = Contexts()
         self._keeper = SessionKeeper(book, store, model, context_ttl_s)
+        self._journal = journal
+        self._retention_s = retention_s
         self._arena = arena
         self._store = store
         self._runner = runner
@@ -117,8 +127,8 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Windows, rows and runs belong to running requests and idle contexts, and to nothing else."""
-        running = [g.context.sequence for g in self._generations.values() if g.context is not None]
-        sequences = running + [context.sequence for context in self.contexts]
+        running = [g.sequence for g in self._generations.values() if g.sequence is not None]
+        sequences = [*running, *self.contexts]
         taken = sorted(sequence.window for sequence in sequences)
         assert len(set(taken)) == len(taken), "two sequences share a window"
         assert len(taken) + self._arena.free == self._arena.capacity, "a window is lost"
@@ -150,6 +160,8 @@ class Engine:
     def _expire(self) -> None:
         for generation in [g for g in self._all() if g.overdue]:
             self._abort(generation, DeadlineExceeded(f"not done after {generation.request.deadline_s} s"))
+        for generation in [g for g in self._all() if g.unheard_s > self._retention_s]:
+            self._abort(generation, Cancelled(f"no client asked for it within {self._retention_s:g} s"))
         if time.monotonic() - self._ticked >= TICK_S:
             self._ticked = time.monotonic()
             self._tend_sessions()
@@ -166,14 +178,14 @@ class Engine:
 
     def _make_way(self) -> bool:
         """Give up something for the request that is first in line; False if a running one will make room."""
-        if (context := self.contexts.oldest()) is not None:
+        if (idle := self.contexts.oldest()) is not None:
             log.info("an idle context makes room")
-            self._discard(context.sequence)
+            self._discard(idle)
             return True
         if self._scheduler.running:
             return False
         first, *behind = self._generations.values()
-        holders = [generation for generation in behind if generation.context is not None]
+        holders = [generation for generation in behind if generation.sequence is not None]
         if holders:
             self._dispossess(holders[-1])
         else:
@@ -183,10 +195,10 @@ class Engine:
 
     def _dispossess(self, generation: Generation) -> None:
         """Take the context of a waiting request: an earlier one needs its room. It comes back from disk."""
-        assert generation.context is not None
-        generation.history = list(generation.context.sequence.tokens)
-        self._discard(generation.context.sequence)
-        generation.context = None
+        sequence = _sequence(generation)
+        generation.history = list(sequence.tokens)
+        self._discard(sequence)
+        generation.sequence = None
         self._scheduler.replace(self._job(generation))
 
     @property
@@ -219,26 +231,62 @@ class Engine:
         Requests on one session run one after the other. Raises the SpilldError that refuses it, leaving no
         trace.
         """
+        if any(generation.request.request_id == request.request_id for generation in self._all()):
+            raise InvalidRequest(
+                f"id is {request.request_id!r}, which is in flight; allowed: 128 random bits"
+            )
+        entry = Entry(
+            request=_seeded(request),
+            prompt=None if prompt is None else tuple(prompt),
+            handle=new_handle() if request.keep else None,
+            fingerprint=self.model.fingerprint,
+            arrived=time.time(),
+        )
+        generation = self._generation(client, entry)
+        self._queue(generation)
+        generation.number = self._journal.begin(entry)
+
+    def left_behind(self) -> list[Unfinished]:
+        """Requests of the last process, in order of arrival, each to be restored. To be asked once."""
+        return self._journal.unfinished()
+
+    def restore(self, left: Unfinished) -> None:
+        """Go on with a request of the last process. Nobody listens to it until its client resumes it."""
+        generation = self._generation(NOBODY, left.entry)
+        generation.number = left.number
+        try:
+            if left.entry.fingerprint != self.model.fingerprint:
+                raise StorageFailed("the daemon came back with another model; send the request again")
+            self._queue(generation, left.events)
+        except SpilldError as error:
+            generation.told = len(left.events)
+            self._tell(generation, generation.failed(error))
+
+    def _generation(self, client: bytes, entry: Entry) -> Generation:
         self._jobs += 1
-        generation = Generation(self._jobs, client, request, prompt or [])
+        return Generation(self._jobs, client, entry)
+
+    def _queue(self, generation: Generation, told: list[Event] | None = None) -> None:
         key = generation.key
         if key is not None and any(other.key == key for other in self._generations.values()):
             self._behind[key].append(generation)
         else:
-            self._begin(generation)
+            self._begin(generation, told or [])
 
-    def _begin(self, generation: Generation) -> None:
+    def _begin(self, generation: Generation, told: list[Event]) -> None:
         request, key = generation.request, generation.key
-        generation.session = self._keeper.session(request)
-        context = None if key is None else self.contexts.get(key)
+        generation.session = self._keeper.session(request, generation.handle)
+        sequence = None if key is None else self.contexts.get(key)
         if generation.session is not None:
             generation.prompt = self._keeper.prompt(request, generation.prompt, generation.session)
-            generation.history = [] if context else list(generation.session.tokens)
-        generation.context = context
+            generation.history = [] if sequence else list(generation.session.tokens)
+        before = sequence.tokens if sequence else generation.history
+        generation.prepare(before, self.model.tokenizer, self.model.geometry.eos, told)
+        generation.sequence = sequence
         try:
             job = self._job(generation)
         except SpilldError:
-            generation.context = None
+            generation.sequence = None
             raise
         if key is not None:
             self.contexts.claim(key)
@@ -247,7 +295,7 @@ class Engine:
 
     def _job(self, generation: Generation) -> Job:
         """What the scheduler must know. max_tokens is cut to what the sequence may still hold."""
-        sequence = None if generation.context is None else generation.context.sequence
+        sequence = generation.sequence
         position = 0 if sequence is None else sequence.computed
         before = generation.history if sequence is None else sequence.tokens
         known = len(before) + len(generation.prompt)
@@ -263,32 +311,32 @@ class Engine:
         return Job(
             id=generation.job,
             position=position,
-            known=known - generation.held_back,
+            known=known + len(generation.answer) - generation.held_back,
             chunk=self._chunk_tokens if generation.request.prompt_logprobs is None else PROMPT_LOGPROB_CHUNK,
             window=sequence is None,
             blocks=max(0, blocks - (sequence.table.promised if sequence else 0)),
         )
 
     def _admit(self, generation: Generation) -> None:
-        context = generation.context
-        if context is None:
-            sequence = Sequence(
+        sequence = generation.sequence
+        if sequence is None:
+            sequence = generation.sequence = Sequence(
                 self._store.open(), self._arena.take(), self._keeper.root(generation.request.tenant)
             )
             sequence.tokens.extend(generation.history)
-            context = generation.context = Context(sequence)
-        sequence = context.sequence
         first = len(sequence.tokens)
         sequence.tokens.extend(generation.prompt)
         sequence.table.idle = False
         self._store.promise(sequence.table, highest_block(len(sequence.tokens) + generation.max_tokens))
+        sequence.tokens.extend(generation.answer)
         if not sequence.computed and generation.request.prompt_logprobs is None:
-            self._resume(generation, sequence)
-        self._send(generation, generation.begin(first, sequence, self.model.tokenizer))
-        if generation.complete(sequence):
-            self._finish(generation, "length")
+            self._find(generation, sequence)
+        for event in generation.begin(first, sequence):
+            self._tell(generation, event)
+        if generation.complete(sequence) or (generation.reason and not generation.appends):
+            self._finish(generation)
 
-    def _resume(self, generation: Generation, sequence: Sequence) -> None:
+    def _find(self, generation: Generation, sequence: Sequence) -> None:
         """Take over what an earlier request computed of the same beginning, if it is still there."""
         resume = tail.find(self._store, sequence.root, sequence.tokens)
         if resume is None:
@@ -326,7 +374,7 @@ class Engine:
 
     def _kept(self, generation: Generation, part: Slice) -> range:
         """Rows of the slice whose logits are needed."""
-        if generation.request.prompt_logprobs is not None and not generation.produced:
+        if generation.wants_prompt:
             return range(part.count)
         last = part.last + 1 == len(part.sequence.tokens)
         return range(part.count - 1, part.count) if last else range(0)
@@ -340,23 +388,28 @@ class Engine:
         sequence.computed += part.count
         complete = generation.complete(sequence)
         self._scheduler.advance(generation.job, part.count, int(complete and not generation.appends))
-        if not generation.produced:
+        if generation.wants_prompt:
             self._note_prompt(generation, part, logits)
-            self._send(generation, generation.progress(sequence))
-            if sequence.computed % (tail.ANCHOR_CELLS * CELL) == 0:
-                tail.save(self._store, self._arena, sequence)
+        if not generation.produced:
+            self._tell(generation, generation.progress(sequence))
         if complete and generation.appends:
-            self._finish(generation, "length")
-        elif complete:
+            self._finish(generation)
+            return
+        if self._is_milestone(generation, sequence, complete):
+            self._save(sequence)
+        if complete:
             self._sample(generation, sequence, logits[-1])
 
+    def _is_milestone(self, generation: Generation, sequence: Sequence, complete: bool) -> bool:
+        """A restart should not lose this much again: some cells of a prompt, a cell of an answer."""
+        cells = 1 if complete else tail.ANCHOR_CELLS
+        return sequence.computed % (cells * CELL) == 0 or (complete and not generation.produced)
+
     def _note_prompt(self, generation: Generation, part: Slice, logits: Logits) -> None:
-        count = generation.request.prompt_logprobs
-        if count is None:
-            return
+        count = generation.request.prompt_logprobs or 0
         tokens = part.sequence.tokens
         for position, row in enumerate(logits, part.position + 1):
-            if generation.first <= position < len(tokens):
+            if 0 <= position - generation.first < len(generation.prompt):
                 logprob, top = logprobs(row, tokens[position], count)
                 generation.prompt_logprobs.append(
                     PromptLogprob(token=tokens[position], logprob=logprob, top=top)
@@ -368,15 +421,11 @@ class Engine:
         except SpilldError as error:
             self._abort(generation, error)
             return
-        ends = choice.token in self.model.geometry.eos and not generation.request.ignore_eos
-        event, stopped = generation.token(choice, silent=ends)
-        self._send(generation, event)
-        if not ends:  # an end-of-text is no part of the context: what is appended later goes on before it
+        self._tell(generation, generation.token(choice))
+        if generation.reason != "eos":
             sequence.tokens.append(choice.token)
-        if ends or stopped:
-            self._finish(generation, "eos" if ends else "stop")
-        elif len(generation.produced) >= generation.max_tokens:
-            self._finish(generation, "length")
+        if generation.reason:
+            self._finish(generation)
 
     def _recompute(self, generation: Generation, failure: Exception) -> None:
         """KV did not come back. It is never guessed: all of it is computed again, a few times at most."""
@@ -396,11 +445,47 @@ class Engine:
 
     # Ends.
 
-    def cancel(self, client: bytes, request_id: str) -> None:
+    def cancel(self, request_id: str) -> None:
         """End a request; one that has ended already is ignored."""
+        if (generation := self._running(request_id)) is not None:
+            self._abort(generation, Cancelled("cancelled by the client"))
+
+    def leave(self, request_id: str) -> None:
+        """The client of a request is gone; it may resume the request later."""
+        if (generation := self._running(request_id)) is not None:
+            generation.listen(NOBODY)
+
+    def resume(self, client: bytes, request: Resume) -> list[Event]:
+        """The events of a request that a client has missed; those to come will be its, too. Raises
+        RequestNotFound, or StorageFailed if some of them are lost."""
+        generation = self._running(request.request_id)
+        number = self._journal.find(request.tenant, request.request_id)
+        if number is None:
+            raise RequestNotFound(
+                f"no request {request.request_id!r} is known here: it never arrived, or ended long ago"
+            )
+        missed = self._journal.events(number, request.next_seq)
+        if generation is not None:
+            if request.next_seq + len(missed) < generation.told:
+                raise StorageFailed("events of this request could not be written to disk and are lost")
+            generation.listen(client)
+        return missed
+
+    def _running(self, request_id: str) -> Generation | None:
+        return next((g for g in self._all() if g.request.request_id == request_id), None)
+
+    def suspend(self) -> frozenset[str]:
+        """The process is about to end: save what runs. The ids of the requests that go on at the next start;
+        the others fail."""
         for generation in self._all():
-            if (generation.client, generation.request.request_id) == (client, request_id):
-                self._abort(generation, Cancelled("cancelled by the client"))
+            if not generation.number:
+                self._abort(generation, Draining("the daemon has stopped, and could not save this request"))
+            elif generation.started:
+                self._save(_sequence(generation))
+        left = frozenset(generation.request.request_id for generation in self._all())
+        if left:
+            log.info("%d requests are saved: they go on at the next start", len(left))
+        return left
 
     def fail_running(self, error: SpilldError) -> None:
         """A step broke: the KV of everything that ran in it is in doubt and goes with it."""
@@ -408,24 +493,18 @@ class Engine:
             if generation.started:
                 self._abort(generation, error)
 
-    def fail_all(self, error: SpilldError) -> None:
-        for generation in self._all():
-            self._abort(generation, error)
-
     def close(self) -> None:
         self._runner.rest()
         self._store.close()
-        self._keeper.book.close()
+        self._journal.close()
 
-    def _finish(self, generation: Generation, reason: str) -> None:
-        assert generation.context is not None
-        sequence, session = generation.context.sequence, generation.session
+    def _finish(self, generation: Generation) -> None:
+        sequence, session = _sequence(generation), generation.session
         self._save(sequence)
-        event = generation.done(reason, self._keeper.kv_bytes(sequence), session.name if session else None)
-        if session is not None:
-            self._keeper.record(session, generation)
+        event = generation.done(self._keeper.kv_bytes(sequence), session.name if session else None)
+        self._note(generation, event, session)
         self._remove(generation, keep=session is not None)
-        self._send(generation, event)
+        self._post(generation.client, event)
 
     def _abort(self, generation: Generation, error: SpilldError) -> None:
         """Fail a request. Its session survives a cancel, with what was appended so far; after an error of
@@ -433,12 +512,24 @@ class Engine:
         session = generation.session
         known = session is not None and (session.listed or bool(session.tokens))
         harmless = isinstance(error, Cancelled | DeadlineExceeded | Draining)
-        if harmless and generation.context is not None and generation.started:
-            self._save(generation.context.sequence)
-            if session is not None and known:
-                self._keeper.record(session, generation)
+        appended = harmless and generation.sequence is not None and generation.started
+        if appended:
+            self._save(_sequence(generation))
+        event = generation.failed(error)
+        self._note(generation, event, session if appended and known else None)
         self._remove(generation, keep=known and (harmless or not generation.started))
-        self._send(generation, generation.failed(error))
+        self._post(generation.client, event)
+
+    def _note(self, generation: Generation, event: Event, session: Session | None = None) -> None:
+        """Make an event durable, and with the last what a session holds now: both or neither."""
+        try:
+            with self._journal.transaction():
+                if session is not None:
+                    self._keeper.record(session, generation)
+                self._journal.note(generation.number, event)
+        except (OSError, IndexDamaged) as error:
+            request_id = generation.request.request_id
+            log.error("an event of request %s will not outlive this process: %s", request_id, error)
 
     def _remove(self, generation: Generation, keep: bool) -> None:
         waiting = self._behind.get(generation.key) if generation.key else None
@@ -448,22 +539,22 @@ class Engine:
         self._runner.rest()
         self._scheduler.remove(generation.job)
         del self._generations[generation.job]
-        context, session = generation.context, generation.session
-        if context is not None and keep and session is not None:
-            context.sequence.table.idle = True
-            self._store.promise(context.sequence.table, context.sequence.table.stop - 1)
-            self.contexts.keep(context, session.key)
-        elif context is not None:
-            self._discard(context.sequence)
+        sequence, session = generation.sequence, generation.session
+        if sequence is not None and keep and session is not None:
+            sequence.table.idle = True
+            self._store.promise(sequence.table, sequence.table.stop - 1)
+            self.contexts.keep(sequence, session.key)
+        elif sequence is not None:
+            self._discard(sequence)
         if waiting:
             self._follow(waiting.popleft())
 
     def _follow(self, generation: Generation) -> None:
         """Begin a request that waited for another on its session."""
         try:
-            self._begin(generation)
+            self._begin(generation, [])
         except SpilldError as error:
-            self._send(generation, generation.failed(error))
+            self._tell(generation, generation.failed(error))
             waiting = self._behind.get(generation.key) if generation.key else None
             if waiting:
                 self._follow(waiting.popleft())
@@ -495,8 +586,8 @@ class Engine:
             self._release(key)
             return []
         changed = self._keeper.change(request)
-        if request.action == "rename" and (context := self.contexts.claim(key)) is not None:
-            self.contexts.keep(context, changed.key)
+        if request.action == "rename" and (sequence := self.contexts.claim(key)) is not None:
+            self.contexts.keep(sequence, changed.key)
         return [changed]
 
     def _refuse_if_busy(self, key: Key) -> None:
@@ -509,16 +600,15 @@ class Engine:
 
     def _drop(self, key: Key) -> None:
         """Give up what a session has in memory."""
-        if (context := self.contexts.claim(key)) is not None:
-            self._discard(context.sequence)
+        if (sequence := self.contexts.claim(key)) is not None:
+            self._discard(sequence)
 
     def _in_use(self, key: Key) -> tuple[Sequence | None, bool]:
         """The sequence of a session, if it is in memory, and whether a request runs on it."""
-        context = self.contexts.get(key)
         running = next((g for g in self._generations.values() if g.session and g.session.key == key), None)
         if running is not None:
-            context = running.context
-        return context.sequence if context else None, running is not None
+            return running.sequence, True
+        return self.contexts.get(key), False
 
     def _tend_sessions(self) -> None:
         busy = {generation.key for generation in self._all()}
@@ -527,6 +617,7 @@ class Engine:
                 log.info("session %s has expired", key[1][:8])
                 self._release(key)
         self._keeper.pin_what_waits()
+        self._journal.sweep(self._retention_s)
 
     # The rest.
 
@@ -541,10 +632,18 @@ class Engine:
         self._store.forget(sequence.table)
         self._arena.give_back(sequence.window)
 
-    def _send(self, generation: Generation, event: Event) -> None:
+    def _tell(self, generation: Generation, event: Event) -> None:
+        self._note(generation, event)
         self._post(generation.client, event)
 
 
 def _sequence(generation: Generation) -> Sequence:
-    assert generation.context is not None
-    return generation.context.sequence
+    assert generation.sequence is not None
+    return generation.sequence
+
+
+def _seeded(request: Generate) -> Generate:
+    """With a seed, so that it can be continued by another process."""
+    if request.sampling.seed is not None:
+        return request
+    return replace(request, sampling=replace(request.sampling, seed=secrets.randbits(64)))

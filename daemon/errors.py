@@ -7,6 +7,7 @@ SpilldError                   code (stable, on the wire), message, retryable
 │   ├── WrongVersion          wrong_version        the peer speaks another protocol version
 │   └── FrameTooLarge         frame_too_large
 ├── ContextNotFound           context_not_found    the handle or session is unknown or has expired
+├── RequestNotFound           request_not_found    there is nothing to resume under this id
 ├── Cancelled                 cancelled
 ├── DeadlineExceeded          deadline_exceeded
 ├── Draining                  draining             the daemon is stopping (retryable)
@@ -65,6 +66,10 @@ class FrameTooLarge(ProtocolError):
 
 class ContextNotFound(SpilldError):
     code = "context_not_found"
+
+
+class RequestNotFound(SpilldError):
+    code = "request_not_found"
 
 
 class Cancelled(SpilldError):

@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Sequence_
 
-from .contexts import Context, Key
+from .contexts import Key
 from .errors import SpilldError
-from .protocol import Accepted, Done, Event, Failed, Generate, Progress, PromptLogprob, Token, Usage
+from .journal import Entry
+from .protocol import Accepted, Done, Event, Failed, Progress, PromptLogprob, Token, Usage
 from .sampler import Choice, Sampler
 from .sequence import Sequence
 from .sessions import Session
 from .text import Detokenizer, StopStrings, Tokenizer
 
+NOBODY = b""
+"""The client of a request whose connection is lost."""
+
 
 class Generation:
     """Collects the output of one request. Its events carry sequence numbers 0, 1, 2, ...
 
-    context is the context it runs on: one that is being continued, or a new one once it is admitted, which
-    then begins with the tokens of `history`. session is what it continues or leaves behind.
+    sequence is what it runs on: one that is being continued, or a new one once it is admitted, which then
+    begins with the tokens of `history`. session is what it continues or leaves behind. number is that of its
+    entry in the journal.
     """
 
-    def __init__(self, job: int, client: bytes, request: Generate, prompt: list[int]) -> None:
+    def __init__(self, job: int, client: bytes, entry: Entry) -> None:
         self.job = job
-        self.client = client
-        self.request = request
-        self.prompt = prompt
-        self.context: Context | None = None
+        self.number = 0
+        self.request = entry.request
+        self.prompt = list(entry.prompt or ())
+        self.handle = entry.handle
+        self.sequence: Sequence | None = None
         self.session: Session | None = None
         self.history: list[int] = []
-        self.max_tokens = request.max_tokens
+        self.max_tokens = self.request.max_tokens
         self.recomputed = 0
-        self.sampler = Sampler(request.sampling, request.logprobs)
+        self.sampler = Sampler(self.request.sampling, self.request.logprobs)
         self.produced: list[int] = []
         self.prompt_logprobs: list[PromptLogprob] = []
         self.read_bytes = {"device": 0, "host": 0, "disk": 0}
@@ -38,12 +45,25 @@ class Generation:
         self.stall_s = 0.0
         self.prefill_s = 0.0
         self.decode_s = 0.0
-        self._arrived = time.monotonic()
         self.first = 0
+        self.told = 0
+        self._arrived = time.monotonic() - (time.time() - entry.arrived)
         self._cached: int | None = None
         self._text: list[str] = []
-        self._stops = StopStrings(request.stop)
-        self._sent = 0
+        self._stops = StopStrings(self.request.stop)
+        self._stopped = False
+        self._eos: frozenset[int] = frozenset()
+        self.listen(client)
+
+    def listen(self, client: bytes) -> None:
+        """Its events go to this client from now on, or to NOBODY."""
+        self.client = client
+        self._deserted = None if client else time.monotonic()
+
+    @property
+    def unheard_s(self) -> float:
+        """How long it has had no client."""
+        return 0.0 if self._deserted is None else time.monotonic() - self._deserted
 
     @property
     def key(self) -> Key | None:
@@ -66,27 +86,69 @@ class Generation:
         return len(sequence.tokens) - sequence.computed <= self.held_back
 
     @property
+    def answer(self) -> list[int]:
+        """What was produced, as part of the sequence. An end-of-text is none: what is appended later goes on
+        before it."""
+        return self.produced[:-1] if self._at_eos else self.produced
+
+    @property
+    def reason(self) -> str | None:
+        """Why nothing more is to be produced."""
+        if self._at_eos:
+            return "eos"
+        if self._stopped:
+            return "stop"
+        return "length" if len(self.produced) >= self.max_tokens else None
+
+    @property
+    def _at_eos(self) -> bool:
+        return bool(self.produced) and self.produced[-1] in self._eos
+
+    @property
     def started(self) -> bool:
         """Admitted: its prompt is part of its sequence."""
         return self._cached is not None
 
-    def begin(self, first: int, sequence: Sequence, tokenizer: Tokenizer) -> Event:
-        """The request is admitted; its prompt begins at position `first` of the sequence."""
+    @property
+    def wants_prompt(self) -> bool:
+        """Log probabilities of its prompt are asked for and not all known."""
+        asked = self.request.prompt_logprobs is not None
+        return asked and len(self.prompt_logprobs) < len(self.prompt)
+
+    def prepare(
+        self, before: Sequence_[int], tokenizer: Tokenizer, eos: frozenset[int], told: Sequence_[Event]
+    ) -> None:
+        """The answer will follow `before` and the prompt. told: what the last process had said of it."""
+        self._eos = frozenset() if self.request.ignore_eos else eos
+        self._detokenizer = Detokenizer(tokenizer, [*before, *self.prompt])
+        for event in told:
+            self.told = event.seq + 1
+            if isinstance(event, Accepted):
+                self._cached = event.cached_tokens
+            elif isinstance(event, Token):
+                self._take(event.token)
+
+    def begin(self, first: int, sequence: Sequence) -> list[Event]:
+        """The request is admitted; its prompt begins at position `first` of the sequence. What there is to
+        tell: nothing, if the last process told it."""
         self.first = first
-        self._cached = sequence.computed
-        self._detokenizer = Detokenizer(tokenizer, sequence.tokens)
-        if self.request.prompt_logprobs is not None and sequence.computed == first and self.prompt:
+        if self.wants_prompt and sequence.computed == first:
             self.prompt_logprobs.append(PromptLogprob(token=self.prompt[0], logprob=None))
-        return Accepted(
-            request_id=self.request.request_id,
-            seq=self._next(),
-            prompt_tokens=len(self.prompt),
-            cached_tokens=self._cached,
-        )
+        if self._cached is not None:
+            return []
+        self._cached = sequence.computed
+        return [
+            Accepted(
+                request_id=self.request.request_id,
+                seq=self._next(),
+                prompt_tokens=len(self.prompt),
+                cached_tokens=self._cached,
+            )
+        ]
 
     def restart(self) -> None:
         """Its sequence is computed again from the first token."""
-        if not self.produced:
+        if self.wants_prompt:
             del self.prompt_logprobs[0 if self.first else 1 :]  # nothing predicts a sequence's first token
 
     def account(self, read_bytes: dict[str, int], disk_read: int, stalled_s: float, took_s: float) -> None:
@@ -115,23 +177,29 @@ class Generation:
         done, total = sequence.computed - cached, len(sequence.tokens) - cached
         return Progress(request_id=self.request.request_id, seq=self._next(), done=done, total=total)
 
-    def token(self, choice: Choice, silent: bool) -> tuple[Event, bool]:
-        """The event of a sampled token, and whether it completed a stop string. silent: it has no text."""
-        self.produced.append(choice.token)
-        text, hit = ("", None) if silent else self._stops.push(self._detokenizer.push(choice.token))
-        self._text.append(text)
-        event = Token(
+    def token(self, choice: Choice) -> Event:
+        """The event of a sampled token; `reason` says whether it was the last."""
+        return Token(
             request_id=self.request.request_id,
             seq=self._next(),
             token=choice.token,
-            text=text,
+            text=self._take(choice.token),
             logprob=choice.logprob,
             top=choice.top,
         )
-        return event, hit is not None
 
-    def done(self, reason: str, kv_bytes: dict[str, int], handle: str | None) -> Event:
+    def _take(self, token: int) -> str:
+        self.produced.append(token)
+        text = ""
+        if not self._at_eos:
+            text, hit = self._stops.push(self._detokenizer.push(token))
+            self._stopped = hit is not None
+        self._text.append(text)
+        return text
+
+    def done(self, kv_bytes: dict[str, int], handle: str | None) -> Event:
         """The last event. Its text has what was held back for a stop or a character that never came."""
+        reason = self.reason or "length"
         if reason != "stop":
             text, hit = self._stops.push(self._detokenizer.finish())
             self._text.append(text if hit else text + self._stops.finish())
@@ -163,5 +231,5 @@ class Generation:
         )
 
     def _next(self) -> int:
-        self._sent += 1
-        return self._sent - 1
+        self.told += 1
+        return self.told - 1

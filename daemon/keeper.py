@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 from spilld.offload.chain import root
-from spilld.offload.errors import IndexDamaged
 from spilld.offload.extent import RunKey
 from spilld.offload.store import Store
 
 from . import tail
-from .contexts import Key, new_handle
+from .contexts import Key
 from .errors import InvalidRequest
 from .generation import Generation
 from .model import Model
@@ -19,8 +17,6 @@ from .protocol import ChangeSession, Generate, Message, SessionInfo
 from .sequence import Sequence
 from .sessions import Session, SessionBook
 from .visibility import BLOCK
-
-log = logging.getLogger(__name__)
 
 
 class SessionKeeper:
@@ -38,16 +34,16 @@ class SessionKeeper:
         """What the token chains of a tenant begin with."""
         return root(self._model.fingerprint, self._store.layout.format, tenant.encode())
 
-    def session(self, request: Generate) -> Session | None:
-        """What a request continues or will leave behind. Raises ContextNotFound for an unknown handle."""
+    def session(self, request: Generate, handle: str | None) -> Session | None:
+        """What a request continues or will leave behind, under `handle` if it names nothing. Raises
+        ContextNotFound for an unknown context."""
         if request.context is not None:
             return self.book.get(request.tenant, request.context)
         if request.session is not None:
             new = Session(tenant=request.tenant, name=request.session)
             return self.book.find(request.tenant, request.session) or new
-        if request.keep:
-            ttl_s = self._context_ttl_s
-            return Session(tenant=request.tenant, name=new_handle(), listed=False, ttl_s=ttl_s)
+        if handle is not None:
+            return Session(tenant=request.tenant, name=handle, listed=False, ttl_s=self._context_ttl_s)
         return None
 
     def prompt(self, request: Generate, tokens: list[int], session: Session) -> list[int]:
@@ -68,13 +64,10 @@ class SessionKeeper:
         return tokenizer.chat_continue(chat[:-1], chat[-1].content, messages, closed=False)
 
     def record(self, session: Session, generation: Generation) -> None:
-        """Make durable what a session holds after a request."""
-        assert generation.context is not None
-        tokens = tuple(generation.context.sequence.tokens)
-        try:
-            self.book.put(replace(session, tokens=tokens, messages=_chat(session, generation)))
-        except (OSError, IndexDamaged) as error:
-            log.error("session %s will not outlive this process: %s", session.name[:8], error)
+        """Note what a session holds after a request. Errors are those of Database."""
+        assert generation.sequence is not None
+        tokens = tuple(generation.sequence.tokens)
+        self.book.put(replace(session, tokens=tokens, messages=_chat(session, generation)))
         if session.pinned:
             self._to_pin.add(session.key)
 

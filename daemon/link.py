@@ -15,7 +15,7 @@ BATCH = 256
 """Messages taken at once, so that an event loop gets its turn."""
 
 LINGER_MS = 200
-"""How long a cancel may take to leave after `close`."""
+"""How long a cancel may take to leave once the socket is closed."""
 
 
 class Link:
@@ -23,7 +23,7 @@ class Link:
         self._calls = calls
         self._sending = False
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.LINGER, LINGER_MS)
         self.socket.setsockopt(zmq.SNDHWM, 0)  # a send never blocks
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_FRAME_BYTES)
         self.socket.setsockopt(zmq.IPV6, int("[" in calls.address))
@@ -37,7 +37,7 @@ class Link:
 
     def flush(self) -> None:
         """Send what the outbox holds."""
-        if not self._sending and not self._calls.closed:  # a finaliser may run in the middle of a send
+        if not self._sending and not self.socket.closed:  # a finaliser may run in the middle of a send
             self._sending = True
             try:
                 while self._calls.outbox:
@@ -73,7 +73,9 @@ class Link:
         return True
 
     def close(self) -> None:
+        """Send what the outbox holds, the last cancels, and close."""
         if not self.socket.closed:
+            self.flush()
             self.socket.disable_monitor()
             self.monitor.close(linger=0)
-            self.socket.close(linger=LINGER_MS)
+            self.socket.close()

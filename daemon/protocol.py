@@ -1,6 +1,6 @@
 """Protocol version 1: the messages. PROTOCOL.md specifies them, wire.py makes frames of them.
 
-Requests (client to daemon):  Generate, Cancel, Release, ListSessions, ChangeSession, Hello, Stats.
+Requests (client to daemon):  Generate, Resume, Cancel, Release, ListSessions, ChangeSession, Hello, Stats.
 Replies (daemon to client):   Event (Accepted, Progress, Token, Done, Failed), Released, Sessions, Welcome,
                               StatsReply.
 """
@@ -63,7 +63,10 @@ Prompt = tuple[int, ...] | str | tuple[Message, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Continue a prompt. Answered by Accepted, any number of Progress and Token, then Done or Failed."""
+    """Continue a prompt. Answered by Accepted, any number of Progress and Token, then Done or Failed.
+
+    request_id names it in later connections too, and lets anybody cancel it: 128 random bits.
+    """
 
     request_id: Id
     prompt: Annotated[Prompt, Checked()]
@@ -88,8 +91,19 @@ class Generate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Have the events of a Generate from next_seq on, those that were, then those to come: after a lost
+    connection or a restart of the daemon. Failed (code request_not_found) if it knows of none."""
+
+    request_id: Id
+    tenant: Annotated[str, TENANT] = ""
+    next_seq: Annotated[int, COUNT] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cancel:
-    """End a Generate: answered by its Failed (code cancelled), or by its Done if that came first."""
+    """End a Generate, of whatever connection: answered by its Failed (code cancelled), or by its Done if that
+    came first."""
 
     request_id: Id
 
@@ -295,10 +309,11 @@ def is_last(reply: Reply) -> bool:
     return not isinstance(reply, Event) or isinstance(reply, Done | Failed)
 
 
-Request = Generate | Cancel | Release | ListSessions | ChangeSession | Hello | Stats
+Request = Generate | Resume | Cancel | Release | ListSessions | ChangeSession | Hello | Stats
 
 TYPES: dict[str, type] = {
     "generate": Generate,
+    "resume": Resume,
     "cancel": Cancel,
     "release": Release,
     "list_sessions": ListSessions,

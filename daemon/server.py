@@ -43,6 +43,7 @@ from .protocol import (
     Release,
     Reply,
     Request,
+    Resume,
     Stats,
     StatsReply,
     Welcome,
@@ -58,22 +59,26 @@ POLL_S = 0.1
 BATCH = 64
 """Requests handled, or events sent, before the others have their turn."""
 
-Key = tuple[bytes, str]
-"""A client and its request id."""
-
 
 class Service(Protocol):
     """What the server needs of an engine. No method may block; all are called from the server's thread.
 
     Events go to `Server.post(client, event)`: per request Accepted, ..., and one Done or Failed at the end,
     also after a cancel, with seq 0, 1, 2, ... Once the last is posted, the same id may be submitted again.
+    A request goes on without a client until another resumes it.
     """
 
     def submit(self, client: bytes, request: Generate) -> None:
         """Take a request. An immediate refusal (Overloaded, ContextNotFound, ...) is raised."""
 
-    def cancel(self, client: bytes, request_id: str) -> None:
-        """End a request soon. Called at most once for each; one that has ended is ignored."""
+    def resume(self, client: bytes, request: Resume) -> None:
+        """Post what the client has missed of a request, and from then on its events; or Failed."""
+
+    def cancel(self, request_id: str) -> None:
+        """End a request soon; one that has ended is ignored."""
+
+    def leave(self, request_id: str) -> None:
+        """The client of a request is gone."""
 
     def manage(self, client: bytes, request: Release | ListSessions | ChangeSession) -> None:
         """List or change sessions, or give a context back; one reply is posted."""
@@ -90,14 +95,16 @@ class Service(Protocol):
     def idle(self) -> bool:
         """True when no request is running or queued, and the last event of each is posted."""
 
-    def stop(self) -> None:
-        """Stop now. Called once, when the loop has ended."""
+    def stop(self) -> frozenset[str]:
+        """Stop now; the ids of requests that go on when the daemon is back. Called once, when the loop has
+        ended."""
 
 
 @dataclass
 class _InFlight:
-    """A request that the service works on."""
+    """A request that the service works on for a client."""
 
+    client: bytes
     next_seq: int = 0
     heard: bool = True  # its client still waits for events; else only the last is waited for, here
     cancelled: bool = False
@@ -117,8 +124,8 @@ class Server:
         self._send_queue = send_queue
         self._notifier = Notifier()
         self._posted: deque[tuple[bytes, Reply]] = deque()
-        self._running: dict[Key, _InFlight] = {}
-        self._owed: dict[Key, Failed] = {}  # could not be sent yet: the client's queue is full
+        self._running: dict[str, _InFlight] = {}
+        self._owed: dict[str, tuple[bytes, Failed]] = {}  # could not be sent yet: the client's queue is full
         self._drain_asked = self._stop_asked = self._closed = False
         self._drain_by: float | None = None
         self._open = ExitStack()  # what `close` has to undo
@@ -207,10 +214,12 @@ class Server:
     def _shutdown(self) -> None:
         if self._drain_by is None:
             self._notifier.stopping()
-        for key in list(self._running):
-            self._fail(key, Draining("the daemon stopped before this request was done; send it again"))
+        saved = self._service.stop()
+        while self._posted:
+            self._deliver()
+        for request_id in self._running.keys() - saved:
+            self._fail(request_id, Draining("the daemon stopped before this request was done; send it again"))
         self._closed = True
-        self._service.stop()
 
     # requests
 
@@ -235,94 +244,108 @@ class Server:
         match message:
             case Generate():
                 self._start(client, message)
+            case Resume():
+                self._service.resume(client, message)
+                self._running[message.request_id] = _InFlight(client, message.next_seq)
             case Cancel(request_id=request_id):
-                self._cancel((client, request_id))
+                self._cancel(request_id)
             case Release() | ListSessions() | ChangeSession():
-                self._refuse_in_flight(client, message.request_id)
+                self._refuse_in_flight(message.request_id)
                 self._service.manage(client, message)
-                self._running[client, message.request_id] = _InFlight()
+                self._running[message.request_id] = _InFlight(client)
             case Hello(request_id=request_id):
                 self._send(client, replace(self._service.welcome(), request_id=request_id))
             case Stats(request_id=request_id):
                 self._send(client, StatsReply(request_id=request_id, values=self._service.stats()))
             case _:
                 raise InvalidRequest(
-                    "type is that of a reply; allowed: generate, cancel, release, list_sessions, "
+                    "type is that of a reply; allowed: generate, resume, cancel, release, list_sessions, "
                     "change_session, hello, stats"
                 )
 
     def _start(self, client: bytes, request: Generate) -> None:
-        self._refuse_in_flight(client, request.request_id)
+        self._refuse_in_flight(request.request_id)
         if self._drain_asked:
             raise Draining("the daemon is stopping; send the request again in a moment")
         self._service.submit(client, request)
-        self._running[client, request.request_id] = _InFlight()
+        self._running[request.request_id] = _InFlight(client)
 
-    def _refuse_in_flight(self, client: bytes, request_id: str) -> None:
-        if (client, request_id) in self._running:
-            raise InvalidRequest(f"id is {request_id!r}, which is in flight; allowed: one that is not")
+    def _refuse_in_flight(self, request_id: str) -> None:
+        if request_id in self._running:
+            raise InvalidRequest(f"id is {request_id!r}, which is in flight; allowed: 128 random bits")
 
-    def _cancel(self, key: Key) -> None:
-        if (flight := self._running.get(key)) is not None and not flight.cancelled:
+    def _cancel(self, request_id: str) -> None:
+        """Also one that has no client here: that of a lost connection."""
+        flight = self._running.get(request_id)
+        if flight is None or not flight.cancelled:
+            self._service.cancel(request_id)
+        if flight is not None:
             flight.cancelled = True
-            self._service.cancel(*key)
 
     # events
 
     def _deliver(self) -> None:
         for _ in range(min(BATCH, len(self._posted))):
             client, event = self._posted.popleft()
-            key = (client, event.request_id)
-            if (flight := self._running.get(key)) is not None and flight.heard:
-                self._forward(key, event)
+            flight = self._running.get(event.request_id)
+            if flight is None or flight.client != client:  # nobody's, or another's since a resume
+                continue
+            if flight.heard:
+                self._forward(flight, event)
             if is_last(event):
-                self._running.pop(key, None)
+                self._running.pop(event.request_id, None)
 
-    def _forward(self, key: Key, event: Reply) -> None:
+    def _forward(self, flight: _InFlight, event: Reply) -> None:
         try:
-            if self._send(key[0], event):
-                self._running[key].next_seq = event.seq + 1
+            if self._send(flight.client, event):
+                flight.next_seq = event.seq + 1
         except (FrameTooLarge, ProtocolError) as error:
-            self._fail(key, error)
-            self._cancel(key)
+            self._fail(event.request_id, error)
+            self._cancel(event.request_id)
 
     def _send(self, client: bytes, message: Reply) -> bool:
-        """False if the client cannot take it: then its requests are cancelled."""
+        """False if the client cannot take it: its requests are cancelled if it is slow, and may be
+        resumed if it is gone."""
         try:
             self._router.send_multipart([client, *encode(message)], zmq.NOBLOCK)
         except zmq.Again:
-            self._abandon(
-                client, Overloaded("events came faster than this client read them; read on, or ask for less")
-            )
+            self._give_up(client)
             return False
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            self._abandon(client, None)
+            self._part(client)
             return False
         return True
 
-    def _abandon(self, client: bytes, reason: SpilldError | None) -> None:
-        """Cancel a client's requests; without a reason it is gone and is owed nothing."""
-        for key, flight in self._running.items():
-            if key[0] == client and flight.heard:
+    def _give_up(self, client: bytes) -> None:
+        """Cancel the requests of a client that reads too slowly; it is told as soon as that can be sent."""
+        slow = Overloaded("events came faster than this client read them; read on, or ask for less")
+        for request_id, flight in self._running.items():
+            if flight.client == client and flight.heard:
                 flight.heard = False
-                self._cancel(key)
-                if reason is not None:
-                    self._owed[key] = Failed.because(reason, key[1], flight.next_seq)
-        if reason is None:
-            self._owed = {key: failed for key, failed in self._owed.items() if key[0] != client}
+                self._cancel(request_id)
+                self._owed[request_id] = client, Failed.because(slow, request_id, flight.next_seq)
 
-    def _fail(self, key: Key, error: SpilldError) -> None:
+    def _part(self, client: bytes) -> None:
+        """Forget a client that is gone."""
+        for request_id, flight in list(self._running.items()):
+            if flight.client == client:
+                del self._running[request_id]
+                self._service.leave(request_id)
+        self._owed = {name: owed for name, owed in self._owed.items() if owed[0] != client}
+
+    def _fail(self, request_id: str, error: SpilldError) -> None:
         """End a running request, for its client, with an error of the server's own."""
-        flight = self._running[key]
-        if flight.heard and self._send(key[0], Failed.because(error, key[1], flight.next_seq)):
-            flight.heard = False
+        flight = self._running.get(request_id)
+        if flight is not None and flight.heard:
+            failed = Failed.because(error, request_id, flight.next_seq)
+            flight.heard = not self._send(flight.client, failed)
 
     def _pay_owed(self) -> None:
-        for key, failed in list(self._owed.items()):
-            if self._send(key[0], failed):
-                self._owed.pop(key, None)
+        for request_id, (client, failed) in list(self._owed.items()):
+            if self._send(client, failed):
+                self._owed.pop(request_id, None)
 
     # signals
 

@@ -13,6 +13,7 @@ from spilld.offload.errors import OffloadError
 
 from .engine import Engine, Post
 from .errors import Draining, InternalError, InvalidRequest, Overloaded, SpilldError, StorageFailed
+from .generation import NOBODY
 from .protocol import (
     ChangeSession,
     Failed,
@@ -21,6 +22,7 @@ from .protocol import (
     Message,
     Release,
     Reply,
+    Resume,
     Welcome,
     is_last,
 )
@@ -48,11 +50,16 @@ class EngineService:
         self._count_lock = threading.Lock()
         self._draining = False
         self._stopping = False
+        self._suspended: frozenset[str] = frozenset()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._intake = ThreadPoolExecutor(1, "spilld-intake")
         self._thread = threading.Thread(target=self._loop, name="spilld-engine")
 
     def start(self) -> None:
+        """Take up what the last process left, and work."""
+        for left in self._engine.left_behind():
+            self._count(+1)
+            self._engine.restore(left)
         self._thread.start()
 
     def submit(self, client: bytes, request: Generate) -> None:
@@ -64,14 +71,22 @@ class EngineService:
         self._count(+1)
         self._intake.submit(self._prepare, client, request)
 
-    def cancel(self, client: bytes, request_id: str) -> None:
-        # Through the intake, so that it cannot overtake its request.
-        self._intake.submit(self._inbox.put, partial(self._engine.cancel, client, request_id))
+    def resume(self, client: bytes, request: Resume) -> None:
+        self._in_turn(partial(self._resume, client, request))
+
+    def cancel(self, request_id: str) -> None:
+        self._in_turn(partial(self._engine.cancel, request_id))
+
+    def leave(self, request_id: str) -> None:
+        self._in_turn(partial(self._engine.leave, request_id))
 
     def manage(self, client: bytes, request: Release | ListSessions | ChangeSession) -> None:
         self._count(+1)
-        # Through the intake, so that it cannot overtake a request of the same client.
-        self._intake.submit(self._inbox.put, partial(self._manage, client, request))
+        self._in_turn(partial(self._manage, client, request))
+
+    def _in_turn(self, act: Callable[[], None]) -> None:
+        """Through the intake, so that it cannot overtake a request that came before."""
+        self._intake.submit(self._inbox.put, act)
 
     def stats(self) -> dict[str, object]:
         return self._engine.stats()
@@ -85,12 +100,14 @@ class EngineService:
     def idle(self) -> bool:
         return self._unfinished == 0
 
-    def stop(self) -> None:
-        """End the threads; what is running fails as Draining. Waits for the step that is under way."""
+    def stop(self) -> frozenset[str]:
+        """End the threads, after the step that is under way. The ids of the requests that are saved: they go
+        on in the next process."""
         self._draining = self._stopping = True
         self._intake.shutdown(wait=True, cancel_futures=True)
         self._inbox.put(lambda: None)
         self._thread.join()
+        return self._suspended
 
     # The intake thread.
 
@@ -136,7 +153,7 @@ class EngineService:
                     InternalError(f"a step failed: {error!r}; the daemon's log says where")
                 )
         self._take_messages()
-        self._engine.fail_all(Draining("the daemon has stopped"))
+        self._suspended = self._engine.suspend()
         self._engine.close()
 
     def _take_messages(self) -> None:
@@ -159,6 +176,17 @@ class EngineService:
             log.exception("request %s could not be added", request.request_id)
             self._refuse(client, request, InternalError(f"the request could not be added: {error!r}"))
 
+    def _resume(self, client: bytes, request: Resume) -> None:
+        """What was missed is posted as it was, not counted again."""
+        try:
+            for event in self._engine.resume(client, request):
+                self._post(client, event)
+        except SpilldError as error:
+            self._post(client, Failed.because(error, request.request_id, request.next_seq))
+        except (OSError, OffloadError) as error:
+            failed = StorageFailed(f"the events of this request cannot be read: {error}")
+            self._post(client, Failed.because(failed, request.request_id, request.next_seq))
+
     def _manage(self, client: bytes, request: Release | ListSessions | ChangeSession) -> None:
         try:
             reply = self._engine.manage(request)
@@ -175,7 +203,8 @@ class EngineService:
         self._pass_on(client, Failed.because(error, request.request_id))
 
     def _pass_on(self, client: bytes, reply: Reply) -> None:
-        self._post(client, reply)
+        if client != NOBODY:
+            self._post(client, reply)
         if is_last(reply):
             self._count(-1)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import msgpack
 import numpy as np
@@ -18,8 +17,7 @@ from spilld.offload.database import Database
 from .errors import ContextNotFound, InvalidRequest
 from .protocol import Message
 
-SCHEMA = 1
-_CREATE = """
+CREATE = """
 CREATE TABLE sessions (
     tenant TEXT, name TEXT, tokens BLOB NOT NULL, messages BLOB, listed INTEGER NOT NULL,
     pinned INTEGER NOT NULL, ttl_s REAL, created REAL NOT NULL, used REAL NOT NULL, PRIMARY KEY (tenant, name)
@@ -54,8 +52,8 @@ class SessionBook:
     """Every session of a state folder. One thread calls everything. Errors are those of Database; unknown
     names raise ContextNotFound."""
 
-    def __init__(self, path: Path) -> None:
-        self._db = Database.open(path, SCHEMA, _CREATE)
+    def __init__(self, db: Database) -> None:
+        self._db = db
 
     def find(self, tenant: str, name: str) -> Session | None:
         rows = self._db.rows("SELECT * FROM sessions WHERE tenant = ? AND name = ?", (tenant, name))
@@ -135,9 +133,6 @@ class SessionBook:
         return self._db.rows(
             "SELECT tenant, name FROM sessions WHERE NOT pinned AND used + ttl_s < ?", (time.time(),)
         )
-
-    def close(self) -> None:
-        self._db.close()
 
     def _refuse_taken(self, tenant: str, name: str) -> None:
         if self._db.rows("SELECT 1 FROM sessions WHERE tenant = ? AND name = ?", (tenant, name)):

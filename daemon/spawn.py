@@ -41,8 +41,8 @@ def spawned(settings: Mapping[str, object]) -> Iterator[Spawned]:
     Raises InternalError with the end of its log if it does not start.
     """
     with tempfile.TemporaryDirectory(prefix="spilld-") as folder:
-        address = f"ipc://{folder}/socket"
-        options = {"state": f"{folder}/state", "listen": address, **settings}
+        options = {"state": f"{folder}/state", "listen": f"ipc://{folder}/socket", **settings}
+        address = str(options["listen"])
         command = [sys.executable, "-m", "spilld.daemon", "serve"]
         command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         log = Path(folder) / "log"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from .errors import IndexDamaged
@@ -20,6 +21,8 @@ _SYSTEM = (
 )
 """Codes of SQLite that say nothing about the file's content."""
 
+
+NONE: Mapping[int, str] = MappingProxyType({})
 
 _TABLES = "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY name"
 
@@ -51,8 +54,9 @@ class Database:
     from some later moment on, never in part.
     """
 
-    def __init__(self, path: Path, schema: int, create: str) -> None:
-        """Open, or make with the statements of `create`. schema is kept as PRAGMA user_version."""
+    def __init__(self, path: Path, schema: int, create: str, upgrades: Mapping[int, str] = NONE) -> None:
+        """Open, or make with the statements of `create`. schema is kept as PRAGMA user_version; upgrades:
+        statements that make of an older schema this one."""
         self.path = path
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -63,10 +67,12 @@ class Database:
             if word != "ok":
                 raise IndexDamaged(f"{path}: {word}")
             ((found,),) = self.rows("PRAGMA user_version")
-            if found == 0:
+            if found == 0 or found in upgrades:
+                statements = upgrades.get(found, create)
                 with self._errors():
-                    self._db.executescript(f"BEGIN; {create} PRAGMA user_version = {schema}; COMMIT;")
-            elif found != schema or self.rows(_TABLES) != _tables(create):
+                    self._db.executescript(f"BEGIN; {statements} PRAGMA user_version = {schema}; COMMIT;")
+                found = schema
+            if found != schema or self.rows(_TABLES) != _tables(create):
                 raise IndexDamaged(f"{path} does not have the tables of schema {schema}")
             with self.transaction() as db:  # a header may say that the file is not to be written
                 db.execute(f"PRAGMA user_version = {schema}")
@@ -75,10 +81,10 @@ class Database:
             raise
 
     @classmethod
-    def open(cls, path: Path, schema: int, create: str) -> Self:
+    def open(cls, path: Path, schema: int, create: str, upgrades: Mapping[int, str] = NONE) -> Self:
         """As the constructor, but a damaged file is put aside (suffix .damaged) and a new one made."""
         try:
-            return cls(path, schema, create)
+            return cls(path, schema, create, upgrades)
         except IndexDamaged as error:
             put_aside(path, error)
             return cls(path, schema, create)

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from spilld.daemon.errors import Cancelled, ContextNotFound, Draining, Overloaded, SpilldError
+from spilld.daemon.errors import (
+    Cancelled,
+    ContextNotFound,
+    Draining,
+    Overloaded,
+    RequestNotFound,
+    SpilldError,
+)
 from spilld.daemon.protocol import (
     Accepted,
     ChangeSession,
@@ -25,6 +32,7 @@ from spilld.daemon.protocol import (
     Release,
     Released,
     Reply,
+    Resume,
     SessionInfo,
     Sessions,
     Token,
@@ -67,12 +75,19 @@ class Echo:
     piece: str = ""
     """Text of every token instead of the prompt's."""
     limit: int = 1000
-    cancelled: list[tuple[bytes, str]] = field(default_factory=list)
+    saves: bool = False
+    """What runs when it stops goes on somewhere else."""
+    cancelled: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    resumed: list[Resume] = field(default_factory=list)
     submitted: list[Generate] = field(default_factory=list)
     managed: list[Release | ListSessions | ChangeSession] = field(default_factory=list)
     draining: bool = False
     stopped: bool = False
-    _running: dict[tuple[bytes, str], threading.Event] = field(default_factory=dict)
+    _running: dict[str, threading.Event] = field(default_factory=dict)
+    _clients: dict[str, bytes] = field(default_factory=dict)
+    _said: dict[str, list[Event]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def submit(self, client: bytes, request: Generate) -> None:
         if self.draining:
@@ -84,13 +99,29 @@ class Echo:
         if request.prompt == "bug":
             raise RuntimeError("a bug in the engine")
         self.submitted.append(request)
-        ended = self._running[client, request.request_id] = threading.Event()
-        threading.Thread(target=self._echo, args=(client, request, ended), daemon=True).start()
+        ended = self._running[request.request_id] = threading.Event()
+        self._clients[request.request_id], self._said[request.request_id] = client, []
+        threading.Thread(target=self._echo, args=(request, ended), daemon=True).start()
 
-    def cancel(self, client: bytes, request_id: str) -> None:
-        self.cancelled.append((client, request_id))
-        if (ended := self._running.get((client, request_id))) is not None:
+    def resume(self, client: bytes, request: Resume) -> None:
+        self.resumed.append(request)
+        name = request.request_id
+        with self._lock:
+            if name not in self._said:
+                failed = Failed.because(RequestNotFound("unknown"), name, request.next_seq)
+                self.post(client, failed)
+                return
+            self._clients[name] = client
+            for event in self._said[name][request.next_seq :]:
+                self.post(client, event)
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+        if (ended := self._running.get(request_id)) is not None:
             ended.set()
+
+    def leave(self, request_id: str) -> None:
+        self.left.append(request_id)
 
     def manage(self, client: bytes, request: Release | ListSessions | ChangeSession) -> None:
         self.managed.append(request)
@@ -129,22 +160,25 @@ class Echo:
     def idle(self) -> bool:
         return not self._running
 
-    def stop(self) -> None:
+    def stop(self) -> frozenset[str]:
         self.stopped = True
+        saved = frozenset(self._running) if self.saves else frozenset()
         for ended in list(self._running.values()):
             ended.set()
+        return saved
 
-    def _echo(self, client: bytes, request: Generate, ended: threading.Event) -> None:
+    def _echo(self, request: Generate, ended: threading.Event) -> None:
         prompt, name = request.prompt, request.request_id
         words = prompt.split() if isinstance(prompt, str) else [str(item) for item in prompt]
-        self.post(client, Accepted(request_id=name, seq=0, prompt_tokens=len(words), cached_tokens=0))
+        self._tell(Accepted(request_id=name, seq=0, prompt_tokens=len(words), cached_tokens=0))
         said = ""
         for seq, word in enumerate(itertools.islice(itertools.cycle(words), request.max_tokens), 1):
             if ended.wait(self.pace_s) if self.pace_s else ended.is_set():
-                failed = Failed.because(Cancelled("cancelled"), name, seq)
-                return self._end(client, failed, ended)
+                if not self.stopped:
+                    self._end(Failed.because(Cancelled("cancelled"), name, seq), ended)
+                return
             said += (text := self.piece or word + " ")
-            self.post(client, Token(request_id=name, seq=seq, token=seq, text=text))
+            self._tell(Token(request_id=name, seq=seq, token=seq, text=text))
         done = Done(
             request_id=name,
             seq=seq + 1,
@@ -153,12 +187,17 @@ class Echo:
             usage=USAGE,
             context="kept" if request.keep else None,
         )
-        return self._end(client, done, ended)
+        self._end(done, ended)
 
-    def _end(self, client: bytes, event: Event, ended: threading.Event) -> None:
-        self.post(client, event)
-        if self._running.get((client, event.request_id)) is ended:  # else the id was submitted again just now
-            del self._running[client, event.request_id]
+    def _tell(self, event: Event) -> None:
+        with self._lock:
+            self._said[event.request_id].append(event)
+            self.post(self._clients[event.request_id], event)
+
+    def _end(self, event: Event, ended: threading.Event) -> None:
+        self._tell(event)
+        if self._running.get(event.request_id) is ended:  # else the id was submitted again just now
+            del self._running[event.request_id]
 
 
 @dataclass

@@ -18,8 +18,9 @@ import transformers
 from spilld.daemon.assembly import build_engine, use_threads
 from spilld.daemon.config import Config
 from spilld.daemon.engine import Engine
+from spilld.daemon.generation import NOBODY
 from spilld.daemon.model import Model, load
-from spilld.daemon.protocol import Done, Event, Failed, Generate, Reply, Token
+from spilld.daemon.protocol import Done, Event, Failed, Generate, Reply, Resume, Token
 from spilld.daemon.visibility import BLOCK, WINDOW_SLOTS
 from spilld.offload import residency
 from spilld.offload.disk import DiskTier
@@ -38,14 +39,25 @@ class Harness:
     def __init__(self, config: Config, model: Model, planner: Planner = residency.plan) -> None:
         self.events: dict[str, list[Event]] = {}
         self.config = config
+        self._from: dict[str, int] = {}
         self.engine: Engine = build_engine(config, model, self._post, planner)
 
     def _post(self, client: bytes, event: Reply) -> None:
+        if client == NOBODY:
+            return
         assert client == CLIENT
         assert isinstance(event, Event)
         seen = self.events.setdefault(event.request_id, [])
-        assert event.seq == len(seen), "events are numbered without gaps"
+        due = seen[-1].seq + 1 if seen else self._from.get(event.request_id, 0)
+        assert event.seq == due, "events are numbered without gaps"
         seen.append(event)
+
+    def resume(self, request_id: str, next_seq: int = 0) -> None:
+        """Be the client of a request that has all events before next_seq."""
+        self._from[request_id] = next_seq
+        self.events[request_id] = []
+        for event in self.engine.resume(CLIENT, Resume(request_id=request_id, next_seq=next_seq)):
+            self._post(CLIENT, event)
 
     def add(self, request_id: str, prompt: Sequence[int], **fields: Any) -> None:
         request = Generate(request_id=request_id, prompt=tuple(prompt), **fields)
@@ -61,6 +73,7 @@ class Harness:
     def ask(self, prompt: Sequence[int], request_id: str = "r", **fields: Any) -> list[int]:
         """The tokens of one request that runs alone."""
         self.events.pop(request_id, None)
+        self._from.pop(request_id, None)
         self.add(request_id, prompt, **fields)
         self.run()
         return self.tokens(request_id)

@@ -26,6 +26,7 @@ from spilld.daemon.errors import (
     InvalidRequest,
     Overloaded,
     ProtocolError,
+    RequestNotFound,
     SpilldError,
     Unreachable,
     WrongVersion,
@@ -290,15 +291,51 @@ def test_a_killed_daemon_is_noticed(tmp_path: Path) -> None:
     conftest = Path(__file__).with_name("conftest.py")
     daemon = subprocess.Popen([sys.executable, str(conftest), address, "9", "0.01"])
     try:
-        with Client(address, connect_timeout=10) as client:
+        with Client(address, connect_timeout=10, reconnect_s=0.5) as client:
             generation = client.generate("a", max_tokens=10**6)
             next(iter(generation))
             daemon.kill()
-            with pytest.raises(Unreachable, match="went away"):
+            with pytest.raises(Unreachable, match=f"within 0.5 s.*resume.*{generation.id}"):
                 generation.text()
     finally:
         daemon.kill()
         daemon.wait()
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_another_daemon_answers(start: Start, arrived: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that was lost with the link is sent again; one of which something has come is not."""
+    first = start()
+    first.echo.pace_s, first.echo.saves = 0.01, True
+    if not arrived:
+        monkeypatch.setattr(first.echo, "submit", lambda *_: None)
+    with Client(first.address) as client:
+        generation = client.generate("a b c", max_tokens=10)
+        until(lambda: first.server._running)
+        if arrived:
+            next(generation)
+        else:
+            monkeypatch.setattr(first.echo, "stop", lambda: {generation.id})
+        first.server.stop()
+        first.join()
+        first.server.__exit__()
+        second = start(first.address)
+        if arrived:
+            with pytest.raises(RequestNotFound):
+                generation.text()
+        else:
+            assert [event.seq for event in generation] == list(range(12))
+    assert [request.request_id for request in second.echo.resumed] == [generation.id]
+
+
+def test_resume_by_id(running: Running) -> None:
+    running.echo.pace_s = 0.01
+    with Client(running.address) as one, Client(running.address) as two:
+        generation = one.generate("a b", max_tokens=20)
+        next(generation)
+        assert len(list(two.resume(generation.id))) == 22
+        with pytest.raises(RequestNotFound):
+            two.resume("unknown").text()
 
 
 def test_a_closed_client(running: Running) -> None:

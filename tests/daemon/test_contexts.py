@@ -12,7 +12,7 @@ from spilld.daemon.errors import Cancelled, ContextNotFound, DeadlineExceeded, I
 from spilld.daemon.model import Model
 from spilld.daemon.protocol import Done, Failed, Release, Released
 
-from .harness import CLIENT, Harness, column_bytes, engine, said, shared, some_tokens, window_bytes
+from .harness import Harness, column_bytes, engine, said, shared, some_tokens, window_bytes
 
 PROMPT = some_tokens(1, 1400)
 FIELDS: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True}
@@ -147,9 +147,8 @@ class TestEnds:
             harness.add("r", PROMPT, **FIELDS)
             harness.add("w", PROMPT, **FIELDS)
             harness.engine.turn()
-            harness.engine.cancel(CLIENT, "w")
-            harness.engine.cancel(b"another client", "r")
-            harness.engine.cancel(CLIENT, "unknown")
+            harness.engine.cancel("w")
+            harness.engine.cancel("unknown")
             assert [type(event) for event in harness.events["w"]] == [Failed]
             assert code(harness, "w") == "cancelled"
             harness.run()
@@ -166,7 +165,7 @@ class TestEnds:
             while said(harness, "r") < tokens:
                 harness.engine.turn()
             before = list(harness.events["r"])
-            harness.engine.cancel(CLIENT, "r")
+            harness.engine.cancel("r")
             harness.engine.check_integrity()
             with pytest.raises(Cancelled):
                 harness.tokens("r")
@@ -187,7 +186,7 @@ class TestEnds:
             harness.engine.turn()
             while said(harness, "r") < tokens:
                 harness.engine.turn()
-            harness.engine.cancel(CLIENT, "r")
+            harness.engine.cancel("r")
             history += harness.engine._keeper.book.get("", context).tokens[len(history) :]
             assert len(history) == 1408 + 700 + tokens
             continued = harness.ask(PROMPT[:30], context=context, **FIELDS)

@@ -25,6 +25,7 @@ from spilld.daemon.errors import (
     InternalError,
     InvalidRequest,
     PromptTooLong,
+    Unreachable,
 )
 from spilld.daemon.model import Model
 from spilld.daemon.spawn import Spawned, spawned
@@ -56,6 +57,7 @@ def running(model: Model) -> Iterator[Spawned]:
         "host_budget": 10 * column_bytes(model, "k8v4"),
         "disk_budget": "64MiB",
         "chunk_tokens": 128,
+        "retention_s": 1,
     }
     with daemon(model, **budgets) as running:
         yield running
@@ -198,7 +200,9 @@ def test_stats(client: Client, running: Spawned, model: Model) -> None:
     assert running.peak_rss_bytes > 100 << 20
 
 
-def test_a_killed_client_disturbs_nobody(client: Client, running: Spawned, expected: list[int]) -> None:
+def test_a_killed_client_disturbs_nobody_and_its_request_ends(
+    client: Client, running: Spawned, expected: list[int]
+) -> None:
     program = (
         "import sys; from spilld.daemon.client import Client, Token\n"
         "for event in Client(sys.argv[1]).generate('hello', max_tokens=2500, ignore_eos=True):\n"
@@ -254,13 +258,16 @@ def test_the_first_signal_lets_a_running_answer_finish(model: Model) -> None:
 
 
 def test_the_second_signal_stops_at_once(model: Model) -> None:
-    with daemon(model, drain_seconds=60) as running, Client(running.address) as client:
+    with (
+        daemon(model, drain_seconds=60) as running,
+        Client(running.address, reconnect_s=0) as client,
+    ):
         generation = client.generate("hello", max_tokens=LONG, ignore_eos=True)
         first_token(generation)
         os.kill(running.pid, signal.SIGTERM)
         time.sleep(0.2)
         os.kill(running.pid, signal.SIGTERM)
-        with pytest.raises(Draining):
+        with pytest.raises(Unreachable, match="keeps the request"):
             generation.text()
         assert ends(running, 10) == 0
         assert "Traceback" not in running.log.read_text()

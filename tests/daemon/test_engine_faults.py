@@ -108,8 +108,8 @@ def damage(harness: Harness, request_id: str = "r") -> int:
 def running(harness: Harness, request_id: str = "r") -> Any:
     """The sequence that a request runs on."""
     found = [g for g in harness.engine._generations.values() if g.request.request_id == request_id]
-    assert found[0].context is not None
-    return found[0].context.sequence
+    assert found[0].sequence is not None
+    return found[0].sequence
 
 
 @pytest.mark.parametrize("moment", ["prefill", "decode"])

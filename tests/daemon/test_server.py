@@ -33,6 +33,7 @@ from spilld.daemon.protocol import (
     Hello,
     Progress,
     Reply,
+    Resume,
     Stats,
     StatsReply,
     Token,
@@ -95,14 +96,16 @@ def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
 
 
 def test_two_clients_with_the_same_request_id(running: Running) -> None:
+    """An id names one request, whoever sends it; once it has ended it is free."""
+    running.echo.pace_s = 0.05
     with Dealer(running.address) as one, Dealer(running.address) as two:
-        one.generate("same", "x y", 40)
-        two.generate("same", "p q", 40)
-        for dealer, text in ((one, "x y "), (two, "p q ")):
-            replies = dealer.to_the_end()
-            assert [reply.seq for reply in replies] == list(range(42))
-            assert isinstance(replies[-1], Done)
-            assert replies[-1].text == text * 20
+        one.generate("same", "x y", 10)
+        assert isinstance(one.reply(), Accepted)
+        two.generate("same", "p q", 10)
+        assert (two.refusal().code, two.socket.poll(200)) == ("invalid_request", 0)
+        assert isinstance(one.to_the_end()[-1], Done)
+        two.generate("same", "p q", 2)
+        assert isinstance(two.to_the_end()[-1], Done)
 
 
 def test_duplicate_id_in_flight(running: Running) -> None:
@@ -194,19 +197,48 @@ def test_an_event_that_cannot_be_sent_fails_its_request(running: Running) -> Non
         assert isinstance(dealer.to_the_end()[-1], Done)
 
 
-def test_a_dead_client_is_cancelled(running: Running) -> None:
+def test_a_dead_client_leaves_its_requests_to_be_resumed(running: Running) -> None:
     running.echo.pace_s = 0.01
     with Dealer(running.address) as dealer, Dealer(running.address) as other:
-        for name in ("a", "b"):
-            dealer.generate(name, max_tokens=10**6)
+        for name, count in (("a", 200), ("b", 10**6)):
+            dealer.generate(name, max_tokens=count)
             dealer.reply()
-        dealer.send(*encode(Cancel(request_id="a")))
-        other.generate("c", max_tokens=10**6)
         dealer.socket.close()
-        until(lambda: len(running.echo.cancelled) == 2)
-        assert {name for _, name in running.echo.cancelled} == {"a", "b"}
-        until(lambda: len(running.echo._running) == 1)
-        other.reply()
+        until(lambda: sorted(running.echo.left) == ["a", "b"])
+        assert running.echo.cancelled == []
+        other.send(*encode(Resume(request_id="a", next_seq=1)))
+        replies = other.to_the_end()
+        assert [reply.seq for reply in replies] == list(range(1, 202))
+        other.send(*encode(Cancel(request_id="b")))
+        until(lambda: running.echo.cancelled == ["b"])
+        until(running.echo.idle)
+        other.send(*encode(Resume(request_id="b")))
+        last = other.to_the_end()[-1]
+        assert isinstance(last, Failed)
+        assert last.code == "cancelled", "its end is still there"
+
+
+def test_resume_takes_over_from_a_client_that_lives(running: Running) -> None:
+    running.echo.pace_s = 0.01
+    with Dealer(running.address) as one, Dealer(running.address) as two:
+        one.generate("x", max_tokens=100)
+        one.reply()
+        two.send(*encode(Resume(request_id="x", next_seq=0)))
+        assert [reply.seq for reply in two.to_the_end()] == list(range(102))
+        one.send(*encode(Hello(request_id="h")))
+        seen = one.reply()
+        while not isinstance(seen, Welcome):
+            assert isinstance(seen, Token)
+            seen = one.reply()
+
+
+def test_resume_of_what_is_not_known(running: Running) -> None:
+    with Dealer(running.address) as dealer:
+        dealer.send(*encode(Resume(request_id="x", next_seq=7)))
+        failed = dealer.refusal()
+        assert (failed.code, failed.request_id, failed.seq) == ("request_not_found", "x", 7)
+        dealer.generate("x", max_tokens=1)
+        assert isinstance(dealer.to_the_end()[-1], Done)
 
 
 def test_a_slow_client_is_cancelled_and_told(start: Start) -> None:
@@ -234,7 +266,7 @@ def test_posts_from_many_threads_arrive_in_order(running: Running) -> None:
         for name in names:
             dealer.generate(name)
         until(lambda: len(running.echo._running) == len(names))
-        (client, _), *_ = running.echo._running
+        client = running.echo._clients[names[0]]
 
         def work(name: str) -> None:
             for seq in range(1, 300):
@@ -263,6 +295,17 @@ def test_stop_fails_what_runs(running: Running) -> None:
         assert (last.code, last.retryable) == ("draining", True)
     running.join()
     assert running.echo.stopped
+
+
+def test_stop_says_nothing_of_what_is_saved(running: Running) -> None:
+    running.echo.pace_s, running.echo.saves = 0.01, True
+    with Dealer(running.address) as dealer:
+        dealer.generate("x", max_tokens=10**6)
+        dealer.reply()
+        running.server.stop()
+        running.join()
+        while dealer.socket.poll(200):
+            assert isinstance(dealer.reply(), Token)
 
 
 # The address

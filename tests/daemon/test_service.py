@@ -26,6 +26,7 @@ from spilld.daemon.protocol import (
     Release,
     Released,
     Reply,
+    Resume,
     Token,
 )
 from spilld.daemon.sequence import Sequence
@@ -117,9 +118,9 @@ def opened(model: Model, tmp_path: Path) -> Iterator[Desk]:
 
 
 def sequence_of(opened: Desk, answer: Done) -> Sequence:
-    context = opened.engine.contexts.get(("", str(answer.context)))
-    assert context is not None
-    return context.sequence
+    sequence = opened.engine.contexts.get(("", str(answer.context)))
+    assert sequence is not None
+    return sequence
 
 
 def turn(role: str, content: str) -> Message:
@@ -186,11 +187,11 @@ def test_cancel_and_overload(model: Model, tmp_path: Path) -> None:
             opened.submit("c", "hello")
         opened.wait("a", Token)
         for name in "ab":
-            opened.service.cancel(CLIENT, name)
+            opened.service.cancel(name)
             assert opened.code(name) == "cancelled"
         assert opened.ask("d", "hello").reason == "length"
         opened.submit("e", "hello", max_tokens=LONG)
-        opened.service.cancel(CLIENT, "e")
+        opened.service.cancel("e")
         assert opened.code("e") == "cancelled", "a cancel does not overtake its request"
 
 
@@ -236,9 +237,17 @@ def test_draining_and_stopping(model: Model, tmp_path: Path) -> None:
     with desk(model, tmp_path / "s") as opened:
         opened.submit("r", "hello", max_tokens=LONG)
         opened.wait("r", Token)
-        opened.service.stop()
-        assert opened.code("r") == "draining"
-        assert (tmp_path / "s" / "sessions.sqlite").exists()
+        assert opened.service.stop() == {"r"}
+        said = list(opened.events["r"])
+        assert not isinstance(said[-1], Done | Failed), "it has not ended"
+    with desk(model, tmp_path / "s") as opened:
+        assert not opened.service.idle(), "it goes on by itself"
+        opened.service.resume(CLIENT, Resume(request_id="r", next_seq=len(said)))
+        opened.wait("r", Token)
+        opened.service.cancel("r")
+        assert opened.code("r") == "cancelled"
+        whole = said + opened.events["r"]
+        assert [event.seq for event in whole] == list(range(len(whole)))
 
 
 def test_a_deadline_is_kept_without_any_other_event(opened: Desk) -> None:

@@ -264,7 +264,7 @@ class TestRequests:
         with engine(model, tmp_path / "s") as harness:
             for name in "123":
                 harness.add(name, PROMPT[:20], session="s", **FIELDS)
-            harness.engine.cancel(b"test", "2")
+            harness.engine.cancel("2")
             harness.run()
             assert isinstance(harness.events["2"][-1], Failed)
             assert len(harness.tokens("1")) == len(harness.tokens("3")) == 8
@@ -306,7 +306,7 @@ class TestRequests:
             harness.add("r", PROMPT, session="s", max_tokens=50, ignore_eos=True)
             while len(harness.events.get("r", [])) < 12:
                 harness.engine.turn()
-            harness.engine.cancel(b"test", "r")
+            harness.engine.cancel("r")
             (info,) = manage(harness)
             history = list(harness.engine._keeper.book.get("", "s").tokens)
             assert info.tokens == len(history) > 1400

@@ -1,0 +1,172 @@
+"""The journal: requests that outlive their connection and their process, with every event they have had.
+
+It lies in the database of the sessions, so that the end of a request and what it leaves of its session are
+one transaction. What ended stays for a while, for a client that lost its connection just then.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+
+from spilld.offload.database import Database
+from spilld.offload.errors import IndexDamaged
+
+from .errors import SpilldError
+from .protocol import MAGIC, Event, Generate, Reply, Request, is_last
+from .wire import decode, encode
+
+log = logging.getLogger(__name__)
+
+HEADER_BYTES = len(MAGIC) + 1
+"""Of a message, which is kept as its two frames in one piece."""
+
+CREATE = """
+CREATE TABLE requests (
+    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, message BLOB NOT NULL, prompt BLOB, handle TEXT,
+    fingerprint BLOB NOT NULL, arrived REAL NOT NULL, ended REAL
+);
+CREATE TABLE events (
+    request INTEGER, seq INTEGER, message BLOB NOT NULL, PRIMARY KEY (request, seq)
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """All that a request's answer depends on, but the session that it continues.
+
+    request names its seed. prompt is in tokens, None where it depends on the session. handle: of the context
+    that it leaves. fingerprint: of the model. arrived: seconds since 1970.
+    """
+
+    request: Generate
+    prompt: tuple[int, ...] | None
+    handle: str | None
+    fingerprint: bytes
+    arrived: float
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A request that the last process left, and the events that it had posted."""
+
+    number: int
+    entry: Entry
+    events: list[Event]
+
+
+class Journal:
+    """One thread calls everything. What cannot be written is logged: that request ends with the process."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    def transaction(self) -> AbstractContextManager[object]:
+        """What is written inside, of sessions too, happens as a whole or not at all."""
+        return self._db.transaction()
+
+    def close(self) -> None:
+        self._db.close()
+
+    def begin(self, entry: Entry) -> int:
+        """Note a request, in place of an ended one of the same id; its number, 0 if it could not be noted."""
+        request = entry.request
+        prompt = None if entry.prompt is None else np.asarray(entry.prompt, "<u4").tobytes()
+        try:
+            message = _pack(request)
+            values = (request.request_id, message, prompt, entry.handle, entry.fingerprint, entry.arrived)
+            with self._db.transaction() as db:
+                self._delete("id = ?", request.request_id)
+                db.execute("INSERT INTO requests VALUES (NULL, ?, ?, ?, ?, ?, ?, NULL)", values)
+                ((number,),) = self._db.rows("SELECT last_insert_rowid()")
+        except (OSError, IndexDamaged, SpilldError) as error:
+            log.error("request %s will not outlive this process: %s", request.request_id, error)
+            return 0
+        return int(number)
+
+    def note(self, number: int, event: Event) -> None:
+        """Note an event, before anybody hears of it. Errors are those of Database."""
+        if not number:
+            return
+        try:
+            self._db.run("INSERT INTO events VALUES (?, ?, ?)", (number, event.seq, _pack(event)))
+        except SpilldError as error:
+            log.error("event %d of request %s is not kept: %s", event.seq, event.request_id, error)
+        if is_last(event):
+            self._db.run("UPDATE requests SET ended = ? WHERE number = ?", (time.time(), number))
+
+    def find(self, tenant: str, request_id: str) -> int | None:
+        """The number of a request, if it is a tenant's."""
+        for number, message in self._db.rows(
+            "SELECT number, message FROM requests WHERE id = ?", (request_id,)
+        ):
+            request = _unpack(message)
+            if isinstance(request, Generate) and request.tenant == tenant:
+                return int(number)
+        return None
+
+    def events(self, number: int, start: int = 0) -> list[Event]:
+        """The events of a request from sequence number `start` on, as far as none is missing."""
+        rows = self._db.rows(
+            "SELECT seq, message FROM events WHERE request = ? AND seq >= ? ORDER BY seq", (number, start)
+        )
+        whole = itertools.takewhile(lambda row: row[1][0] == row[0], enumerate(rows, start))
+        found = [_unpack(message) for _, (_, message) in whole]
+        return [event for event in found if isinstance(event, Event)]
+
+    def unfinished(self) -> list[Unfinished]:
+        """Requests that the last process left, in order of arrival. To be asked once, at start: the clock of
+        what had ended then starts anew, for its client may be waiting for this."""
+        self._db.run("UPDATE requests SET ended = ? WHERE ended IS NOT NULL", (time.time(),))
+        rows = self._db.rows(
+            "SELECT number, message, prompt, handle, fingerprint, arrived FROM requests"
+            " WHERE ended IS NULL ORDER BY number"
+        )
+        found = []
+        for number, message, prompt, handle, fingerprint, arrived in rows:
+            try:
+                request, events = _unpack(message), self.events(number)
+            except SpilldError as error:
+                log.error("request %d cannot be read and is forgotten: %s", number, error)
+                self._delete("number = ?", number)
+                continue
+            assert isinstance(request, Generate)
+            self._db.run("DELETE FROM events WHERE request = ? AND seq >= ?", (number, len(events)))
+            entry = Entry(
+                request=request,
+                prompt=None if prompt is None else tuple(np.frombuffer(prompt, "<u4").tolist()),
+                handle=handle,
+                fingerprint=fingerprint,
+                arrived=arrived,
+            )
+            found.append(Unfinished(number, entry, events))
+        return found
+
+    def sweep(self, retention_s: float) -> None:
+        """Forget what ended longer ago."""
+        try:
+            with self._db.transaction():
+                self._delete("ended < ?", time.time() - retention_s)
+        except (OSError, IndexDamaged) as error:
+            log.warning("ended requests stay in the journal: %s", error)
+
+    def _delete(self, condition: str, value: object) -> None:
+        self._db.run(
+            f"DELETE FROM events WHERE request IN (SELECT number FROM requests WHERE {condition})", (value,)
+        )
+        self._db.run(f"DELETE FROM requests WHERE {condition}", (value,))
+
+
+def _pack(message: Generate | Event) -> bytes:
+    return b"".join(encode(message))
+
+
+def _unpack(message: bytes) -> Request | Reply:
+    """Raises SpilldError: the version of the protocol may have changed meanwhile."""
+    return decode([message[:HEADER_BYTES], message[HEADER_BYTES:]])
