@@ -11,6 +11,7 @@ from spilld.cuda_ext.cpu import CpuBackend
 from spilld.cuda_ext.window import WindowArena, WindowShape
 from spilld.offload import residency
 from spilld.offload.cache import RunCache
+from spilld.offload.compaction import Compaction
 from spilld.offload.disk import DiskTier
 from spilld.offload.errors import BudgetTooSmall, FolderInUse, FolderUnusable
 from spilld.offload.extent import extent_bytes
@@ -142,10 +143,12 @@ def _store(config: Config, model: Model, planner: Planner) -> Store:
         )
         stored = [run.identity.nbytes for run in tier.runs() if run.identity.fingerprint == model.fingerprint]
         extent = max(extent_bytes(layout, blocks), extent_bytes(tail, TAIL_BLOCKS), *stored)
+        cache, rate = RunCache(tier, extent), config.compaction_rate
         disk = DiskPath(
             tier,
-            RunCache(tier, extent),
+            cache,
             Spiller(tier, extent),
             Prefetcher(tier, STAGING_BUFFERS, extent, READERS, config.read_deadline_s),
+            Compaction(tier, cache, extent, rate) if rate else None,
         )
     return Store(layout, geometry.layers, slab, blocks, disk, planner)

@@ -159,6 +159,15 @@ class Index:
             for table in ("runs", "blocks", "tails"):
                 db.executemany(f"DELETE FROM {table} WHERE run = ?", keys)
 
+    def move(self, run: RunKey, place: Range) -> None:
+        """The extents of a run lie elsewhere now. Raises IndexDamaged if it has no row."""
+        with self._db.transaction() as db:
+            found = db.execute(
+                "UPDATE runs SET segment = ?, offset = ? WHERE run = ?", (place.segment, place.offset, run)
+            )
+            if found.rowcount != 1:
+                raise IndexDamaged(f"run {run.hex()} has no row")
+
     def touch(self, runs: Iterable[RunKey], now: int) -> None:
         """The runs were used at `now`."""
         with self._db.transaction() as db:
@@ -204,6 +213,11 @@ class Index:
     def holders(self, name: bytes) -> list[RunKey]:
         """Runs that hold the block of this chain hash."""
         return [run for (run,) in self._db.rows("SELECT run FROM blocks WHERE hash = ?", [name])]
+
+    @property
+    def log(self) -> Path:
+        """The file that must be durable for what was last committed to be."""
+        return self._db.log
 
     @property
     def nbytes(self) -> int:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from . import residency
 from .cache import RunCache
+from .compaction import Compaction
 from .disk import DiskTier
 from .errors import BudgetTooSmall, ExtentCorrupt, TierFull, WriteFailed
 from .extent import RunKey, extent_bytes
@@ -64,10 +65,18 @@ class DiskPath:
     cache: RunCache
     spiller: Spiller
     prefetch: Prefetcher
+    compaction: Compaction | None = None
+
+    @property
+    def moving(self) -> bool:
+        """A run is on its way to another place on disk."""
+        return self.compaction is not None and self.compaction.moving
 
     def close(self) -> None:
         self.prefetch.close()
         self.spiller.close()
+        if self.compaction is not None:
+            self.compaction.close()
         self.tier.close()
 
 
@@ -138,8 +147,9 @@ class Store:
         if self._disk is None or self.spill_failure is not None:
             return host
         run_bytes = self.layers * extent_bytes(self.layout, self.run_blocks)
-        pinned = sum(self._disk.tier.locate(run).range.nbytes for run in self._pinned)
-        return host + max(0, self._disk.tier.budget_bytes - pinned) // run_bytes * self.run_blocks
+        tier = self._disk.tier
+        pinned = sum(tier.locate(run).range.nbytes for run in self._pinned if run in tier)
+        return host + max(0, tier.budget_bytes - pinned) // run_bytes * self.run_blocks
 
     @property
     def unpromised(self) -> int:
@@ -312,12 +322,16 @@ class Store:
     def settle(self) -> None:
         """Between steps: all blocks are sealed now, and some writes may have ended.
 
-        Durable runs give up their rows, failed ones keep them.
+        Durable runs give up their rows, failed ones keep them. While nothing is being written, runs on disk
+        move together.
         """
         for table in self._tables:
             table.sealed = table.stop
         if self._disk is not None:
             self._settle(self._disk.spiller.finished())
+            if self._disk.compaction is not None:
+                idle = self.spill_failure is None and not self._disk.spiller.pending
+                self._disk.compaction.step(begin=idle)
 
     def _settle(self, spilled: Sequence[Spilled]) -> None:
         for ended in spilled:
@@ -498,8 +512,8 @@ class Store:
 
     @property
     def writing(self) -> bool:
-        """Runs or tails are on their way to disk."""
-        return bool(self._outgoing or self._tails)
+        """Runs or tails are on their way to disk, or to another place there."""
+        return bool(self._outgoing or self._tails) or (self._disk is not None and self._disk.moving)
 
     def stats(self) -> dict[str, object]:
         """Capacity and use of the tiers in bytes, and what moved between them."""
@@ -511,14 +525,19 @@ class Store:
         }
         if self._disk is not None:
             tier, spiller, prefetch = self._disk.tier, self._disk.spiller, self._disk.prefetch
+            compaction = self._disk.compaction
             values |= {
                 "disk_used_bytes": tier.used_bytes,
                 "disk_budget_bytes": tier.budget_bytes,
+                "disk_hole_bytes": tier.hole_bytes,
                 "disk_direct": tier.direct,
                 "disk_cached_bytes": self._disk.cache.cached_bytes,
                 "disk_failure": str(self.spill_failure or ""),
                 "disk_written_bytes": spiller.bytes_written,
-                "staging_bytes": prefetch.staging_bytes + spiller.scratch_bytes,
+                "disk_moved_bytes": compaction.bytes_moved if compaction else 0,
+                "staging_bytes": prefetch.staging_bytes
+                + spiller.scratch_bytes
+                + (compaction.scratch_bytes if compaction else 0),
                 **{f"prefetch_{name}": value for name, value in vars(prefetch.stats).items()},
             }
         return values
@@ -554,7 +573,7 @@ class Store:
         """Finish the writes that were begun, unless the disk takes longer than CLOSE_S, and stop."""
         if self._disk is not None:
             give_up = time.monotonic() + CLOSE_S
-            while self.writing and (left := give_up - time.monotonic()) > 0:
+            while (self._outgoing or self._tails) and (left := give_up - time.monotonic()) > 0:
                 self._settle(self._disk.spiller.wait(left))
             self._disk.close()
 
