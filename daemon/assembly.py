@@ -20,6 +20,7 @@ from spilld.offload.prefetch import Prefetcher
 from spilld.offload.record import BLOCK, Element, Format, Layout
 from spilld.offload.spill import Spiller
 from spilld.offload.store import DiskPath, Planner, Store, run_length
+from spilld.offload.wear import WriteBudget
 
 from .attention import TieredAttention
 from .config import Config
@@ -143,12 +144,14 @@ def _store(config: Config, model: Model, planner: Planner) -> Store:
         )
         stored = [run.identity.nbytes for run in tier.runs() if run.identity.fingerprint == model.fingerprint]
         extent = max(extent_bytes(layout, blocks), extent_bytes(tail, TAIL_BLOCKS), *stored)
-        cache, rate = RunCache(tier, extent), config.compaction_rate
+        cache, rate, daily = RunCache(tier, extent), config.compaction_rate, config.write_budget
+        wear = None if daily is None else WriteBudget(daily, tier.index)
         disk = DiskPath(
             tier,
             cache,
             Spiller(tier, extent),
             Prefetcher(tier, STAGING_BUFFERS, extent, READERS, config.read_deadline_s),
-            Compaction(tier, cache, extent, rate) if rate else None,
+            Compaction(tier, cache, extent, rate, wear=wear) if rate else None,
+            wear,
         )
     return Store(layout, geometry.layers, slab, blocks, disk, planner)

@@ -21,6 +21,7 @@ from .extent import Move
 from .record import round_up
 from .spill import CLOSE_S
 from .system import PAGE, page_aligned
+from .wear import WriteBudget
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +59,15 @@ class Compaction:
         extent_bytes: int,
         rate: int,
         clock: Callable[[], float] = time.monotonic,
+        wear: WriteBudget | None = None,
     ) -> None:
         """extent_bytes: the largest extent that is moved; rate: bytes of runs that move in a second, and may
-        move at once. The last move may exceed them, and the next waits for that."""
+        move at once. The last move may exceed them, and the next waits for that. wear: what moves count
+        against, and wait for while it is short."""
         self._disk = disk
         self._cache = cache
         self._clock = clock
+        self._wear = wear
         self._bucket = Bucket(rate, 1.0, clock)
         self._scratch = page_aligned(round_up(extent_bytes, PAGE), huge=True)
         self.scratch_bytes = len(self._scratch)
@@ -107,6 +111,7 @@ class Compaction:
             and WORTH * self._disk.hole_bytes > self._disk.used_bytes
             and self._bucket.left > 0
             and self._clock() >= self._not_before
+            and (self._wear is None or self._wear.comfortable)
         )
 
     def _begin(self) -> None:
@@ -117,6 +122,8 @@ class Compaction:
         self._disk.hold(move.source)
         self._disk.hold(move.target)
         self._bucket.spend(move.nbytes)
+        if self._wear is not None:
+            self._wear.spend(move.nbytes)
         self.moving = True
         self._jobs.put(_Job(move, self._copy, self._copied))
 

@@ -27,7 +27,7 @@ from .system import PAGE
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 """PRAGMA user_version of the database."""
 
 _CREATE = """
@@ -43,6 +43,9 @@ CREATE TABLE blocks (
 CREATE TABLE tails (
     anchor BLOB, run BLOB, tokens BLOB NOT NULL, seal BLOB NOT NULL, PRIMARY KEY (anchor, run)
 ) WITHOUT ROWID;
+CREATE TABLE wear (
+    id INTEGER PRIMARY KEY, spent INTEGER NOT NULL, at INTEGER NOT NULL, seal BLOB NOT NULL
+);
 CREATE INDEX blocks_by_run ON blocks (run);
 CREATE INDEX tails_by_run ON tails (run);
 """
@@ -213,6 +216,18 @@ class Index:
     def holders(self, name: bytes) -> list[RunKey]:
         """Runs that hold the block of this chain hash."""
         return [run for (run,) in self._db.rows("SELECT run FROM blocks WHERE hash = ?", [name])]
+
+    def note_spent(self, spent: int, at: int) -> None:
+        """Of the write budget so many bytes were spent at `at`, seconds since 1970."""
+        with self._db.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO wear VALUES (0, ?, ?, ?)", (spent, at, _seal(spent, at)))
+
+    def spent(self) -> tuple[int, int]:
+        """What was noted last; (0, 0) if nothing was, or if it makes no sense."""
+        for spent, at, seal in self._db.rows("SELECT spent, at, seal FROM wear WHERE id = 0"):
+            if type(spent) is type(at) is int and seal == _seal(spent, at):
+                return spent, at
+        return 0, 0
 
     @property
     def log(self) -> Path:
