@@ -9,7 +9,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -37,6 +37,7 @@ from spilld.offload.spill import Spiller
 from spilld.offload.store import EXTENT_TARGET, RUN_STEP, DiskPath, Planner, Store, run_length
 from spilld.offload.system import Bytes
 from spilld.offload.table import BlockTable, RunRef
+from spilld.offload.wear import WriteBudget
 
 from .faults import ScriptedSystem, Stall, error
 from .tier_contract import FINGERPRINT, LAYERS, LAYOUT
@@ -105,12 +106,16 @@ class Rig:
         disk_rest: int = 0,
         planner: Planner = residency.plan,
         rate: int = 0,
+        daily: int | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.folder = folder / "kv"
         self.columns = columns
         self.disk_budget = disk_runs * RUN_BYTES + disk_rest if disk_runs else 0
         self.planner = planner
         self.rate = rate
+        self.daily = daily
+        self.clock = clock
         self.lineages = 0
         self.start()
 
@@ -131,9 +136,11 @@ class Rig:
             )
             extent = max(extent_bytes(LAYOUT, run_blocks), extent_bytes(TAIL_LAYOUT, TAIL_BLOCKS))
             cache = RunCache(tier, extent)
+            wear = None if self.daily is None else WriteBudget(self.daily, tier.index, self.clock)
             self.disk = DiskPath(
                 *(tier, cache, Spiller(tier, extent), Prefetcher(tier, BUFFERS, extent)),
-                compaction=Compaction(tier, cache, extent, self.rate) if self.rate else None,
+                compaction=Compaction(tier, cache, extent, self.rate, wear=wear) if self.rate else None,
+                wear=wear,
             )
         self.store = Store(LAYOUT, LAYERS, self.slab, run_blocks, self.disk, self.planner)
         self.sequences: list[Known] = []

@@ -43,6 +43,7 @@ from spilld.offload.spill import Spiller
 from spilld.offload.store import DiskPath, Store
 from spilld.offload.system import PAGE, Bytes, SystemCalls
 from spilld.offload.table import BlockTable
+from spilld.offload.wear import WriteBudget
 
 LAYOUT = Layout(Format.INT8, Element.FLOAT32, kv_heads=1, head_dim=16)
 TAIL_LAYOUT = Layout(Format.RAW, LAYOUT.element, LAYOUT.kv_heads, LAYOUT.head_dim)
@@ -51,6 +52,7 @@ RUN = 4
 TAIL_BLOCKS = 2
 RUN_BYTES = LAYERS * extent_bytes(LAYOUT, RUN)
 BUDGETS = [14 * RUN_BYTES, 14 * RUN_BYTES, 9 * RUN_BYTES]
+DAILY = [None, None, 1000 * RUN_BYTES]
 SEGMENT_BYTES = 9 * RUN_BYTES
 COLUMNS = 16
 FINGERPRINT = bytes(range(32))
@@ -260,9 +262,12 @@ class Life:
         extent = max(extent_bytes(LAYOUT, RUN), extent_bytes(TAIL_LAYOUT, TAIL_BLOCKS))
         self.cache = RunCache(self.tier, extent)
         self.slab = HostSlab(COLUMNS * LAYERS * LAYOUT.record_bytes, LAYOUT.record_bytes)
+        daily = self.choose.choice(DAILY)
+        wear = None if daily is None else WriteBudget(daily, self.tier.index)
         path = DiskPath(
             *(self.tier, self.cache, Spiller(self.tier, extent), Prefetcher(self.tier, 4, extent, 1)),
-            compaction=Compaction(self.tier, self.cache, extent, FAST),
+            compaction=Compaction(self.tier, self.cache, extent, FAST, wear=wear),
+            wear=wear,
         )
         self.store = Store(LAYOUT, LAYERS, self.slab, RUN, path)
         self.spiller = path.spiller
