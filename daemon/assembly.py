@@ -12,6 +12,7 @@ from spilld.cuda_ext.cpu import CpuBackend
 from spilld.cuda_ext.window import WindowArena, WindowShape
 from spilld.offload import residency
 from spilld.offload.cache import RunCache
+from spilld.offload.compaction import Compaction
 from spilld.offload.database import Database
 from spilld.offload.disk import DiskTier
 from spilld.offload.errors import BudgetTooSmall, FolderInUse, FolderUnusable
@@ -21,6 +22,7 @@ from spilld.offload.prefetch import Prefetcher
 from spilld.offload.record import BLOCK, Element, Format, Layout
 from spilld.offload.spill import Spiller
 from spilld.offload.store import DiskPath, Planner, Store, run_length
+from spilld.offload.wear import WriteBudget
 
 from . import journal, sessions
 from .attention import TieredAttention
@@ -153,10 +155,14 @@ def _store(config: Config, model: Model, planner: Planner) -> Store:
         )
         stored = [run.identity.nbytes for run in tier.runs() if run.identity.fingerprint == model.fingerprint]
         extent = max(extent_bytes(layout, blocks), extent_bytes(tail, TAIL_BLOCKS), *stored)
+        cache, rate, daily = RunCache(tier, extent), config.compaction_rate, config.write_budget
+        wear = None if daily is None else WriteBudget(daily, tier.index)
         disk = DiskPath(
             tier,
-            RunCache(tier, extent),
+            cache,
             Spiller(tier, extent),
             Prefetcher(tier, STAGING_BUFFERS, extent, READERS, config.read_deadline_s),
+            Compaction(tier, cache, extent, rate, wear=wear) if rate else None,
+            wear,
         )
     return Store(layout, geometry.layers, slab, blocks, disk, planner)

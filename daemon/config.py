@@ -82,6 +82,8 @@ class Config:
     host_budget: Annotated[int, Size()] = 2 * GIB
     disk_budget: Annotated[int, Size()] = 16 * GIB
     disk_floor: Annotated[int, Size()] = GIB
+    compaction_rate: Annotated[int, Size()] = 32 * 2**20
+    write_budget: Annotated[int | None, Maybe(Size())] = None
     state: Annotated[Path, Folder()] = field(default_factory=_state)
     cache: Annotated[Path, Folder()] = field(default_factory=_cache)
     listen: Annotated[str, Address()] = field(default_factory=default_address)

@@ -113,6 +113,11 @@ class Database:
                 raise
 
     @property
+    def log(self) -> Path:
+        """What was committed since it was last written into the file itself."""
+        return self.path.with_name(self.path.name + "-wal")
+
+    @property
     def nbytes(self) -> int:
         """What it takes on disk, its log included."""
         files = (self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal", "-shm"))

@@ -22,7 +22,7 @@ from .errors import (
     TierFull,
     WriteFailed,
 )
-from .extent import ExtentIdentity, RunKey, RunPlace, extent_bytes
+from .extent import ExtentIdentity, Move, RunKey, RunPlace, extent_bytes
 from .folder import Folder
 from .host import Rows
 from .index import Contents, Entry, Index, consistent
@@ -54,9 +54,10 @@ class _File:
 
 
 class DiskTier:
-    """Runs on disk. One owner thread calls everything but write_extent, sync and read_extent.
+    """Runs on disk. One owner thread calls everything but write_extent, copy_extent, sync, sync_index and
+    read_extent.
 
-    Those three run on I/O threads, on a place that the owner holds; they touch the place, their buffer
+    Those run on I/O threads, on a place that the owner holds; they touch the place, their buffer
     and the file, and no state of the tier. A run exists from commit until delete, also when the process ends
     in between; its bytes are not used again while anybody holds it. used_bytes is what the segment files
     measure, at most budget_bytes.
@@ -95,6 +96,8 @@ class DiskTier:
         self._space = SegmentSpace(budget_bytes, segment_bytes)
         self._files: dict[int, _File] = {}
         self._runs: dict[RunKey, _Run] = {}
+        self._aside: dict[Range, _Run] = {}
+        """Where runs are being moved to, and where those that were moved are still held."""
         self._folder = Folder(folder, self.system)
         self._closed = False
         try:
@@ -144,6 +147,11 @@ class DiskTier:
     def used_bytes(self) -> int:
         """Length of all segment files: runs, and holes between them."""
         return self._space.used_bytes
+
+    @property
+    def hole_bytes(self) -> int:
+        """Bytes of the segment files in which no run lies."""
+        return self._space.hole_bytes
 
     def __contains__(self, run: RunKey) -> bool:
         """Whether the run is committed and not deleted."""
@@ -240,12 +248,12 @@ class DiskTier:
         self._files[place.range.segment].durable_name = True
 
     def awaits(self, place: RunPlace) -> bool:
-        """Whether the run is reserved and neither committed nor abandoned."""
-        entry = self._runs.get(place.run)
+        """Whether the place is reserved and neither committed nor abandoned."""
+        entry = self._at(place)
         return entry is not None and not entry.committed and not entry.doomed
 
     def abandon(self, place: RunPlace) -> None:
-        """The run will not be; its space is free once nobody holds it. After commit, use delete."""
+        """The run will not be there; its space is free once nobody holds it. After commit, use delete."""
         entry = self._awaiting(place)
         entry.doomed = True
         self._reclaim(entry)
@@ -264,20 +272,84 @@ class DiskTier:
             entry.named = True
         self._reclaim(entry)
 
+    def relocate(self, extent_bytes: int) -> Move | None:
+        """Space elsewhere for a run whose move would shorten a file; None if there is no such run.
+
+        extent_bytes: the largest extent that can be copied. Hold both places, and follow with moved, or with
+        abandon of the target.
+        """
+        last = {
+            entry.place.range.segment: entry
+            for run, entry in self._runs.items()
+            if run in self and entry.place.range.end == self._space.spare(entry.place.range.segment)
+        }
+        for number, hole in self._space.moves():
+            entry = last.get(number)
+            if entry is None or entry.place.range.nbytes != hole.nbytes:
+                continue
+            identity, file = entry.place.identity, self._files[hole.segment]
+            if identity.nbytes <= extent_bytes:
+                self._space.take(hole)
+                target = RunPlace(identity, hole, file.file, fresh=not file.durable_name)
+                self._aside[hole] = _Run(target, entry.contents)
+                return Move(entry.place, target)
+        return None
+
+    def copy_extent(self, move: Move, layer: int, scratch: Bytes) -> None:
+        """On an I/O thread: one layer of a run to where it shall lie, through page-aligned memory of at least
+        its identity.nbytes. Raises as read_extent, and then writes nothing; or WriteFailed."""
+        self.read_extent(move.source, layer, scratch)
+        copy = scratch[: move.source.identity.nbytes]
+        try:
+            write_fully(self.system, move.target.file, copy, move.target.offset(layer))
+        except OSError as error:
+            raise WriteFailed(f"layer {layer} of run {move.run.hex()}: {error}") from error
+
+    def moved(self, move: Move) -> None:
+        """The run lies in its new place from now on: every layer was copied, then synced. Its old bytes are
+        free once nobody holds them.
+
+        Raises ExtentMissing if the run was deleted or moved meanwhile, WriteFailed if the index does not take
+        the change: the target still waits, to be abandoned.
+        """
+        target, source = self._awaiting(move.target), self._present(move.run)
+        if source.place != move.source:
+            raise ExtentMissing(f"run {move.run.hex()} is no longer where it was copied from")
+        try:
+            self.index.move(move.run, move.target.range)
+        except (OSError, IndexDamaged) as error:
+            raise WriteFailed(f"run {move.run.hex()} stays where it is: {error}") from error
+        target.committed, source.doomed = True, True
+        self._files[move.target.range.segment].durable_name = True
+        self._runs[move.run] = self._aside.pop(move.target.range)
+        self._aside[move.source.range] = source
+        self._reclaim(source)
+
+    def sync_index(self) -> None:
+        """On an I/O thread: let what the index has taken outlive a power cut. Raises WriteFailed."""
+        try:
+            file = self.system.open(self.index.log, os.O_RDONLY)
+            try:
+                self.system.fdatasync(file)
+            finally:
+                self.system.close(file)
+        except OSError as error:
+            raise WriteFailed(f"the index may not be durable: {error}") from error
+
     def locate(self, run: RunKey) -> RunPlace:
         """Where a committed run lies; hold it before reading. Raises ExtentMissing."""
         return self._present(run).place
 
     def hold(self, place: RunPlace) -> None:
         """A lease: the run's bytes stay as they are until the matching release."""
-        entry = self._runs.get(place.run)
+        entry = self._at(place)
         if entry is None or entry.doomed:
             raise ExtentMissing(f"run {place.run.hex()} is not in the disk tier")
         entry.holds += 1
 
     def release(self, place: RunPlace) -> None:
-        """The end of a hold; the last one of a forgotten run frees its space."""
-        entry = self._runs.get(place.run)
+        """The end of a hold; the last one of a forgotten place frees its space."""
+        entry = self._at(place)
         if entry is None or entry.holds < 1:
             raise ValueError(f"run {place.run.hex()} is released more often than held")
         entry.holds -= 1
@@ -334,7 +406,7 @@ class DiskTier:
 
     def check_integrity(self) -> None:
         """Ranges partition the segments, and the files in the folder measure what the ledger says."""
-        self._space.check_integrity([entry.place.range for entry in self._runs.values()])
+        self._space.check_integrity([entry.place.range for entry in self._entries()])
         sizes = {self._folder.segment(number): size for number, size in self._space.sizes().items()}
         found = {path: path.stat().st_size for path in self._folder.segments().values()}
         assert found == sizes, f"the folder holds {found}, the ledger says {sizes}"
@@ -345,7 +417,7 @@ class DiskTier:
         assert rows == {run: (place.identity, place.range) for run, place in known.items()}, (
             "the index and the tier know different runs"
         )
-        for entry in self._runs.values():
+        for entry in self._entries():
             assert entry.holds >= 0, "a run is released more often than held"
             assert entry.holds > 0 or entry.named or not entry.doomed, "a forgotten run keeps its space"
 
@@ -358,7 +430,7 @@ class DiskTier:
         """
         self._trim()
         self._closed = True
-        held = {entry.place.range.segment for entry in self._runs.values() if entry.holds}
+        held = {entry.place.range.segment for entry in self._entries() if entry.holds}
         if held:
             log.warning(
                 "%s: closed while %d segment files are being read or written", self._folder.path, len(held)
@@ -373,7 +445,19 @@ class DiskTier:
     def _awaiting(self, place: RunPlace) -> _Run:
         if not self.awaits(place):
             raise ValueError(f"run {place.run.hex()} is not waiting to be committed")
-        return self._runs[place.run]
+        entry = self._at(place)
+        assert entry is not None
+        return entry
+
+    def _at(self, place: RunPlace) -> _Run | None:
+        """What lies in a place, or is to."""
+        entry = self._runs.get(place.run)
+        if entry is None or entry.place.range != place.range:
+            entry = self._aside.get(place.range)
+        return entry if entry and entry.place.run == place.run else None
+
+    def _entries(self) -> list[_Run]:
+        return [*self._runs.values(), *self._aside.values()]
 
     def _present(self, run: RunKey) -> _Run:
         entry = self._runs.get(run)
@@ -409,10 +493,11 @@ class DiskTier:
         return file
 
     def _reclaim(self, entry: _Run) -> None:
-        """Free the space of a forgotten run that nobody holds."""
+        """Free the space of a forgotten run, or of what a move left, that nobody holds."""
         if entry.holds or entry.named or not entry.doomed or self._closed:
             return
-        del self._runs[entry.place.run]
+        if self._aside.pop(entry.place.range, None) is None:
+            del self._runs[entry.place.run]
         self._space.give_back(entry.place.range)
         self._trim()
 
@@ -441,7 +526,7 @@ class DiskTier:
 
     def _let_go(self, number: int) -> None:
         """After close: give up the file once nobody holds a run in it, and the folder with the last."""
-        if not any(e.holds for e in self._runs.values() if e.place.range.segment == number):
+        if not any(e.holds for e in self._entries() if e.place.range.segment == number):
             self.system.close(self._files.pop(number).file)
         if not self._files:
             self._folder.close()

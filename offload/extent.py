@@ -113,6 +113,22 @@ class RunPlace:
         return self.range.offset + layer * self.identity.nbytes
 
 
+@dataclass(frozen=True)
+class Move:
+    """A run that is being copied from where it lies to where it shall lie."""
+
+    source: RunPlace
+    target: RunPlace
+
+    @property
+    def run(self) -> RunKey:
+        return self.source.run
+
+    @property
+    def nbytes(self) -> int:
+        return self.target.range.nbytes
+
+
 def extent_bytes(layout: Layout, count: int) -> int:
     """Bytes on disk of one layer of a run of count blocks: a multiple of 4096."""
     return round_up(HEADER_BYTES + count * layout.record_bytes, PAGE)

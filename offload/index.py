@@ -27,7 +27,7 @@ from .system import PAGE
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 """PRAGMA user_version of the database."""
 
 _CREATE = """
@@ -45,6 +45,12 @@ CREATE TABLE tails (
 ) WITHOUT ROWID;
 CREATE INDEX blocks_by_run ON blocks (run);
 CREATE INDEX tails_by_run ON tails (run);
+"""
+
+_WEAR = """
+CREATE TABLE wear (
+    id INTEGER PRIMARY KEY, spent INTEGER NOT NULL, at INTEGER NOT NULL, seal BLOB NOT NULL
+);
 """
 
 _RUNS = """
@@ -110,7 +116,7 @@ class Index:
     @staticmethod
     def _open(path: Path) -> Database:
         """With what names a run, and not with what names none. Raises IndexDamaged if it cannot be asked."""
-        db = Database(path, SCHEMA, _CREATE)
+        db = Database(path, SCHEMA, _CREATE + _WEAR, {1: _WEAR})
         try:
             db.rows(_RUNS)
             for table in ("blocks", "tails"):
@@ -159,6 +165,15 @@ class Index:
             for table in ("runs", "blocks", "tails"):
                 db.executemany(f"DELETE FROM {table} WHERE run = ?", keys)
 
+    def move(self, run: RunKey, place: Range) -> None:
+        """The extents of a run lie elsewhere now. Raises IndexDamaged if it has no row."""
+        with self._db.transaction() as db:
+            found = db.execute(
+                "UPDATE runs SET segment = ?, offset = ? WHERE run = ?", (place.segment, place.offset, run)
+            )
+            if found.rowcount != 1:
+                raise IndexDamaged(f"run {run.hex()} has no row")
+
     def touch(self, runs: Iterable[RunKey], now: int) -> None:
         """The runs were used at `now`."""
         with self._db.transaction() as db:
@@ -204,6 +219,23 @@ class Index:
     def holders(self, name: bytes) -> list[RunKey]:
         """Runs that hold the block of this chain hash."""
         return [run for (run,) in self._db.rows("SELECT run FROM blocks WHERE hash = ?", [name])]
+
+    def note_spent(self, spent: int, at: int) -> None:
+        """Of the write budget so many bytes were spent at `at`, seconds since 1970."""
+        with self._db.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO wear VALUES (0, ?, ?, ?)", (spent, at, _seal(spent, at)))
+
+    def spent(self) -> tuple[int, int]:
+        """What was noted last; (0, 0) if nothing was, or if it makes no sense."""
+        for spent, at, seal in self._db.rows("SELECT spent, at, seal FROM wear WHERE id = 0"):
+            if type(spent) is type(at) is int and seal == _seal(spent, at):
+                return spent, at
+        return 0, 0
+
+    @property
+    def log(self) -> Path:
+        """The file that must be durable for what was last committed to be."""
+        return self._db.log
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from .errors import TierFull
@@ -39,6 +39,15 @@ class _Segment:
         """Where the free bytes at the end of the file begin; its length if there are none."""
         return self.free[-1][0] if self.free and self.free[-1][1] == self.nbytes else self.nbytes
 
+    @property
+    def taken(self) -> int:
+        return self.nbytes - sum(end - offset for offset, end in self.free)
+
+    def gap(self) -> int | None:
+        """Where the first hole begins that has room for a range and lies before one."""
+        tail, unit = self.tail, self.unit
+        return next((offset for offset, end in self.free if end - offset >= unit and end <= tail), None)
+
 
 class SegmentSpace:
     """Ranges of segment files, each file for ranges of one size: first a hole, else the end of a file.
@@ -58,6 +67,23 @@ class SegmentSpace:
     def sizes(self) -> dict[int, int]:
         """Length of every segment file in bytes."""
         return {number: segment.nbytes for number, segment in self._segments.items()}
+
+    @property
+    def hole_bytes(self) -> int:
+        """Bytes of the files in which no range lies."""
+        return self.used_bytes - sum(segment.taken for segment in self._segments.values())
+
+    def moves(self) -> Iterator[tuple[int, Range]]:
+        """(segment, hole): were its last range in this hole instead, the segment would be shorter and none
+        longer. The emptiest segments come first, and the holes of the fullest; changes nothing."""
+        emptiest = sorted(self._segments, key=lambda number: (self._segments[number].taken, number))
+        for i, number in enumerate(emptiest):
+            unit = self._segments[number].unit
+            for other in reversed(emptiest[i:]):
+                segment = self._segments[other]
+                if segment.unit == unit and (offset := segment.gap()) is not None:
+                    yield number, Range(other, offset, unit)
+                    break
 
     def adopt(self, number: int, taken: Sequence[Range]) -> None:
         """A segment that was there before: its file ends with the last of these disjoint ranges, of which

@@ -23,9 +23,10 @@ import numpy.typing as npt
 
 from . import residency
 from .cache import RunCache
+from .compaction import Compaction
 from .disk import DiskTier
 from .errors import BudgetTooSmall, ExtentCorrupt, TierFull, WriteFailed
-from .extent import RunKey, extent_bytes
+from .extent import RunKey, RunPlace, extent_bytes
 from .host import HostSlab
 from .index import Contents
 from .prefetch import Prefetcher, Read, Ticket
@@ -35,6 +36,7 @@ from .residency import Holding, Spill
 from .spill import CLOSE_S, Spilled, Spiller
 from .system import Bytes
 from .table import ABSENT, BlockTable, RunRef
+from .wear import WriteBudget
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +66,28 @@ class DiskPath:
     cache: RunCache
     spiller: Spiller
     prefetch: Prefetcher
+    compaction: Compaction | None = None
+    wear: WriteBudget | None = None
+
+    @property
+    def moving(self) -> bool:
+        """A run is on its way to another place on disk."""
+        return self.compaction is not None and self.compaction.moving
+
+    def admits(self, content: bytes, nbytes: int, *, again: bool = False) -> bool:
+        """Whether a write that nobody waits for may begin, as WriteBudget.admits."""
+        return self.wear is None or self.wear.admits(content, nbytes, again=again)
+
+    def spend(self, place: RunPlace) -> None:
+        """A run is going to be written."""
+        if self.wear is not None:
+            self.wear.spend(place.range.nbytes)
 
     def close(self) -> None:
         self.prefetch.close()
         self.spiller.close()
+        if self.compaction is not None:
+            self.compaction.close()
         self.tier.close()
 
 
@@ -138,8 +158,9 @@ class Store:
         if self._disk is None or self.spill_failure is not None:
             return host
         run_bytes = self.layers * extent_bytes(self.layout, self.run_blocks)
-        pinned = sum(self._disk.tier.locate(run).range.nbytes for run in self._pinned)
-        return host + max(0, self._disk.tier.budget_bytes - pinned) // run_bytes * self.run_blocks
+        tier = self._disk.tier
+        pinned = sum(tier.locate(run).range.nbytes for run in self._pinned if run in tier)
+        return host + max(0, tier.budget_bytes - pinned) // run_bytes * self.run_blocks
 
     @property
     def unpromised(self) -> int:
@@ -281,6 +302,7 @@ class Store:
         rows = table.rows[:, first:end].copy()
         table.leaving.append(ref)
         self._outgoing[run] = Outgoing(table, ref, rows, keep)
+        disk.spend(place)
         disk.spiller.submit(place, self._slab.records, rows)
 
     def write_behind(self) -> None:
@@ -289,9 +311,9 @@ class Store:
             return
         for table in self._tables:
             for span in table.host_spans():
-                if len(span) >= self.run_blocks:
-                    self._try_to_keep(table, span.start, self.run_blocks)
-                    return
+                for first in range(span.start, span.stop - self.run_blocks + 1, self.run_blocks):
+                    if self._try_to_keep(table, first, self.run_blocks):
+                        return
 
     def save(self, table: BlockTable) -> None:
         """Begin to write every sealed block of a sequence that lies in host memory only."""
@@ -300,24 +322,33 @@ class Store:
                 for first in range(span.start, span.stop, self.run_blocks):
                     self._try_to_keep(table, first, min(self.run_blocks, span.stop - first))
 
-    def _try_to_keep(self, table: BlockTable, first: int, count: int) -> None:
-        """A write that nobody waits for: without room it is left."""
+    def _try_to_keep(self, table: BlockTable, first: int, count: int) -> bool:
+        """A write that nobody waits for: without room it is left. False if the write budget refuses it."""
+        disk, again = self._need_disk(), first < table.offered
+        table.offered = max(table.offered, first + count)
+        if not disk.admits(table.chain[first], disk.tier.run_bytes(count, self.layout), again=again):
+            return False
         try:
             self.spill(table, first, count, keep=True)
         except TierFull as full:
             log.info("blocks are not saved: %s", full)
         except WriteFailed as failure:
             self._give_up_spilling(failure)
+        return True
 
     def settle(self) -> None:
         """Between steps: all blocks are sealed now, and some writes may have ended.
 
-        Durable runs give up their rows, failed ones keep them.
+        Durable runs give up their rows, failed ones keep them. While nothing is being written, runs on disk
+        move together.
         """
         for table in self._tables:
             table.sealed = table.stop
         if self._disk is not None:
             self._settle(self._disk.spiller.finished())
+            if self._disk.compaction is not None:
+                idle = self.spill_failure is None and not self._disk.spiller.pending
+                self._disk.compaction.step(begin=idle)
 
     def _settle(self, spilled: Sequence[Spilled]) -> None:
         for ended in spilled:
@@ -385,7 +416,8 @@ class Store:
         return Layout(Format.RAW, self.layout.element, self.layout.kv_heads, self.layout.head_dim)
 
     def save_tail(self, anchor: bytes, tokens: Sequence[int], first: int, numbers: Bytes) -> None:
-        """Begin to write the exact numbers of a sequence's window; left if the disk has no room.
+        """Begin to write the exact numbers of a sequence's window; left if the disk has no room, or the write
+        budget refuses them.
 
         numbers: uint8[layers, blocks, bytes of tail_layout], the store's from now on. tokens follow the
         block `anchor`.
@@ -393,6 +425,8 @@ class Store:
         if self._disk is None or self.spill_failure is not None:
             return
         layers, count, width = numbers.shape
+        if not self._disk.admits(b"tail" + anchor, self._disk.tier.run_bytes(count, self.tail_layout)):
+            return
         run = RunKey(uuid.uuid4().bytes)
         contents = Contents(anchor, tokens=tuple(tokens))
         try:
@@ -405,6 +439,7 @@ class Store:
             self._give_up_spilling(failure)
         else:
             self._tails[run] = numbers
+            self._disk.spend(place)
             rows = np.arange(layers * count).reshape(layers, count)
             self._disk.spiller.submit(place, numbers.reshape(-1, width), rows)
 
@@ -498,8 +533,8 @@ class Store:
 
     @property
     def writing(self) -> bool:
-        """Runs or tails are on their way to disk."""
-        return bool(self._outgoing or self._tails)
+        """Runs or tails are on their way to disk, or to another place there."""
+        return bool(self._outgoing or self._tails) or (self._disk is not None and self._disk.moving)
 
     def stats(self) -> dict[str, object]:
         """Capacity and use of the tiers in bytes, and what moved between them."""
@@ -511,16 +546,27 @@ class Store:
         }
         if self._disk is not None:
             tier, spiller, prefetch = self._disk.tier, self._disk.spiller, self._disk.prefetch
+            compaction = self._disk.compaction
             values |= {
                 "disk_used_bytes": tier.used_bytes,
                 "disk_budget_bytes": tier.budget_bytes,
+                "disk_hole_bytes": tier.hole_bytes,
                 "disk_direct": tier.direct,
                 "disk_cached_bytes": self._disk.cache.cached_bytes,
                 "disk_failure": str(self.spill_failure or ""),
                 "disk_written_bytes": spiller.bytes_written,
-                "staging_bytes": prefetch.staging_bytes + spiller.scratch_bytes,
+                "disk_moved_bytes": compaction.bytes_moved if compaction else 0,
+                "staging_bytes": prefetch.staging_bytes
+                + spiller.scratch_bytes
+                + (compaction.scratch_bytes if compaction else 0),
                 **{f"prefetch_{name}": value for name, value in vars(prefetch.stats).items()},
             }
+            if (wear := self._disk.wear) is not None:
+                values |= {
+                    "disk_write_budget_bytes": wear.daily_bytes,
+                    "disk_write_left_bytes": wear.left_bytes,
+                    "disk_writes_refused": wear.refused,
+                }
         return values
 
     @property
@@ -554,7 +600,7 @@ class Store:
         """Finish the writes that were begun, unless the disk takes longer than CLOSE_S, and stop."""
         if self._disk is not None:
             give_up = time.monotonic() + CLOSE_S
-            while self.writing and (left := give_up - time.monotonic()) > 0:
+            while (self._outgoing or self._tails) and (left := give_up - time.monotonic()) > 0:
                 self._settle(self._disk.spiller.wait(left))
             self._disk.close()
 

@@ -32,7 +32,7 @@ class BlockTable:
     `rows[layer, block]` is the host row of a record, or ABSENT. A block is in host memory in every
     layer or in none. `chain[block]` is its token-chain hash. The rows of blocks from `sealed` on
     are there, but the step that fills them may not have ended. adopts: what others stored of the same chain
-    may become its own.
+    may become its own. Blocks below `offered` were offered to the disk, which may have refused them.
     """
 
     def __init__(self, layers: int) -> None:
@@ -44,6 +44,7 @@ class BlockTable:
         self.leaving: list[RunRef] = []
         self.idle = False
         self.adopts = True
+        self.offered = 1
 
     @property
     def stop(self) -> int:

@@ -40,6 +40,7 @@ from spilld.daemon.protocol import (
     Released,
     Reply,
     Request,
+    Resume,
     Sampling,
     SessionInfo,
     Sessions,
@@ -127,6 +128,7 @@ MESSAGES: dict[type, st.SearchStrategy[Request | Reply]] = {
             [request, replace(request, context="c"), replace(request, session="\N{SNOWMAN}")]
         )
     ),
+    Resume: st.builds(Resume, request_id=ids, tenant=tenants, next_seq=count),
     Cancel: st.builds(Cancel, request_id=ids),
     Release: st.builds(Release, request_id=ids, tenant=tenants, context=handles),
     Hello: st.builds(Hello, request_id=ids),
@@ -283,7 +285,7 @@ BAD_FIELDS: list[tuple[Mapping[str, object], str]] = [
     ({"sampling": {"repetition_penalty": 0}}, "sampling.repetition_penalty is 0"),
     ({"sampling": {"repetition_penalty": float("inf")}}, "sampling.repetition_penalty is inf"),
     ({"sampling": {"seed": -1}}, "sampling.seed is -1; allowed: an integer from 0 to 18446744073709551615"),
-    ({"type": "telepathy"}, "type is 'telepathy'; allowed: generate, cancel,"),
+    ({"type": "telepathy"}, "type is 'telepathy'; allowed: generate, resume, cancel,"),
     ({"type": None}, "type is None"),
     ({"type": "release"}, "context is None; allowed: it must be given"),
     ({"session": ""}, "session is ''; allowed: a string of 1 to 128 characters"),

@@ -18,6 +18,7 @@ from spilld.offload.system import Bytes
 from spilld.offload.table import RunRef
 
 from .faults import error
+from .test_compaction import Clock
 from .test_store import COLUMNS, RECORD, RUN, RUN_BYTES, TAIL_BLOCKS, TAIL_LAYOUT, Known, Rig, rigged
 from .tier_contract import LAYERS
 
@@ -549,3 +550,83 @@ def test_a_run_whose_row_stays_behind_is_not_found(rig: Rig, monkeypatch: pytest
     rig.settled()
     rig.assert_scan(again, 1, range(1, RUN + 1))
     assert again.table.runs[0] != RunRef(ref.run, 1, 1, RUN)
+
+
+# A write budget.
+
+
+def computed(rig: Rig, blocks: int, like: list[bytes] | None = None) -> Known:
+    """A request: blocks that are computed, offered to the disk as they come, and saved at its end."""
+    known = rig.open(blocks, like or [])
+    for _ in range(0, blocks, RUN):
+        rig.fill(known, min(RUN, blocks + 1 - known.table.stop))
+        for _ in range(3):
+            rig.store.write_behind()
+            rig.settled()
+    rig.store.save(known.table)
+    rig.settled()
+    rig.check()
+    rig.forget(known)
+    return known
+
+
+def test_a_repeated_prompt_is_written_when_bytes_are_short_and_a_new_one_is_not(tmp_path: Path) -> None:
+    clock = Clock()
+    with rigged(tmp_path, disk_runs=20, daily=10 * RUN_BYTES, clock=clock) as rig:
+        assert rig.path.wear is not None
+        rig.path.wear.spend(5 * RUN_BYTES)
+        once = computed(rig, 2 * RUN)
+        assert rig.store.find(once.names) == []
+        assert rig.store.stats()["disk_writes_refused"] == 2
+        again = computed(rig, 2 * RUN, once.names)
+        assert [ref.blocks for ref in rig.store.find(again.names)] == [range(1, 5), range(5, 9)]
+        computed(rig, 2 * RUN)
+        assert written(rig) == 2 * RUN_BYTES
+        stats = rig.store.stats()
+        assert stats["disk_write_budget_bytes"] == 10 * RUN_BYTES
+        assert stats["disk_write_left_bytes"] == 3 * RUN_BYTES
+        assert stats["disk_writes_refused"] == 4
+        clock.now += 86400
+        late = computed(rig, 2 * RUN)
+        assert len(rig.store.find(late.names)) == 2, "there is enough again"
+
+
+def test_tails_are_refused_likewise(tmp_path: Path) -> None:
+    with rigged(tmp_path, disk_runs=20, daily=40 * RUN_BYTES, clock=Clock()) as rig:
+        assert rig.path.wear is not None
+        rig.path.wear.spend(20 * RUN_BYTES)
+        anchor, values = bytes(32), numbers(1)
+        rig.store.save_tail(anchor, [1], 4, values)
+        assert not rig.store.writing
+        assert rig.store.stats()["disk_writes_refused"] == 1
+        rig.store.save_tail(anchor, [2], 4, values)
+        rig.settled()
+        assert [tokens for _, tokens in rig.store.tails(anchor)] == [[2]]
+        assert rig.store.stats()["disk_write_left_bytes"] == 20 * RUN_BYTES - rig.path.tier.used_bytes
+
+
+def test_what_host_memory_has_no_room_for_is_written_whatever_is_left(tmp_path: Path) -> None:
+    with rigged(tmp_path, disk_runs=20, daily=0, clock=Clock()) as rig:
+        known = rig.open(2 * COLUMNS)
+        for _ in range(2 * COLUMNS // RUN):
+            rig.fill(known, RUN)
+            rig.store.write_behind()
+        rig.settled()
+        rig.check()
+        assert known.table.disk_blocks >= COLUMNS
+        assert rig.path.wear is not None
+        assert rig.path.wear._bucket.left == -written(rig)
+
+
+def test_a_restart_remembers_what_was_spent(tmp_path: Path) -> None:
+    with rigged(tmp_path, disk_runs=20, daily=10 * RUN_BYTES, clock=Clock()) as rig:
+        computed(rig, 2 * RUN)
+        assert rig.store.stats()["disk_write_left_bytes"] == 8 * RUN_BYTES
+        rig.reopen()
+        assert rig.store.stats()["disk_write_left_bytes"] == 8 * RUN_BYTES
+
+
+def test_without_a_budget_everything_is_written(rig: Rig) -> None:
+    known = computed(rig, 2 * RUN)
+    assert len(rig.store.find(known.names)) == 2
+    assert not [name for name in rig.store.stats() if name.startswith("disk_write_")]

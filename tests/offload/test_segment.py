@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -57,6 +59,28 @@ class SpaceMachine(RuleBasedStateMachine):
                 del self.files[place.segment], self.units[place.segment]
 
     @precondition(lambda self: self.taken)
+    @rule(most=st.integers(1, 20))
+    def move(self, most: int) -> None:
+        """Moving ends, each move makes one file shorter and none longer, and at the end no hole fits."""
+        for _ in range(most):
+            moves = dict(self.space.moves())
+            if not moves:
+                assert not any(self._inner_hole(number) for number in self.files)
+                return
+            number, hole = next(iter(moves.items()))
+            last = max((p for p in self.taken if p.segment == number), key=lambda place: place.offset)
+            before = self.space.sizes()
+            self.space.take(hole)
+            self.space.give_back(last)
+            self.space.cut(number)
+            self.taken[self.taken.index(last)] = hole
+            after = self.space.sizes()
+            assert last.nbytes == hole.nbytes
+            assert after.get(number, 0) < before.pop(number)
+            assert all(after[other] == nbytes for other, nbytes in before.items())
+            self.files = after
+
+    @precondition(lambda self: self.taken)
     @rule(data=st.data())
     def take_again(self, data: st.DataObject) -> None:
         with pytest.raises(ValueError, match="not free"):
@@ -67,6 +91,13 @@ class SpaceMachine(RuleBasedStateMachine):
         self.space.check_integrity(self.taken)
         assert self.space.sizes() == self.files
         assert self.space.used_bytes == sum(self.files.values()) <= self.space.budget_bytes
+
+        assert self.space.hole_bytes == sum(self.files.values()) - sum(p.nbytes for p in self.taken)
+
+    def _inner_hole(self, segment: int) -> bool:
+        """Whether a range fits before the last one of its file."""
+        ends = sorted((p.offset, p.end) for p in self.taken if p.segment == segment)
+        return any(a > b for (_, b), (a, _) in itertools.pairwise([(0, 0), *ends]))
 
     def _empty(self, segment: int) -> bool:
         return not any(place.segment == segment for place in self.taken)

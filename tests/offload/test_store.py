@@ -9,7 +9,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -24,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from spilld.offload import residency, store
 from spilld.offload.cache import RunCache
 from spilld.offload.chain import chain_hash, root
+from spilld.offload.compaction import Compaction
 from spilld.offload.disk import DiskTier
 from spilld.offload.errors import BudgetTooSmall, ExtentCorrupt, ExtentMissing, TierFull, WriteFailed
 from spilld.offload.extent import RunKey, extent_bytes
@@ -36,6 +37,7 @@ from spilld.offload.spill import Spiller
 from spilld.offload.store import EXTENT_TARGET, RUN_STEP, DiskPath, Planner, Store, run_length
 from spilld.offload.system import Bytes
 from spilld.offload.table import BlockTable, RunRef
+from spilld.offload.wear import WriteBudget
 
 from .faults import ScriptedSystem, Stall, error
 from .tier_contract import FINGERPRINT, LAYERS, LAYOUT
@@ -103,11 +105,17 @@ class Rig:
         disk_runs: int = 4,
         disk_rest: int = 0,
         planner: Planner = residency.plan,
+        rate: int = 0,
+        daily: int | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.folder = folder / "kv"
         self.columns = columns
         self.disk_budget = disk_runs * RUN_BYTES + disk_rest if disk_runs else 0
         self.planner = planner
+        self.rate = rate
+        self.daily = daily
+        self.clock = clock
         self.lineages = 0
         self.start()
 
@@ -127,8 +135,12 @@ class Rig:
                 segment_bytes=2 * RUN_BYTES,
             )
             extent = max(extent_bytes(LAYOUT, run_blocks), extent_bytes(TAIL_LAYOUT, TAIL_BLOCKS))
+            cache = RunCache(tier, extent)
+            wear = None if self.daily is None else WriteBudget(self.daily, tier.index, self.clock)
             self.disk = DiskPath(
-                tier, RunCache(tier, extent), Spiller(tier, extent), Prefetcher(tier, BUFFERS, extent)
+                *(tier, cache, Spiller(tier, extent), Prefetcher(tier, BUFFERS, extent)),
+                compaction=Compaction(tier, cache, extent, self.rate, wear=wear) if self.rate else None,
+                wear=wear,
             )
         self.store = Store(LAYOUT, LAYERS, self.slab, run_blocks, self.disk, self.planner)
         self.sequences: list[Known] = []
@@ -209,7 +221,7 @@ class Rig:
         while time.monotonic() < until:
             self.store.settle()
             prefetch.finished()
-            if not (self.path.spiller.pending or prefetch._issued or prefetch._adrift):
+            if not (self.path.spiller.pending or self.path.moving or prefetch._issued or prefetch._adrift):
                 return
             time.sleep(0.001)
         raise AssertionError("a thread never ended")
@@ -301,7 +313,7 @@ class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.rig = Rig(Path(self.folder.name))
+        self.rig = Rig(Path(self.folder.name), rate=1 << 40)
         self.ahead: list[Ticket] = []
         self.histories: list[list[bytes]] = []
 
@@ -1009,3 +1021,64 @@ def test_integrity_checks_notice(rig: Rig) -> None:
             rig.store.check_integrity([known.table])
         known.table.rows[:] = rows
     rig.check()
+
+
+def lay_out(rig: Rig, count: int) -> list[Known]:
+    """Sequences of one full run each, on disk only, one after the other."""
+    all_known = [rig.open(RUN) for _ in range(count)]
+    for known in all_known:
+        rig.fill(known, RUN)
+        rig.store.spill(known.table, 1, RUN)
+        rig.settled()
+    return all_known
+
+
+def test_runs_move_together_between_steps(tmp_path: Path) -> None:
+    with rigged(tmp_path, disk_runs=8, rate=1 << 40) as rig:
+        all_known = lay_out(rig, 6)
+        for known in (*all_known[0:2], *all_known[2:6:2]):
+            run = known.table.runs[0].run
+            rig.forget(known)
+            rig.path.cache.discard(run)
+        stats = rig.store.stats()
+        assert stats["disk_hole_bytes"] == 2 * RUN_BYTES
+        assert stats["disk_moved_bytes"] == 0
+        rig.store.settle()
+        assert rig.store.writing, "who waits for the next event must soon look again"
+        rig.check()
+        rig.settled()
+        stats = rig.store.stats()
+        assert (stats["disk_hole_bytes"], stats["disk_moved_bytes"]) == (0, RUN_BYTES)
+        assert stats["disk_used_bytes"] == stats["disk_cached_bytes"] == 2 * RUN_BYTES
+        rig.check()
+
+
+def test_nothing_begins_to_move_while_something_is_written(tmp_path: Path) -> None:
+    with rigged(tmp_path, disk_runs=8, rate=1 << 40) as rig:
+        first, second, *_ = lay_out(rig, 4)
+        late = rig.open(RUN)
+        rig.fill(late, RUN)
+        rig.system.gate.clear()
+        rig.store.spill(late.table, 1, RUN)
+        for known in (first, second):
+            run = known.table.runs[0].run
+            rig.forget(known)
+            rig.path.cache.discard(run)
+        rig.store.settle()
+        assert not rig.path.moving
+        rig.system.gate.set()
+        rig.settled()
+        rig.check()
+
+
+def test_a_pinned_run_that_turns_out_damaged_leaves_the_books_right(tmp_path: Path) -> None:
+    with rigged(tmp_path) as rig:
+        (known,) = lay_out(rig, 1)
+        run, capacity = known.table.runs[0].run, rig.store.capacity
+        rig.store.pin([run])
+        assert rig.store.capacity == capacity - RUN
+        rig.forget(known)
+        rig.path.cache.discard(run)
+        assert rig.store.capacity == capacity
+        rig.store.unpin([run])
+        rig.check()

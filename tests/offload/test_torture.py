@@ -28,6 +28,7 @@ def assert_not_idle(checks: list[dict[str, Any]], count: int) -> None:
     assert sum(check["signal"] != 0 for check in checks) > len(checks) // 4
     assert sum(check["runs"] for check in checks) > len(checks)
     assert any(check["served"] for check in checks)
+    assert any(check["moves"] for check in checks)
 
 
 @pytest.mark.parametrize("options", [(), ("instants",)], ids=["calls", "instants"])

@@ -30,10 +30,11 @@ import numpy as np
 
 from spilld.offload.cache import RunCache
 from spilld.offload.chain import chain_hash, root
+from spilld.offload.compaction import Compaction
 from spilld.offload.database import Database
 from spilld.offload.disk import DiskTier
-from spilld.offload.errors import TierFull
-from spilld.offload.extent import RunKey, RunPlace, extent_bytes
+from spilld.offload.errors import ExtentMissing, TierFull
+from spilld.offload.extent import Move, RunKey, RunPlace, extent_bytes
 from spilld.offload.host import HostSlab
 from spilld.offload.index import Contents
 from spilld.offload.prefetch import Prefetcher
@@ -42,6 +43,7 @@ from spilld.offload.spill import Spiller
 from spilld.offload.store import DiskPath, Store
 from spilld.offload.system import PAGE, Bytes, SystemCalls
 from spilld.offload.table import BlockTable
+from spilld.offload.wear import WriteBudget
 
 LAYOUT = Layout(Format.INT8, Element.FLOAT32, kv_heads=1, head_dim=16)
 TAIL_LAYOUT = Layout(Format.RAW, LAYOUT.element, LAYOUT.kv_heads, LAYOUT.head_dim)
@@ -50,11 +52,15 @@ RUN = 4
 TAIL_BLOCKS = 2
 RUN_BYTES = LAYERS * extent_bytes(LAYOUT, RUN)
 BUDGETS = [14 * RUN_BYTES, 14 * RUN_BYTES, 9 * RUN_BYTES]
+DAILY = [None, None, 1000 * RUN_BYTES]
+SEGMENT_BYTES = 9 * RUN_BYTES
 COLUMNS = 16
 FINGERPRINT = bytes(range(32))
 ROOT = root(FINGERPRINT, LAYOUT.format)
 BLOCKS = 20
-MOST_TICKS = 500
+MOST_TICKS = 900
+FAST = 1 << 40
+"""Bytes a second of moves: whenever there is something to move."""
 
 
 # What the model computes.
@@ -120,7 +126,8 @@ class Fate:
         with self._lock:
             self._left -= 1
             if self._left == 0:
-                self.journal.write("dies", what)
+                moving = threading.current_thread().name == "spilld-move"
+                self.journal.write("dies", what + " of a move" * moving)
             return self._left == 0
 
     def die(self) -> None:
@@ -210,6 +217,15 @@ class JournalledTier(DiskTier):
         super().commit(place)
         self.journal.write("committed", place.run.hex())
 
+    def moved(self, move: Move) -> None:
+        self.journal.write("moving")
+        try:
+            super().moved(move)
+        except ExtentMissing:
+            self.journal.write("stays")
+            raise
+        self.journal.write("moved")
+
     def delete(self, run: RunKey) -> None:
         self.journal.write("deleting", run.hex())
         super().delete(run)
@@ -241,22 +257,29 @@ class Life:
         budget = self.choose.choice(BUDGETS)
         self.tier = Tier(
             *(self.folder, budget, LAYOUT, LAYERS, FINGERPRINT, MortalSystem(self.fate)),
-            segment_bytes=3 * RUN_BYTES,
+            segment_bytes=SEGMENT_BYTES,
         )
         extent = max(extent_bytes(LAYOUT, RUN), extent_bytes(TAIL_LAYOUT, TAIL_BLOCKS))
         self.cache = RunCache(self.tier, extent)
         self.slab = HostSlab(COLUMNS * LAYERS * LAYOUT.record_bytes, LAYOUT.record_bytes)
+        daily = self.choose.choice(DAILY)
+        wear = None if daily is None else WriteBudget(daily, self.tier.index)
         path = DiskPath(
-            self.tier, self.cache, Spiller(self.tier, extent), Prefetcher(self.tier, 4, extent, 1)
+            *(self.tier, self.cache, Spiller(self.tier, extent), Prefetcher(self.tier, 4, extent, 1)),
+            compaction=Compaction(self.tier, self.cache, extent, FAST, wear=wear),
+            wear=wear,
         )
         self.store = Store(LAYOUT, LAYERS, self.slab, RUN, path)
         self.spiller = path.spiller
+        assert path.compaction is not None
+        self.compaction = path.compaction
         self.sequences: list[tuple[BlockTable, tuple[bytes, ...]]] = []
 
     def run(self, steps: int) -> None:
         actions = [
             *(self.begin, self.begin, self.grow, self.grow, self.grow, self.save, self.write_behind),
             *(self.spill, self.save_tail, self.read_tail, self.wait, self.forget, self.discard, self.settle),
+            *(self.thin_out, self.thin_out, self.compact, self.compact),
         ]
         for _ in range(steps):
             with suppress(TierFull):
@@ -318,8 +341,16 @@ class Life:
                         assert (numbers == tail(anchor, tokens)[layer]).all(), "another tail"
 
     def wait(self) -> None:
-        while self.store.writing:
+        while self.spiller.pending:
             self.store._settle(self.spiller.wait(10))
+
+    def compact(self) -> None:
+        """Until nothing moves any more."""
+        self.wait()
+        self.store.settle()
+        while self.store.writing:
+            self.compaction.wait(10)
+            self.store.settle()
 
     def settle(self) -> None:
         self.store.settle()
@@ -335,13 +366,21 @@ class Life:
         if others:
             self.cache.discard(self.choose.choice(others))
 
+    def thin_out(self) -> None:
+        """Leave holes between tails, so that runs move from now on."""
+        for _ in range(5):
+            self.save_tail()
+        self.wait()
+        for _ in range(3):
+            self.discard()
+
 
 def live(folder: Path, journal: Path, seed: int, instants: bool) -> None:
     """In a process of its own, which ends here whatever happens."""
     choose = random.Random(seed)
     fate = Fate(Journal(journal), 0 if instants else choose.randint(1, MOST_TICKS))
     if instants:
-        signal.setitimer(signal.ITIMER_REAL, choose.uniform(0.001, 0.15))  # whose signal nobody handles
+        signal.setitimer(signal.ITIMER_REAL, choose.uniform(0.001, 0.25))  # whose signal nobody handles
     status = 1
     try:
         with mortal_transactions(fate):
@@ -368,11 +407,14 @@ class Ledger:
         self.known: dict[str, tuple[int, list[str], str, list[int] | None]] = {}
         self.unsynced: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self.died = "in good order"
+        self.moves = 0
+        self.moving = False
 
     def catch_up(self) -> None:
         """Take in the lines of another life."""
         text = self._path.read_bytes() if self._path.exists() else b""
         self.unsynced.clear()
+        self.moving = False
         self.died = "in good order"
         for line in text[self._read :].splitlines():
             self.note(*json.loads(line))
@@ -391,12 +433,17 @@ class Ledger:
                 self.perhaps.add(run)
             case "deleted", (str(run),):
                 self.perhaps.discard(run)
+            case "moving" | "stays", ():
+                self.moving = word == "moving"
+            case "moved", ():
+                self.moving = False
+                self.moves += 1
             case "wrote", (str(name), int(offset), int(nbytes)):
                 self.unsynced[name].append((offset, nbytes))
             case "synced", (str(name),):
                 self.unsynced.pop(name, None)
             case "dies", (str(what),):
-                self.died = what
+                self.died = what + (" while the index takes a move" if self.moving else "")
             case _:
                 raise AssertionError(f"the journal says {word} {values}")
 
@@ -418,7 +465,7 @@ def check(folder: Path, ledger: Ledger) -> dict[str, object]:
     """Open the folder: it holds what was promised, byte for byte, and nothing else."""
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.segment")}
     assert sum(sizes.values()) <= max(BUDGETS), "the files outgrew the budget"
-    tier = DiskTier(folder, max(BUDGETS), LAYOUT, LAYERS, FINGERPRINT, segment_bytes=3 * RUN_BYTES)
+    tier = DiskTier(folder, max(BUDGETS), LAYOUT, LAYERS, FINGERPRINT, segment_bytes=SEGMENT_BYTES)
     try:
         tier.check_integrity()
         assert tier.used_bytes == sum(path.stat().st_size for path in folder.glob("*.segment"))
@@ -443,8 +490,14 @@ def check(folder: Path, ledger: Ledger) -> dict[str, object]:
     finally:
         tier.close()
     undecided = ledger.perhaps & found.keys()
-    result = {"died": ledger.died, "runs": len(found), "undecided": len(undecided), "served": served}
-    ledger.present, ledger.perhaps = set(found), set()
+    result = {
+        "died": ledger.died,
+        "runs": len(found),
+        "undecided": len(undecided),
+        "served": served,
+        "moves": ledger.moves,
+    }
+    ledger.present, ledger.perhaps, ledger.moves = set(found), set(), 0
     return result
 
 
