@@ -7,6 +7,9 @@ SpilldError                   code (stable, on the wire), message, retryable
 │   ├── WrongVersion          wrong_version        the peer speaks another protocol version
 │   └── FrameTooLarge         frame_too_large
 ├── ContextNotFound           context_not_found    the handle or session is unknown or has expired
+├── TransferNotFound          transfer_not_found   the transfer is unknown, or over
+├── CorruptArchive            corrupt_archive      the file is no archive, or not whole
+├── ForeignArchive            foreign_archive      an archive of another model, or of a newer spilld
 ├── Cancelled                 cancelled
 ├── DeadlineExceeded          deadline_exceeded
 ├── Draining                  draining             the daemon is stopping (retryable)
@@ -65,6 +68,18 @@ class FrameTooLarge(ProtocolError):
 
 class ContextNotFound(SpilldError):
     code = "context_not_found"
+
+
+class TransferNotFound(SpilldError):
+    code = "transfer_not_found"
+
+
+class CorruptArchive(SpilldError):
+    code = "corrupt_archive"
+
+
+class ForeignArchive(SpilldError):
+    code = "foreign_archive"
 
 
 class Cancelled(SpilldError):

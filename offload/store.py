@@ -121,6 +121,7 @@ class Store:
         self.layers = layers
         self.run_blocks = run_blocks
         self.spill_failure: WriteFailed | None = None
+        self.arriving_bytes = 0
         self._slab = slab
         self._disk = disk
         self._planner = planner
@@ -138,8 +139,10 @@ class Store:
         if self._disk is None or self.spill_failure is not None:
             return host
         run_bytes = self.layers * extent_bytes(self.layout, self.run_blocks)
-        pinned = sum(self._disk.tier.locate(run).range.nbytes for run in self._pinned)
-        return host + max(0, self._disk.tier.budget_bytes - pinned) // run_bytes * self.run_blocks
+        tier = self._disk.tier
+        pinned = sum(tier.locate(run).range.nbytes for run in self._pinned if run in tier)
+        free = tier.budget_bytes - pinned - self.arriving_bytes
+        return host + max(0, free) // run_bytes * self.run_blocks
 
     @property
     def unpromised(self) -> int:
@@ -557,6 +560,11 @@ class Store:
             while self.writing and (left := give_up - time.monotonic()) > 0:
                 self._settle(self._disk.spiller.wait(left))
             self._disk.close()
+
+    @property
+    def disk(self) -> DiskPath | None:
+        """Where runs lie, for those that come from elsewhere or go there."""
+        return self._disk
 
     def _need_disk(self) -> DiskPath:
         assert self._disk is not None, "there is no disk tier"
