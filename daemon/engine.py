@@ -20,6 +20,7 @@ from spilld.offload.store import Store
 from . import tail
 from .attention import Slice
 from .contexts import Context, Contexts, Key
+from .courier import Courier
 from .errors import (
     Cancelled,
     DeadlineExceeded,
@@ -48,6 +49,7 @@ from .sampler import logprobs
 from .scheduler import Job, Plan, Room, Scheduler
 from .sequence import Sequence
 from .sessions import Session, SessionBook
+from .transfers import Transfers
 from .visibility import BLOCK, CELL, highest_block, longest_with, sealed_by
 
 log = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ class Engine:
         store: Store,
         runner: Runner,
         book: SessionBook,
+        transfers: Transfers,
         post: Post,
         *,
         max_context: int,
@@ -86,6 +89,7 @@ class Engine:
         self.model = model
         self.contexts = Contexts()
         self._keeper = SessionKeeper(book, store, model, context_ttl_s)
+        self.courier = Courier(transfers, self._keeper, store, model, self._refuse_if_busy)
         self._arena = arena
         self._store = store
         self._runner = runner
@@ -130,6 +134,7 @@ class Engine:
         """Admit, run one step, deal with its results; False if there was nothing to run."""
         self._expire()
         self._store.settle()
+        self.courier.tend()
         plan = self._plan()
         for job in plan.admit:
             self._admit(self._generations[job])
@@ -139,8 +144,8 @@ class Engine:
 
     @property
     def writing(self) -> bool:
-        """Something is on its way to disk, and is to be settled soon."""
-        return self._store.writing
+        """Something is on its way to disk, or to an archive, and is to be settled soon."""
+        return self._store.writing or self.courier.busy
 
     def rest(self) -> None:
         """There is nothing to run: stop reading ahead."""
@@ -414,6 +419,7 @@ class Engine:
 
     def close(self) -> None:
         self._runner.rest()
+        self.courier.close()
         self._store.close()
         self._keeper.book.close()
 

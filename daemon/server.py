@@ -45,6 +45,7 @@ from .protocol import (
     Request,
     Stats,
     StatsReply,
+    TransferRequest,
     Welcome,
     is_last,
 )
@@ -77,6 +78,9 @@ class Service(Protocol):
 
     def manage(self, client: bytes, request: Release | ListSessions | ChangeSession) -> None:
         """List or change sessions, or give a context back; one reply is posted."""
+
+    def transfer(self, client: bytes, request: TransferRequest) -> None:
+        """Make, move or take an archive; one reply is posted."""
 
     def stats(self) -> dict[str, object]:
         """Plain data for StatsReply."""
@@ -241,6 +245,10 @@ class Server:
                 self._refuse_in_flight(client, message.request_id)
                 self._service.manage(client, message)
                 self._running[client, message.request_id] = _InFlight()
+            case TransferRequest():
+                self._refuse_in_flight(client, message.request_id)
+                self._service.transfer(client, message)
+                self._running[client, message.request_id] = _InFlight()
             case Hello(request_id=request_id):
                 self._send(client, replace(self._service.welcome(), request_id=request_id))
             case Stats(request_id=request_id):
@@ -248,7 +256,8 @@ class Server:
             case _:
                 raise InvalidRequest(
                     "type is that of a reply; allowed: generate, cancel, release, list_sessions, "
-                    "change_session, hello, stats"
+                    "change_session, hello, stats, export_session, open_transfer, read_transfer, "
+                    "write_transfer, import_session, close_transfer"
                 )
 
     def _start(self, client: bytes, request: Generate) -> None:

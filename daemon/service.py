@@ -15,12 +15,15 @@ from .engine import Engine, Post
 from .errors import Draining, InternalError, InvalidRequest, Overloaded, SpilldError, StorageFailed
 from .protocol import (
     ChangeSession,
+    ExportSession,
     Failed,
     Generate,
+    ImportSession,
     ListSessions,
     Message,
     Release,
     Reply,
+    TransferRequest,
     Welcome,
     is_last,
 )
@@ -91,6 +94,15 @@ class EngineService:
         self._intake.shutdown(wait=True, cancel_futures=True)
         self._inbox.put(lambda: None)
         self._thread.join()
+
+    def transfer(self, client: bytes, request: TransferRequest) -> None:
+        self._count(+1)
+        courier, answer = self._engine.courier, partial(self._pass_on, client)
+        if isinstance(request, ExportSession | ImportSession):
+            # Through the intake, so that it cannot overtake a request of the same client.
+            self._intake.submit(self._inbox.put, partial(courier.begin, request, answer))
+        else:
+            courier.serve(request, answer)
 
     # The intake thread.
 

@@ -86,17 +86,17 @@ class Transfers:
     def read(self, name: str, offset: int) -> bytes:
         """A piece of a whole file, PIECE_BYTES or what is left. Raises TransferNotFound or InvalidRequest."""
         with self._lock:
-            transfer = self._find(name)
-            if transfer.received < transfer.nbytes or not 0 <= offset < transfer.nbytes:
-                last = transfer.received - 1 if transfer.received == transfer.nbytes else -1
-                raise InvalidRequest(f"offset is {offset}; allowed: 0 to {last} of a whole file")
+            transfer = self._whole(name)
+            if offset >= transfer.nbytes:
+                raise InvalidRequest(f"offset is {offset}; allowed: 0 to {transfer.nbytes - 1}")
             try:
                 return os.pread(transfer.file.fileno(), PIECE_BYTES, offset)
             except OSError as error:
                 raise StorageFailed(f"the transfer cannot be read: {error}; begin again") from error
 
     def write(self, name: str, offset: int, data: bytes) -> int:
-        """Append a piece; the bytes received so far. Raises TransferNotFound, InvalidRequest, StorageFailed."""
+        """Append a piece; the bytes received so far. Raises TransferNotFound, InvalidRequest or
+        StorageFailed, which ends the transfer."""
         with self._lock:
             transfer = self._find(name)
             if offset != transfer.received or offset + len(data) > transfer.nbytes:
@@ -117,11 +117,7 @@ class Transfers:
         """A whole file, its caller's alone until `close`, at its start. Raises TransferNotFound or
         InvalidRequest."""
         with self._lock:
-            transfer = self._find(name)
-            if transfer.received < transfer.nbytes:
-                raise InvalidRequest(
-                    f"{transfer.received} of {transfer.nbytes} bytes have come; allowed: a whole file"
-                )
+            transfer = self._whole(name)
             transfer.busy = True
             transfer.file.seek(0)
             return transfer.file
@@ -161,11 +157,17 @@ class Transfers:
         transfer.used = time.monotonic()
         return transfer
 
+    def _whole(self, name: str) -> _Transfer:
+        transfer = self._find(name)
+        if transfer.received < transfer.nbytes:
+            raise InvalidRequest(
+                f"{transfer.received} of {transfer.nbytes} bytes of it have come; send the rest first"
+            )
+        return transfer
+
     def _known(self, name: str) -> str:
         if name not in self._open or self._open[name].busy:
-            raise TransferNotFound(
-                f"there is no transfer {name[:8]!r}: it has ended, expired, or went with the daemon; begin again"
-            )
+            raise TransferNotFound(f"there is no transfer {name[:8]!r}: it has ended or expired; begin again")
         return name
 
     def _respect_quota(self, nbytes: int) -> None:

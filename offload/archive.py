@@ -257,4 +257,3 @@ def _fill(file: BinaryIO, buffer: Bytes) -> int:
 
 def _readinto(file: Any, view: memoryview) -> int:
     return int(file.readinto(view) or 0)
-
