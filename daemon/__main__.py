@@ -35,9 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="run the daemon"))
     _add_ask(commands.add_parser("ask", help="ask a question about a text file"))
     _add_chat(commands.add_parser("chat", help="talk to the model; its context stays in the daemon"))
-    _add_sessions(
-        commands.add_parser("sessions", help="list, fork, rename, pin, delete, export or import sessions")
-    )
+    _add_sessions(commands.add_parser("sessions", help="list, fork, pin, delete, export or import sessions"))
     _add_stats(commands.add_parser("stats", help="what the daemon is doing, and how full its tiers are"))
     _add_check(commands.add_parser("check", help="verify what is stored on disk, while no daemon runs"))
     _add_demo(commands.add_parser("demo", help="a long document, most of its KV on disk, two questions"))
@@ -155,12 +153,11 @@ def _add_sessions(parser: argparse.ArgumentParser) -> None:
     expire.add_argument("name", metavar="NAME")
     expire.add_argument("ttl_s", type=float, metavar="SECONDS")
     leaves = actions.add_parser("export", help="write NAME and its KV to a new FILE")
+    leaves.add_argument("name", metavar="NAME")
+    leaves.add_argument("file", type=Path, metavar="FILE")
     comes = actions.add_parser("import", help="make a session NAME of such a FILE")
-    for chosen, arguments in ((leaves, ("name", "file")), (comes, ("file", "name"))):
-        for argument in arguments:
-            chosen.add_argument(
-                argument, metavar=argument.upper(), **({"type": Path} if argument == "file" else {})
-            )
+    comes.add_argument("file", type=Path, metavar="FILE")
+    comes.add_argument("name", metavar="NAME")
 
 
 def _sessions(options: argparse.Namespace) -> None:

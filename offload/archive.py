@@ -143,7 +143,7 @@ def write(
     head = _HEADER.pack(MAGIC, VERSION, 0, len(packed), 0)[:-8]
     put(head + xxhash.xxh3_64_intdigest(head + packed).to_bytes(8, "little") + packed)
     put(bytes(_extents_at(len(packed)) - _HEADER.size - len(packed)))
-    buffer = page_aligned(manifest.largest)
+    buffer = page_aligned(max(PAGE, manifest.largest))
     for run in manifest.runs:
         identity = manifest.identity(run)
         for layer in range(manifest.layers):
@@ -174,7 +174,7 @@ class Archive:
             at += self.manifest.layers * self.manifest.identity(run).nbytes
         if len(self._at) != len(self.manifest.runs) or at + _TRAILER.size != self._nbytes:
             raise ArchiveDamaged(f"it has {self._nbytes} bytes; its manifest says {at + _TRAILER.size}")
-        self._buffer = page_aligned(self.manifest.largest)
+        self._buffer = page_aligned(max(PAGE, self.manifest.largest))
 
     def verify(self, progress: Progress = lambda _done, _all: None) -> None:
         """Read everything. Raises ArchiveDamaged unless every byte is what was written, or OSError."""
