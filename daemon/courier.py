@@ -332,9 +332,9 @@ class Courier:
     # Import.
 
     def _unpack(self, task: _Import) -> None:
-        self._refuse_taken(task)
         file = self._transfers.claim(task.request.transfer)
         task.claimed = True
+        self._refuse_taken(task)
 
         def verify() -> None:
             task.archive = Archive(file)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import stat
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -267,10 +269,12 @@ class TestRefused:
             harness.ask(PROMPT[:20], session="s", **FIELDS)
             before = runs(harness)
             with pytest.raises(InvalidRequest, match="there is a session 's' already"):
-                request(harness, ImportSession(request_id="i", transfer=sent(harness, content), session="s"))
-            harness.add("r", PROMPT[:20], session="t", max_tokens=100, ignore_eos=True)
+                imported(harness, content)
+            transfer = sent(harness, content)
+            harness.add("long", PROMPT[:20], session="t", max_tokens=100, ignore_eos=True)
             with pytest.raises(InvalidRequest, match="a request runs on session 't'"):
-                request(harness, ImportSession(request_id="i", transfer=sent(harness, content), session="t"))
+                request(harness, ImportSession(request_id="i", transfer=transfer, session="t"))
+            assert leftovers(harness) == []
             harness.run()
             assert names(harness) == ["s", "t"]
             assert runs(harness) == before
@@ -318,3 +322,188 @@ def test_a_damaged_file_leaves_nothing(target: Harness, small: bytes, data: st.D
     with pytest.raises((CorruptArchive, ForeignArchive)):
         imported(target, bad)
     assert (names(target), runs(target)) == ([], 0)
+
+
+def test_a_damaged_run_does_not_get_into_a_file(model: Model, tmp_path: Path) -> None:
+    with engine(model, tmp_path / "a", keep_state=True) as harness:
+        harness.ask(PROMPT, session="s", **FIELDS)
+    for segment in (tmp_path / "a" / "kv").glob("*.segment"):
+        content = bytearray(segment.read_bytes())
+        content[300] ^= 1
+        segment.write_bytes(content)
+    with engine(model, tmp_path / "a") as harness:
+        before = runs(harness)
+        answer, file = exported(harness)
+        assert answer.cached_tokens < 1407
+        assert runs(harness) < before, "nobody shall find it again"
+        wanted = harness.ask(MORE, session="s", **FIELDS)
+    with engine(model, tmp_path / "b") as harness:
+        imported(harness, file)
+        assert harness.ask(MORE, session="s", **FIELDS) == wanted
+
+
+@pytest.mark.parametrize("call", ["write_extent", "sync", "commit"])
+def test_a_disk_that_fails_costs_the_kv_only(
+    model: Model, original: Original, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, wanted = original["k8v4"]
+
+    def fail(*_: object) -> None:
+        raise WriteFailed("no more")
+
+    with engine(model, tmp_path / "s") as harness:
+        with monkeypatch.context() as broken:
+            broken.setattr(disk_tier(harness), call, fail)
+            answer = imported(harness, content)
+        assert (answer.cached_tokens, runs(harness)) == (0, 0)
+        assert "no more" in answer.note
+        assert harness.ask(MORE, session="s", **FIELDS) == wanted
+
+
+def test_a_tier_without_room_costs_the_kv_only(model: Model, original: Original, tmp_path: Path) -> None:
+    content, wanted = original["k8v4"]
+    settings = {"disk_budget": "512KiB", "host_budget": "64MiB"}
+    with engine(model, tmp_path / "s", **settings) as harness:
+        answer = imported(harness, content)
+        assert "no room for the KV" in answer.note
+        assert runs(harness) == 0
+        assert harness.ask(MORE, session="s", **FIELDS) == wanted
+
+
+def test_without_a_disk_tier(model: Model, original: Original, tmp_path: Path) -> None:
+    content, wanted = original["k8v4"]
+    with engine(model, tmp_path / "s", disk_budget=0) as harness:
+        assert "no disk tier" in imported(harness, content).note
+        answer, bare = exported(harness)
+        assert (answer.cached_tokens, answer.tokens) == (0, 1408)
+        assert len(bare) < 16384
+        assert harness.ask(MORE, session="s", **FIELDS) == wanted
+
+
+def test_it_is_whole_although_others_want_the_room(model: Model, tmp_path: Path) -> None:
+    """What is being exported is not evicted meanwhile; requests go on."""
+    settings = {"disk_budget": "4MiB", "host_budget": smallest_host_budget(model, "exact"), "format": "exact"}
+    with engine(model, tmp_path / "s", **settings) as harness:
+        harness.ask(PROMPT, session="s", **FIELDS)
+        answers: list[Reply] = []
+        courier = harness.engine.courier
+        slow = courier._go_on
+        courier._go_on = lambda done, total: (time.sleep(0.05), slow(done, total))[1]  # type: ignore[method-assign]
+        courier.begin(ExportSession(request_id="e", session="s"), answers.append)
+        for seed in range(5, 9):
+            harness.ask(some_tokens(seed, 1400), f"r{seed}", **FIELDS)
+        while not answers:
+            harness.engine.turn()
+        (answer,) = answers
+        assert isinstance(answer, Exported)
+        assert answer.cached_tokens == 1407
+        harness.run()
+
+
+def test_stopped_in_the_middle(model: Model, original: Original, tmp_path: Path) -> None:
+    content, _ = original["k8v4"]
+    answers: list[Reply] = []
+    with engine(model, tmp_path / "s", keep_state=True) as harness:
+        harness.ask(PROMPT, session="s", **FIELDS)
+        courier = harness.engine.courier
+        courier.begin(ExportSession(request_id="e", session="s"), answers.append)
+        courier.begin(
+            ImportSession(request_id="i", transfer=sent(harness, content), session="t"), answers.append
+        )
+    ended = [answer for answer in answers if isinstance(answer, Failed)]
+    assert len(answers) == 2
+    assert all(answer.code == Draining.code for answer in ended)
+    assert list((tmp_path / "s" / "transfers").iterdir()) == []
+    assert check(tmp_path / "s" / "kv", repair=False).clean
+    with engine(model, tmp_path / "s") as harness:
+        assert harness.ask(MORE, session="s", **FIELDS)
+        assert harness.done().usage.cached_tokens == 1407
+
+
+class TestTransfers:
+    @pytest.fixture
+    def harness(self, model: Model, tmp_path: Path) -> Iterator[Harness]:
+        with engine(model, tmp_path / "s", disk_budget="1MiB", disk_floor=0) as harness:
+            yield harness
+
+    def opened(self, harness: Harness, nbytes: int) -> str:
+        answer = request(harness, OpenTransfer(request_id="o", nbytes=nbytes))
+        assert isinstance(answer, Transfer)
+        return answer.transfer
+
+    def write(self, harness: Harness, transfer: str, offset: int, data: bytes) -> Reply:
+        return request(harness, WriteTransfer(request_id="w", transfer=transfer, offset=offset, data=data))
+
+    def test_only_its_owner_can_read_it(self, harness: Harness) -> None:
+        name = self.opened(harness, 5)
+        (file,) = leftovers(harness)
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+        assert len(bytes.fromhex(name)) == 16
+
+    def test_offsets(self, harness: Harness) -> None:
+        name = self.opened(harness, 5)
+        for offset, data in ((1, b"a"), (0, b"abcdef")):
+            with pytest.raises(InvalidRequest, match=f"offset is {offset}, .*; allowed: 0, and at most 5"):
+                self.write(harness, name, offset, data)
+        self.write(harness, name, 0, b"abc")
+        with pytest.raises(InvalidRequest, match="3 of 5 bytes of it have come"):
+            request(harness, ReadTransfer(request_id="r", transfer=name, offset=0))
+        with pytest.raises(InvalidRequest, match="3 of 5 bytes of it have come"):
+            request(harness, ImportSession(request_id="i", transfer=name, session="s"))
+        self.write(harness, name, 3, b"de")
+        piece = request(harness, ReadTransfer(request_id="r", transfer=name, offset=1))
+        assert isinstance(piece, Piece)
+        assert piece.data == b"bcde"
+        with pytest.raises(InvalidRequest, match="offset is 5; allowed: 0 to 4"):
+            request(harness, ReadTransfer(request_id="r", transfer=name, offset=5))
+
+    def test_one_that_is_not_there(self, harness: Harness) -> None:
+        gone = self.opened(harness, 5)
+        request(harness, CloseTransfer(request_id="c", transfer=gone))
+        assert leftovers(harness) == []
+        for name in (gone, "f" * 32, "/" * 32):
+            for message in (
+                ReadTransfer(request_id="r", transfer=name, offset=0),
+                WriteTransfer(request_id="r", transfer=name, offset=0, data=b""),
+                ImportSession(request_id="r", transfer=name, session="s"),
+                CloseTransfer(request_id="r", transfer=name),
+            ):
+                with pytest.raises(TransferNotFound):
+                    request(harness, message)
+
+    def test_what_nobody_asks_for_is_over(self, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened(harness, 5)
+        harness.engine.turn()
+        assert len(leftovers(harness)) == 1
+        monkeypatch.setattr("spilld.daemon.transfers.IDLE_S", 0.0)
+        harness.engine.turn()
+        assert leftovers(harness) == []
+
+    def test_no_more_than_the_quota(self, harness: Harness) -> None:
+        self.opened(harness, 60 << 20)
+        with pytest.raises(Overloaded, match="raise that, or try again later"):
+            self.opened(harness, 5 << 20)
+        for _ in range(63):
+            self.opened(harness, 1)
+        with pytest.raises(Overloaded, match="64 transfers are open"):
+            self.opened(harness, 1)
+
+    def test_the_floor_is_left_free(self, model: Model, tmp_path: Path) -> None:
+        with engine(model, tmp_path / "t", disk_floor=1 << 60) as harness:
+            harness.ask(PROMPT[:20], session="s", **FIELDS)
+            for message in (
+                OpenTransfer(request_id="o", nbytes=5),
+                ExportSession(request_id="e", session="s"),
+            ):
+                with pytest.raises(Overloaded, match="disk_floor asks for"):
+                    request(harness, message)
+            harness.run()
+
+    def test_left_behind_by_another_process(self, model: Model, tmp_path: Path) -> None:
+        with engine(model, tmp_path / "t", keep_state=True):
+            pass
+        for name in ("0" * 32 + ".transfer", "not ours"):
+            (tmp_path / "t" / "transfers" / name).write_bytes(b"x")
+        with engine(model, tmp_path / "t") as harness:
+            assert [path.name for path in leftovers(harness)] == ["not ours"]
