@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,8 +17,11 @@ from hypothesis import strategies as st
 from spilld.daemon.errors import (
     ContextNotFound,
     CorruptArchive,
+    Draining,
     ForeignArchive,
     InvalidRequest,
+    Overloaded,
+    TransferNotFound,
 )
 from spilld.daemon.model import Model
 from spilld.daemon.protocol import (
@@ -42,6 +46,8 @@ from spilld.daemon.sequence import chain
 from spilld.daemon.visibility import BLOCK
 from spilld.offload.chain import root
 from spilld.offload.check import check
+from spilld.offload.disk import DiskTier
+from spilld.offload.errors import WriteFailed
 
 from .harness import Harness, disk_tier, engine, shared, smallest_host_budget, some_tokens, window_bytes
 
@@ -168,7 +174,7 @@ def test_the_secret_is_not_in_the_file(original: Original, model: Model) -> None
 
 def test_into_less_memory_and_after_a_restart(model: Model, original: Original, tmp_path: Path) -> None:
     content, wanted = original["k8v4"]
-    tight = {
+    tight: dict[str, Any] = {
         "device_budget": 2 * window_bytes(model),
         "host_budget": smallest_host_budget(model),
         "disk_budget": "64MiB",
@@ -362,8 +368,7 @@ def test_a_disk_that_fails_costs_the_kv_only(
 
 def test_a_tier_without_room_costs_the_kv_only(model: Model, original: Original, tmp_path: Path) -> None:
     content, wanted = original["k8v4"]
-    settings = {"disk_budget": "512KiB", "host_budget": "64MiB"}
-    with engine(model, tmp_path / "s", **settings) as harness:
+    with engine(model, tmp_path / "s", disk_budget="256KiB", host_budget="64MiB") as harness:
         answer = imported(harness, content)
         assert "no room for the KV" in answer.note
         assert runs(harness) == 0
@@ -380,16 +385,23 @@ def test_without_a_disk_tier(model: Model, original: Original, tmp_path: Path) -
         assert harness.ask(MORE, session="s", **FIELDS) == wanted
 
 
-def test_it_is_whole_although_others_want_the_room(model: Model, tmp_path: Path) -> None:
+def test_it_is_whole_although_others_want_the_room(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is being exported is not evicted meanwhile; requests go on."""
-    settings = {"disk_budget": "4MiB", "host_budget": smallest_host_budget(model, "exact"), "format": "exact"}
-    with engine(model, tmp_path / "s", **settings) as harness:
+    read = DiskTier.read_extent
+
+    def slowly(*given: Any) -> Any:
+        if threading.current_thread().name.startswith("spilld-archive"):
+            time.sleep(0.2)
+        return read(*given)
+
+    monkeypatch.setattr(DiskTier, "read_extent", slowly)
+    host = smallest_host_budget(model, "exact")
+    with engine(model, tmp_path / "s", format="exact", disk_budget="4MiB", host_budget=host) as harness:
         harness.ask(PROMPT, session="s", **FIELDS)
         answers: list[Reply] = []
-        courier = harness.engine.courier
-        slow = courier._go_on
-        courier._go_on = lambda done, total: (time.sleep(0.05), slow(done, total))[1]  # type: ignore[method-assign]
-        courier.begin(ExportSession(request_id="e", session="s"), answers.append)
+        harness.engine.courier.begin(ExportSession(request_id="e", session="s"), answers.append)
         for seed in range(5, 9):
             harness.ask(some_tokens(seed, 1400), f"r{seed}", **FIELDS)
         while not answers:
