@@ -9,12 +9,10 @@ from __future__ import annotations
 import logging
 import queue
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
 
 from spilld.offload.archive import Archive, ArchivedRun, Manifest, archive_bytes, write
 from spilld.offload.errors import (
@@ -22,19 +20,13 @@ from spilld.offload.errors import (
     ArchiveUnknown,
     ExtentCorrupt,
     OffloadError,
-    ReadFailed,
     TierFull,
     WriteFailed,
 )
-from spilld.offload.extent import RunKey
-from spilld.offload.index import Contents
-from spilld.offload.passage import Arrival, Departure, Part
-from spilld.offload.record import BLOCK
+from spilld.offload.passage import Arrival, Departure
 from spilld.offload.store import Store
-from spilld.offload.system import Bytes
-from spilld.offload.table import RunRef
 
-from . import tail
+from . import parcel, tail
 from .contexts import Key
 from .errors import (
     CorruptArchive,
@@ -45,9 +37,9 @@ from .errors import (
     SpilldError,
     StorageFailed,
 )
-from .fields import FieldError, Many, Maybe, Real, Struct, Text, read
 from .keeper import SessionKeeper
 from .model import Model
+from .parcel import AGAIN, Unreadable
 from .protocol import (
     CloseTransfer,
     Exported,
@@ -55,7 +47,6 @@ from .protocol import (
     Failed,
     Imported,
     ImportSession,
-    Message,
     OpenTransfer,
     Piece,
     ReadTransfer,
@@ -64,28 +55,16 @@ from .protocol import (
     TransferRequest,
     WriteTransfer,
 )
-from .sequence import chain
 from .sessions import Session
 from .transfers import Transfers
-from .visibility import BLOCKS_PER_CELL, CELL, SINKS, boundary, sealed_by
+from .visibility import CELL
 
 log = logging.getLogger(__name__)
 
 SETTLE_S = 10.0
 """How long an export waits for what is on its way to disk."""
 
-AGAIN = "export the session again and copy the file whole"
-
 Answer = Callable[[Reply], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class About:
-    """What an archive says of a session beside its tokens."""
-
-    model: Annotated[str, Text()]
-    messages: Annotated[tuple[Message, ...] | None, Maybe(Many(Struct(Message)))]
-    ttl_s: Annotated[float | None, Maybe(Real(0, above=True))]
 
 
 class _Stopped(Exception):
@@ -264,53 +243,22 @@ class Courier:
         resume = tail.find(self._store, self._keeper.root(session.tenant), session.tokens)
         if bare or resume is None or resume.position < CELL:
             resume = None
-        manifest, sources = self._manifest(session, resume)
+        manifest, sources = parcel.manifest_of(session, resume, self._store, self._model)
         if resume is not None:
             export.departure = Departure(self._store, [*(ref.run for ref in resume.refs), resume.tail])
         export.transfer = self._transfers.open(archive_bytes(manifest), busy=True)
         file = self._transfers.file(export.transfer)
-        records = partial(_copy, export.departure, manifest.position, sources)
+        records = partial(parcel.copy, export.departure, manifest.position, sources)
         work = partial(write, file, manifest, records, self._go_on)
         self._build(export, work, partial(self._packed, export, manifest))
 
-    def _manifest(
-        self, session: Session, resume: tail.Resume | None
-    ) -> tuple[Manifest, dict[RunKey, RunRef]]:
-        """What the archive will hold, and where each of its runs comes from."""
-        about = About(
-            model=self._model.name,
-            messages=session.messages,
-            ttl_s=session.ttl_s if session.listed else None,
-        )
-        sources: dict[RunKey, RunRef] = {}
-        runs = []
-        position = 0 if resume is None else resume.position
-        if resume is not None:
-            first, count = _tail_blocks(position)
-            above = (position - 1) // CELL * BLOCKS_PER_CELL
-            for ref in resume.refs:
-                runs.append(ArchivedRun(RunKey(uuid.uuid4().bytes), ref.first, ref.count, ref.blocks.stop))
-                sources[runs[-1].run] = ref
-            runs.append(ArchivedRun(RunKey(uuid.uuid4().bytes), first, count, above, tail=True))
-            sources[runs[-1].run] = RunRef(resume.tail, first, first, count)
-        manifest = Manifest(
-            self._store.layout,
-            self._store.layers,
-            self._model.fingerprint,
-            session.tokens,
-            position,
-            tuple(runs),
-            vars(about) | {"messages": session.messages and [vars(message) for message in session.messages]},
-        )
-        return manifest, sources
-
     def _packed(self, export: _Export, manifest: Manifest, failure: Exception | None) -> None:
-        damaged = failure.run if isinstance(failure, _Unreadable) else None
-        corrupt = isinstance(failure, _Unreadable) and isinstance(failure.__cause__, ExtentCorrupt)
+        damaged = failure.run if isinstance(failure, Unreadable) else None
+        corrupt = isinstance(failure, Unreadable) and isinstance(failure.__cause__, ExtentCorrupt)
         if export.departure is not None:
             export.departure.end(damaged if corrupt else None)
             export.departure = None
-        if isinstance(failure, _Unreadable):
+        if isinstance(failure, Unreadable):
             log.warning("session %s: %s", export.request.session[:8], failure.__cause__)
             self._transfers.end(export.transfer)
             export.transfer = ""
@@ -343,7 +291,7 @@ class Courier:
         self._build(task, verify, partial(self._verified, task))
 
     def _refuse_foreign(self, manifest: Manifest) -> None:
-        about = _about(manifest)
+        about = parcel.about(manifest)
         if manifest.fingerprint != self._model.fingerprint:
             raise ForeignArchive(
                 f"the archive is of model {about.model} in {manifest.layout.element}, here is "
@@ -364,11 +312,12 @@ class Courier:
         assert task.archive is not None
         manifest = task.archive.manifest
         self._refuse_foreign(manifest)
-        sources = _sources(manifest, self._store.run_blocks)
+        sources = parcel.split(manifest, self._store.run_blocks)
         task.note = self._no_room(manifest)
         wanted = bool(manifest.runs) and not task.note and not self._is_here(task)
         if wanted:
-            parts = self._parts(task, [source for source, _ in sources])
+            first = self._keeper.root(task.request.tenant)
+            parts = parcel.parts(manifest, [span for span, _ in sources], first, self._store)
             try:
                 task.arrival = Arrival(self._store, parts)
             except (TierFull, WriteFailed) as error:
@@ -396,24 +345,6 @@ class Courier:
         found = tail.find(self._store, self._keeper.root(task.request.tenant), manifest.tokens)
         return found is not None and found.position >= manifest.position
 
-    def _parts(self, task: _Import, spans: Sequence[ArchivedRun]) -> list[Part]:
-        """The runs to come, in the importing tenant's chain."""
-        assert task.archive is not None
-        manifest = task.archive.manifest
-        tokens, first = manifest.tokens, self._keeper.root(task.request.tenant)
-        hashes = [first, *chain(first, tokens, len(tokens) // BLOCK)]
-        parts = []
-        for span in spans:
-            above = span.upto * BLOCK
-            contents = (
-                Contents(hashes[span.upto], tokens=tokens[above : manifest.position])
-                if span.tail
-                else Contents(hashes[span.first], tuple(hashes[span.first + 1 : span.upto + 1]))
-            )
-            layout = self._store.tail_layout if span.tail else self._store.layout
-            parts.append(Part(span.first, span.count, hashes[span.upto], contents, layout))
-        return parts
-
     def _move(self, archive: Archive, arrival: Arrival, sources: Sequence[ArchivedRun]) -> None:
         """On the builder's thread: from the file to the disk tier."""
         for place, source in zip(arrival.places, sources, strict=True):
@@ -432,7 +363,8 @@ class Courier:
         self._refuse_taken(task)
         self._commit(task)
         assert task.archive is not None
-        manifest, about, request = task.archive.manifest, _about(task.archive.manifest), task.request
+        manifest, request = task.archive.manifest, task.request
+        about = parcel.about(manifest)
         new = Session(
             tenant=request.tenant,
             name=request.session,
@@ -465,85 +397,6 @@ class Courier:
             arrival.commit()
         except WriteFailed as error:
             task.note = f"the KV cannot be written, it will be computed again: {error}"
-
-
-class _Unreadable(Exception):
-    """A run of the store did not come back; why is its cause."""
-
-    def __init__(self, run: RunKey) -> None:
-        super().__init__(run.hex())
-        self.run = run
-
-
-def _copy(
-    departure: Departure | None,
-    position: int,
-    sources: dict[RunKey, RunRef],
-    run: ArchivedRun,
-    layer: int,
-    into: Bytes,
-) -> None:
-    """Records of the store for an archive: of a run only the session's blocks, of a tail only its tokens."""
-    assert departure is not None
-    ref = sources[run.run]
-    try:
-        records = departure.read(ref.run, layer)
-    except ReadFailed as error:
-        raise _Unreadable(ref.run) from error
-    at = ref.first - ref.base
-    into[:] = records[at : at + ref.count]
-    if run.tail:
-        width = into.shape[1] // BLOCK
-        into.reshape(-1)[_tail_tokens(position) * width :] = 0
-
-
-def _tail_tokens(position: int) -> int:
-    """Tokens of a tail: the sinks, and what is exact before `position`."""
-    return SINKS + position - boundary(position - 1)
-
-
-def _tail_blocks(position: int) -> tuple[int, int]:
-    """(first, count) of a tail."""
-    return boundary(position - 1) // BLOCK, -(-_tail_tokens(position) // BLOCK)
-
-
-def _sources(manifest: Manifest, most: int) -> list[tuple[ArchivedRun, ArchivedRun]]:
-    """Runs of at most `most` blocks, each with the run of the archive that it is part of."""
-    found = []
-    for run in manifest.runs:
-        if run.tail:
-            found.append((run, run))
-            continue
-        for first in range(run.first, run.upto, most):
-            stop = min(run.upto, first + most)
-            found.append((ArchivedRun(run.run, first, stop - first, stop), run))
-    return found
-
-
-def _about(manifest: Manifest) -> About:
-    """Checks what an archive holds as far as its format does not say. Raises CorruptArchive."""
-    try:
-        _check_runs(manifest)
-        return read(About, manifest.about)
-    except (FieldError, ValueError) as error:
-        raise CorruptArchive(f"the archive makes no sense: {error}; {AGAIN}") from error
-
-
-def _check_runs(manifest: Manifest) -> None:
-    """Sealed blocks from 1 on without a gap, as far as the tail needs them; then it. Raises ValueError."""
-    if not manifest.runs:
-        return
-    *blocks, last = manifest.runs
-    position, stop = manifest.position, 1
-    above = (position - 1) // CELL
-    for run in blocks:
-        if run.tail or run.first != stop or run.upto != run.first + run.count:
-            raise ValueError(f"blocks {run.first}.. come where block {stop} was due")
-        stop = run.upto
-    sealed = max(1, sealed_by(above * CELL))
-    whole = (last.first, last.count) == _tail_blocks(position) and last.upto == above * BLOCKS_PER_CELL
-    if not last.tail or stop != sealed or not whole or not CELL <= position < len(manifest.tokens):
-        raise ValueError(f"{len(blocks)} runs and a tail do not serve {position} tokens")
 
 
 def _raise(failure: Exception | None) -> None:
