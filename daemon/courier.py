@@ -64,6 +64,9 @@ log = logging.getLogger(__name__)
 SETTLE_S = 10.0
 """How long an export waits for what is on its way to disk."""
 
+LOOK_S = 1.0
+"""How often transfers that are over are looked for."""
+
 Answer = Callable[[Reply], None]
 
 
@@ -117,6 +120,7 @@ class Courier:
         self._builder = ThreadPoolExecutor(1, "spilld-archive")
         self._pieces = ThreadPoolExecutor(1, "spilld-transfer")
         self._stopping = False
+        self._looked = 0.0
 
     @property
     def busy(self) -> bool:
@@ -131,8 +135,9 @@ class Courier:
             if not self._store.writing or time.monotonic() - export.began > SETTLE_S:
                 self._waiting.remove(export)
                 self._step(export, self._pack, export)
-        if len(self._transfers):
-            self._transfers.expire()
+        if len(self._transfers) and time.monotonic() - self._looked >= LOOK_S:
+            self._looked = time.monotonic()
+            self._pieces.submit(self._transfers.expire)
 
     def begin(self, request: ExportSession | ImportSession, answer: Answer) -> None:
         if isinstance(request, ExportSession):
