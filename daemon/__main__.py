@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="run the daemon"))
     _add_ask(commands.add_parser("ask", help="ask a question about a text file"))
     _add_chat(commands.add_parser("chat", help="talk to the model; its context stays in the daemon"))
-    _add_sessions(commands.add_parser("sessions", help="list, fork, rename, pin or delete sessions"))
+    _add_sessions(commands.add_parser("sessions", help="list, fork, pin, delete, export or import sessions"))
     _add_stats(commands.add_parser("stats", help="what the daemon is doing, and how full its tiers are"))
     _add_check(commands.add_parser("check", help="verify what is stored on disk, while no daemon runs"))
     _add_demo(commands.add_parser("demo", help="a long document, most of its KV on disk, two questions"))
@@ -152,11 +152,22 @@ def _add_sessions(parser: argparse.ArgumentParser) -> None:
     expire = actions.add_parser("expire", help="delete NAME once it was not used for SECONDS")
     expire.add_argument("name", metavar="NAME")
     expire.add_argument("ttl_s", type=float, metavar="SECONDS")
+    leaves = actions.add_parser("export", help="write NAME and its KV to a new FILE")
+    leaves.add_argument("name", metavar="NAME")
+    leaves.add_argument("file", type=Path, metavar="FILE")
+    comes = actions.add_parser("import", help="make a session NAME of such a FILE")
+    comes.add_argument("file", type=Path, metavar="FILE")
+    comes.add_argument("name", metavar="NAME")
 
 
 def _sessions(options: argparse.Namespace) -> None:
-    from .terminal import sessions
+    from .terminal import export_session, import_session, sessions
 
+    if options.action in ("export", "import"):
+        move = export_session if options.action == "export" else import_session
+        with _client(options) as client:
+            move(client, options.name, options.file)
+        return
     known = ("into", "tokens", "ttl_s")
     fields = {name: getattr(options, name) for name in known if hasattr(options, name)}
     with _client(options) as client:

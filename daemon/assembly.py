@@ -39,6 +39,7 @@ from .server import Server
 from .service import EngineService
 from .sessions import SessionBook
 from .tail import TAIL_BLOCKS
+from .transfers import Transfers
 from .visibility import WINDOW_SLOTS
 
 STAGING_BUFFERS = 16
@@ -48,6 +49,9 @@ READERS = 4
 """Threads that read: a disk gives its rate only to several reads at a time."""
 
 DEFAULT_WINDOWS = 4
+
+LEAST_TRANSFERS = 64 << 20
+"""Bytes that archives on their way may take where there is no disk budget: tokens need room, too."""
 
 
 def serve(config: Config) -> None:
@@ -99,6 +103,8 @@ def build_engine(config: Config, model: Model, post: Post, planner: Planner = re
         config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         store = _store(config, model, planner)
         book = _book(config.state / "sessions.sqlite")
+        quota = max(config.disk_budget, LEAST_TRANSFERS)
+        transfers = Transfers(config.state / "transfers", quota, config.disk_floor)
     except (BudgetTooSmall, ValueError) as error:
         raise BudgetError(f"{error}; raise it") from error
     except (FolderInUse, FolderUnusable, OSError) as error:
@@ -111,6 +117,7 @@ def build_engine(config: Config, model: Model, post: Post, planner: Planner = re
         runner,
         SessionBook(book),
         Journal(book),
+        transfers,
         post,
         max_context=config.max_context or model.geometry.max_positions,
         chunk_tokens=config.chunk_tokens,

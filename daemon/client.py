@@ -11,22 +11,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from typing import Any, Self, TypeVar, Unpack
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any, Self, TypeVar, Unpack, cast
 
 import zmq
 
 from .address import default_address
 from .calls import Call, Calls, Options, Promptable, change_request, generate_request
-from .errors import ProtocolError
+from .errors import ProtocolError, SpilldError
+from .exchange import Ask, fetch, send
 from .link import Link
 from .protocol import (
     Accepted,
     Done,
     Event,
+    Exported,
     Hello,
+    Imported,
     ListSessions,
     Message,
     Progress,
@@ -51,7 +56,9 @@ __all__ = [
     "Client",
     "Done",
     "Event",
+    "Exported",
     "Generation",
+    "Imported",
     "Message",
     "Progress",
     "SessionInfo",
@@ -61,6 +68,7 @@ __all__ = [
 ]
 
 R = TypeVar("R", bound=Reply)
+T = TypeVar("T")
 
 ASK_S = 10.0
 """How long hello and stats wait: the daemon answers them between two polls."""
@@ -150,6 +158,14 @@ class Client:
     def delete(self, session: str) -> None:
         self._change("delete", session)
 
+    def export_session(self, session: str, file: str | os.PathLike[str]) -> Exported:
+        """Write a session, as it is between two requests, to a new file; on any error there is none."""
+        return self._converse(fetch(session, self.tenant, Path(file), self._calls.next_id))
+
+    def import_session(self, file: str | os.PathLike[str], session: str) -> Imported:
+        """Make a session with a new name from a file. Raises CorruptArchive or ForeignArchive."""
+        return self._converse(send(Path(file), session, self.tenant, self._calls.next_id))
+
     def close(self) -> None:
         """Cancel what is still in flight."""
         self._calls.close()
@@ -173,6 +189,20 @@ class Client:
 
     def _ask(self, request: Request, answer: type[R], patience_s: float = ASK_S) -> R:
         return _expect(self._next(self._start(request, patience_s)), answer)
+
+    def _converse(self, talk: Generator[Ask, Reply, T]) -> T:
+        go_on: Callable[[Any], Ask] = talk.send
+        given: Any = None
+        with contextlib.closing(talk):
+            while True:
+                try:
+                    request, answer, patience_s = go_on(given)
+                except StopIteration as end:
+                    return cast(T, end.value)
+                try:
+                    go_on, given = talk.send, self._ask(request, answer, patience_s)
+                except SpilldError as error:
+                    go_on, given = talk.throw, error
 
     def _next(self, call: Call) -> Reply | None:
         try:
@@ -332,6 +362,13 @@ class AsyncClient:
     async def delete(self, session: str) -> None:
         await self._change("delete", session)
 
+    async def export_session(self, session: str, file: str | os.PathLike[str]) -> Exported:
+        """As Client.export_session; each piece holds up the event loop while the file takes it."""
+        return await self._converse(fetch(session, self.tenant, Path(file), self._calls.next_id))
+
+    async def import_session(self, file: str | os.PathLike[str], session: str) -> Imported:
+        return await self._converse(send(Path(file), session, self.tenant, self._calls.next_id))
+
     def _start(self, request: Request, timeout: float | None) -> Call:
         self._move()  # learn first whether the link still stands
         call = self._calls.start(request, time.monotonic(), timeout)
@@ -344,6 +381,20 @@ class AsyncClient:
 
     async def _ask(self, request: Request, answer: type[R], patience_s: float = ASK_S) -> R:
         return _expect(await self._next(self._start(request, patience_s)), answer)
+
+    async def _converse(self, talk: Generator[Ask, Reply, T]) -> T:
+        go_on: Callable[[Any], Ask] = talk.send
+        given: Any = None
+        with contextlib.closing(talk):
+            while True:
+                try:
+                    request, answer, patience_s = go_on(given)
+                except StopIteration as end:
+                    return cast(T, end.value)
+                try:
+                    go_on, given = talk.send, await self._ask(request, answer, patience_s)
+                except SpilldError as error:
+                    go_on, given = talk.throw, error
 
     async def _next(self, call: Call) -> Reply | None:
         changed = asyncio.Event()

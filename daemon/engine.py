@@ -22,6 +22,7 @@ from spilld.offload.store import Store
 from . import tail
 from .attention import Slice
 from .contexts import Contexts, Key, new_handle
+from .courier import Courier
 from .errors import (
     Cancelled,
     DeadlineExceeded,
@@ -53,6 +54,7 @@ from .sampler import logprobs
 from .scheduler import Job, Plan, Room, Scheduler
 from .sequence import Sequence
 from .sessions import Session, SessionBook
+from .transfers import Transfers
 from .visibility import BLOCK, CELL, highest_block, longest_with, sealed_by
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ class Engine:
         runner: Runner,
         book: SessionBook,
         journal: Journal,
+        transfers: Transfers,
         post: Post,
         *,
         max_context: int,
@@ -96,6 +99,7 @@ class Engine:
         self._keeper = SessionKeeper(book, store, model, context_ttl_s)
         self._journal = journal
         self._retention_s = retention_s
+        self.courier = Courier(transfers, self._keeper, store, model, self._refuse_if_busy)
         self._arena = arena
         self._store = store
         self._runner = runner
@@ -140,6 +144,7 @@ class Engine:
         """Admit, run one step, deal with its results; False if there was nothing to run."""
         self._expire()
         self._store.settle()
+        self.courier.tend()
         plan = self._plan()
         for job in plan.admit:
             self._admit(self._generations[job])
@@ -149,8 +154,8 @@ class Engine:
 
     @property
     def writing(self) -> bool:
-        """Something is on its way to disk, and is to be settled soon."""
-        return self._store.writing
+        """Something is on its way to disk, or to an archive, and is to be settled soon."""
+        return self._store.writing or self.courier.busy
 
     def rest(self) -> None:
         """There is nothing to run: stop reading ahead."""
@@ -495,6 +500,7 @@ class Engine:
 
     def close(self) -> None:
         self._runner.rest()
+        self.courier.close()
         self._store.close()
         self._journal.close()
 

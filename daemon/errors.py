@@ -8,6 +8,9 @@ SpilldError                   code (stable, on the wire), message, retryable
 │   └── FrameTooLarge         frame_too_large
 ├── ContextNotFound           context_not_found    the handle or session is unknown or has expired
 ├── RequestNotFound           request_not_found    there is nothing to resume under this id
+├── TransferNotFound          transfer_not_found   the transfer is unknown, or over
+├── CorruptArchive            corrupt_archive      the file is no archive, or not whole
+├── ForeignArchive            foreign_archive      an archive of another model, or of a newer spilld
 ├── Cancelled                 cancelled
 ├── DeadlineExceeded          deadline_exceeded
 ├── Draining                  draining             the daemon is stopping (retryable)
@@ -70,6 +73,18 @@ class ContextNotFound(SpilldError):
 
 class RequestNotFound(SpilldError):
     code = "request_not_found"
+
+
+class TransferNotFound(SpilldError):
+    code = "transfer_not_found"
+
+
+class CorruptArchive(SpilldError):
+    code = "corrupt_archive"
+
+
+class ForeignArchive(SpilldError):
+    code = "foreign_archive"
 
 
 class Cancelled(SpilldError):

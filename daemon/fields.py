@@ -113,6 +113,18 @@ class Text(Reader):
 
 
 @dataclass(frozen=True)
+class Blob(Reader):
+    """A string of at most `high` bytes."""
+
+    high: int
+
+    def read(self, value: object, name: str) -> bytes:
+        if not isinstance(value, bytes) or len(value) > self.high:
+            raise FieldError(name, value, f"at most {self.high} bytes")
+        return value
+
+
+@dataclass(frozen=True)
 class Choice(Reader):
     values: tuple[str, ...]
 

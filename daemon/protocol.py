@@ -1,8 +1,10 @@
 """Protocol version 1: the messages. PROTOCOL.md specifies them, wire.py makes frames of them.
 
-Requests (client to daemon):  Generate, Resume, Cancel, Release, ListSessions, ChangeSession, Hello, Stats.
+Requests (client to daemon):  Generate, Resume, Cancel, Release, ListSessions, ChangeSession, Hello, Stats,
+                              TransferRequest (ExportSession, OpenTransfer, ReadTransfer, WriteTransfer,
+                              ImportSession, CloseTransfer).
 Replies (daemon to client):   Event (Accepted, Progress, Token, Done, Failed), Released, Sessions, Welcome,
-                              StatsReply.
+                              StatsReply, Exported, Piece, Transfer, Imported.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from .errors import SpilldError, error_for
-from .fields import Choice, Flag, Int, LogProb, Many, MapOf, Maybe, Reader, Real, Row, Struct, Text
+from .fields import Blob, Choice, Flag, Int, LogProb, Many, MapOf, Maybe, Reader, Real, Row, Struct, Text
 
 PROTOCOL = 1
 """The version this side speaks: the last byte of frame 0."""
@@ -20,10 +22,16 @@ MAGIC = b"spilld\x00"
 
 MAX_FRAME_BYTES = 16 * 2**20
 
+PIECE_BYTES = 4 * 2**20
+"""The most that one message carries of an archive."""
+
 TOKEN = Int(0, 2**31 - 1)
 HANDLE = Text(1, 128)
 TENANT = Text(0, 64)
 COUNT = Int(0)
+
+TRANSFER = Text(32, 32)
+"""128 random bits in hexadecimal: whoever knows them may use the transfer."""
 
 Id = Annotated[str, Text(1, 64)]
 Top = tuple[tuple[int, float], ...]
@@ -304,12 +312,104 @@ class StatsReply(Reply):
     values: Annotated[dict[str, object], MapOf()]
 
 
+# Archives of sessions.
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferRequest:
+    """About an archive, or a piece of one. Each is answered by one reply, or by Failed."""
+
+    request_id: Id
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSession(TransferRequest):
+    """Make an archive of a session, as it is between two requests. Answered by Exported."""
+
+    session: Annotated[str, HANDLE]
+    tenant: Annotated[str, TENANT] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenTransfer(TransferRequest):
+    """Begin to send an archive of nbytes. Answered by Transfer."""
+
+    nbytes: Annotated[int, COUNT]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadTransfer(TransferRequest):
+    """Answered by Piece: PIECE_BYTES from offset on, or what is left."""
+
+    transfer: Annotated[str, TRANSFER]
+    offset: Annotated[int, COUNT]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteTransfer(TransferRequest):
+    """The next piece of what is sent; offset is what was sent before. Answered by Transfer."""
+
+    transfer: Annotated[str, TRANSFER]
+    offset: Annotated[int, COUNT]
+    data: Annotated[bytes, Blob(PIECE_BYTES)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSession(TransferRequest):
+    """Make a new session of what was sent. Answered by Imported; the transfer ends in any case."""
+
+    transfer: Annotated[str, TRANSFER]
+    session: Annotated[str, HANDLE]
+    tenant: Annotated[str, TENANT] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CloseTransfer(TransferRequest):
+    """End a transfer, whole or not. Answered by Transfer."""
+
+    transfer: Annotated[str, TRANSFER]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported(Reply):
+    """The archive can be read. cached_tokens of its tokens need not be computed where it is imported."""
+
+    transfer: Annotated[str, TRANSFER]
+    nbytes: Annotated[int, COUNT]
+    tokens: Annotated[int, COUNT]
+    cached_tokens: Annotated[int, COUNT]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece(Reply):
+    data: Annotated[bytes, Blob(PIECE_BYTES)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer(Reply):
+    """A transfer, and how many bytes have come."""
+
+    transfer: Annotated[str, TRANSFER]
+    nbytes: Annotated[int, COUNT]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported(Reply):
+    """A session is there. note: why some KV will be computed again though the archive holds it, or empty."""
+
+    session: Annotated[SessionInfo, Struct(SessionInfo)]
+    cached_tokens: Annotated[int, COUNT]
+    note: Annotated[str, Text()]
+
+
 def is_last(reply: Reply) -> bool:
     """Whether no further reply to the same request follows."""
     return not isinstance(reply, Event) or isinstance(reply, Done | Failed)
 
 
-Request = Generate | Resume | Cancel | Release | ListSessions | ChangeSession | Hello | Stats
+Request = (
+    Generate | Resume | Cancel | Release | ListSessions | ChangeSession | Hello | Stats | TransferRequest
+)
 
 TYPES: dict[str, type] = {
     "generate": Generate,
@@ -329,4 +429,14 @@ TYPES: dict[str, type] = {
     "sessions": Sessions,
     "welcome": Welcome,
     "stats_reply": StatsReply,
+    "export_session": ExportSession,
+    "open_transfer": OpenTransfer,
+    "read_transfer": ReadTransfer,
+    "write_transfer": WriteTransfer,
+    "import_session": ImportSession,
+    "close_transfer": CloseTransfer,
+    "exported": Exported,
+    "piece": Piece,
+    "transfer": Transfer,
+    "imported": Imported,
 }

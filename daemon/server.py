@@ -46,6 +46,7 @@ from .protocol import (
     Resume,
     Stats,
     StatsReply,
+    TransferRequest,
     Welcome,
     is_last,
 )
@@ -82,6 +83,9 @@ class Service(Protocol):
 
     def manage(self, client: bytes, request: Release | ListSessions | ChangeSession) -> None:
         """List or change sessions, or give a context back; one reply is posted."""
+
+    def transfer(self, client: bytes, request: TransferRequest) -> None:
+        """Make, move or take an archive; one reply is posted."""
 
     def stats(self) -> dict[str, object]:
         """Plain data for StatsReply."""
@@ -253,6 +257,10 @@ class Server:
                 self._refuse_in_flight(message.request_id)
                 self._service.manage(client, message)
                 self._running[message.request_id] = _InFlight(client)
+            case TransferRequest():
+                self._refuse_in_flight(message.request_id)
+                self._service.transfer(client, message)
+                self._running[message.request_id] = _InFlight(client)
             case Hello(request_id=request_id):
                 self._send(client, replace(self._service.welcome(), request_id=request_id))
             case Stats(request_id=request_id):
@@ -260,7 +268,8 @@ class Server:
             case _:
                 raise InvalidRequest(
                     "type is that of a reply; allowed: generate, resume, cancel, release, list_sessions, "
-                    "change_session, hello, stats"
+                    "change_session, hello, stats, export_session, open_transfer, read_transfer, "
+                    "write_transfer, import_session, close_transfer"
                 )
 
     def _start(self, client: bytes, request: Generate) -> None:

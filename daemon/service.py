@@ -16,13 +16,16 @@ from .errors import Draining, InternalError, InvalidRequest, Overloaded, SpilldE
 from .generation import NOBODY
 from .protocol import (
     ChangeSession,
+    ExportSession,
     Failed,
     Generate,
+    ImportSession,
     ListSessions,
     Message,
     Release,
     Reply,
     Resume,
+    TransferRequest,
     Welcome,
     is_last,
 )
@@ -108,6 +111,15 @@ class EngineService:
         self._inbox.put(lambda: None)
         self._thread.join()
         return self._suspended
+
+    def transfer(self, client: bytes, request: TransferRequest) -> None:
+        self._count(+1)
+        courier, answer = self._engine.courier, partial(self._pass_on, client)
+        if isinstance(request, ExportSession | ImportSession):
+            # Through the intake, so that it cannot overtake a request of the same client.
+            self._intake.submit(self._inbox.put, partial(courier.begin, request, answer))
+        else:
+            courier.serve(request, answer)
 
     # The intake thread.
 

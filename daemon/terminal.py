@@ -137,6 +137,24 @@ def sessions(client: Client) -> None:
     Console().print(table)
 
 
+def export_session(client: Client, name: str, file: Path) -> None:
+    """Write a session to a new file, and say what is in it."""
+    exported = client.export_session(name, file)
+    Console().print(
+        f"{file}: {exported.tokens:,} tokens, the KV of {exported.cached_tokens:,}, {size(exported.nbytes)}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def import_session(client: Client, name: str, file: Path) -> None:
+    """Make a session of a file, and say what must be computed again."""
+    imported = client.import_session(file, name)
+    said = f"{name}: {imported.session.tokens:,} tokens, {imported.cached_tokens:,} need not be computed"
+    note = f"; {imported.note}" if imported.note else ""
+    Console().print(said + note, markup=False, soft_wrap=True)
+
+
 def check(folder: Path, repair: bool, as_json: bool) -> bool:
     """Verify the store in a folder and say what was found; whether it is clean. Raises StateFolderError."""
     from spilld.offload.check import check as verify

@@ -7,6 +7,8 @@ OffloadError
 ├── IndexDamaged        the index of the disk tier cannot be read: what it named is lost
 ├── TierFull            a tier has no room now; may pass once something is released
 ├── WriteFailed         a run could not be made durable; it is absent, earlier runs are intact
+├── ArchiveDamaged      a file is no archive, or not what was written
+├── ArchiveUnknown      an archive of a version that this one does not read
 └── ReadFailed          a stored extent did not come back; the KV must be recomputed
     ├── ExtentMissing   no such run in the tier
     ├── ExtentCorrupt   checksum, header, fingerprint or chain hash is not what was written
@@ -68,3 +70,11 @@ class ReadCancelled(ReadFailed):
 
 class WriteFailed(OffloadError):
     """A run could not be made durable. It is absent; earlier runs are intact."""
+
+
+class ArchiveDamaged(OffloadError):
+    """A file is no archive, ends early or is not what was written."""
+
+
+class ArchiveUnknown(OffloadError):
+    """An archive of a version that this one does not read."""

@@ -141,6 +141,7 @@ class Store:
         self.layers = layers
         self.run_blocks = run_blocks
         self.spill_failure: WriteFailed | None = None
+        self.arriving_bytes = 0
         self._slab = slab
         self._disk = disk
         self._planner = planner
@@ -160,7 +161,8 @@ class Store:
         run_bytes = self.layers * extent_bytes(self.layout, self.run_blocks)
         tier = self._disk.tier
         pinned = sum(tier.locate(run).range.nbytes for run in self._pinned if run in tier)
-        return host + max(0, tier.budget_bytes - pinned) // run_bytes * self.run_blocks
+        free = tier.budget_bytes - pinned - self.arriving_bytes
+        return host + max(0, free) // run_bytes * self.run_blocks
 
     @property
     def unpromised(self) -> int:
@@ -603,6 +605,11 @@ class Store:
             while (self._outgoing or self._tails) and (left := give_up - time.monotonic()) > 0:
                 self._settle(self._disk.spiller.wait(left))
             self._disk.close()
+
+    @property
+    def disk(self) -> DiskPath | None:
+        """Where runs lie, for those that come from elsewhere or go there."""
+        return self._disk
 
     def _need_disk(self) -> DiskPath:
         assert self._disk is not None, "there is no disk tier"

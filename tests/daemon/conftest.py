@@ -17,6 +17,7 @@ from spilld.daemon.errors import (
     Cancelled,
     ContextNotFound,
     Draining,
+    InvalidRequest,
     Overloaded,
     RequestNotFound,
     SpilldError,
@@ -36,6 +37,7 @@ from spilld.daemon.protocol import (
     SessionInfo,
     Sessions,
     Token,
+    TransferRequest,
     Usage,
     Welcome,
 )
@@ -127,6 +129,9 @@ class Echo:
         self.managed.append(request)
         name, reply = request.request_id, self._answer(request)
         self.post(client, Failed.because(reply, name) if isinstance(reply, SpilldError) else reply)
+
+    def transfer(self, client: bytes, request: TransferRequest) -> None:
+        self.post(client, Failed.because(InvalidRequest("an echo keeps nothing"), request.request_id))
 
     def _answer(self, request: Release | ListSessions | ChangeSession) -> Reply | SpilldError:
         if isinstance(request, Release):

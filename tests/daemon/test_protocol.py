@@ -24,18 +24,27 @@ from spilld.daemon.errors import (
 from spilld.daemon.fields import readers
 from spilld.daemon.protocol import (
     MAX_FRAME_BYTES,
+    PIECE_BYTES,
     TYPES,
     Accepted,
     Cancel,
     ChangeSession,
+    CloseTransfer,
     Done,
+    Exported,
+    ExportSession,
     Failed,
     Generate,
     Hello,
+    Imported,
+    ImportSession,
     ListSessions,
     Message,
+    OpenTransfer,
+    Piece,
     Progress,
     PromptLogprob,
+    ReadTransfer,
     Release,
     Released,
     Reply,
@@ -47,8 +56,10 @@ from spilld.daemon.protocol import (
     Stats,
     StatsReply,
     Token,
+    Transfer,
     Usage,
     Welcome,
+    WriteTransfer,
 )
 from spilld.daemon.wire import decode, encode
 
@@ -61,6 +72,7 @@ tokens = st.integers(0, 2**31 - 1)
 ids = st.text(min_size=1, max_size=64)
 handles = st.text(min_size=1, max_size=128)
 tenants = st.text(max_size=64)
+transfers = st.binary(min_size=16, max_size=16).map(bytes.hex)
 logprobs = st.floats(max_value=0, allow_nan=False)
 millis = st.floats(0, allow_nan=False, allow_infinity=False)
 tops = st.lists(st.tuples(tokens, logprobs), max_size=20).map(tuple)
@@ -177,6 +189,28 @@ MESSAGES: dict[type, st.SearchStrategy[Request | Reply]] = {
         max_context=count,
         max_frame_bytes=count,
     ),
+    ExportSession: st.builds(ExportSession, request_id=ids, session=handles, tenant=tenants),
+    OpenTransfer: st.builds(OpenTransfer, request_id=ids, nbytes=count),
+    ReadTransfer: st.builds(ReadTransfer, request_id=ids, transfer=transfers, offset=count),
+    WriteTransfer: st.builds(
+        WriteTransfer, request_id=ids, transfer=transfers, offset=count, data=st.binary(max_size=99)
+    ),
+    ImportSession: st.builds(
+        ImportSession, request_id=ids, transfer=transfers, session=handles, tenant=tenants
+    ),
+    CloseTransfer: st.builds(CloseTransfer, request_id=ids, transfer=transfers),
+    Exported: st.builds(
+        Exported,
+        request_id=ids,
+        seq=count,
+        transfer=transfers,
+        nbytes=count,
+        tokens=count,
+        cached_tokens=count,
+    ),
+    Piece: st.builds(Piece, request_id=ids, seq=count, data=st.binary(max_size=99)),
+    Transfer: st.builds(Transfer, request_id=ids, seq=count, transfer=transfers, nbytes=count),
+    Imported: st.builds(Imported, request_id=ids, seq=count, session=infos, cached_tokens=count, note=text),
     StatsReply: st.builds(
         StatsReply, request_id=ids, seq=count, values=st.dictionaries(text, plain, max_size=4)
     ),
@@ -290,6 +324,16 @@ BAD_FIELDS: list[tuple[Mapping[str, object], str]] = [
     ({"type": "release"}, "context is None; allowed: it must be given"),
     ({"session": ""}, "session is ''; allowed: a string of 1 to 128 characters"),
     ({"session": "s", "context": "c"}, "session is 's'; allowed: nothing beside a context"),
+    ({"type": "read_transfer", "transfer": "f" * 31, "offset": 0}, "a string of 32 to 32 characters"),
+    ({"type": "read_transfer", "transfer": "f" * 32, "offset": -1}, "offset is -1; allowed: an integer"),
+    (
+        {"type": "write_transfer", "transfer": "f" * 32, "offset": 0, "data": b"x" * (PIECE_BYTES + 1)},
+        "allowed: at most 4194304 bytes",
+    ),
+    (
+        {"type": "write_transfer", "transfer": "f" * 32, "offset": 0, "data": "text"},
+        "data is 'text'; allowed: at most 4194304 bytes",
+    ),
     ({"tenant": "x" * 65}, "a string of 0 to 64 characters"),
     ({"type": "change_session", "action": "pin"}, "session is None; allowed: it must be given"),
     (

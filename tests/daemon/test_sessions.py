@@ -345,6 +345,25 @@ def test_a_damaged_run_is_computed_again(model: Model, tmp_path: Path) -> None:
         assert harness.done().usage.cached_tokens == 0
 
 
+def test_a_damaged_run_of_a_pinned_session_is_computed_again(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is pinned when it turns out to be damaged, and its room is no longer counted."""
+    monkeypatch.setattr("spilld.daemon.engine.TICK_S", 0.0)
+    wanted = without_a_break(model, tmp_path / "a", (PROMPT, {"form": "k8v4", **FIELDS}), (MORE, FIELDS))
+    with engine(model, tmp_path / "s", keep_state=True) as harness:
+        first = harness.ask(PROMPT, session="s", **FIELDS)
+        manage(harness, session="s", action="pin")
+    for segment in (tmp_path / "s" / "kv").glob("*.segment"):
+        content = bytearray(segment.read_bytes())
+        for offset in range(300, len(content), 4096):
+            content[offset] ^= 1
+        segment.write_bytes(content)
+    with engine(model, tmp_path / "s") as harness:
+        harness.run()
+        assert [first, harness.ask(MORE, session="s", **FIELDS)] == wanted
+
+
 def test_a_restored_session_moves_back_into_host_memory(model: Model, tmp_path: Path) -> None:
     """Its first scan reads it from disk and copies it; the next reads nothing from disk."""
     wanted = without_a_break(model, tmp_path / "a", (PROMPT, {"form": "k8v4", **FIELDS}), (MORE, FIELDS))
