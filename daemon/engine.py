@@ -17,6 +17,7 @@ import numpy as np
 
 from spilld.cuda_ext.window import WindowArena
 from spilld.offload.errors import ExtentCorrupt, IndexDamaged, OffloadError, ReadFailed
+from spilld.offload.extent import RunKey
 from spilld.offload.store import Store
 
 from . import tail
@@ -401,7 +402,8 @@ class Engine:
             self._finish(generation)
             return
         if self._is_milestone(generation, sequence, complete):
-            self._save(sequence)
+            saved = self._save(sequence, generation.milestone)
+            generation.milestone = saved if generation.produced else None
         if complete:
             self._sample(generation, sequence, logits[-1])
 
@@ -486,7 +488,7 @@ class Engine:
             if not generation.number:
                 self._abort(generation, Draining("the daemon has stopped, and could not save this request"))
             elif generation.started:
-                self._save(_sequence(generation))
+                self._save(_sequence(generation), generation.milestone)
         left = frozenset(generation.request.request_id for generation in self._all())
         if left:
             log.info("%d requests are saved: they go on at the next start", len(left))
@@ -506,7 +508,7 @@ class Engine:
 
     def _finish(self, generation: Generation) -> None:
         sequence, session = _sequence(generation), generation.session
-        self._save(sequence)
+        self._save(sequence, generation.milestone)
         event = generation.done(self._keeper.kv_bytes(sequence), session.name if session else None)
         self._note(generation, event, session)
         self._remove(generation, keep=session is not None)
@@ -520,7 +522,7 @@ class Engine:
         harmless = isinstance(error, Cancelled | DeadlineExceeded | Draining)
         appended = harmless and generation.sequence is not None and generation.started
         if appended:
-            self._save(_sequence(generation))
+            self._save(_sequence(generation), generation.milestone)
         event = generation.failed(error)
         self._note(generation, event, session if appended and known else None)
         self._remove(generation, keep=known and (harmless or not generation.started))
@@ -622,17 +624,19 @@ class Engine:
             if key not in busy:
                 log.info("session %s has expired", key[1][:8])
                 self._release(key)
-        self._keeper.pin_what_waits()
+        self._keeper.keep_what_waits()
         self._journal.sweep(self._retention_s)
 
     # The rest.
 
-    def _save(self, sequence: Sequence) -> None:
-        """Between steps: what was computed outlives the sequence, for whoever begins alike."""
-        if sequence.computed >= CELL:
-            self._store.settle()
-            self._store.save(sequence.table)
-            tail.save(self._store, self._arena, sequence)
+    def _save(self, sequence: Sequence, instead_of: RunKey | None) -> RunKey | None:
+        """Between steps: what was computed outlives the sequence, for whoever begins alike. The tail of it,
+        if there is one; instead_of goes then."""
+        if sequence.computed < CELL:
+            return None
+        self._store.settle()
+        self._store.save(sequence.table)
+        return tail.save(self._store, self._arena, sequence, instead_of)
 
     def _discard(self, sequence: Sequence) -> None:
         self._store.forget(sequence.table)

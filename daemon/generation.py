@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Sequence_
 
+from spilld.offload.extent import RunKey
+
 from .contexts import Key
 from .errors import SpilldError
 from .journal import Entry
@@ -23,7 +25,7 @@ class Generation:
 
     sequence is what it runs on: one that is being continued, or a new one once it is admitted, which then
     begins with the tokens of `history`. session is what it continues or leaves behind. number is that of its
-    entry in the journal.
+    entry in the journal. milestone is a tail amid its answer, of no use once there is a later one.
     """
 
     def __init__(self, job: int, client: bytes, entry: Entry) -> None:
@@ -33,6 +35,7 @@ class Generation:
         self.prompt = list(entry.prompt or ())
         self.handle = entry.handle
         self.sequence: Sequence | None = None
+        self.milestone: RunKey | None = None
         self.session: Session | None = None
         self.history: list[int] = []
         self.max_tokens = self.request.max_tokens

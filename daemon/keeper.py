@@ -18,6 +18,11 @@ from .sequence import Sequence
 from .sessions import Session, SessionBook
 from .visibility import BLOCK
 
+OF_A_SESSION = 1
+"""Priority of KV that a named session goes on with; that of other requests is 0."""
+
+KEPT_AT_ONCE = 8
+
 
 class SessionKeeper:
     """Keeps the book, and pins the KV of pinned sessions in the store."""
@@ -28,7 +33,7 @@ class SessionKeeper:
         self._model = model
         self._context_ttl_s = context_ttl_s
         self._pins: dict[Key, list[RunKey]] = {}
-        self._to_pin = {session.key for session in book.pinned()}
+        self._to_keep = dict.fromkeys(book.names())
 
     def root(self, tenant: str) -> bytes:
         """What the token chains of a tenant begin with."""
@@ -68,8 +73,7 @@ class SessionKeeper:
         assert generation.sequence is not None
         tokens = tuple(generation.sequence.tokens)
         self.book.put(replace(session, tokens=tokens, messages=_chat(session, generation)))
-        if session.pinned:
-            self._to_pin.add(session.key)
+        self._to_keep[session.key] = None
 
     def change(self, request: ChangeSession) -> Session:
         """Fork, rename, pin, unpin or expire; the session as it is then."""
@@ -87,14 +91,16 @@ class SessionKeeper:
             case "expire":
                 self.book.keep(tenant, name, pinned=self.book.get(tenant, name).pinned, ttl_s=request.ttl_s)
         session = self.book.get(tenant, into if into and request.action in ("fork", "rename") else name)
-        if session.pinned:
-            self._to_pin.add(session.key)
+        self._to_keep[session.key] = None
         return session
 
     def forget(self, key: Key) -> None:
-        """Delete a session. Raises ContextNotFound."""
+        """Delete a session. KV that it shares with another has that one's priority again once that one goes
+        on. Raises ContextNotFound."""
+        runs = self._runs(self.book.get(*key))
         self.book.delete(*key)
         self._unpin(key)
+        self._store.prioritise(runs, 0)
 
     def info(self, session: Session, in_use: tuple[Sequence | None, bool]) -> SessionInfo:
         """in_use: its sequence if it is in memory, and whether a request runs on it."""
@@ -122,22 +128,29 @@ class SessionKeeper:
         blocks = sum(ref.count for ref in resume.refs) if resume else 0
         return {"device": 0, "host": 0, "disk": blocks * self._store.column_bytes}
 
-    def pin_what_waits(self) -> None:
-        """Pin what was written meanwhile for pinned sessions."""
-        if self._to_pin and not self._store.writing:
-            for key in self._to_pin:
-                self._pin(key)
-            self._to_pin.clear()
+    def keep_what_waits(self) -> None:
+        """Of sessions that were written meanwhile: their KV is evicted after that of requests without a
+        session, or not at all if they are pinned. A few at a time: each is looked up block by block."""
+        if not self._store.writing:
+            for key in list(self._to_keep)[:KEPT_AT_ONCE]:
+                del self._to_keep[key]
+                self._keep(key)
 
-    def _pin(self, key: Key) -> None:
+    def _keep(self, key: Key) -> None:
         self._unpin(key)
         session = self.book.find(*key)
-        if session is None or not session.pinned:
+        if session is None or not (runs := self._runs(session)):
             return
+        if session.listed:
+            self._store.prioritise(runs, OF_A_SESSION)
+        if session.pinned:
+            self._pins[key] = runs
+            self._store.pin(runs)
+
+    def _runs(self, session: Session) -> list[RunKey]:
+        """Runs on disk with which it goes on."""
         resume = tail.find(self._store, self.root(session.tenant), session.tokens)
-        if resume is not None:
-            self._pins[key] = [*(ref.run for ref in resume.refs), resume.tail]
-            self._store.pin(self._pins[key])
+        return [*(ref.run for ref in resume.refs), resume.tail] if resume else []
 
     def _unpin(self, key: Key) -> None:
         if key in self._pins:

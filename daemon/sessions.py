@@ -124,9 +124,11 @@ class SessionBook:
         rows = self._db.rows("SELECT * FROM sessions WHERE tenant = ? AND listed ORDER BY name", (tenant,))
         return [_session(*row) for row in rows]
 
-    def pinned(self) -> list[Session]:
-        """Pinned sessions of all tenants."""
-        return [_session(*row) for row in self._db.rows("SELECT * FROM sessions WHERE pinned")]
+    def names(self) -> list[tuple[str, str]]:
+        """(tenant, name) of every session with a name or a pin, the pinned first, then the last used."""
+        return self._db.rows(
+            "SELECT tenant, name FROM sessions WHERE listed OR pinned ORDER BY pinned DESC, used DESC"
+        )
 
     def expired(self) -> list[tuple[str, str]]:
         """(tenant, name) of sessions whose time is over."""

@@ -61,8 +61,11 @@ def find(store: Store, root: bytes, tokens: Sequence[int]) -> Resume | None:
     return None
 
 
-def save(store: Store, arena: WindowArena, sequence: TokenSequence) -> None:
-    """Begin to write the tail of what is computed of a sequence, which is a cell at the least."""
+def save(
+    store: Store, arena: WindowArena, sequence: TokenSequence, instead_of: RunKey | None = None
+) -> RunKey | None:
+    """Begin to write the tail of what is computed of a sequence, which is a cell at the least. As
+    Store.save_tail."""
     n, sealed = sequence.computed, sequence.table.chain
     cell = (n - 1) // CELL
     above = sequence.hashes(len(sealed), cell * BLOCKS_PER_CELL)
@@ -77,7 +80,8 @@ def save(store: Store, arena: WindowArena, sequence: TokenSequence) -> None:
         for a, b in _slots(n):
             tokens[:, :, at : at + b - a] = source[:, :, a:b]
             at += b - a
-    store.save_tail(anchor, sequence.tokens[cell * CELL : n], boundary(n - 1) // BLOCK, numbers)
+    tokens_after = sequence.tokens[cell * CELL : n]
+    return store.save_tail(anchor, tokens_after, boundary(n - 1) // BLOCK, numbers, instead_of)
 
 
 def restore(store: Store, arena: WindowArena, window: int, resume: Resume) -> None:

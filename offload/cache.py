@@ -95,6 +95,18 @@ class RunCache:
         if not self._uses[run]:
             del self._uses[run]
 
+    def prioritise(self, runs: Iterable[RunKey], priority: int) -> None:
+        """Runs of a higher priority are evicted after all of a lower one; 0 at first. Unknown ones are
+        ignored."""
+        for run in runs:
+            if run in self._parents:
+                self._eviction.prioritise(run, priority)
+
+    def supersede(self, run: RunKey) -> None:
+        """Another serves all that this one did: it goes, unless it is held. Unknown runs are ignored."""
+        if run not in self._uses:
+            self.discard(run)
+
     def discard(self, run: RunKey) -> None:
         """What it holds is not what was written: nobody shall find it again. Unknown runs are ignored."""
         try:

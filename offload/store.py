@@ -147,7 +147,7 @@ class Store:
         self._planner = planner
         self._tables: list[BlockTable] = []
         self._outgoing: dict[RunKey, Outgoing] = {}
-        self._tails: dict[RunKey, Bytes] = {}
+        self._tails: dict[RunKey, tuple[Bytes, RunKey | None]] = {}
         self._pinned: Counter[RunKey] = Counter()
 
     # Promises.
@@ -358,7 +358,11 @@ class Store:
                 self._give_up_spilling(ended.error)
             else:
                 self._need_disk().cache.enter(self._need_disk().tier.locate(ended.run))
-            if self._tails.pop(ended.run, None) is None:
+            if ended.run in self._tails:
+                _, instead_of = self._tails.pop(ended.run)
+                if ended.ok and instead_of is not None:
+                    self._need_disk().cache.supersede(instead_of)
+            else:
                 self._settle_run(self._outgoing.pop(ended.run), ended.ok)
 
     def _settle_run(self, outgoing: Outgoing, durable: bool) -> None:
@@ -408,6 +412,11 @@ class Store:
             self._need_disk().cache.release(run)
         self._pinned -= Counter(runs)
 
+    def prioritise(self, runs: Sequence[RunKey], priority: int) -> None:
+        """Runs of a lower priority are evicted first, whatever was used last."""
+        if self._disk is not None:
+            self._disk.cache.prioritise(runs, priority)
+
     def tails(self, anchor: bytes) -> list[tuple[RunKey, list[int]]]:
         """Tails after a block: (run, the tokens that follow the block), the newest first."""
         return [] if self._disk is None else self._disk.cache.tails(anchor)
@@ -417,18 +426,25 @@ class Store:
         """How a tail's numbers lie: K, then V, [kv_heads, 64, head_dim] in the compute dtype."""
         return Layout(Format.RAW, self.layout.element, self.layout.kv_heads, self.layout.head_dim)
 
-    def save_tail(self, anchor: bytes, tokens: Sequence[int], first: int, numbers: Bytes) -> None:
-        """Begin to write the exact numbers of a sequence's window; left if the disk has no room, or the write
+    def save_tail(
+        self,
+        anchor: bytes,
+        tokens: Sequence[int],
+        first: int,
+        numbers: Bytes,
+        instead_of: RunKey | None = None,
+    ) -> RunKey | None:
+        """Begin to write the exact numbers of a sequence's window; None if the disk has no room, or the write
         budget refuses them.
 
         numbers: uint8[layers, blocks, bytes of tail_layout], the store's from now on. tokens follow the
-        block `anchor`.
+        block `anchor`. instead_of: a tail that goes once this one is durable.
         """
         if self._disk is None or self.spill_failure is not None:
-            return
+            return None
         layers, count, width = numbers.shape
         if not self._disk.admits(b"tail" + anchor, self._disk.tier.run_bytes(count, self.tail_layout)):
-            return
+            return None
         run = RunKey(uuid.uuid4().bytes)
         contents = Contents(anchor, tokens=tuple(tokens))
         try:
@@ -437,13 +453,15 @@ class Store:
             )
         except TierFull as full:
             log.info("a tail is not saved: %s", full)
+            return None
         except WriteFailed as failure:
             self._give_up_spilling(failure)
-        else:
-            self._tails[run] = numbers
-            self._disk.spend(place)
-            rows = np.arange(layers * count).reshape(layers, count)
-            self._disk.spiller.submit(place, numbers.reshape(-1, width), rows)
+            return None
+        self._tails[run] = numbers, instead_of
+        self._disk.spend(place)
+        rows = np.arange(layers * count).reshape(layers, count)
+        self._disk.spiller.submit(place, numbers.reshape(-1, width), rows)
+        return run
 
     def read_tail(self, run: RunKey) -> Iterator[Bytes]:
         """Its numbers, uint8[blocks, bytes of tail_layout] for each layer, each valid until the next.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,25 @@ def test_a_cell_is_lost_at_most(model: Model, tmp_path: Path) -> None:
         (generation,) = harness.engine._generations.values()
         assert generation.sequence is not None
         assert generation.sequence.computed >= 1280
+
+
+def test_tails_amid_an_answer_do_not_pile_up(model: Model, tmp_path: Path) -> None:
+    """One at the end of the prompt, one at the end of the answer, and one of those between at a time."""
+    with life(model, tmp_path / "s") as harness:
+        harness.add("r", PROMPT, max_tokens=1200, ignore_eos=True)
+        most = 0
+        while harness.engine.turn():
+            most = max(most, tails(tmp_path / "s"))
+        while harness.engine.writing:
+            harness.engine.rest()
+        assert most <= 3
+        assert tails(tmp_path / "s") == 2
+
+
+def tails(state: Path) -> int:
+    with closing(sqlite3.connect(state / "kv" / "index.sqlite")) as db:
+        ((count,),) = db.execute("SELECT count(*) FROM tails")
+    return int(count)
 
 
 def test_twice(model: Model, tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ class TestManagement:
                 harness.ask(PROMPT if name == "pinned" else MORE + PROMPT, session=name, **FIELDS)
             manage(harness, session="pinned", action="pin")
             for seed in range(5, 15):
-                harness.ask(some_tokens(seed, 1400), **FIELDS)
+                harness.ask(some_tokens(seed, 1400), session=f"of-{seed}", **FIELDS)
             harness.ask(PROMPT[:5], session="pinned", **FIELDS)
             assert harness.done().usage.cached_tokens == 1407
             harness.ask(PROMPT[:5], session="loose", **FIELDS)
@@ -384,3 +384,41 @@ def test_what_host_memory_has_no_room_for_stays_on_disk(model: Model, tmp_path: 
     with engine(model, tmp_path / "s", **tight(model, "k8v4")) as harness:
         harness.ask(MORE, session="s", **FIELDS)
         assert manage(harness)[0].kv_bytes["disk"] > 0
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_the_kv_of_sessions_goes_last(model: Model, restart: bool, tmp_path: Path) -> None:
+    """Requests without a session come and go; what a session needs stays, also in a later process."""
+    settings: dict[str, Any] = tight(model, "k8v4") | {"disk_budget": 10 << 20}
+    cached = {}
+    for name in ("s", None):
+        state = tmp_path / str(name)
+        with engine(model, state, keep_state=restart, **settings) as harness:
+            harness.ask(PROMPT, session=name, **FIELDS)
+            if not restart:
+                flood(harness)
+                cached[name] = again(harness, name)
+        if restart:
+            with engine(model, state, **settings) as harness:
+                flood(harness)
+                cached[name] = again(harness, name)
+    assert cached["s"] == 1407
+    assert cached[None] == 0
+
+
+def flood(harness: Harness) -> None:
+    """More KV than the disk takes, of prompts that are not asked again."""
+    evicted = 0
+    for seed in range(100, 124):
+        written(harness)
+        harness.engine._ticked = 0.0
+        harness.ask(some_tokens(seed, 1000), max_tokens=1)
+        evicted += harness.engine.stats()["disk_cached_bytes"] == 0
+    assert not evicted
+
+
+def again(harness: Harness, session: str | None) -> int:
+    """How many tokens are cached of what was asked first."""
+    prompt = MORE if session else PROMPT + MORE
+    harness.ask(prompt, session=session, **FIELDS)
+    return harness.done().usage.cached_tokens
