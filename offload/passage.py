@@ -16,7 +16,7 @@ from .extent import RunKey, RunPlace
 from .index import Contents
 from .record import Layout
 from .store import DiskPath, Store
-from .system import Bytes, page_aligned
+from .system import PAGE, Bytes, page_aligned
 
 
 class Departure:
@@ -30,7 +30,7 @@ class Departure:
         for place in self._places.values():
             self._disk.tier.hold(place)
         store.pin(list(self._places))
-        largest = max((place.identity.nbytes for place in self._places.values()), default=0)
+        largest = max((place.identity.nbytes for place in self._places.values()), default=PAGE)
         self._buffer = page_aligned(largest)
 
     def read(self, run: RunKey, layer: int) -> Bytes:
@@ -76,7 +76,7 @@ class Arrival:
         except BaseException:
             self.abandon()
             raise
-        largest = max((place.identity.nbytes for place in self.places), default=0)
+        largest = max((place.identity.nbytes for place in self.places), default=PAGE)
         self._scratch = page_aligned(largest)
 
     def _respect_promises(self) -> None:

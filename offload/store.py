@@ -569,6 +569,7 @@ class Store:
             compaction = self._disk.compaction
             values |= {
                 "disk_used_bytes": tier.used_bytes,
+                "disk_index_bytes": tier.index.nbytes,
                 "disk_budget_bytes": tier.budget_bytes,
                 "disk_hole_bytes": tier.hole_bytes,
                 "disk_direct": tier.direct,

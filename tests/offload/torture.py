@@ -37,6 +37,7 @@ from spilld.offload.errors import ExtentMissing, TierFull
 from spilld.offload.extent import Move, RunKey, RunPlace, extent_bytes
 from spilld.offload.host import HostSlab
 from spilld.offload.index import Contents
+from spilld.offload.passage import Arrival, Departure, Part
 from spilld.offload.prefetch import Prefetcher
 from spilld.offload.record import Element, Format, Layout
 from spilld.offload.spill import Spiller
@@ -279,7 +280,7 @@ class Life:
         actions = [
             *(self.begin, self.begin, self.grow, self.grow, self.grow, self.save, self.write_behind),
             *(self.spill, self.save_tail, self.read_tail, self.wait, self.forget, self.discard, self.settle),
-            *(self.thin_out, self.thin_out, self.compact, self.compact),
+            *(self.thin_out, self.thin_out, self.compact, self.compact, self.arrive, self.depart),
         ]
         for _ in range(steps):
             with suppress(TierFull):
@@ -361,10 +362,38 @@ class Life:
             self.store.forget(table)
 
     def discard(self) -> None:
-        used = {ref.run for table, _ in self.sequences for ref in table.runs}
+        used = {ref.run for table, _ in self.sequences for ref in table.runs} | self.store._pinned.keys()
         others = [place.run for place in self.tier.runs() if place.run not in used]
         if others:
             self.cache.discard(self.choose.choice(others))
+
+    def arrive(self) -> None:
+        """Runs from elsewhere: an import."""
+        names, first = history(self.choose.choice(HISTORIES)), self.choose.randint(1, BLOCKS - 2 * RUN)
+        parts = [
+            Part(at, RUN, names[at + RUN - 1], Contents(names[at - 1], names[at : at + RUN]), LAYOUT)
+            for at in (first, first + RUN)
+        ]
+        arrival = Arrival(self.store, parts)
+        for place in arrival.places:
+            at = place.identity.first
+            for layer in range(LAYERS):
+                arrival.write(place, layer, np.stack([block(name)[layer] for name in names[at : at + RUN]]))
+        arrival.sync()
+        arrival.commit()
+
+    def depart(self) -> None:
+        """Runs that are copied while others move and go: an export."""
+        runs = [place.run for place in self.tier.runs() if self.tier.contents(place.run).blocks]
+        departure = Departure(self.store, runs[:3])
+        with suppress(TierFull):
+            self.thin_out()
+        self.compact()
+        for run in runs[:3]:
+            name = self.tier.contents(run).blocks[0]
+            for layer in range(LAYERS):
+                assert (departure.read(run, layer)[0] == block(name)[layer]).all(), "another's bytes leave"
+        departure.end()
 
     def thin_out(self) -> None:
         """Leave holes between tails, so that runs move from now on."""
