@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 SCHEMA = 2
 """PRAGMA user_version of the database."""
 
-_CREATE = """
+_RUNS_AND_NAMES = """
 CREATE TABLE runs (
     run BLOB PRIMARY KEY, segment INTEGER NOT NULL, offset INTEGER NOT NULL, nbytes INTEGER NOT NULL,
     format TEXT NOT NULL, element TEXT NOT NULL, kv_heads INTEGER NOT NULL, head_dim INTEGER NOT NULL,
@@ -52,6 +52,8 @@ CREATE TABLE wear (
     id INTEGER PRIMARY KEY, spent INTEGER NOT NULL, at INTEGER NOT NULL, seal BLOB NOT NULL
 );
 """
+
+_CREATE = _RUNS_AND_NAMES + _WEAR
 
 _RUNS = """
 SELECT runs.*, hash FROM runs LEFT JOIN blocks ON blocks.run = runs.run AND blocks.block = runs.first
@@ -116,7 +118,7 @@ class Index:
     @staticmethod
     def _open(path: Path) -> Database:
         """With what names a run, and not with what names none. Raises IndexDamaged if it cannot be asked."""
-        db = Database(path, SCHEMA, _CREATE + _WEAR, {1: _WEAR})
+        db = Database(path, SCHEMA, _CREATE, {1: _WEAR})
         try:
             db.rows(_RUNS)
             for table in ("blocks", "tails"):
