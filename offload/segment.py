@@ -76,7 +76,8 @@ class SegmentSpace:
     def moves(self) -> Iterator[tuple[int, Range]]:
         """(segment, hole): were its last range in this hole instead, the segment would be shorter and none
         longer. The emptiest segments come first, and the holes of the fullest; changes nothing."""
-        emptiest = sorted(self._segments, key=lambda number: (self._segments[number].taken, number))
+        used = [number for number, segment in self._segments.items() if segment.taken]
+        emptiest = sorted(used, key=lambda number: (self._segments[number].taken, number))
         for i, number in enumerate(emptiest):
             unit = self._segments[number].unit
             for other in reversed(emptiest[i:]):

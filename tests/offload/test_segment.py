@@ -91,7 +91,6 @@ class SpaceMachine(RuleBasedStateMachine):
         self.space.check_integrity(self.taken)
         assert self.space.sizes() == self.files
         assert self.space.used_bytes == sum(self.files.values()) <= self.space.budget_bytes
-
         assert self.space.hole_bytes == sum(self.files.values()) - sum(p.nbytes for p in self.taken)
 
     def _inner_hole(self, segment: int) -> bool:
@@ -181,3 +180,14 @@ def test_find_promises_nothing_until_take() -> None:
     space = SegmentSpace(budget_bytes=2 * PAGE)
     assert space.find(PAGE) == space.find(PAGE)
     assert space.used_bytes == 0
+
+
+def test_a_file_that_could_not_be_cut_has_no_run_to_move() -> None:
+    space = SegmentSpace(1 << 20, segment_bytes=1 << 20)
+    places = []
+    for _ in range(3):
+        places.append(space.find(PAGE))
+        space.take(places[-1])
+    for place in places:
+        space.give_back(place)
+    assert list(space.moves()) == []
