@@ -437,7 +437,7 @@ class DiskTier:
             )
         for number in list(self._files):
             if number not in held:
-                self.system.close(self._files.pop(number).file)
+                self._close(self._files.pop(number).file)
         self.index.close()
         if not held:
             self._folder.close()
@@ -484,7 +484,7 @@ class DiskTier:
             try:
                 self.system.ftruncate(file.file, found.end)
             except OSError:
-                self.system.close(file.file)
+                self._close(file.file)
                 self._unlink(found.segment)
                 raise
             self._files[found.segment] = file
@@ -522,14 +522,21 @@ class DiskTier:
                 continue
             self._space.cut(number)
             if not spare:
-                self.system.close(self._files.pop(number).file)
+                self._close(self._files.pop(number).file)
 
     def _let_go(self, number: int) -> None:
         """After close: give up the file once nobody holds a run in it, and the folder with the last."""
         if not any(e.holds for e in self._entries() if e.place.range.segment == number):
-            self.system.close(self._files.pop(number).file)
+            self._close(self._files.pop(number).file)
         if not self._files:
             self._folder.close()
+
+    def _close(self, file: int) -> None:
+        """A disk that is gone may say so here; the descriptor is given up all the same."""
+        try:
+            self.system.close(file)
+        except OSError as error:
+            log.warning("%s: cannot close a segment: %s", self._folder.path, error)
 
     def _unlink(self, number: int) -> None:
         try:
