@@ -457,9 +457,10 @@ class Engine:
         if (generation := self._running(request_id)) is not None:
             self._abort(generation, Cancelled("cancelled by the client"))
 
-    def leave(self, request_id: str) -> None:
-        """The client of a request is gone; it may resume the request later."""
-        if (generation := self._running(request_id)) is not None:
+    def leave(self, client: bytes, request_id: str) -> None:
+        """A client is gone; if the request is its, it may resume it later."""
+        generation = self._running(request_id)
+        if generation is not None and generation.client == client:
             generation.listen(NOBODY)
 
     def resume(self, client: bytes, request: Resume) -> list[Event]:

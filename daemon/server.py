@@ -78,8 +78,8 @@ class Service(Protocol):
     def cancel(self, request_id: str) -> None:
         """End a request soon; one that has ended is ignored."""
 
-    def leave(self, request_id: str) -> None:
-        """The client of a request is gone."""
+    def leave(self, client: bytes, request_id: str) -> None:
+        """A client is gone that heard of a request."""
 
     def manage(self, client: bytes, request: Release | ListSessions | ChangeSession) -> None:
         """List or change sessions, or give a context back; one reply is posted."""
@@ -104,14 +104,17 @@ class Service(Protocol):
         ended."""
 
 
+Key = tuple[bytes, str]
+"""A client and the id of a request that it hears of."""
+
+
 @dataclass
 class _InFlight:
     """A request that the service works on for a client."""
 
-    client: bytes
     next_seq: int = 0
     heard: bool = True  # its client still waits for events; else only the last is waited for, here
-    cancelled: bool = False
+    resumed: bool = False  # another client may have had it, until the first event shows that this one does
 
 
 class Server:
@@ -128,8 +131,8 @@ class Server:
         self._send_queue = send_queue
         self._notifier = Notifier()
         self._posted: deque[tuple[bytes, Reply]] = deque()
-        self._running: dict[str, _InFlight] = {}
-        self._owed: dict[str, tuple[bytes, Failed]] = {}  # could not be sent yet: the client's queue is full
+        self._running: dict[Key, _InFlight] = {}
+        self._owed: dict[Key, Failed] = {}  # could not be sent yet: the client's queue is full
         self._drain_asked = self._stop_asked = self._closed = False
         self._drain_by: float | None = None
         self._open = ExitStack()  # what `close` has to undo
@@ -221,8 +224,8 @@ class Server:
         saved = self._service.stop()
         while self._posted:
             self._deliver()
-        for request_id in self._running.keys() - saved:
-            self._fail(request_id, Draining("the daemon stopped before this request was done; send it again"))
+        for key in [key for key in self._running if key[1] not in saved]:
+            self._fail(key, Draining("the daemon stopped before this request was done; send it again"))
         self._closed = True
 
     # requests
@@ -250,17 +253,17 @@ class Server:
                 self._start(client, message)
             case Resume():
                 self._service.resume(client, message)
-                self._running[message.request_id] = _InFlight(client, message.next_seq)
+                self._running[client, message.request_id] = _InFlight(message.next_seq, resumed=True)
             case Cancel(request_id=request_id):
-                self._cancel(request_id)
+                self._service.cancel(request_id)
             case Release() | ListSessions() | ChangeSession():
                 self._refuse_in_flight(message.request_id)
                 self._service.manage(client, message)
-                self._running[message.request_id] = _InFlight(client)
+                self._running[client, message.request_id] = _InFlight()
             case TransferRequest():
                 self._refuse_in_flight(message.request_id)
                 self._service.transfer(client, message)
-                self._running[message.request_id] = _InFlight(client)
+                self._running[client, message.request_id] = _InFlight()
             case Hello(request_id=request_id):
                 self._send(client, replace(self._service.welcome(), request_id=request_id))
             case Stats(request_id=request_id):
@@ -277,40 +280,40 @@ class Server:
         if self._drain_asked:
             raise Draining("the daemon is stopping; send the request again in a moment")
         self._service.submit(client, request)
-        self._running[request.request_id] = _InFlight(client)
+        self._running[client, request.request_id] = _InFlight()
 
     def _refuse_in_flight(self, request_id: str) -> None:
-        if request_id in self._running:
+        if any(name == request_id for _, name in self._running):
             raise InvalidRequest(f"id is {request_id!r}, which is in flight; allowed: 128 random bits")
-
-    def _cancel(self, request_id: str) -> None:
-        """Also one that has no client here: that of a lost connection."""
-        flight = self._running.get(request_id)
-        if flight is None or not flight.cancelled:
-            self._service.cancel(request_id)
-        if flight is not None:
-            flight.cancelled = True
 
     # events
 
     def _deliver(self) -> None:
         for _ in range(min(BATCH, len(self._posted))):
             client, event = self._posted.popleft()
-            flight = self._running.get(event.request_id)
-            if flight is None or flight.client != client:  # nobody's, or another's since a resume
+            key = client, event.request_id
+            if (flight := self._running.get(key)) is None:
                 continue
+            if flight.resumed and not isinstance(event, Failed):
+                self._take_over(key)
             if flight.heard:
-                self._forward(flight, event)
+                self._forward(key, event)
             if is_last(event):
-                self._running.pop(event.request_id, None)
+                self._running.pop(key, None)
 
-    def _forward(self, flight: _InFlight, event: Reply) -> None:
+    def _take_over(self, key: Key) -> None:
+        """The resume has succeeded: any other client that had the request hears no more of it."""
+        self._running[key].resumed = False
+        for other in [other for other in self._running if other[1] == key[1] and other != key]:
+            del self._running[other]
+
+    def _forward(self, key: Key, event: Reply) -> None:
         try:
-            if self._send(flight.client, event):
-                flight.next_seq = event.seq + 1
+            if self._send(key[0], event):
+                self._running[key].next_seq = event.seq + 1
         except (FrameTooLarge, ProtocolError) as error:
-            self._fail(event.request_id, error)
-            self._cancel(event.request_id)
+            self._fail(key, error)
+            self._service.cancel(key[1])
 
     def _send(self, client: bytes, message: Reply) -> bool:
         """False if the client cannot take it: its requests are cancelled if it is slow, and may be
@@ -330,31 +333,30 @@ class Server:
     def _give_up(self, client: bytes) -> None:
         """Cancel the requests of a client that reads too slowly; it is told as soon as that can be sent."""
         slow = Overloaded("events came faster than this client read them; read on, or ask for less")
-        for request_id, flight in self._running.items():
-            if flight.client == client and flight.heard:
+        for key, flight in self._running.items():
+            if key[0] == client and flight.heard:
                 flight.heard = False
-                self._cancel(request_id)
-                self._owed[request_id] = client, Failed.because(slow, request_id, flight.next_seq)
+                self._service.cancel(key[1])
+                self._owed[key] = Failed.because(slow, key[1], flight.next_seq)
 
     def _part(self, client: bytes) -> None:
         """Forget a client that is gone."""
-        for request_id, flight in list(self._running.items()):
-            if flight.client == client:
-                del self._running[request_id]
-                self._service.leave(request_id)
-        self._owed = {name: owed for name, owed in self._owed.items() if owed[0] != client}
+        for key in [key for key in self._running if key[0] == client]:
+            del self._running[key]
+            self._service.leave(*key)
+        self._owed = {key: failed for key, failed in self._owed.items() if key[0] != client}
 
-    def _fail(self, request_id: str, error: SpilldError) -> None:
+    def _fail(self, key: Key, error: SpilldError) -> None:
         """End a running request, for its client, with an error of the server's own."""
-        flight = self._running.get(request_id)
+        flight = self._running.get(key)
         if flight is not None and flight.heard:
-            failed = Failed.because(error, request_id, flight.next_seq)
-            flight.heard = not self._send(flight.client, failed)
+            failed = Failed.because(error, key[1], flight.next_seq)
+            flight.heard = not self._send(key[0], failed)
 
     def _pay_owed(self) -> None:
-        for request_id, (client, failed) in list(self._owed.items()):
-            if self._send(client, failed):
-                self._owed.pop(request_id, None)
+        for key, failed in list(self._owed.items()):
+            if self._send(key[0], failed):
+                self._owed.pop(key, None)
 
     # signals
 

@@ -80,8 +80,8 @@ class EngineService:
     def cancel(self, request_id: str) -> None:
         self._in_turn(partial(self._engine.cancel, request_id))
 
-    def leave(self, request_id: str) -> None:
-        self._in_turn(partial(self._engine.leave, request_id))
+    def leave(self, client: bytes, request_id: str) -> None:
+        self._in_turn(partial(self._engine.leave, client, request_id))
 
     def manage(self, client: bytes, request: Release | ListSessions | ChangeSession) -> None:
         self._count(+1)
@@ -116,8 +116,7 @@ class EngineService:
         self._count(+1)
         courier, answer = self._engine.courier, partial(self._pass_on, client)
         if isinstance(request, ExportSession | ImportSession):
-            # Through the intake, so that it cannot overtake a request of the same client.
-            self._intake.submit(self._inbox.put, partial(courier.begin, request, answer))
+            self._in_turn(partial(courier.begin, request, answer))
         else:
             courier.serve(request, answer)
 

@@ -80,7 +80,7 @@ class Echo:
     saves: bool = False
     """What runs when it stops goes on somewhere else."""
     cancelled: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
+    left: list[tuple[bytes, str]] = field(default_factory=list)
     resumed: list[Resume] = field(default_factory=list)
     submitted: list[Generate] = field(default_factory=list)
     managed: list[Release | ListSessions | ChangeSession] = field(default_factory=list)
@@ -88,6 +88,7 @@ class Echo:
     stopped: bool = False
     _running: dict[str, threading.Event] = field(default_factory=dict)
     _clients: dict[str, bytes] = field(default_factory=dict)
+    _tenants: dict[str, str] = field(default_factory=dict)
     _said: dict[str, list[Event]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -103,13 +104,14 @@ class Echo:
         self.submitted.append(request)
         ended = self._running[request.request_id] = threading.Event()
         self._clients[request.request_id], self._said[request.request_id] = client, []
+        self._tenants[request.request_id] = request.tenant
         threading.Thread(target=self._echo, args=(request, ended), daemon=True).start()
 
     def resume(self, client: bytes, request: Resume) -> None:
         self.resumed.append(request)
         name = request.request_id
         with self._lock:
-            if name not in self._said:
+            if self._tenants.get(name) != request.tenant:
                 failed = Failed.because(RequestNotFound("unknown"), name, request.next_seq)
                 self.post(client, failed)
                 return
@@ -122,8 +124,8 @@ class Echo:
         if (ended := self._running.get(request_id)) is not None:
             ended.set()
 
-    def leave(self, request_id: str) -> None:
-        self.left.append(request_id)
+    def leave(self, client: bytes, request_id: str) -> None:
+        self.left.append((client, request_id))
 
     def manage(self, client: bytes, request: Release | ListSessions | ChangeSession) -> None:
         self.managed.append(request)

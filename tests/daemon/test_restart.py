@@ -11,9 +11,22 @@ from typing import Any
 
 import pytest
 
+from spilld.daemon import sessions
 from spilld.daemon.errors import InvalidRequest, RequestNotFound, StorageFailed
 from spilld.daemon.model import Model
-from spilld.daemon.protocol import Accepted, Done, Event, Failed, Message, Progress, Resume, Sampling, Token
+from spilld.daemon.protocol import (
+    Accepted,
+    Done,
+    Event,
+    Failed,
+    Generate,
+    Message,
+    Progress,
+    Resume,
+    Sampling,
+    Token,
+)
+from spilld.offload.database import Database
 
 from .harness import Harness, engine, shared, smallest_host_budget, some_tokens
 
@@ -37,7 +50,7 @@ def life(model: Model, state: Path, **settings: Any) -> Iterator[Harness]:
         yield harness
 
 
-def killed(harness: Harness, state: Path) -> Path:
+def killed(state: Path) -> Path:
     """The state folder as kill -9 would leave it now."""
     copy = state.with_name(f"{state.name}'")
     shutil.copytree(state, copy)
@@ -87,7 +100,7 @@ def test_it_goes_on_after(model: Model, sampling: Sampling, events: int, tmp_pat
         while len(harness.events.get("r", [])) < events:
             harness.engine.turn()
         said = list(harness.events.get("r", []))
-        copy = killed(harness, tmp_path / "s")
+        copy = killed(tmp_path / "s")
         harness.run()
         wanted = harness.events["r"]
     with life(model, copy) as harness:
@@ -105,7 +118,7 @@ def test_a_cell_is_lost_at_most(model: Model, tmp_path: Path) -> None:
         harness.add("r", PROMPT, **FIELDS)
         while sum(isinstance(e, Token) for e in harness.events.get("r", [])) < 250:
             harness.engine.turn()
-        copy = killed(harness, tmp_path / "s")
+        copy = killed(tmp_path / "s")
     with life(model, copy) as harness:
         harness.engine.turn()
         (generation,) = harness.engine._generations.values()
@@ -138,12 +151,12 @@ def test_twice(model: Model, tmp_path: Path) -> None:
         harness.add("r", PROMPT, **FIELDS)
         while len(harness.events.get("r", [])) < 50:
             harness.engine.turn()
-        copy = killed(harness, tmp_path / "s")
+        copy = killed(tmp_path / "s")
     with life(model, copy) as harness:
         harness.resume("r")
         while len(harness.events["r"]) < 120:
             harness.engine.turn()
-        again = killed(harness, copy)
+        again = killed(copy)
     with life(model, again) as harness:
         assert_same(resumed(harness), wanted)
 
@@ -220,8 +233,6 @@ def test_a_chat_that_is_cut_holds_its_messages_once(model: Model, tmp_path: Path
     prompt = (Message(role="user", content="hello"),)
 
     def ask(harness: Harness, request_id: str) -> None:
-        from spilld.daemon.protocol import Generate
-
         request = Generate(request_id=request_id, prompt=prompt, session="c", max_tokens=20, ignore_eos=True)
         harness.engine.add(b"test", request, None)
 
@@ -244,7 +255,7 @@ def test_a_kept_context_has_the_handle_it_had(model: Model, tmp_path: Path) -> N
         harness.add("r", PROMPT, keep=True, **FIELDS)
         for _ in range(30):
             harness.engine.turn()
-        copy = killed(harness, tmp_path / "s")
+        copy = killed(tmp_path / "s")
         harness.run()
         handle = harness.done().context
     with life(model, copy) as harness:
@@ -311,14 +322,14 @@ def test_retention(model: Model, tmp_path: Path) -> None:
     with life(model, tmp_path / "s") as harness:
         harness.add("r", PROMPT, **FIELDS)
         harness.engine.turn()
-        harness.engine.leave("r")
+        harness.engine.leave(b"test", "r")
         harness.engine.turn()
         assert harness.engine.stats()["requests_running"] == 1
         harness.resume("r")
         harness.engine._retention_s = 0.0
         harness.engine.turn()
         assert harness.engine.stats()["requests_running"] == 1, "it has a client again"
-        harness.engine.leave("r")
+        harness.engine.leave(b"test", "r")
         harness.engine.turn()
         assert harness.engine.stats()["requests_running"] == 0
         harness.engine._ticked = 0.0
@@ -371,7 +382,7 @@ def test_events_that_could_not_be_written(
         monkeypatch.undo()
         harness.run()
         assert len(harness.tokens()) == 300
-        copy = killed(harness, tmp_path / "s")
+        copy = killed(tmp_path / "s")
         wanted = harness.events["r"]
     with sqlite3.connect(copy / "sessions.sqlite") as db:
         db.execute("UPDATE requests SET ended = NULL")
@@ -381,9 +392,6 @@ def test_events_that_could_not_be_written(
 
 
 def test_a_schema_without_a_journal_is_upgraded(model: Model, tmp_path: Path) -> None:
-    from spilld.daemon import sessions
-    from spilld.offload.database import Database
-
     with life(model, tmp_path / "s") as harness:
         harness.ask(PROMPT, session="s", **FIELDS)
     with sqlite3.connect(tmp_path / "s" / "sessions.sqlite") as db:

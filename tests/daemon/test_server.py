@@ -204,7 +204,7 @@ def test_a_dead_client_leaves_its_requests_to_be_resumed(running: Running) -> No
             dealer.generate(name, max_tokens=count)
             dealer.reply()
         dealer.socket.close()
-        until(lambda: sorted(running.echo.left) == ["a", "b"])
+        until(lambda: sorted(name for _, name in running.echo.left) == ["a", "b"])
         assert running.echo.cancelled == []
         other.send(*encode(Resume(request_id="a", next_seq=1)))
         replies = other.to_the_end()
@@ -230,6 +230,35 @@ def test_resume_takes_over_from_a_client_that_lives(running: Running) -> None:
         while not isinstance(seen, Welcome):
             assert isinstance(seen, Token)
             seen = one.reply()
+
+
+def test_a_resume_that_is_refused_takes_nothing_away(running: Running) -> None:
+    """Another tenant knows the id: it learns nothing, and the stream of the one that has it goes on."""
+    running.echo.pace_s = 0.01
+    with Dealer(running.address) as one, Dealer(running.address) as two:
+        one.generate("x", max_tokens=50)
+        one.reply()
+        two.send(*encode(Resume(request_id="x", tenant="another", next_seq=3)))
+        failed = two.refusal()
+        assert (failed.code, failed.seq) == ("request_not_found", 3)
+        replies = one.to_the_end()
+        assert isinstance(replies[-1], Done)
+        assert [reply.seq for reply in replies] == list(range(1, 52))
+
+
+def test_who_resumed_keeps_it_when_the_one_before_goes(running: Running) -> None:
+    running.echo.pace_s = 0.01
+    with Dealer(running.address) as one, Dealer(running.address) as two:
+        one.generate("x", max_tokens=100)
+        one.generate("y", max_tokens=10**6)
+        two.send(*encode(Resume(request_id="x")))
+        assert two.reply().seq == 0
+        one.socket.close()
+        until(lambda: running.echo.left)
+        assert isinstance(two.to_the_end()[-1], Done)
+        assert {name for _, name in running.echo.left} <= {"x", "y"}
+        two.send(*encode(Cancel(request_id="y")))
+        until(running.echo.idle)
 
 
 def test_resume_of_what_is_not_known(running: Running) -> None:
