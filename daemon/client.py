@@ -14,15 +14,15 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
-from typing import Any, Self, TypeVar, Unpack, cast
+from typing import Any, Self, TypeVar, Unpack
 
 import zmq
 
 from .address import default_address
 from .calls import Call, Calls, Options, Promptable, change_request, generate_request
-from .errors import ProtocolError, SpilldError
+from .errors import ProtocolError
 from .exchange import Ask, fetch, send
 from .link import Link
 from .protocol import (
@@ -190,19 +190,17 @@ class Client:
     def _ask(self, request: Request, answer: type[R], patience_s: float = ASK_S) -> R:
         return _expect(self._next(self._start(request, patience_s)), answer)
 
-    def _converse(self, talk: Generator[Ask, Reply, T]) -> T:
-        go_on: Callable[[Any], Ask] = talk.send
-        given: Any = None
+    def _converse(self, talk: Generator[Ask, Any, T]) -> T:
+        """Ask what it asks; an error ends it."""
+        reply: Reply | None = None
         with contextlib.closing(talk):
             while True:
                 try:
-                    request, answer, patience_s = go_on(given)
+                    ask = talk.send(reply)
                 except StopIteration as end:
-                    return cast(T, end.value)
-                try:
-                    go_on, given = talk.send, self._ask(request, answer, patience_s)
-                except SpilldError as error:
-                    go_on, given = talk.throw, error
+                    result: T = end.value
+                    return result
+                reply = self._ask(*ask)
 
     def _next(self, call: Call) -> Reply | None:
         try:
@@ -382,19 +380,16 @@ class AsyncClient:
     async def _ask(self, request: Request, answer: type[R], patience_s: float = ASK_S) -> R:
         return _expect(await self._next(self._start(request, patience_s)), answer)
 
-    async def _converse(self, talk: Generator[Ask, Reply, T]) -> T:
-        go_on: Callable[[Any], Ask] = talk.send
-        given: Any = None
+    async def _converse(self, talk: Generator[Ask, Any, T]) -> T:
+        reply: Reply | None = None
         with contextlib.closing(talk):
             while True:
                 try:
-                    request, answer, patience_s = go_on(given)
+                    ask = talk.send(reply)
                 except StopIteration as end:
-                    return cast(T, end.value)
-                try:
-                    go_on, given = talk.send, await self._ask(request, answer, patience_s)
-                except SpilldError as error:
-                    go_on, given = talk.throw, error
+                    result: T = end.value
+                    return result
+                reply = await self._ask(*ask)
 
     async def _next(self, call: Call) -> Reply | None:
         changed = asyncio.Event()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from .errors import CorruptArchive, InvalidRequest, ProtocolError
 from .protocol import (
@@ -43,7 +43,7 @@ NextId = Callable[[], str]
 R = TypeVar("R", bound=Reply)
 
 
-def fetch(session: str, tenant: str, path: Path, next_id: NextId) -> Generator[Ask, Reply, Exported]:
+def fetch(session: str, tenant: str, path: Path, next_id: NextId) -> Generator[Ask, Any, Exported]:
     """Export a session to a new file of mode 0600. On any error there is no file.
 
     Raises InvalidRequest if the file exists or cannot be made, and what the daemon answers.
@@ -70,7 +70,7 @@ def fetch(session: str, tenant: str, path: Path, next_id: NextId) -> Generator[A
     return exported
 
 
-def send(path: Path, session: str, tenant: str, next_id: NextId) -> Generator[Ask, Reply, Imported]:
+def send(path: Path, session: str, tenant: str, next_id: NextId) -> Generator[Ask, Any, Imported]:
     """Import a session from a file. Raises CorruptArchive if it cannot be read, InvalidRequest for a name
     that is taken, and what the daemon answers."""
     listed = yield ListSessions(request_id=next_id(), tenant=tenant), Sessions, PIECE_S
