@@ -245,12 +245,12 @@ class Courier:
     def _pack(self, export: _Export, *, bare: bool = False) -> None:
         """bare: without KV, which cannot be read."""
         session = export.session = self._keeper.book.get(export.request.tenant, export.request.session)
-        resume = tail.find(self._store, self._keeper.root(session.tenant), session.tokens)
+        resume = self._keeper.stored(session)
         if bare or resume is None or resume.position < CELL:
             resume = None
         manifest, sources = parcel.manifest_of(session, resume, self._store, self._model)
         if resume is not None:
-            export.departure = Departure(self._store, [*(ref.run for ref in resume.refs), resume.tail])
+            export.departure = Departure(self._store, resume.runs)
         export.transfer = self._transfers.open(archive_bytes(manifest), busy=True)
         file = self._transfers.file(export.transfer)
         records = partial(parcel.copy, export.departure, manifest.position, sources)
@@ -309,8 +309,7 @@ class Courier:
     def _refuse_taken(self, task: _Import) -> None:
         tenant, name = task.request.tenant, task.request.session
         self._refuse_if_busy((tenant, name))
-        if self._keeper.book.find(tenant, name) is not None:
-            raise InvalidRequest(f"there is a session {name!r} already; delete it or choose another name")
+        self._keeper.book.refuse_taken(tenant, name)
 
     def _verified(self, task: _Import, failure: Exception | None) -> None:
         _raise(failure)
@@ -377,9 +376,9 @@ class Courier:
             messages=about.messages,
             ttl_s=about.ttl_s,
         )
-        self._keeper.book.put(new)
+        self._keeper.put(new)
         session = self._keeper.book.get(*new.key)
-        resume = tail.find(self._store, self._keeper.root(session.tenant), session.tokens)
+        resume = self._keeper.stored(session)
         self._drop(task)
         task.answer(
             Imported(

@@ -16,6 +16,7 @@ from .model import Model
 from .protocol import ChangeSession, Generate, Message, SessionInfo
 from .sequence import Sequence
 from .sessions import Session, SessionBook
+from .tail import Resume
 from .visibility import BLOCK
 
 OF_A_SESSION = 1
@@ -72,8 +73,16 @@ class SessionKeeper:
         """Note what a session holds after a request. Errors are those of Database."""
         assert generation.sequence is not None
         tokens = tuple(generation.sequence.tokens)
-        self.book.put(replace(session, tokens=tokens, messages=_chat(session, generation)))
+        self.put(replace(session, tokens=tokens, messages=_chat(session, generation)))
+
+    def put(self, session: Session) -> None:
+        """As SessionBook.put; what is on disk for it is kept as that of a session."""
+        self.book.put(session)
         self._to_keep[session.key] = None
+
+    def stored(self, session: Session) -> Resume | None:
+        """How far it need not be computed."""
+        return tail.find(self._store, self.root(session.tenant), session.tokens)
 
     def change(self, request: ChangeSession) -> Session:
         """Fork, rename, pin, unpin or expire; the session as it is then."""
@@ -124,7 +133,7 @@ class SessionKeeper:
         return {"device": exact * token, **self._store.usage(sequence.table)}
 
     def _stored_bytes(self, session: Session) -> dict[str, int]:
-        resume = tail.find(self._store, self.root(session.tenant), session.tokens)
+        resume = self.stored(session)
         blocks = sum(ref.count for ref in resume.refs) if resume else 0
         return {"device": 0, "host": 0, "disk": blocks * self._store.column_bytes}
 
@@ -149,8 +158,8 @@ class SessionKeeper:
 
     def _runs(self, session: Session) -> list[RunKey]:
         """Runs on disk with which it goes on."""
-        resume = tail.find(self._store, self.root(session.tenant), session.tokens)
-        return [*(ref.run for ref in resume.refs), resume.tail] if resume else []
+        resume = self.stored(session)
+        return resume.runs if resume else []
 
     def _unpin(self, key: Key) -> None:
         if key in self._pins:

@@ -79,7 +79,7 @@ class SessionBook:
     def fork(self, tenant: str, name: str, into: str, tokens: int | None = None) -> None:
         """A copy under a new name, of the first `tokens` tokens or of all."""
         source = self.get(tenant, name)
-        self._refuse_taken(tenant, into)
+        self.refuse_taken(tenant, into)
         if tokens is not None and not 0 < tokens <= len(source.tokens):
             raise InvalidRequest(f"tokens is {tokens}; allowed: 1 to {len(source.tokens)}")
         cut = tokens is not None and tokens < len(source.tokens)
@@ -99,7 +99,7 @@ class SessionBook:
     def rename(self, tenant: str, name: str, into: str) -> None:
         """Give a session another name; a kept context becomes a session that stays."""
         session = self.get(tenant, name)
-        self._refuse_taken(tenant, into)
+        self.refuse_taken(tenant, into)
         ttl_s = session.ttl_s if session.listed else None
         self._db.run(
             "UPDATE sessions SET name = ?, listed = 1, ttl_s = ? WHERE tenant = ? AND name = ?",
@@ -136,7 +136,8 @@ class SessionBook:
             "SELECT tenant, name FROM sessions WHERE NOT pinned AND used + ttl_s < ?", (time.time(),)
         )
 
-    def _refuse_taken(self, tenant: str, name: str) -> None:
+    def refuse_taken(self, tenant: str, name: str) -> None:
+        """Raises InvalidRequest if there is a session of this name."""
         if self._db.rows("SELECT 1 FROM sessions WHERE tenant = ? AND name = ?", (tenant, name)):
             raise InvalidRequest(f"there is a session {name!r} already; delete it or choose another name")
 

@@ -43,6 +43,11 @@ class Resume:
     refs: list[RunRef]
     hashes: list[bytes]
 
+    @property
+    def runs(self) -> list[RunKey]:
+        """All that it needs of the disk."""
+        return [*(ref.run for ref in self.refs), self.tail]
+
 
 def find(store: Store, root: bytes, tokens: Sequence[int]) -> Resume | None:
     """The longest beginning of a sequence that need not be computed; its last token always must be."""

@@ -186,6 +186,25 @@ def test_into_less_memory_and_after_a_restart(model: Model, original: Original, 
         assert harness.done().usage.cached_tokens == 1407
 
 
+def test_its_kv_is_evicted_as_that_of_a_session(model: Model, original: Original, tmp_path: Path) -> None:
+    """After that of requests without one, from the import on."""
+    content, wanted = original["k8v4"]
+    tight: dict[str, Any] = {
+        "device_budget": 2 * window_bytes(model),
+        "host_budget": smallest_host_budget(model),
+        "disk_budget": 10 << 20,
+    }
+    with engine(model, tmp_path / "s", **tight) as harness:
+        assert imported(harness, content).cached_tokens == 1407
+        for seed in range(100, 124):
+            harness.engine._ticked = 0.0
+            harness.ask(some_tokens(seed, 1000), max_tokens=1)
+            while harness.engine.writing:
+                harness.engine.rest()
+        assert harness.ask(MORE, session="s", **FIELDS) == wanted
+        assert harness.done().usage.cached_tokens == 1407
+
+
 def test_deleted_and_evicted_it_comes_back(model: Model, original: Original, tmp_path: Path) -> None:
     _, wanted = original["k8v4"]
     with engine(model, tmp_path / "s") as harness:
