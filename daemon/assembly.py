@@ -155,13 +155,12 @@ def _store(config: Config, model: Model, planner: Planner) -> Store:
     slab = HostSlab(config.host_budget, layout.record_bytes)
     disk = None
     if config.disk_budget:
-        tail = Layout(Format.RAW, layout.element, layout.kv_heads, layout.head_dim)
         tier = DiskTier(
             *(config.state / "kv", config.disk_budget, layout, geometry.layers, model.fingerprint),
             floor_bytes=config.disk_floor,
         )
         stored = [run.identity.nbytes for run in tier.runs() if run.identity.fingerprint == model.fingerprint]
-        extent = max(extent_bytes(layout, blocks), extent_bytes(tail, TAIL_BLOCKS), *stored)
+        extent = max(extent_bytes(layout, blocks), extent_bytes(layout.raw, TAIL_BLOCKS), *stored)
         cache, rate, daily = RunCache(tier, extent), config.compaction_rate, config.write_budget
         wear = None if daily is None else WriteBudget(daily, tier.index)
         disk = DiskPath(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from spilld.offload.archive import ArchivedRun, Manifest
+from spilld.offload.chain import chain
 from spilld.offload.errors import ReadFailed
 from spilld.offload.extent import RunKey
 from spilld.offload.index import Contents
@@ -24,7 +25,6 @@ from .errors import CorruptArchive
 from .fields import Many, Maybe, Real, Struct, Text, read
 from .model import Model
 from .protocol import Message
-from .sequence import chain
 from .sessions import Session
 from .tail import Resume
 from .visibility import BLOCKS_PER_CELL, CELL, SINKS, boundary, sealed_by

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
-from spilld.offload.chain import chain_hash
+from spilld.offload.chain import chain
 from spilld.offload.table import BlockTable
 
 from .visibility import BLOCK
@@ -26,12 +25,3 @@ class Sequence:
         """Token-chain hashes of blocks [start, stop); the table must have block start-1, if there is one."""
         parent = self.table.chain[start - 1] if start else self.root
         return chain(parent, self.tokens[start * BLOCK : max(start, stop) * BLOCK], stop - start)
-
-
-def chain(parent: bytes, tokens: Sequence_[int], blocks: int) -> list[bytes]:
-    """Token-chain hashes of so many blocks that follow the block `parent`."""
-    found = []
-    for block in range(blocks):
-        parent = chain_hash(parent, tokens[block * BLOCK : (block + 1) * BLOCK])
-        found.append(parent)
-    return found

@@ -17,13 +17,13 @@ import torch
 
 from spilld.cuda_ext.cpu import element_view
 from spilld.cuda_ext.window import WindowArena
+from spilld.offload.chain import chain
 from spilld.offload.extent import RunKey
 from spilld.offload.store import Store
 from spilld.offload.system import Bytes, page_aligned
 from spilld.offload.table import RunRef
 
 from .sequence import Sequence as TokenSequence
-from .sequence import chain
 from .visibility import BLOCK, BLOCKS_PER_CELL, CELL, SINKS, boundary, sealed_by, segments, slot
 
 TAIL_BLOCKS = 1 + 2 * BLOCKS_PER_CELL

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from . import extent
-from .chain import chain_hash, root
+from .chain import chain, root
 from .errors import ArchiveDamaged, ArchiveUnknown, ExtentCorrupt
 from .extent import ExtentIdentity, RunKey
 from .record import BLOCK, Element, Format, Layout, round_up
@@ -80,16 +80,12 @@ class Manifest:
     @cached_property
     def chain(self) -> list[bytes]:
         """root and the chain hashes of all whole blocks, without a tenant."""
-        found = [root(self.fingerprint, self.layout.format)]
-        for block in range(len(self.tokens) // BLOCK):
-            found.append(chain_hash(found[-1], self.tokens[block * BLOCK : (block + 1) * BLOCK]))
-        return found
+        first = root(self.fingerprint, self.layout.format)
+        return [first, *chain(first, self.tokens, len(self.tokens) // BLOCK)]
 
     def identity(self, run: ArchivedRun) -> ExtentIdentity:
         """What the run's extents in the file say."""
-        layout = self.layout
-        if run.tail:
-            layout = Layout(Format.RAW, layout.element, layout.kv_heads, layout.head_dim)
+        layout = self.layout.raw if run.tail else self.layout
         return ExtentIdentity(
             layout, self.layers, self.fingerprint, run.run, self.chain[run.upto], run.first, run.count
         )

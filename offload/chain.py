@@ -7,6 +7,8 @@ from hashlib import blake2b
 
 import numpy as np
 
+from .record import BLOCK
+
 CHAIN_BYTES = 32
 
 
@@ -21,3 +23,12 @@ def root(fingerprint: bytes, form: str, tenant: bytes = b"") -> bytes:
 def chain_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     """blake2b(parent || token ids as little-endian uint32): equal only for equal histories of one root."""
     return blake2b(parent + np.asarray(tokens, "<u4").tobytes(), digest_size=CHAIN_BYTES).digest()
+
+
+def chain(parent: bytes, tokens: Sequence[int], blocks: int) -> list[bytes]:
+    """Hashes of so many whole blocks of tokens, which follow `parent`: a block or the root."""
+    found = []
+    for block in range(blocks):
+        parent = chain_hash(parent, tokens[block * BLOCK : (block + 1) * BLOCK])
+        found.append(parent)
+    return found

@@ -79,6 +79,11 @@ class Layout:
             raise ValueError(f"kv_heads must be at least 1, got {self.kv_heads}")
 
     @property
+    def raw(self) -> Layout:
+        """Of tails beside records of this layout."""
+        return Layout(Format.RAW, self.element, self.kv_heads, self.head_dim)
+
+    @property
     def groups(self) -> int:
         """int4 groups of one value vector."""
         return -(-self.head_dim // V4_GROUP)

@@ -31,7 +31,7 @@ from .host import HostSlab
 from .index import Contents
 from .prefetch import Prefetcher, Read, Ticket
 from .promotion import Promotion
-from .record import Format, Layout, round_up
+from .record import Layout, round_up
 from .residency import Holding, Spill
 from .spill import CLOSE_S, Spilled, Spiller
 from .system import Bytes
@@ -423,8 +423,8 @@ class Store:
 
     @property
     def tail_layout(self) -> Layout:
-        """How a tail's numbers lie: K, then V, [kv_heads, 64, head_dim] in the compute dtype."""
-        return Layout(Format.RAW, self.layout.element, self.layout.kv_heads, self.layout.head_dim)
+        """How a tail's numbers lie: [64, 2, kv_heads, head_dim], tokens' K and V in the compute dtype."""
+        return self.layout.raw
 
     def save_tail(
         self,

@@ -42,9 +42,8 @@ from spilld.daemon.protocol import (
     TransferRequest,
     WriteTransfer,
 )
-from spilld.daemon.sequence import chain
 from spilld.daemon.visibility import BLOCK
-from spilld.offload.chain import root
+from spilld.offload.chain import chain, root
 from spilld.offload.check import check
 from spilld.offload.disk import DiskTier
 from spilld.offload.errors import WriteFailed
