@@ -31,6 +31,7 @@ CREATE TABLE requests (
     number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, message BLOB NOT NULL, prompt BLOB, handle TEXT,
     fingerprint BLOB NOT NULL, arrived REAL NOT NULL, ended REAL
 );
+CREATE INDEX requests_by_end ON requests (ended);
 CREATE TABLE events (
     request INTEGER, seq INTEGER, message BLOB NOT NULL, PRIMARY KEY (request, seq)
 ) WITHOUT ROWID;
