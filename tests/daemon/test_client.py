@@ -330,6 +330,24 @@ def test_another_daemon_answers(start: Start, arrived: bool, monkeypatch: pytest
     assert [request.request_id for request in second.echo.resumed] == [generation.id]
 
 
+def test_another_daemon_answers_an_async_client(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = start()
+    monkeypatch.setattr(first.echo, "submit", lambda *_: None)
+
+    async def ask() -> list[int]:
+        async with AsyncClient(first.address) as client:
+            generation = client.generate("a b c", max_tokens=10)
+            await asyncio.to_thread(until, lambda: first.server._running)
+            monkeypatch.setattr(first.echo, "stop", lambda: {generation.id})
+            first.server.stop()
+            await asyncio.to_thread(first.join)
+            first.server.__exit__()
+            start(first.address)
+            return [event.seq async for event in generation]
+
+    assert asyncio.run(ask()) == list(range(12))
+
+
 def test_resume_by_id(running: Running) -> None:
     running.echo.pace_s = 0.01
     with Client(running.address) as one, Client(running.address) as two:

@@ -330,16 +330,21 @@ class TestRequests:
             assert answer == harness.ask(history + MORE, **FIELDS)
 
 
+def rot(state: Path) -> None:
+    """A bit flips in every page of every segment file."""
+    for segment in (state / "kv").glob("*.segment"):
+        content = bytearray(segment.read_bytes())
+        for offset in range(300, len(content), 4096):
+            content[offset] ^= 1
+        segment.write_bytes(content)
+
+
 def test_a_damaged_run_is_computed_again(model: Model, tmp_path: Path) -> None:
     """Bits rot while the daemon is off: the answer is the same, and the run is never served again."""
     wanted = without_a_break(model, tmp_path / "a", (PROMPT, {"form": "k8v4", **FIELDS}), (MORE, FIELDS))
     with engine(model, tmp_path / "s", keep_state=True) as harness:
         first = harness.ask(PROMPT, session="s", **FIELDS)
-    for segment in (tmp_path / "s" / "kv").glob("*.segment"):
-        content = bytearray(segment.read_bytes())
-        for offset in range(300, len(content), 4096):
-            content[offset] ^= 1
-        segment.write_bytes(content)
+    rot(tmp_path / "s")
     with engine(model, tmp_path / "s") as harness:
         assert [first, harness.ask(MORE, session="s", **FIELDS)] == wanted
         assert harness.done().usage.cached_tokens == 0
@@ -354,11 +359,7 @@ def test_a_damaged_run_of_a_pinned_session_is_computed_again(
     with engine(model, tmp_path / "s", keep_state=True) as harness:
         first = harness.ask(PROMPT, session="s", **FIELDS)
         manage(harness, session="s", action="pin")
-    for segment in (tmp_path / "s" / "kv").glob("*.segment"):
-        content = bytearray(segment.read_bytes())
-        for offset in range(300, len(content), 4096):
-            content[offset] ^= 1
-        segment.write_bytes(content)
+    rot(tmp_path / "s")
     with engine(model, tmp_path / "s") as harness:
         harness.run()
         assert [first, harness.ask(MORE, session="s", **FIELDS)] == wanted
