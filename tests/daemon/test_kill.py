@@ -106,7 +106,7 @@ def test_killed_between_requests_in_prefill_and_in_decode(
 def test_stopped_by_a_signal(model: Model, tmp_path: Path) -> None:
     """What a drain does not finish is saved, the log says so, and two streams of one client go on."""
     state = tmp_path / "s"
-    fields: dict[str, Any] = {"max_tokens": 1200, "ignore_eos": True}
+    fields: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
     with daemon(model, state) as process, Client(process.address) as client:
         whole = [tokens(list(client.generate(FIRST[:300], **chosen, **fields))) for chosen in ({}, SEED)]
         streams = [client.generate(FIRST[:300], **chosen, **fields) for chosen in ({}, SEED)]
