@@ -234,6 +234,9 @@ def test_a_waiting_request_that_fits_no_more_fails_instead_of_waiting(model: Mod
         harness.add("c", PROMPT[:300], **FIELDS)
         until_said(harness, 2)
         disk_tier(harness).system = Faulty(full("pwritev"))  # met by the tail of the first, when it ends
+        until_said(harness, 30)
+        while harness.engine._store.writing:
+            harness.engine._store.settle()  # the disk has failed before the next is admitted
         harness.run()
         assert len(harness.tokens("r")) == 30, "what is on disk stays readable"
         with pytest.raises(StorageFailed, match="No space left"):
