@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .config import Config
-from .errors import InvalidRequest, SpilldError
+from .errors import InvalidRequest, SpilldError, Unreachable
 
 if TYPE_CHECKING:
     from .client import Client
+
+
+PATIENCE_S = 2.0
+"""A running daemon answers sooner; after that a command says what it waits for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,12 +74,24 @@ def _number(text: str | None) -> object:
 def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", help="of the daemon; by default its socket in your runtime directory")
     parser.add_argument("--tenant", default="", help="a secret that separates what is stored for you")
+    parser.add_argument(
+        "--wait", type=float, default=30.0, metavar="SECONDS", help="how long for a daemon that starts"
+    )
 
 
 def _client(options: argparse.Namespace) -> Client:
     from .client import Client
 
-    return Client(options.address, tenant=options.tenant)
+    def connect(timeout: float) -> Client:
+        return Client(options.address, tenant=options.tenant, connect_timeout=timeout)
+
+    try:
+        return connect(min(PATIENCE_S, options.wait))
+    except Unreachable as error:
+        if options.wait <= PATIENCE_S:
+            raise
+        print(f"spilld: {error.message}; waiting for {options.wait:g} s", file=sys.stderr)
+    return connect(options.wait - PATIENCE_S)
 
 
 def _add_ask(parser: argparse.ArgumentParser) -> None:

@@ -141,10 +141,25 @@ def test_ask_and_stats(running: Spawned, model: Model, tmp_path: Path) -> None:
     assert "2,048.00 MiB" in table.stdout
 
 
+def test_ask_waits_for_a_daemon_that_starts(model: Model, tmp_path: Path) -> None:
+    text, address = tmp_path / "text", f"ipc://{tmp_path}/socket"
+    text.write_text("A short text.")
+    command = [sys.executable, "-m", "spilld.daemon", "ask", "--wait=60", f"--address={address}"]
+    command += ["--max-tokens=8", str(text), "What is it?"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as asking:
+        assert asking.stderr is not None
+        assert "waiting for 60 s" in asking.stderr.readline()
+        settings = {"model": model.folder, "cache": model.folder / "cache", "dtype": "float32", "threads": 1}
+        with spawned({**settings, "listen": address}):
+            answer, errors = asking.communicate(timeout=60)
+    assert (asking.returncode, errors) == (0, "")
+    assert answer
+
+
 def test_ask_without_a_daemon_or_a_text(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("A short text.")
-    ended = spilld("ask", f"--address=ipc://{tmp_path}/nobody", text, "What is it?")
+    ended = spilld("ask", "--wait=0.5", f"--address=ipc://{tmp_path}/nobody", text, "What is it?")
     assert ended.returncode == 1
     assert ended.stderr.count("\n") == 1
     assert ended.stderr.startswith("spilld: ")
