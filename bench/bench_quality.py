@@ -1,4 +1,4 @@
-"""How much do the stored formats change what the model says?
+"""How much do the stored formats, and packed weights, change what the model says?
 
 SmolLM2-135M in float32 reads 6,000 tokens of Python's documentation in chunks of 512, then one slice of
 128 more, given, not sampled. All 128 distributions of the next token are compared with those of format
@@ -6,7 +6,11 @@ SmolLM2-135M in float32 reads 6,000 tokens of Python's documentation in chunks o
 
 Float32 compute, so that nothing but the format differs: bfloat16 alone changes 3 % of the choices. Of the
 context, the sinks and the newest 256 to 511 tokens are exact in every format. The slice is computed as
-prefill is, over dequantised tiles; the kernel of single tokens reads the same numbers. One text, one model.
+prefill is, over dequantised tiles; single tokens read the same numbers. One text, one model.
+
+Packed weights are read by steps of one token, 128 of them, over the same KV in format `exact`. The GGUF file
+of this model has Q4_1 weights, which int4 repeats: what is seen is the rounding of activations to 16 bits, and
+for int8 that of the weights. A model that was never quantised loses more to int4; none is at hand here.
 What bounds the result: the error of rounding K and V to the bits of the format. Times play no part.
 """
 
@@ -35,21 +39,27 @@ MODEL = "smollm2-135m"
 CONTEXT = 6000
 POSITIONS = 128
 CHUNK = 512
-GOALS = {Format.INT8: 0.001, Format.K8V4: 0.002}
+GOALS = {"KV int8": 0.001, "KV k8v4": 0.002, "weights int8": None, "weights int4": None}
+"""Nats of the mean, by case."""
 
 Logits = npt.NDArray[np.float32]
 
 
-def logits(form: Format) -> Logits:
-    """Float32 [POSITIONS, vocab] after CONTEXT tokens whose KV is stored in a format."""
+def logits(case: str) -> Logits:
+    """Float32 [POSITIONS, vocab] after CONTEXT tokens."""
     use_threads(None)
-    model = load(resolve(MODEL, default_cache(), Element.FLOAT32), Element.FLOAT32)
+    kind, _, name = case.partition(" ")
+    form = Format(name) if kind == "KV" else Format.EXACT
+    weights = name if kind == "weights" else "bf16"
+    model = load(resolve(MODEL, default_cache(), Element.FLOAT32), Element.FLOAT32, weights=weights)
     tokens = document(model.folder, CONTEXT + POSITIONS)
     store, runner, sequence = serving(model, form)
     sequence.tokens.extend(tokens)
     for start in range(0, CONTEXT, CHUNK):
         step(store, runner, sequence, min(CHUNK, CONTEXT - start), range(0))
-    return step(store, runner, sequence, POSITIONS, range(POSITIONS)).numpy()
+    if model.packed is None:
+        return step(store, runner, sequence, POSITIONS, range(POSITIONS)).numpy()
+    return torch.cat([step(store, runner, sequence, 1, range(1)) for _ in range(POSITIONS)]).numpy()
 
 
 def serving(model: Model, form: Format) -> tuple[Store, Runner, Sequence]:
@@ -73,7 +83,7 @@ def step(store: Store, runner: Runner, sequence: Sequence, count: int, keep: ran
     position = sequence.computed
     known = len(sequence.table.chain)
     store.grow(sequence.table, sequence.hashes(known, sealed_by(position + count - 1)))
-    [found] = runner.run([Slice(sequence, 0, count, position)], [keep])
+    [found] = runner.run([Slice(sequence, count, position)], [keep])
     sequence.computed += count
     return found
 
@@ -93,15 +103,15 @@ def log_softmax(values: Logits) -> npt.NDArray[np.float64]:
 
 def measure() -> tuple[dict[str, float], list[Result]]:
     found = {}
-    for form in (Format.EXACT, *GOALS):
-        say(f"{form}: {CONTEXT} + {POSITIONS} tokens")
-        found[form] = in_child(logits, form)
-    exact = found[Format.EXACT]
+    for name in ("KV exact", *GOALS):
+        say(f"{name}: {CONTEXT} + {POSITIONS} tokens")
+        found[name] = in_child(logits, name)
+    exact = found["KV exact"]
     results = []
-    for form, at_most in GOALS.items():
-        kl = divergence(exact, found[form])
-        same = (exact.argmax(-1) == found[form].argmax(-1)).mean()
-        case = f"{form}, {CONTEXT} tokens"
+    for name, at_most in GOALS.items():
+        kl = divergence(exact, found[name])
+        same = (exact.argmax(-1) == found[name].argmax(-1)).mean()
+        case = f"{name}, {CONTEXT} tokens"
         results += [
             Result(
                 bench=BENCH,
@@ -109,7 +119,7 @@ def measure() -> tuple[dict[str, float], list[Result]]:
                 case=case,
                 unit="nats",
                 ours=float(kl.mean()),
-                goal=Goal("ours", at_most),
+                goal=None if at_most is None else Goal("ours", at_most),
             ),
             Result(bench=BENCH, metric="KL max", case=case, unit="nats", ours=float(kl.max())),
             Result(bench=BENCH, metric="same argmax", case=case, unit="share", ours=float(same), limit=1.0),

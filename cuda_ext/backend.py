@@ -22,18 +22,25 @@ class Backend(Protocol):
     def windows(self, shape: WindowShape, budget_bytes: int) -> WindowArena:
         """Room for as many windows as the budget holds; ValueError if that is none."""
 
+    def append_one(
+        self, planes: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: tuple[int, ...]
+    ) -> None:
+        """Write a token's k and v [kv_heads, head_dim] to some slots of a window.
+
+        planes [2, kv_heads, slots, head_dim]: its keys and values.
+        """
+
     def attend_one(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        planes: torch.Tensor,
         ranges: npt.NDArray[np.int64],
         scale: float,
         softcap: float,
     ) -> Partial:
         """One query over slots of a window.
 
-        q [heads, head_dim]; k, v [kv_heads, slots, head_dim]; ranges int64 [n, 2]: visible slots
+        q float32 [heads, head_dim]; planes [2, kv_heads, slots, head_dim]; ranges int64 [n, 2]: visible slots
         [start, stop). Returns output [heads, head_dim] and lse [heads].
         """
 

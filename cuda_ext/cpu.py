@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from .backend import Partial
-from .cpu_kernels import attend_rows
+from .cpu_kernels import attend_rows, store_row
 from .window import WindowArena, WindowShape
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -22,27 +22,25 @@ class CpuBackend:
     def windows(self, shape: WindowShape, budget_bytes: int) -> WindowArena:
         return WindowArena(shape, budget_bytes, self.device)
 
+    def append_one(
+        self, planes: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: tuple[int, ...]
+    ) -> None:
+        bits, keys, values = element_view(planes), _numbers(k), _numbers(v)
+        for slot in slots:
+            store_row(bits, slot, keys, values)
+
     def attend_one(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        planes: torch.Tensor,
         ranges: npt.NDArray[np.int64],
         scale: float,
         softcap: float,
     ) -> Partial:
-        out = torch.empty(q.shape, dtype=torch.float32)
-        lse = torch.empty(q.shape[0], dtype=torch.float32)
-        attend_rows(
-            q.float().numpy(),
-            element_view(k),
-            element_view(v),
-            ranges,
-            scale,
-            softcap,
-            out.numpy(),
-            lse.numpy(),
-        )
+        out = torch.empty(q.shape)
+        lse = torch.empty(q.shape[0])
+        keys, values = element_view(planes)
+        attend_rows(q.numpy(), keys, values, ranges, scale, softcap, out.numpy(), lse.numpy())
         return out, lse
 
     def mask(self, hidden: torch.Tensor, group: int) -> torch.Tensor:
@@ -78,6 +76,11 @@ def _softcapped(
         logits += mask
     lse = logits.logsumexp(-1)
     return torch.matmul(logits.sub_(lse[..., None]).exp_(), v), lse
+
+
+def _numbers(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
+    numbers: npt.NDArray[np.float32] = tensor.float().contiguous().numpy()
+    return numbers
 
 
 def element_view(tensor: torch.Tensor) -> npt.NDArray[np.float32] | npt.NDArray[np.uint16]:

@@ -65,7 +65,8 @@ def serve(config: Config) -> None:
             welcome(config, model),
             config.max_queue,
         )
-        prepare(record_layout(config, model.geometry), model.geometry.heads, config.cache)
+        layout, packed = record_layout(config, model.geometry), model.packed is not None
+        prepare(layout, model.geometry.heads, config.cache, packed=packed)
         service.start()
         server.run(service)
 
@@ -81,7 +82,14 @@ def use_threads(count: int | None) -> None:
 def load_model(config: Config) -> Model:
     """The configured model, converted first if need be. Raises ModelError."""
     folder = resolve(config.model, config.cache, config.dtype)
-    return load(folder, config.dtype, name=config.model, max_context=config.max_context, cache=config.cache)
+    return load(
+        folder,
+        config.dtype,
+        name=config.model,
+        max_context=config.max_context,
+        cache=config.cache,
+        weights=config.weights,
+    )
 
 
 def welcome(config: Config, model: Model) -> Welcome:

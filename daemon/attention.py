@@ -52,18 +52,21 @@ NO_CUTS: Blocks = np.empty(0, np.int64)
 
 @dataclass
 class Slice:
-    """One sequence's tokens in a step: rows [start, start + count) of the packed batch."""
+    """One sequence's tokens in a step: rows [start, start + count) of the packed batch it runs in."""
 
     sequence: Sequence
-    start: int
     count: int
     position: int
+    start: int = 0
     tickets: dict[int, list[tuple[RunRef, Ticket]]] = field(default_factory=dict)
     """Per layer, the extents that are being read for it, in the order in which they will be used."""
     promotion: Promotion | None = None
     read_bytes: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "disk": 0})
     failure: ReadFailed | None = None
     _bounds: dict[int | None, tuple[Positions, Positions]] = field(default_factory=dict)
+    _slots: dict[int | None, Positions] = field(default_factory=dict)
+    _exact: dict[int | None, int] = field(default_factory=dict)
+    _in_host: dict[int | None, Blocks] = field(default_factory=dict)
     _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
     def bounds(self, window: int | None) -> tuple[Positions, Positions]:
@@ -73,6 +76,26 @@ class Slice:
             low = np.array([max(SINKS, lowest_visible(p, window)) for p in positions])
             self._bounds[window] = low, np.array([boundary(p) for p in positions])
         return self._bounds[window]
+
+    def slots(self, window: int | None) -> Positions:
+        """Window slots [start, stop) of what its first query sees exactly, int64 [n, 2]."""
+        if window not in self._slots:
+            self._slots[window] = np.array(_slots(self.position, window))
+            self._exact[window] = int(np.diff(self._slots[window]).sum())
+        return self._slots[window]
+
+    def exact_tokens(self, window: int | None) -> int:
+        """How many tokens lie in these slots."""
+        self.slots(window)
+        return self._exact[window]
+
+    def in_host(self, window: int | None) -> Blocks:
+        """Blocks that some query sees in stored form and that lie in host memory: the same in every layer."""
+        if window not in self._in_host:
+            visible = stored_blocks(self.position, self.last, window)
+            rows = self.sequence.table.rows[0, visible.start : visible.stop]
+            self._in_host[window] = np.flatnonzero(rows >= 0) + visible.start
+        return self._in_host[window]
 
     def mask(self, start: int, stop: int, window: int | None, group: int, backend: Backend) -> torch.Tensor:
         """For queries at [start, stop) of one cell, over the exact tokens any of them sees, oldest first."""
@@ -140,15 +163,15 @@ class TieredAttention:
 
     def _one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
         """One query: kernels read every tier where it lies."""
-        part = call.part
-        self._append(k, v, call, part.position)
-        keys, values = self._arena.tensor[part.sequence.window, call.layer]
-        slots = np.array(_slots(part.position, call.window))
-        part.read_bytes["device"] += int((slots[:, 1] - slots[:, 0]).sum()) * self._token_bytes
-        out, lse = self._backend.attend_one(
-            q[:, 0].contiguous(), keys, values, slots, call.scale, call.softcap
-        )
-        self._merge_records(q, call, out[None], lse[None])
+        part, slots = call.part, call.part.slots(call.window)
+        if part.position % CELL == 0:
+            self._seal_before(part.position, call)
+        planes = self._arena.tensor[part.sequence.window, call.layer]
+        self._backend.append_one(planes, k[:, 0], v[:, 0], _places(part.position))
+        part.read_bytes["device"] += part.exact_tokens(call.window) * self._token_bytes
+        query = q[:, 0].float().contiguous()
+        out, lse = self._backend.attend_one(query, planes, slots, call.scale, call.softcap)
+        self._merge_records(query[None], call, out[None], lse[None])
         return out[None]
 
     def _many(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
@@ -168,7 +191,8 @@ class TieredAttention:
                 self._merge_tile(queries, keys, values, first, call, out, lse)
             return out.permute(2, 0, 1, 3).reshape(m, heads, dim)
         flat = out.permute(2, 0, 1, 3).reshape(m, heads, dim).contiguous()
-        self._merge_records(q, call, flat, lse.permute(2, 0, 1).reshape(m, heads).contiguous())
+        by_query = q.transpose(0, 1).float().contiguous()
+        self._merge_records(by_query, call, flat, lse.permute(2, 0, 1).reshape(m, heads).contiguous())
         return flat
 
     def _exact_tile(self, queries: torch.Tensor, call: Call, start: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,8 +213,9 @@ class TieredAttention:
         )
 
     def _merge_records(self, q: torch.Tensor, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """Merge the partials of all records into out [M, heads, head_dim] and lse [M, heads]."""
-        queries = q.transpose(0, 1).float().contiguous().numpy()
+        """Merge the partials of all records into out [M, heads, head_dim] and lse [M, heads]; q is float32,
+        like out."""
+        queries = q.numpy()
         low, high = call.part.bounds(call.window)
         other, other_lse = np.empty_like(queries), np.empty(queries.shape[:2], np.float32)
         for memory, places, blocks in self._records(call):
@@ -256,14 +281,19 @@ class TieredAttention:
 
     def _append(self, k: torch.Tensor, v: torch.Tensor, call: Call, position: int) -> None:
         """Put exact K/V of tokens within one cell into the window, sealing the cell whose half they take."""
-        cell, at = position // CELL, slot(position)
-        if position % CELL == 0 and cell >= 2:
-            self._seal(call.layer, call.part.sequence, cell - 2)
+        at = slot(position)
+        if position % CELL == 0:
+            self._seal_before(position, call)
         for plane, new in zip(self._arena.tensor[call.part.sequence.window, call.layer], (k, v), strict=True):
             plane[:, at : at + new.shape[1]] = new
             if position < SINKS:
                 count = min(SINKS - position, new.shape[1])
                 plane[:, position : position + count] = new[:, :count]
+
+    def _seal_before(self, position: int, call: Call) -> None:
+        """A cell begins at `position`: seal the one whose half of the window it takes, if there is one."""
+        if position >= 2 * CELL:
+            self._seal(call.layer, call.part.sequence, position // CELL - 2)
 
     def _seal(self, layer: int, sequence: Sequence, cell: int) -> None:
         first = max(1, cell * BLOCKS_PER_CELL)
@@ -276,16 +306,15 @@ class TieredAttention:
     def _records(self, call: Call) -> Iterator[tuple[npt.NDArray[np.uint8], Places, Blocks]]:
         """(memory, byte offsets, blocks) of visible records: host memory first, then extents as they land."""
         part = call.part
-        visible = stored_blocks(part.position, part.last, call.window)
-        if not visible:
-            return
         table, record_bytes = part.sequence.table, self._store.layout.record_bytes
-        rows = table.rows[call.layer, visible.start : visible.stop]
-        here = np.flatnonzero(rows >= 0)
+        here = part.in_host(call.window)
         if len(here):
             part.read_bytes["host"] += len(here) * record_bytes
-            yield self._store.memory, rows[here] * record_bytes, here + visible.start
-        waiting = part.tickets.get(call.layer, [])
+            yield self._store.memory, table.rows[call.layer, here] * record_bytes, here
+        waiting = part.tickets.get(call.layer)
+        if not waiting:
+            return
+        visible = stored_blocks(part.position, part.last, call.window)
         while waiting:
             batch, waiting = waiting[: self._store.staging_batch], waiting[self._store.staging_batch :]
             with self._store.staged([ticket for _, ticket in batch]) as (memory, offsets):
@@ -316,6 +345,11 @@ def _by_row(out: torch.Tensor, lse: torch.Tensor) -> tuple[npt.NDArray[np.float3
     if that is how it is laid out."""
     rows, row_lse = out.permute(1, 2, 0, 3).contiguous(), lse.permute(1, 2, 0).contiguous()
     return rows.flatten(0, 1).numpy(), row_lse.flatten(0, 1).numpy()
+
+
+def _places(position: int) -> tuple[int, ...]:
+    """The slots of a token: the sinks have two while their cell is one of the newest."""
+    return (slot(position), position) if position < SINKS else (slot(position),)
 
 
 def _slots(position: int, window: int | None) -> list[tuple[int, int]]:

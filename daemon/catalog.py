@@ -16,7 +16,7 @@ from .errors import ModelError, UnknownModel, error_for
 from .gguf_header import read_header
 from .weights import digest, model_files, read_layout
 
-CONVERSION = 1
+CONVERSION = 2
 """Part of a converted folder's name: raise it when convert.py turns the same source into something else."""
 
 

@@ -18,6 +18,10 @@ from .errors import ConfigError
 from .fields import Choice, FieldError, Int, Maybe, Reader, Real, Text, read
 
 GIB = 2**30
+
+WEIGHTS = ("auto", "bf16", "int8", "int4")
+"""What decode steps read. auto: the codes of a quantised GGUF file in bfloat16, else bf16, which
+is no copy: what `dtype` says."""
 _BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _DECIMAL = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS = {"": 1, "B": 1} | _BINARY | _DECIMAL
@@ -77,6 +81,7 @@ class Config:
     model: Annotated[str, Text(1)] = "smollm2-135m"
     format: Annotated[str, Choice(SEALED)] = "k8v4"
     dtype: Annotated[str, Choice(tuple(Element))] = "bfloat16"
+    weights: Annotated[str, Choice(WEIGHTS)] = "auto"
     device_budget: Annotated[int | None, Maybe(Size())] = None
     """For windows and staging; None is room for a few windows."""
     host_budget: Annotated[int, Size()] = 2 * GIB

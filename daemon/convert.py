@@ -113,9 +113,20 @@ def _from_gguf(gguf: Path, target: Path, dtype: str) -> None:
     _check_complete(gguf.name, module, report, header)
     module.generation_config.eos_token_id = _end_ids(module.config.eos_token_id, header)
     module.save_pretrained(target)
+    if dtype == "bfloat16":
+        _pack(module, gguf, target)
     del module
     _say("reading its tokenizer")
     AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(target)
+
+
+def _pack(module: Any, gguf: Path, target: Path) -> None:
+    from .packing import WEIGHTS, pack_gguf
+
+    try:
+        pack_gguf(module, gguf, target / WEIGHTS)
+    except UnsupportedModel as error:
+        _say(f"decode steps will read bfloat16: {error.message}")
 
 
 def _check_complete(name: str, module: Any, report: dict[str, Any], header: GgufHeader) -> None:

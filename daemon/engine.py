@@ -358,10 +358,9 @@ class Engine:
         self._scheduler.resume(generation.job, resume.position)
 
     def _slices(self, plan: Plan) -> tuple[list[Slice], list[Generation]]:
-        """The plan as slices of a packed batch, with room for the blocks that they will seal."""
+        """The plan as slices, with room for the blocks that they will seal."""
         slices: list[Slice] = []
         generations = []
-        row = 0
         for job, count in plan.run:
             generation = self._generations[job]
             sequence = _sequence(generation)
@@ -373,9 +372,8 @@ class Engine:
             except OffloadError as error:
                 self._abort(generation, StorageFailed(f"{error}; raise the host or the disk budget"))
                 continue
-            slices.append(Slice(sequence, row, count, sequence.computed))
+            slices.append(Slice(sequence, count, sequence.computed))
             generations.append(generation)
-            row += count
         return slices, generations
 
     def _kept(self, generation: Generation, part: Slice) -> range:

@@ -1,8 +1,8 @@
 """Compiles the numba kernels that a model needs, once, in a child whose memory leaves with it.
 
-`python -m spilld.daemon.kernels FORMAT ELEMENT HEADS KV_HEADS HEAD_DIM` runs each of them on one block, which
-leaves its machine code in numba's cache beside the sources. Without it the first request would wait for the
-compiler, and the daemon would keep the compiler's 130 MiB.
+`python -m spilld.daemon.kernels FORMAT ELEMENT HEADS KV_HEADS HEAD_DIM [packed]` runs each of them on one
+block, which leaves its machine code in numba's cache beside the sources. Without it the first request would
+wait for the compiler, and the daemon would keep the compiler's 130 MiB.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ import torch
 import spilld.cuda_ext
 import spilld.offload
 from spilld.cuda_ext.cpu import CpuBackend, element_view
+from spilld.cuda_ext.linear import multiply
+from spilld.cuda_ext.packed import GROUP, LANES, quantise
+from spilld.cuda_ext.packed import Form as PackedForm
+from spilld.cuda_ext.rows import MAX_ROWS, NOTHING, Inputs, add_normed, rotate
 from spilld.offload.codec import Codec
 from spilld.offload.partial import Partial, merge
 from spilld.offload.record import BLOCK, Element, Format, Layout
@@ -32,12 +36,14 @@ from .errors import ConfigError, InternalError
 log = logging.getLogger(__name__)
 
 
-def prepare(layout: Layout, heads: int, cache: Path) -> None:
-    """Compile unless a note in `cache/kernels` says that it was done for these sources on this CPU.
+def prepare(layout: Layout, heads: int, cache: Path, *, packed: bool) -> None:
+    """Compile, those for packed weights too if `packed`, unless a note in `cache/kernels` says that it was
+    done for these sources on this CPU.
 
     Raises ConfigError if the note cannot be written, InternalError with the child's last words if it fails.
     """
     words = [layout.format, layout.element, str(heads), str(layout.kv_heads), str(layout.head_dim)]
+    words += ["packed"] if packed else []
     note = cache / "kernels" / _key(words)
     if note.exists():
         return
@@ -83,13 +89,31 @@ def compile_all(layout: Layout, heads: int) -> None:
         lse = np.zeros(out.shape[:2], np.float32)
         partial.attend(q, records.reshape(-1), rows, rows, low, high, 1.0, 0.0, out, lse)
         merge(out, lse, out.copy(), lse.copy())
-    backend.attend_one(torch.zeros(heads, layout.head_dim), k, v, np.array([[0, BLOCK]]), 1.0, 0.0)
+    planes = torch.stack([k, v])
+    backend.append_one(planes, k[:, 0], v[:, 0], (0,))
+    backend.attend_one(torch.zeros(heads, layout.head_dim), planes, np.array([[0, BLOCK]]), 1.0, 0.0)
 
 
-def _main(form: str, element: str, *sizes: str) -> None:
-    heads, kv_heads, head_dim = map(int, sizes)
+def compile_packed() -> None:
+    """Run every kernel of a decode step over packed weights on one tile."""
+    inputs, out = Inputs(GROUP), np.zeros((MAX_ROWS, LANES), np.float32)
+    row, factors = np.ones((1, GROUP), np.float32), np.ones(GROUP, np.float32)
+    inputs.take(row)
+    inputs.take_normed(row, factors, 1e-5)
+    inputs.take_gated(np.ones((1, 2 * GROUP), np.float32), gelu=False)
+    add_normed(row, row.copy(), factors, 1e-5)
+    rotate(row[:, None], 0, 1, row, row, NOTHING, 1e-5)
+    for form in PackedForm:
+        weights = quantise(np.ones((LANES, GROUP), np.float32), form)
+        for rows in range(1, MAX_ROWS + 1):
+            multiply(inputs, weights, out, rows)
+
+
+def _main(form: str, element: str, heads: str, kv_heads: str, head_dim: str, packed: str = "") -> None:
     numba.config.THREADING_LAYER = "omp"
-    compile_all(Layout(Format(form), Element(element), kv_heads, head_dim), heads)
+    compile_all(Layout(Format(form), Element(element), int(kv_heads), int(head_dim)), int(heads))
+    if packed:
+        compile_packed()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,13 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from spilld.cuda_ext.packed import Packed
+
 from .catalog import default_cache, resolve
 from .errors import ConfigError, CorruptModel, UnsupportedModel
 from .geometry import Geometry
 from .linear import has_bfloat16_products, widen
+from .packing import packed_weights
 from .rope import fix_rope, rope_bytes
 from .text import Tokenizer
 from .weights import digest, read_layout
@@ -48,6 +51,7 @@ _VOLATILE = (
 class Model:
     """`module` is in evaluation mode and needs no gradient; its weights are mapped from `folder`.
 
+    `packed` is what decode steps read instead of the module, if they do; names as in packing.py.
     `fingerprint` is 32 bytes: KV computed under another one must not be served.
     """
 
@@ -57,6 +61,7 @@ class Model:
     geometry: Geometry
     tokenizer: Tokenizer
     fingerprint: bytes
+    packed: Mapping[str, Packed] | None = None
 
 
 def load(
@@ -67,12 +72,14 @@ def load(
     name: str | None = None,
     max_context: int | None = None,
     cache: Path | None = None,
+    weights: str = "bf16",
 ) -> Model:
     """Load a folder that `resolve` returned.
 
     attention names a registered transformers attention. max_context (by default all the model was made for)
-    decides longrope's factors once. cache keeps the digest of the weights. Raises CorruptModel,
-    UnsupportedModel, or ConfigError if max_context is more than the model's positions.
+    decides longrope's factors once. cache keeps the digest of the weights, and packed ones. weights as in
+    Config. Raises CorruptModel, UnsupportedModel, or ConfigError if max_context is more than the model's
+    positions or the cache cannot be written.
     """
     module = load_module(folder, dtype, attention)
     tokenizer = Tokenizer.load(folder)
@@ -83,6 +90,8 @@ def load(
             f"a context of {longest} tokens exceeds the model's {geometry.max_positions} positions"
         )
     fix_rope(module, longest)
+    cache = cache or default_cache()
+    packed = packed_weights(module, folder, weights, cache)
     if dtype == "bfloat16" and not has_bfloat16_products():
         widen(module)
     return Model(
@@ -91,7 +100,8 @@ def load(
         module=module,
         geometry=geometry,
         tokenizer=tokenizer,
-        fingerprint=_fingerprint(folder, dtype, module, cache or default_cache()),
+        fingerprint=_fingerprint(folder, dtype, module, cache, weights if packed else None),
+        packed=packed,
     )
 
 
@@ -147,7 +157,7 @@ def _check_supported(folder: Path, config: dict[str, Any]) -> None:
         raise UnsupportedModel(f"{folder}: dynamic RoPE depends on the longest sequence in the batch")
 
 
-def _fingerprint(folder: Path, dtype: str, module: Any, cache: Path) -> bytes:
+def _fingerprint(folder: Path, dtype: str, module: Any, cache: Path, packed: str | None) -> bytes:
     config = {key: value for key, value in _read_config(folder).items() if key not in _VOLATILE}
     hasher = hashlib.blake2b(digest_size=32, person=b"spilld model v1")
     for part in (
@@ -155,6 +165,7 @@ def _fingerprint(folder: Path, dtype: str, module: Any, cache: Path) -> bytes:
         json.dumps(config, sort_keys=True).encode(),
         rope_bytes(module),
         dtype.encode(),
+        *([f"decode {packed}".encode()] if packed else []),
     ):
         hasher.update(struct.pack("<Q", len(part)) + part)
     return hasher.digest()

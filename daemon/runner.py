@@ -1,16 +1,19 @@
-"""One forward pass over a packed batch of slices, with the disk reads it needs under way."""
+"""A step: forward passes over packed batches of slices, with the disk reads they need under way."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
+from spilld.cuda_ext.rows import MAX_ROWS
 from spilld.offload.prefetch import Read, Ticket
 from spilld.offload.store import Store
 from spilld.offload.table import RunRef
 
 from .attention import Slice, TieredAttention
+from .decoder import Decoder
 from .interface import Step
 from .linear import wide_bytes
 from .model import Model
@@ -28,6 +31,7 @@ class Runner:
         self._chunk_tokens = chunk_tokens
         self._attention = attention
         self._store = store
+        self._decoder = None if model.packed is None else Decoder(model, model.packed, attention)
         self._ahead: list[Ticket] = []
 
     @property
@@ -42,27 +46,25 @@ class Runner:
         residual = 3 * int(config.hidden_size) * size
         chunk = self._chunk_tokens * (max(attention, mlp) + residual)
         wide = wide_bytes(self._model.module.base_model, self._chunk_tokens)
-        return self._attention.workspace_bytes + chunk + wide + geometry.vocab * (4 + size)
+        few = 0 if self._decoder is None else self._decoder.workspace_bytes
+        return self._attention.workspace_bytes + chunk + wide + few + geometry.vocab * (4 + size)
 
     def run(self, slices: list[Slice], keep: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Compute the slices' tokens; returns float32 logits [len(keep[i]), vocab] for those of their rows.
 
         A slice whose KV did not come back carries its `failure` afterwards; its logits mean nothing.
         """
-        self._read_for(slices)
+        passes = self._passes(slices)
+        self._read_for(passes)
         self._begin_promotions(slices)
-        tokens = [token for s in slices for token in s.sequence.tokens[s.position : s.position + s.count]]
-        positions = [position for s in slices for position in range(s.position, s.position + s.count)]
-        rows = [s.start + row for s, kept in zip(slices, keep, strict=True) for row in kept]
+        kept = {id(part): rows for part, rows in zip(slices, keep, strict=True)}
+        logits: dict[int, torch.Tensor] = {}
         try:
             with torch.inference_mode():
-                logits = self._model.module(
-                    input_ids=torch.tensor([tokens]),
-                    position_ids=torch.tensor([positions]),
-                    use_cache=False,
-                    logits_to_keep=torch.tensor(rows, dtype=torch.long),
-                    spilld_step=Step(self._attention, slices),
-                ).logits[0]
+                for parts in passes:
+                    run = self._decode if self._decodes(parts[0]) else self._forward
+                    found = run(parts, [kept[id(part)] for part in parts])
+                    logits |= {id(part): rows for part, rows in zip(parts, found, strict=True)}
         except BaseException:  # reads that nobody takes would keep their staging buffers for good
             self._store.cancel(ticket for s in slices for reads in s.tickets.values() for _, ticket in reads)
             raise
@@ -70,6 +72,40 @@ class Runner:
             for part in slices:
                 if part.promotion is not None:
                     part.promotion.end()
+        return [logits[id(part)] for part in slices]
+
+    def _decodes(self, part: Slice) -> bool:
+        return self._decoder is not None and part.count == 1
+
+    def _passes(self, slices: list[Slice]) -> list[list[Slice]]:
+        """Slices that run together, each at its rows: what decodes from packed weights, then the rest. A
+        token's logits thus do not depend on what else the step does."""
+        few = [part for part in slices if self._decodes(part)]
+        rest = [part for part in slices if not self._decodes(part)]
+        passes = [few[first : first + MAX_ROWS] for first in range(0, len(few), MAX_ROWS)]
+        passes += [rest] if rest else []
+        for parts in passes:
+            starts = accumulate((part.count for part in parts), initial=0)
+            for part, start in zip(parts, starts, strict=False):
+                part.start = start
+        return passes
+
+    def _decode(self, parts: list[Slice], keep: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        assert self._decoder is not None
+        rows = self._decoder.run(parts)
+        return [rows[part.start : part.start + len(kept)] for part, kept in zip(parts, keep, strict=True)]
+
+    def _forward(self, parts: list[Slice], keep: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        tokens = [token for s in parts for token in s.sequence.tokens[s.position : s.position + s.count]]
+        positions = [position for s in parts for position in range(s.position, s.position + s.count)]
+        rows = [s.start + row for s, kept in zip(parts, keep, strict=True) for row in kept]
+        logits = self._model.module(
+            input_ids=torch.tensor([tokens]),
+            position_ids=torch.tensor([positions]),
+            use_cache=False,
+            logits_to_keep=torch.tensor(rows, dtype=torch.long),
+            spilld_step=Step(self._attention, parts),
+        ).logits[0]
         return list(logits.float().split([len(kept) for kept in keep]))
 
     def _begin_promotions(self, slices: list[Slice]) -> None:
@@ -84,8 +120,8 @@ class Runner:
         self._store.cancel(self._ahead)
         self._ahead = []
 
-    def _read_for(self, slices: list[Slice]) -> None:
-        needed = self._needed(slices)
+    def _read_for(self, passes: list[list[Slice]]) -> None:
+        needed = [read for parts in passes for read in self._needed(parts)]
         reads = [Read(ref.run, layer) for _, layer, ref in needed]
         tickets = self._ahead
         if [ticket.read for ticket in tickets] != reads:
@@ -93,7 +129,7 @@ class Runner:
             tickets = self._store.submit(reads)
         for (part, layer, ref), ticket in zip(needed, tickets, strict=True):
             part.tickets.setdefault(layer, []).append((ref, ticket))
-        decoding = all(s.count == 1 for s in slices)
+        decoding = all(part.count == 1 for parts in passes for part in parts)
         self._ahead = self._store.submit(reads) if decoding else []
 
     def _needed(self, slices: list[Slice]) -> Needed:

@@ -105,9 +105,12 @@ class Partial:
         count = queries * group
         tiles = -(-count // MAX_TILE)
         tile = -(-count // tiles)
-        tiled = np.zeros((kv_heads, tiles * tile, head_dim), np.float32)
-        by_head = tiled[:, :count].reshape(kv_heads, queries, group, head_dim)
-        by_head[:] = q.reshape(queries, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
+        if queries == 1 and tiles == 1:
+            tiled = np.ascontiguousarray(q).reshape(kv_heads, group, head_dim)
+        else:
+            tiled = np.zeros((kv_heads, tiles * tile, head_dim), np.float32)
+            by_head = tiled[:, :count].reshape(kv_heads, queries, group, head_dim)
+            by_head[:] = q.reshape(queries, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
         parts = min(MAX_PARTS, max(1, -(-len(places) // BLOCKS_PER_PART)))
         sums = np.empty((parts, kv_heads, tiles * tile, head_dim), np.float32)
         tops = np.empty((parts, kv_heads, tiles * tile), np.float32)

@@ -143,7 +143,7 @@ def check_places(memory: npt.NDArray[np.uint8], places: npt.NDArray[np.int64], l
         raise ValueError("places must be a contiguous int64 vector")
     if places.size and not 0 <= places.min() <= places.max() <= len(memory) - layout.record_bytes:
         raise ValueError(f"places {places.min()}..{places.max()} are not all in {len(memory)} bytes")
-    if places.size and (places % 64).any():
+    if places.size and (places & 63).any():
         raise ValueError("places must be multiples of 64")
 
 

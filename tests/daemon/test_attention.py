@@ -134,7 +134,7 @@ class Setup:
         """The next `count` tokens, with room for what they seal and the reads that they need."""
         table = self.sequence.table
         self.store.grow(table, self.sequence.hashes(len(table.chain), sealed_by(position + count - 1)))
-        part = Slice(self.sequence, 0, count, position)
+        part = Slice(self.sequence, count, position)
         tickets = self.store.submit([Read(ref.run, 0) for ref in self._runs(part)])
         part.tickets[0] = list(zip(self._runs(part), tickets, strict=True))
         return part

@@ -17,12 +17,12 @@ LAYOUT = Layout(Format.EXACT, Element.FLOAT32, 1, 64)
 
 
 def test_child_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels.prepare(LAYOUT, 2, tmp_path)
+    kernels.prepare(LAYOUT, 2, tmp_path, packed=False)
     (note,) = (tmp_path / "kernels").iterdir()
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    kernels.prepare(LAYOUT, 2, tmp_path)
+    kernels.prepare(LAYOUT, 2, tmp_path, packed=False)
     with pytest.raises(InternalError, match="cannot be compiled"):
-        kernels.prepare(LAYOUT, 3, tmp_path)
+        kernels.prepare(LAYOUT, 3, tmp_path, packed=True)
     assert list((tmp_path / "kernels").iterdir()) == [note], "a failure is tried again"
 
 
@@ -38,14 +38,14 @@ def test_changed_sources_are_compiled_again(tmp_path: Path, monkeypatch: pytest.
     source.write_text("")
     monkeypatch.setattr(spilld.offload, "__file__", str(source))
     for text in ("", "changed"):
-        kernels.prepare(LAYOUT, 2, tmp_path)
-        kernels.prepare(LAYOUT, 2, tmp_path)
+        kernels.prepare(LAYOUT, 2, tmp_path, packed=False)
+        kernels.prepare(LAYOUT, 2, tmp_path, packed=False)
         source.write_text(text + "x")
-        kernels.prepare(LAYOUT, 2, tmp_path)
+        kernels.prepare(LAYOUT, 2, tmp_path, packed=False)
     assert len(runs) == 3
 
 
 def test_unwritable_cache_is_a_typed_error(tmp_path: Path) -> None:
     (tmp_path / "kernels").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
-        kernels.prepare(LAYOUT, 2, tmp_path)
+        kernels.prepare(LAYOUT, 2, tmp_path, packed=False)

@@ -1,0 +1,198 @@
+"""What a decode step does with a few rows between its products, on the CPU: one thread, no allocation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from spilld.offload.vectors import (
+    F32,
+    address,
+    broadcast,
+    call,
+    constant,
+    exp,
+    load,
+    pointers,
+    vector_address,
+)
+
+from .packed import GROUP
+
+MAX_ROWS = 8
+"""Rows that share one pass over the weights."""
+
+_LANES = 8
+_LARGEST = 32767.0
+
+Floats = NDArray[np.float32]
+
+NOTHING: Floats = np.empty(0, np.float32)
+"""In the place of a vector of factors: there is none."""
+
+
+class Inputs:
+    """Up to MAX_ROWS rows as products with packed weights take them: int16 codes with a scale for each group
+    of 32 numbers, and the sum of its numbers. One layer after another writes them.
+
+    A number that is not finite makes its row's products NaN.
+    """
+
+    def __init__(self, width: int) -> None:
+        """width: the most numbers of a row; a multiple of 32."""
+        self.threads = numba.get_num_threads()
+        """That share the weights of a product."""
+        self._row = np.zeros(width, np.float32)
+        self.codes = np.zeros((MAX_ROWS, width), np.int16)
+        self.scales = np.zeros((MAX_ROWS, width // GROUP), np.float32)
+        self.sums = np.zeros((MAX_ROWS, width // GROUP), np.float32)
+
+    def take(self, x: Floats) -> None:
+        """Rows as they are: float32 [rows, width]."""
+        _take(x, self._row, self.codes, self.scales, self.sums)
+
+    def take_normed(self, x: Floats, weight: Floats, eps: float) -> None:
+        """weight * x / rms(x), rms(x)^2 = mean(x^2) + eps (Zhang and Sennrich 2019)."""
+        _take_normed(x, weight, np.float32(eps), self._row, self.codes, self.scales, self.sums)
+
+    def take_gated(self, x: Floats, *, gelu: bool) -> None:
+        """act(gate) * up of rows [gate, up]; act is SiLU, or GELU in its tanh form (Shazeer 2020)."""
+        _take_gated(x, gelu, self._row, self.codes, self.scales, self.sums)
+
+
+def add_normed(x: Floats, y: Floats, weight: Floats, eps: float) -> None:
+    """x += weight * y / rms(y), row by row."""
+    _add_normed(x, y, weight, np.float32(eps))
+
+
+def rotate(
+    heads: Floats, first: int, last: int, cos: Floats, sin: Floats, weight: Floats, eps: float
+) -> None:
+    """RoPE (Su et al. 2021) in place on heads [rows, heads, head_dim], those of number first <= h < last.
+
+    cos, sin: float32 [rows, rotary], rotary <= head_dim. Unless weight is NOTHING, each head is first
+    normalised as in take_normed.
+    """
+    _rotate(heads, first, last, cos, sin, weight, np.float32(eps))
+
+
+_plain = njit(nogil=True, error_model="numpy", cache=True)
+_sums = njit(nogil=True, error_model="numpy", cache=True, fastmath={"reassoc", "contract", "nsz"})
+"""Where only a sum's order may change: NaN and infinities keep their meaning."""
+
+
+@_plain
+def _take(x: Any, _row: Any, codes: Any, scales: Any, sums: Any) -> None:
+    for r in range(len(x)):
+        _quantise(x[r], codes[r], scales[r], sums[r])
+
+
+@_plain
+def _take_normed(x: Any, weight: Any, eps: Any, row: Any, codes: Any, scales: Any, sums: Any) -> None:
+    width = x.shape[1]
+    for r in range(len(x)):
+        factor = _inverse_rms(x[r], eps)
+        for i in range(width):
+            row[i] = x[r, i] * factor * weight[i]
+        _quantise(row[:width], codes[r], scales[r], sums[r])
+
+
+@_plain
+def _take_gated(x: Any, gelu: Any, row: Any, codes: Any, scales: Any, sums: Any) -> None:
+    width = x.shape[1] // 2
+    for r in range(len(x)):
+        for i in range(0, width, _LANES):
+            _gate8(x[r], i, i + width, gelu, row)
+        _quantise(row[:width], codes[r], scales[r], sums[r])
+
+
+@_plain
+def _add_normed(x: Any, y: Any, weight: Any, eps: Any) -> None:
+    for r in range(len(x)):
+        factor = _inverse_rms(y[r], eps)
+        for i in range(x.shape[1]):
+            x[r, i] += y[r, i] * factor * weight[i]
+
+
+@_plain
+def _rotate(heads: Any, first: Any, last: Any, cos: Any, sin: Any, weight: Any, eps: Any) -> None:
+    dim, half = heads.shape[2], cos.shape[1] // 2
+    for r in range(len(cos)):
+        for h in range(first, last):
+            head = heads[r, h]
+            if len(weight):
+                factor = _inverse_rms(head, eps)
+                for i in range(dim):
+                    head[i] = head[i] * factor * weight[i]
+            for i in range(half):
+                a, b = head[i], head[half + i]
+                head[i] = a * cos[r, i] - b * sin[r, i]
+                head[half + i] = b * cos[r, half + i] + a * sin[r, half + i]
+
+
+@_sums
+def _inverse_rms(x: Any, eps: Any) -> Any:
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += x[i] * x[i]
+    return np.float32(1) / np.sqrt(total / np.float32(len(x)) + eps)
+
+
+@_plain
+def _quantise(x: Any, codes: Any, scales: Any, sums: Any) -> None:
+    for group in range(len(x) // GROUP):
+        sums[group] = _quantise32(x, group * GROUP, codes, scales, group)
+
+
+@intrinsic
+def _quantise32(_context: Any, x: Any, start: Any, codes: Any, scales: Any, group: Any) -> Any:
+    """codes[start:start + 32] = round(x / scale), scales[group] = scale; returns scale * sum(codes)."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = pointers(context, builder, signature, args)
+        numbers = load(builder, at[0], [args[1]], GROUP)
+        size = call(builder, "llvm.fabs", numbers.type, numbers)
+        largest = call(builder, "llvm.vector.reduce.fmaximum", F32, size)
+        # NaN where the largest is infinite, too: infinity times a code of 0 is, times another it is not.
+        scale = builder.fadd(builder.fdiv(largest, F32(_LARGEST)), builder.fmul(largest, F32(0.0)))
+        some = builder.fcmp_ordered(">", scale, F32(0.0))
+        inverse = builder.select(some, builder.fdiv(F32(1.0), scale), F32(0.0))
+        scaled = builder.fmul(numbers, broadcast(builder, inverse, GROUP))
+        rounded = call(builder, "llvm.rint", numbers.type, scaled)
+        number = builder.fcmp_ordered("ord", rounded, rounded)
+        rounded = builder.select(number, rounded, constant(0.0, GROUP))
+        whole = builder.fptosi(rounded, ir.VectorType(ir.IntType(16), GROUP))
+        builder.store(whole, vector_address(builder, address(builder, at[2], [args[1]]), GROUP), align=2)
+        builder.store(scale, address(builder, at[3], [args[4]]))
+        total = call(builder, "llvm.vector.reduce.fadd", F32, F32(0.0), rounded, flags=("reassoc",))
+        return builder.fmul(total, scale)
+
+    return types.float32(x, start, codes, scales, group), build
+
+
+@intrinsic
+def _gate8(_context: Any, x: Any, gate: Any, up: Any, gelu: Any, out: Any) -> Any:
+    """out[gate:gate + 8] = g * sigmoid(s) * x[up:up + 8], g = x[gate:gate + 8].
+
+    SiLU has s = g; GELU s = 2 sqrt(2 / pi) (g + 0.044715 g^3), as (1 + tanh(u)) / 2 = sigmoid(2 u).
+    """
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = pointers(context, builder, signature, args)
+        g, factor = (load(builder, at[0], [args[i]], _LANES) for i in (1, 2))
+        one = constant(1.0, _LANES)
+        cubic = builder.fadd(one, builder.fmul(constant(0.044715, _LANES), builder.fmul(g, g)))
+        argument = builder.fmul(g, builder.fmul(constant(1.5957691216057308, _LANES), cubic))
+        s = builder.select(args[3], argument, g)
+        sigmoid = builder.fdiv(one, builder.fadd(one, exp(builder, builder.fsub(constant(0.0, _LANES), s))))
+        result = builder.fmul(builder.fmul(g, sigmoid), factor)
+        builder.store(result, vector_address(builder, address(builder, at[4], [args[1]]), _LANES), align=4)
+        return context.get_dummy_value()
+
+    return types.void(x, gate, up, gelu, out), build

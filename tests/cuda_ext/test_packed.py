@@ -1,0 +1,143 @@
+"""Packed weights: what goes in comes out, and products are those of float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from spilld.cuda_ext.linear import multiply
+from spilld.cuda_ext.packed import GROUP, LANES, Form, Packed, fits, pack4, pack8, quantise, stack, unpack
+from spilld.cuda_ext.rows import MAX_ROWS, Inputs
+
+Floats = NDArray[np.float32]
+
+SIZES = [(8, 32), (24, 96), (64, 576)]
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(request.param, numba.config.NUMBA_NUM_THREADS))
+    yield request.param
+    numba.set_num_threads(before)
+
+
+def some(seed: int, *shape: int) -> Floats:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def product(rows: Floats, weights: Packed, start: Floats | None = None) -> Floats:
+    inputs = Inputs(weights.inputs)
+    inputs.take(rows)
+    out = np.zeros((MAX_ROWS, weights.outputs), np.float32)
+    if start is not None:
+        out[: len(rows)] = start
+    multiply(inputs, weights, out, len(rows))
+    return out[: len(rows)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_codes_and_scales_come_back(data: Any) -> None:
+    outputs = LANES * data.draw(st.integers(1, 3))
+    inputs = GROUP * data.draw(st.integers(1, 3))
+    draw = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    scales = draw.standard_normal((outputs, inputs // GROUP)).astype(np.float16).astype(np.float32)
+    minimums = draw.standard_normal(scales.shape).astype(np.float16).astype(np.float32)
+    codes = draw.integers(16, size=(outputs, inputs))
+    wide, low = np.repeat(scales, GROUP, 1), np.repeat(minimums, GROUP, 1)
+    np.testing.assert_array_equal(
+        unpack(pack4(codes, scales, minimums)), codes.astype(np.float32) * wide + low
+    )
+    codes = draw.integers(-128, 128, size=(outputs, inputs))
+    np.testing.assert_array_equal(unpack(pack8(codes, scales)), codes.astype(np.float32) * wide)
+
+
+@pytest.mark.parametrize(("form", "steps"), [(Form.INT8, 254), (Form.INT4, 15)])
+@pytest.mark.parametrize("size", SIZES)
+def test_quantised_to_the_nearest_code(form: Form, steps: int, size: tuple[int, int]) -> None:
+    weight = some(1, *size)
+    groups = weight.reshape(size[0], -1, GROUP)
+    span = 2 * np.abs(groups).max(-1) if form is Form.INT8 else groups.max(-1) - groups.min(-1)
+    error = np.abs(unpack(quantise(weight, form)) - weight).reshape(groups.shape).max(-1)
+    # Half a step, and what float16 does to the scale (half a unit of 11 bits, over all steps) and minimum.
+    assert (error <= span / steps * (0.5 + steps * 2**-12) + np.abs(groups).max(-1) * 2**-11).all()
+
+
+@pytest.mark.parametrize("form", Form)
+def test_what_is_representable_is_kept(form: Form) -> None:
+    once = unpack(quantise(some(2, 16, 64), form))
+    np.testing.assert_array_equal(unpack(quantise(once, form)), once)
+    zeros = np.zeros((8, 32), np.float32)
+    np.testing.assert_array_equal(unpack(quantise(zeros, form)), zeros)
+
+
+@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1e5])
+def test_numbers_beyond_float16_are_refused(form: Form, bad: float) -> None:
+    weight = some(3, 8, 32)
+    weight[5, 7] = bad
+    with pytest.raises(ValueError, match="float16"):
+        quantise(weight, form)
+
+
+def test_what_fits() -> None:
+    assert fits(8, 32)
+    assert not fits(12, 32)
+    assert not fits(8, 48)
+
+
+def test_stacked_outputs_follow_one_another() -> None:
+    parts = [quantise(some(seed, 8 * seed, 64), Form.INT4) for seed in (1, 2)]
+    np.testing.assert_array_equal(unpack(stack(parts)), np.concatenate([unpack(part) for part in parts]))
+
+
+@pytest.mark.parametrize("rows", range(1, MAX_ROWS + 1))
+@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("size", SIZES)
+def test_products(form: Form, size: tuple[int, int], rows: int, threads: int) -> None:
+    weights, x, start = quantise(some(4, *size), form), some(5, rows, size[1]), some(6, rows, size[0])
+    exact = start + x.astype(np.float64) @ unpack(weights).T.astype(np.float64)
+    found = product(x, weights, start)
+    # An input is off by 2^-16 of its group's largest at most, at random.
+    bound = 2**-16 * 4 * np.sqrt(size[1]) * np.abs(x).max() * np.abs(unpack(weights)).max()
+    assert np.abs(found - exact).max() <= bound + 1e-6 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("form", Form)
+def test_a_row_does_not_depend_on_others_nor_on_threads(form: Form) -> None:
+    weights, x = quantise(some(7, 72, 96), form), some(8, MAX_ROWS, 96)
+    before = numba.get_num_threads()
+    together = product(x, weights)
+    numba.set_num_threads(1)
+    alone = np.concatenate([product(x[r : r + 1], weights) for r in range(MAX_ROWS)])
+    numba.set_num_threads(before)
+    np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_so_and_in_its_row(form: Form, bad: float) -> None:
+    weights, x = quantise(some(9, 16, 64), form), some(10, 2, 64)
+    clean = product(x, weights)
+    x[1, 40] = bad
+    found = product(x, weights)
+    np.testing.assert_array_equal(found[0], clean[0])
+    assert np.isnan(found[1]).all()
+
+
+def test_shapes_that_disagree() -> None:
+    weights = quantise(some(11, 16, 64), Form.INT8)
+    with pytest.raises(ValueError, match="16 outputs"):
+        multiply(Inputs(64), weights, np.zeros((MAX_ROWS, 8), np.float32), 1)
+    with pytest.raises(ValueError, match="9 rows"):
+        multiply(Inputs(64), weights, np.zeros((MAX_ROWS, 16), np.float32), 9)
+    with pytest.raises(ValueError, match="64 inputs"):
+        multiply(Inputs(32), weights, np.zeros((MAX_ROWS, 16), np.float32), 1)
