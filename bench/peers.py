@@ -3,16 +3,16 @@
 SmolLM2-135M, two threads each, greedy, one request at a time: the prefill of prompts of 512, 2,048 and 7,900
 tokens (Python's documentation), and the mean of 32 decode steps at contexts of 512, 2,048 and 8,000. Every
 system is a process of its own and loads once; they take turns after a warm-up, and who is not asked is
-stopped. Each run of a case has a prompt with a beginning that no earlier one had, the same for all systems, so
-that no prefix cache helps. Medians of 3, with the least and the most.
+stopped. Each run of a case has a prompt with a beginning that no earlier one had, the same for all systems,
+so that no prefix cache helps. Medians of 3, with the least and the most.
 
-Ours is a daemon in bfloat16 with format k8v4 and all KV in host memory, timed at its client. llama.cpp is built
-for this CPU and runs the GGUF file that the weights of the others were converted from, with flash attention
-and its KV in f16 or q8_0; the goal is judged against the faster. vLLM and transformers run in bfloat16. A
-system that cannot run here has rows that say why, and no number.
+Ours is a daemon in bfloat16 with format k8v4 and all KV in host memory, timed at its client. llama.cpp is
+built for this CPU and runs the GGUF file that the weights of the others were converted from, as it is, with
+flash attention and its KV in f16 or q8_0; the goal is judged against the faster. vLLM and transformers run in
+bfloat16. A system that cannot run here has rows that say why, and no number.
 
-Also: eight streams of spilld at 2,048 tokens against one, milliseconds a token of all of them. With --long, decode at
-32,768 tokens against llama.cpp, both beyond what the model was trained for: timing only.
+Also: eight streams of spilld at 2,048 tokens against one, milliseconds a token of all of them. With --long,
+decode at 32,768 tokens against llama.cpp, both beyond what the model was trained for: timing only.
 
 `make bench-peers` builds the systems. What bounds the result is told in bench_transformers.py.
 """
@@ -20,13 +20,11 @@ Also: eight streams of spilld at 2,048 tokens against one, milliseconds a token 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +33,6 @@ from pathlib import Path
 
 from harness import (
     REPEATS,
-    Goal,
     Result,
     command_line,
     disk_rates,
@@ -48,21 +45,30 @@ from harness import (
     report,
     say,
 )
+from ours import THREADS, Prompts, ask, daemon, measure_streams
 from rich.console import Console
 from rich.table import Table
-from rows import BENCH, COUNT, LLAMA_CPP, OURS, TRANSFORMERS, VLLM, Case, Metric, Times, numbers, overlap_ms
+from rows import (
+    COUNT,
+    LLAMA_CPP,
+    OURS,
+    TRANSFORMERS,
+    VLLM,
+    Case,
+    Metric,
+    Times,
+    numbers,
+    spread,
+)
 from rows import rows as rows_of
-from rows import spread
 from systems.child import Child, NotRun
 from work import Work
 
 from spilld.daemon.catalog import PACKAGED, default_cache, resolve
-from spilld.daemon.client import AsyncClient, Client, Token
+from spilld.daemon.client import Client
 from spilld.daemon.demo import MODEL
-from spilld.daemon.spawn import spawned
 from spilld.offload.record import Element
 
-THREADS = 2
 PEERS = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
 
 CASES = (
@@ -71,34 +77,10 @@ CASES = (
     Case(7900, 8000, decode_goal=0.45, prefill_goals=(1 / 3, 1 / 1.1)),
 )
 LONG = Case(32768, 32768, decode_goal=0.4)
+TEXT_TOKENS = 100_000
 WARM_UP = 600
-STRIDE = 397
-"""Tokens between the beginnings of two prompts."""
-
-STREAMS = 8
-STREAM_TOKENS = 2048
-"""Of each."""
-
-STREAMS_GOAL = 1 / 2
-
 Generate = Callable[[Sequence[int], int], list[float]]
 """(prompt, count) to the arrivals of count tokens, in seconds from the request."""
-
-
-@dataclass
-class Prompts:
-    """Stretches of a text, each with another beginning."""
-
-    text: Sequence[int]
-    taken: int = 0
-
-    def next(self, tokens: int) -> list[int]:
-        """Raises ValueError if the text is too short for another one."""
-        start = self.taken * STRIDE
-        if start + tokens > len(self.text):
-            raise ValueError(f"no {tokens} tokens from {start} on in a text of {len(self.text)}")
-        self.taken += 1
-        return list(self.text[start : start + tokens])
 
 
 @dataclass
@@ -119,23 +101,6 @@ class Found:
     not_run: dict[str, str] = field(default_factory=dict)
 
 
-def ask(client: Client, prompt: Sequence[int], count: int) -> list[float]:
-    """Raises RuntimeError if anything was reused, or lies on disk."""
-    asked = time.perf_counter()
-    stream = client.generate(prompt, max_tokens=count, ignore_eos=True)
-    arrivals = [time.perf_counter() - asked for event in stream if isinstance(event, Token)]
-    usage = stream.result.usage
-    if usage.cached_tokens or usage.kv_bytes["disk"] or len(arrivals) != count:
-        raise RuntimeError(f"not a whole prefill in memory and {count} tokens: {usage}")
-    return arrivals
-
-
-def daemon(stack: ExitStack, folder: Path, **settings: object) -> str:
-    """The address of ours."""
-    fixed = {"model": folder, "format": "k8v4", "dtype": "bfloat16", "threads": THREADS, "disk_budget": 0}
-    return stack.enter_context(spawned({**fixed, **settings})).address
-
-
 def start(stack: ExitStack, folder: Path, context: int, names: Sequence[str]) -> Systems:
     """Ours and the named ones, for up to `context` tokens."""
     (gguf,) = PACKAGED[MODEL].files(MODEL)
@@ -143,7 +108,7 @@ def start(stack: ExitStack, folder: Path, context: int, names: Sequence[str]) ->
         name: (PEERS, "llama_cpp", [gguf, context, THREADS, name.split()[1]]) for name in LLAMA_CPP
     }
     commands[VLLM] = (PEERS, "vllm", [folder, context, THREADS])
-    commands[TRANSFORMERS] = (Path(sys.executable), "transformers", [folder, context, THREADS])
+    commands[TRANSFORMERS] = (Path(sys.executable), "transformers", [folder, THREADS])
     found = Systems()
     for name in names:
         say(f"starting {name}")
@@ -201,47 +166,6 @@ def stretched(folder: Path, positions: int) -> Iterator[Path]:
         yield Path(temporary)
 
 
-async def decode_together(client: AsyncClient, contexts: Sequence[str], token: int) -> float:
-    """Milliseconds a token of all the contexts together."""
-
-    async def stream(context: str) -> list[float]:
-        events = client.generate([token], context=context, max_tokens=COUNT + 1, ignore_eos=True)
-        return [time.perf_counter() async for event in events if isinstance(event, Token)]
-
-    return overlap_ms(await asyncio.gather(*map(stream, contexts)))
-
-
-async def streams(address: str, prompts: Prompts) -> tuple[float, float]:
-    """Milliseconds a token of one stream, and of STREAMS together."""
-    async with AsyncClient(address) as client:
-        contexts = []
-        for _ in range(1 + STREAMS):
-            kept = client.generate(prompts.next(STREAM_TOKENS), keep=True, max_tokens=1, ignore_eos=True)
-            await kept.text()
-            contexts.append(str(kept.result.context))
-        token = prompts.text[0]
-        one = await decode_together(client, contexts[:1], token)
-        return one, await decode_together(client, contexts[1:], token)
-
-
-def measure_streams(folder: Path, prompts: Prompts, repeats: int) -> Result:
-    """Windows for all streams are on the device."""
-    with ExitStack() as stack:
-        address = daemon(stack, folder, device_budget="1GiB")
-        found = [asyncio.run(streams(address, prompts)) for _ in range(repeats)]
-    say(f"one stream and {STREAMS}, ms/token: {found}")
-    one, all_of_them = (statistics.median(times) for times in zip(*found, strict=True))
-    return Result(
-        bench=BENCH,
-        metric=f"{STREAMS} streams",
-        case=f"{STREAM_TOKENS} tokens each, against one stream",
-        unit="ms/token",
-        ours=all_of_them,
-        baseline=one,
-        goal=Goal("ratio", STREAMS_GOAL),
-    )
-
-
 def measure_limits() -> dict[str, float]:
     """Rates of the machine, per second."""
     say("limits")
@@ -257,9 +181,7 @@ def measure_limits() -> dict[str, float]:
 def judged(found: Found, folder: Path, limits: Mapping[str, float]) -> list[Result]:
     """The rows of a case; where there is no goal for the prefill, none for it."""
     case = found.case
-    rows = rows_of(
-        case, "decode", found.runs, found.not_run, Work.of(folder, case.context).decode_ms(limits)
-    )
+    rows = rows_of(case, "decode", found.runs, found.not_run, Work.of(folder, case.context).decode_ms(limits))
     if case.prefill_goals is not None:
         bound = Work.of(folder, case.prompt).prefill_s(limits)
         rows += rows_of(case, "prefill", found.runs, found.not_run, bound)
@@ -283,7 +205,7 @@ def plot(found: Sequence[Found], folder: Path) -> None:
     """decode.png and prefill.png, by the peers' Python. Raises CalledProcessError."""
     folder.mkdir(parents=True, exist_ok=True)
     data = {metric: series(found, metric) for metric in ("decode", "prefill")}
-    command = [PEERS, "-m", "systems.plot", folder.resolve()]
+    command: list[str | Path] = [PEERS, "-m", "systems.plot", folder.resolve()]
     subprocess.run(command, cwd=Path(__file__).parent, input=json.dumps(data), text=True, check=True)
 
 
@@ -311,7 +233,7 @@ def main() -> None:
     wanted = arguments()
     stamp = environment()
     folder = resolve(MODEL, default_cache(), Element.BFLOAT16)
-    prompts = Prompts(document(folder))
+    prompts = Prompts(document(folder, TEXT_TOKENS))
     limits = measure_limits()
     with ExitStack() as stack:
         systems = start(stack, folder, 8192, (*LLAMA_CPP, VLLM, TRANSFORMERS))

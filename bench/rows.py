@@ -70,7 +70,9 @@ def numbers(runs: Runs, system: str, metric: Metric) -> list[float]:
 
 def best(runs: Runs, systems: Sequence[str], metric: Metric) -> str | None:
     """The system with the smallest median; None if none of them ran."""
-    medians = {system: statistics.median(seen) for system in systems if (seen := numbers(runs, system, metric))}
+    medians = {
+        system: statistics.median(seen) for system in systems if (seen := numbers(runs, system, metric))
+    }
     return min(medians, key=medians.__getitem__, default=None)
 
 
@@ -114,7 +116,9 @@ def _why(reason: str | None) -> str:
 def spread(runs: Runs) -> dict[str, dict[str, list[float]]]:
     """By system and metric, the least and the most."""
     return {
-        system: {metric: [min(seen), max(seen)] for metric in UNITS if (seen := numbers(runs, system, metric))}
+        system: {
+            metric: [min(seen), max(seen)] for metric in UNITS if (seen := numbers(runs, system, metric))
+        }
         for system in runs
     }
 

@@ -1,6 +1,6 @@
 """Two plots from the JSON on stdin: python -m systems.plot FOLDER
 
-{"decode": {SYSTEM: [[CONTEXT, MEDIAN, LEAST, MOST], ...]}, "prefill": {SYSTEM: [[PROMPT, MEDIAN, LEAST, MOST], ...]}},
+{"decode": {SYSTEM: [[CONTEXT, MEDIAN, LEAST, MOST], ...]}, "prefill": the same by the length of the prompt},
 in milliseconds a token and in tokens a second.
 """
 
@@ -27,12 +27,19 @@ def draw(series: Mapping[str, Sequence[Sequence[float]]], across: str, up: str, 
     """Medians as lines, with bars from the least to the most."""
     figure, axes = plt.subplots(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     for system, points in series.items():
-        lengths, medians, least, most = zip(*sorted(points), strict=True)
+        lengths, medians, least, most = zip(*points, strict=True)
         below = [middle - low for middle, low in zip(medians, least, strict=True)]
         above = [high - middle for middle, high in zip(medians, most, strict=True)]
         width = 2.5 if system == OURS else 1.2
         axes.errorbar(
-            lengths, medians, [below, above], label=system, linewidth=width, marker="o", markersize=4, capsize=3
+            lengths,
+            medians,
+            [below, above],
+            label=system,
+            linewidth=width,
+            marker="o",
+            markersize=4,
+            capsize=3,
         )
     axes.set_xscale("log", base=2)
     ticks = sorted({int(point[0]) for points in series.values() for point in points})

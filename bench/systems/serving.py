@@ -1,6 +1,6 @@
 """A system as a process: it loads a model, then answers one request a line, until its stdin ends.
 
-    python -m systems.NAME MODEL CONTEXT ... < requests
+    python -m systems.NAME MODEL ... < requests
 
 stdout has one JSON object a line: first {"versions": {...}}, then for every {"prompt": [token, ...], "count":
 COUNT} a {"arrivals_s": [...]}, the seconds from the request until each of its COUNT tokens was there. Instead

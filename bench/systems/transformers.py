@@ -1,4 +1,4 @@
-"""Transformers with a bfloat16 model folder and its own cache: python -m systems.transformers FOLDER CONTEXT THREADS"""
+"""Transformers with a bfloat16 folder and its own cache: python -m systems.transformers FOLDER THREADS"""
 
 from __future__ import annotations
 
@@ -33,4 +33,4 @@ def load(folder: str, threads: int) -> tuple[dict[str, str], Generate]:
 
 
 if __name__ == "__main__":
-    serve(lambda: load(sys.argv[1], int(sys.argv[3])))
+    serve(lambda: load(sys.argv[1], int(sys.argv[2])))

@@ -1,4 +1,4 @@
-"""vLLM with a bfloat16 model folder, its KV in memory, no prefix cache: python -m systems.vllm FOLDER CONTEXT THREADS
+"""vLLM with a bfloat16 model folder and no prefix cache: python -m systems.vllm FOLDER CONTEXT THREADS
 
 The engine runs in this process: in one of its own it waits in a busy loop, on a core that the model needs.
 """
