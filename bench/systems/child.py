@@ -37,6 +37,9 @@ class Child:
             text=True,
             start_new_session=True,
         )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._replies = self._process.stdin, self._process.stdout
         try:
             self.versions: dict[str, str] = self._reply()["versions"]
         except NotRun:
@@ -48,8 +51,7 @@ class Child:
         """Seconds until each of count tokens was there. Raises NotRun if the process fails."""
         self._signal(signal.SIGCONT)
         try:
-            assert self._process.stdin is not None
-            print(json.dumps({"prompt": list(prompt), "count": count}), file=self._process.stdin, flush=True)
+            print(json.dumps({"prompt": list(prompt), "count": count}), file=self._requests, flush=True)
             arrivals: list[float] = self._reply()["arrivals_s"]
         except BrokenPipeError:
             raise NotRun(self._end()) from None
@@ -60,11 +62,13 @@ class Child:
         """End it, and what it started."""
         self._signal(signal.SIGKILL)
         self._process.wait(STOP_S)
+        with contextlib.suppress(BrokenPipeError):  # a request that it did not read
+            self._requests.close()
+        self._replies.close()
         self._log.close()
 
     def _reply(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        if not (line := self._process.stdout.readline()):
+        if not (line := self._replies.readline()):
             raise NotRun(self._end())
         reply: dict[str, Any] = json.loads(line)
         if "failed" in reply:

@@ -23,6 +23,7 @@ def serve(load: Callable[[], tuple[dict[str, str], Generate]]) -> None:
     """load: returns the versions of what answers, and what answers."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what the system itself prints
+    sys.stdout = sys.stderr
     try:
         _answer(load, replies)
     except Exception as error:
