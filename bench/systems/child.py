@@ -21,8 +21,11 @@ class NotRun(Exception):
 
 
 class Child:
-    """A system in a session of its own, with all processes that it starts. Raises NotRun if it cannot start,
-    with what it said last, once it is known."""
+    """A system in a process group of its own, with all that it starts. If this process dies, the kernel hangs
+    up on the group, because it is orphaned and stopped.
+
+    Raises NotRun if it cannot start.
+    """
 
     def __init__(self, python: Path, module: str, arguments: Sequence[object]) -> None:
         if not python.exists():
@@ -35,7 +38,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            start_new_session=True,
+            process_group=0,
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

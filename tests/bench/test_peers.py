@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from rows import COUNT, LLAMA_CPP, OURS, TRANSFORMERS, VLLM, Case, Times, best, 
 from systems import child
 from systems.child import Child, NotRun
 
+BENCH = child.BENCH
 CASE = Case(100, 120, decode_goal=0.5, prefill_goals=(1 / 3, 1.0))
 F16, Q8_0 = LLAMA_CPP
 RUNS = {
@@ -183,6 +187,35 @@ def test_a_child_answers_whatever_it_prints(module: str) -> None:
 def test_a_child_that_cannot_start_says_why(module: str, argument: str, reason: str) -> None:
     with pytest.raises(NotRun, match=reason):
         Child(Path(sys.executable), module, [argument])
+
+
+DRIVER = """
+import os, sys
+from pathlib import Path
+from systems import child
+
+child.BENCH = Path(sys.argv[1])
+print(child.Child(Path(sys.executable), "fake", ["works"])._process.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def runs(process: int) -> bool:
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_stopped_child_does_not_outlive_its_driver(module: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DRIVER, tmp_path]
+    ended = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    give_up = time.monotonic() + 20
+    while runs(int(ended.stdout)):
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
 
 
 def test_an_environment_that_was_not_made() -> None:
