@@ -209,7 +209,7 @@ def runs(process: int) -> bool:
 
 
 def test_a_stopped_child_does_not_outlive_its_driver(module: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", DRIVER, tmp_path]
+    command = [sys.executable, "-c", DRIVER, str(tmp_path)]
     ended = subprocess.run(command, cwd=BENCH, capture_output=True, text=True, timeout=60)
     assert ended.returncode == -signal.SIGKILL
     give_up = time.monotonic() + 20
