@@ -21,8 +21,7 @@ class NotRun(Exception):
 
 
 class Child:
-    """A system in a process group of its own, with all that it starts. If this process dies, the kernel hangs
-    up on the group, because it is orphaned and stopped.
+    """A system in a process group of its own, with all that it starts. It dies with this process.
 
     Raises NotRun if it cannot start.
     """

@@ -9,11 +9,15 @@ of any of them, {"failed": REASON} is the last line.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TextIO
+
+PR_SET_PDEATHSIG = 1
 
 Generate = Callable[[list[int], int], list[float]]
 """(prompt, count) to the arrivals of count greedy tokens; end-of-text does not end it."""
@@ -21,6 +25,7 @@ Generate = Callable[[list[int], int], list[float]]
 
 def serve(load: Callable[[], tuple[dict[str, str], Generate]]) -> None:
     """load: returns the versions of what answers, and what answers."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it may be stopped when its driver dies
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what the system itself prints
     sys.stdout = sys.stderr
