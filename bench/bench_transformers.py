@@ -15,19 +15,18 @@ records on disk see bench_scan.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from harness import Goal, Result, document, gemm_rate, in_child, main, medians, memory_rate, say
+from work import Work
 
 from spilld.daemon.catalog import default_cache, resolve
 from spilld.daemon.client import Client, Token
-from spilld.daemon.demo import MODEL, Shape, budgets
+from spilld.daemon.demo import MODEL, budgets
 from spilld.daemon.plain import greedy
 from spilld.daemon.spawn import spawned
 from spilld.offload.record import Element, Format
@@ -38,43 +37,6 @@ COUNT = 33
 """Tokens to generate: the first ends the prefill, the others are decode steps."""
 
 WARM_UP = 1500
-
-
-@dataclass(frozen=True)
-class Work:
-    """What TOKENS tokens and one more cannot be computed without."""
-
-    linear_flops: float
-    attention_flops: float
-    weight_bytes: int
-    record_bytes: int
-    one_token_flops: float
-
-    @classmethod
-    def of(cls, folder: Path) -> Work:
-        """From a model folder in bfloat16 whose input and output embeddings are one matrix."""
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        embedding = config["vocab_size"] * config["hidden_size"]
-        shape = Shape.of(folder)
-        pair = 4 * shape.layers * config["num_attention_heads"] * shape.head_dim
-        return cls(
-            linear_flops=2.0 * TOKENS * (weights / Element.BFLOAT16.nbytes - embedding),
-            attention_flops=pair * TOKENS**2 / 2,
-            weight_bytes=weights,
-            record_bytes=shape.kv_bytes(TOKENS, Format.K8V4, Element.BFLOAT16),
-            one_token_flops=float(pair * TOKENS),
-        )
-
-    def prefill_s(self, limits: dict[str, float]) -> float:
-        linear = max(limits["bfloat16_flops"], limits["float32_flops"])
-        return self.linear_flops / linear + self.attention_flops / limits["float32_flops"]
-
-    def decode_ms(self, limits: dict[str, float]) -> float:
-        records = max(
-            self.record_bytes / limits["memory_bytes_s"], self.one_token_flops / limits["float32_flops"]
-        )
-        return 1e3 * (self.weight_bytes / limits["memory_bytes_s"] + records)
 
 
 def ask(client: Client, prompt: Sequence[int]) -> dict[str, float]:
@@ -118,7 +80,7 @@ def measure() -> tuple[dict[str, float], list[Result]]:
             say(f"warm-up: {case}")
             run(prompt[:WARM_UP])
         found = medians({case: partial(run, prompt) for case, run in contenders.items()})
-    work = Work.of(folder)
+    work = Work.of(folder, TOKENS)
     bounds = {"prefill_s": work.prefill_s(limits), "decode_ms": work.decode_ms(limits)}
     results = []
     for case in cases:

@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -86,12 +87,22 @@ class Result:
 
 def main(question: str, measure: Callable[[], tuple[Mapping[str, float], Sequence[Result]]]) -> None:
     """A benchmark's command line. question: its docstring; measure: returns (limits, results)."""
-    parser = argparse.ArgumentParser(description=question.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
-    as_json = parser.parse_args().json
+    as_json = command_line(question).parse_args().json
     started = environment()
     limits, results = measure()
-    stamp = {**started, "limits": dict(limits), "load_after": os.getloadavg()[0]}
+    report(as_json, {**started, "limits": dict(limits)}, results)
+
+
+def command_line(question: str) -> argparse.ArgumentParser:
+    """What every benchmark takes."""
+    parser = argparse.ArgumentParser(description=question.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
+    return parser
+
+
+def report(as_json: bool, stamp: Mapping[str, object], results: Sequence[Result]) -> None:
+    """Print the results. stamp: the environment they were measured in."""
+    stamp = {**stamp, "load_after": os.getloadavg()[0]}
     if as_json:
         for line in ({"environment": stamp}, *map(asdict, results)):
             print(json.dumps(line))
@@ -240,6 +251,21 @@ def gemm_rate(dtype: str) -> float:
 
     a, b = (torch.rand(GEMM_SIZE, GEMM_SIZE).to(getattr(torch, dtype)) for _ in range(2))
     return 2 * GEMM_SIZE**3 / _best(lambda: torch.nn.functional.linear(a, b))
+
+
+def int8_gemm_rate() -> float:
+    """Operations/s of the same layer, 8-bit numbers in and out."""
+    import torch
+
+    scale = 0.1  # any: the work is the same
+    warnings.filterwarnings("ignore", message=".*quantized tensor creation.*")
+    torch.backends.quantized.engine = "onednn"
+    a, b = (
+        torch.quantize_per_tensor(torch.randn(GEMM_SIZE, GEMM_SIZE), scale, 0, dtype)
+        for dtype in (torch.quint8, torch.qint8)
+    )
+    packed = torch.ops.quantized.linear_prepack(b, None)
+    return 2 * GEMM_SIZE**3 / _best(lambda: torch.ops.quantized.linear(a, packed, scale, 0))
 
 
 def _best(run: Callable[[], object]) -> float:
