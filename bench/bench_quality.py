@@ -9,7 +9,7 @@ context, the sinks and the newest 256 to 511 tokens are exact in every format. T
 prefill is, over dequantised tiles; single tokens read the same numbers. One text, one model.
 
 Packed weights are read by steps of one token, 128 of them, over the same KV in format `exact`. The GGUF file
-of this model has Q4_1 weights, which int4 repeats: what is seen is the rounding of activations to 16 bits, and
+of this model has Q4_1 weights, which int4 repeats: what is seen is how activations round to 16 bits, and
 for int8 that of the weights. A model that was never quantised loses more to int4; none is at hand here.
 What bounds the result: the error of rounding K and V to the bits of the format. Times play no part.
 """
