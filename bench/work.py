@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spilld.daemon.demo import Shape
+from spilld.daemon.packing import WEIGHTS
 from spilld.offload.record import Element, Format
 
 
@@ -26,13 +27,14 @@ class Work:
         """From a model folder in bfloat16 whose input and output embeddings are one matrix."""
         config = json.loads((folder / "config.json").read_text("utf-8"))
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        packed = folder / WEIGHTS
         embedding = config["vocab_size"] * config["hidden_size"]
         shape = Shape.of(folder)
         pair = 4 * shape.layers * config["num_attention_heads"] * shape.head_dim
         return cls(
             linear_flops=2.0 * tokens * (weights / Element.BFLOAT16.nbytes - embedding),
             attention_flops=pair * tokens**2 / 2,
-            weight_bytes=weights,
+            weight_bytes=packed.stat().st_size if packed.exists() else weights,
             record_bytes=shape.kv_bytes(tokens, Format.K8V4, Element.BFLOAT16),
             one_token_flops=float(pair * tokens),
         )

@@ -213,7 +213,9 @@ def memory_parts(
     """What the daemon may use: the sum bounds its peak memory."""
     return {
         "interpreter with torch, transformers, numba": import_rss_bytes(),
-        "weights": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "weights, and those that are packed": sum(
+            path.stat().st_size for path in folder.rglob("*.safetensors")
+        ),
         "device budget": settings["device_budget"],
         "host budget": settings["host_budget"],
         "workspace of a chunk": workspace_bytes,
