@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from .backend import Partial
-from .cpu_kernels import attend_rows, store_row
+from .cpu_kernels import attend_rows
 from .window import WindowArena, WindowShape
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -25,9 +25,9 @@ class CpuBackend:
     def append_one(
         self, planes: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: tuple[int, ...]
     ) -> None:
-        bits, keys, values = element_view(planes), _numbers(k), _numbers(v)
         for slot in slots:
-            store_row(bits, slot, keys, values)
+            planes[0, :, slot] = k
+            planes[1, :, slot] = v
 
     def attend_one(
         self,
@@ -76,11 +76,6 @@ def _softcapped(
         logits += mask
     lse = logits.logsumexp(-1)
     return torch.matmul(logits.sub_(lse[..., None]).exp_(), v), lse
-
-
-def _numbers(tensor: torch.Tensor) -> npt.NDArray[np.float32]:
-    numbers: npt.NDArray[np.float32] = tensor.float().contiguous().numpy()
-    return numbers
 
 
 def element_view(tensor: torch.Tensor) -> npt.NDArray[np.float32] | npt.NDArray[np.uint16]:

@@ -5,23 +5,16 @@ A window is a few hundred tokens, so one thread does it: waking a second costs m
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from spilld.offload.bits import f32_to_bf16_nearest
-from spilld.offload.lanes import dot_rows, weigh_tile
-from spilld.offload.record import BLOCK
-from spilld.offload.softmax import finish, soften, start
-
-MAX_TILE = 7
-"""Query heads that share a load of keys; of more, those of one KV head go in equal parts."""
-
-KEY, VALUE = range(2)
+# Reassociation and fusing only: NaN and infinities keep their meaning.
+_FAST = {"contract", "reassoc", "nsz"}
 
 Floats = NDArray[np.float32]
 
@@ -53,60 +46,135 @@ def attend_rows(
         raise ValueError("every array must be C-contiguous")
     if len(ranges) and not 0 <= ranges.min() <= ranges.max() <= k.shape[1]:
         raise ValueError(f"ranges {ranges.tolist()} leave the window of {k.shape[1]} slots")
-    _kernel(head_dim, _tile(heads // k.shape[0]))(
-        q, k, v, ranges, np.float32(scale), np.float32(softcap), out, lse
-    )
+    _attend(q, k, v, ranges, np.float32(scale), np.float32(softcap), out, lse)
 
 
-@cache
-def _tile(group: int) -> int:
-    return max(rows for rows in range(1, MAX_TILE + 1) if group % rows == 0)
+@intrinsic
+def _number(_context: Any, element: Any) -> Any:
+    """The float32 that an element is: itself, or bf16 bits in uint16."""
+
+    def build(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if element == types.float32:
+            return args[0]
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.zext(args[0], word), word(16)), ir.FloatType())
+
+    return types.float32(element), build
+
+
+@intrinsic
+def _power_of_two(_context: Any, _n: Any) -> Any:
+    """2**n as float32, for int32 n from -126 to 127."""
+
+    def build(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        word = ir.IntType(32)
+        return builder.bitcast(builder.shl(builder.add(args[0], word(127)), word(23)), ir.FloatType())
+
+    return types.float32(types.int32), build
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def store_row(planes: Any, slot: Any, k: Any, v: Any) -> None:
-    """Write float32 k, v [kv_heads, head_dim] to a slot of planes [2, kv_heads, slots, head_dim]: float32, or
-    bf16 bits as uint16, rounded to the nearest."""
-    for head in range(planes.shape[1]):
-        for d in range(planes.shape[3]):
-            if planes.itemsize == 4:
-                planes[KEY, head, slot, d] = k[head, d]
-                planes[VALUE, head, slot, d] = v[head, d]
-            else:
-                planes[KEY, head, slot, d] = f32_to_bf16_nearest(k[head, d])
-                planes[VALUE, head, slot, d] = f32_to_bf16_nearest(v[head, d])
+def _attend(q: Any, k: Any, v: Any, ranges: Any, scale: Any, softcap: Any, out: Any, lse: Any) -> None:
+    group = len(q) // len(k)
+    tokens = 0
+    for r in range(len(ranges)):
+        tokens += max(0, ranges[r, 1] - ranges[r, 0])
+    weights = np.empty((group, tokens), np.float32)
+    for head in range(len(k)):
+        mine = slice(head * group, (head + 1) * group)
+        done = 0
+        for r in range(len(ranges)):
+            for slot in range(ranges[r, 0], ranges[r, 1]):
+                for g in range(group):
+                    weights[g, done] = scale * _dot(q[head * group + g], k[head, slot])
+                done += 1
+        _softmax(weights, softcap, lse[mine])
+        _mean(weights, v[head], ranges, out[mine])
 
 
-@cache
-def _kernel(head_dim: int, tile: int) -> Callable[..., None]:
-    """The loop for one head_dim and one number of rows that share keys. Only numbers are captured, as in
-    partial.py."""
+@njit(nogil=True, error_model="numpy", cache=True)
+def _softmax(logits: Any, softcap: Any, lse: Any) -> None:
+    """Logits of each row to weights that add up to 1, or to 0 where there is no logit above -inf."""
+    for g in range(len(logits)):
+        row = logits[g]
+        if softcap != 0:
+            for t in range(len(row)):
+                row[t] = softcap * (
+                    np.float32(1) - np.float32(2) / (_exp(row[t] * (2 / softcap)) + np.float32(1))
+                )
+        top = np.float32(-np.inf)
+        for t in range(len(row)):
+            if not row[t] <= top:
+                top = row[t]
+        lse[g] = top
+        centre = top if top != -np.inf else np.float32(0)
+        for t in range(len(row)):
+            row[t] = _exp(row[t] - centre)
+        if top != -np.inf:
+            total = _sum(row)
+            lse[g] += np.log(total)
+            for t in range(len(row)):
+                row[t] /= total
 
-    @njit(nogil=True, error_model="numpy", cache=True)
-    def kernel(q: Any, k: Any, v: Any, ranges: Any, scale: Any, softcap: Any, out: Any, lse: Any) -> None:
-        kv_heads, slots, _ = k.shape
-        keys, values = k.reshape(-1), v.reshape(-1)
-        weights = np.empty((tile, BLOCK), np.float32)
-        factors = np.empty(BLOCK, np.float32)
-        largest, top = np.empty(tile, np.float32), np.empty(tile, np.float32)
-        total = np.empty(tile, np.float32)
-        for first in range(0, len(q), tile):
-            head = first * kv_heads // len(q)
-            rows, acc = q[first : first + tile], out[first : first + tile]
-            start(acc, top, total, factors, scale)
-            for r in range(len(ranges)):
-                for slot in range(ranges[r, 0], ranges[r, 1], BLOCK):
-                    count = min(BLOCK, ranges[r, 1] - slot)
-                    at = (head * slots + slot) * head_dim
-                    dot_rows(keys, at, count, rows, weights, head_dim, tile)
-                    finish(weights, factors, softcap)
-                    weights[:, count:] = -np.inf
-                    soften(weights, largest, top, total, acc)
-                    weigh_tile(values, at, weights, 0, count, acc, head_dim, tile)
-            for i in range(tile):
-                if top[i] != -np.inf:
-                    acc[i] /= total[i]
-                lse[first + i] = top[i] + np.log(total[i]) if top[i] != -np.inf else top[i]
 
-    compiled: Callable[..., None] = kernel
-    return compiled
+@njit(nogil=True, fastmath=_FAST, error_model="numpy", cache=True)
+def _dot(a: Any, b: Any) -> Any:
+    result = np.float32(0)
+    for d in range(len(a)):
+        result += a[d] * _number(b[d])
+    return result
+
+
+@njit(nogil=True, fastmath=_FAST, error_model="numpy", cache=True)
+def _sum(numbers: Any) -> Any:
+    result = np.float32(0)
+    for t in range(len(numbers)):
+        result += numbers[t]
+    return result
+
+
+@njit(nogil=True, fastmath=_FAST, error_model="numpy", cache=True)
+def _mean(weights: Any, v: Any, ranges: Any, out: Any) -> None:
+    """out[g] = sum over visible slots of weight * v, four slots a pass: out is loaded once for four."""
+    for g in range(len(out)):
+        mean, weight = out[g], weights[g]
+        for d in range(len(mean)):
+            mean[d] = 0
+        done = 0
+        for r in range(len(ranges)):
+            start, stop = ranges[r, 0], max(ranges[r, 0], ranges[r, 1])
+            fours = start + (stop - start) // 4 * 4
+            for slot in range(start, fours, 4):
+                w0, w1, w2, w3 = weight[done], weight[done + 1], weight[done + 2], weight[done + 3]
+                v0, v1, v2, v3 = v[slot], v[slot + 1], v[slot + 2], v[slot + 3]
+                for d in range(len(mean)):
+                    low = w0 * _number(v0[d]) + w1 * _number(v1[d])
+                    mean[d] += low + (w2 * _number(v2[d]) + w3 * _number(v3[d]))
+                done += 4
+            for slot in range(fours, stop):
+                w0, v0 = weight[done], v[slot]
+                for d in range(len(mean)):
+                    mean[d] += w0 * _number(v0[d])
+                done += 1
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _exp(x: Any) -> Any:
+    """exp of a float32 to 2 ulp; 0 below -87, infinity above 88, NaN of NaN. It vectorises, libm's does not.
+
+    x = n ln 2 + r, |r| <= ln 2 / 2, ln 2 in two parts so that the first product is exact; the polynomial is
+    that of Cephes' expf. No fastmath: LLVM would join the parts.
+    """
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = (x - n * np.float32(0.693359375)) - n * np.float32(-2.12194440e-4)
+    y = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
+    y = y * r + np.float32(8.3334519073e-3)
+    y = y * r + np.float32(4.1665795894e-2)
+    y = y * r + np.float32(1.6666665459e-1)
+    y = y * r + np.float32(5.0000001201e-1)
+    y = (y * (r * r) + r + np.float32(1)) * _power_of_two(np.int32(n))
+    if x > 88:
+        y = np.float32(np.inf)
+    if x < -87:
+        y = np.float32(0)
+    return y if x == x else x

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spilld.cuda_ext.linear import multiply
-from spilld.cuda_ext.packed import Packed
-from spilld.cuda_ext.rows import MAX_ROWS, NOTHING, Inputs, add_normed, rotate
-
 from .attention import Call, Slice, TieredAttention
 from .model import Model
+from .packed import Packed
 from .packing import ACTIVATIONS, activation, attention_inputs
+from .products import multiply
+from .rows import MAX_ROWS, NOTHING, Inputs, add_normed, rotate
 
 Floats = NDArray[np.float32]
 

@@ -21,10 +21,6 @@ import torch
 import spilld.cuda_ext
 import spilld.offload
 from spilld.cuda_ext.cpu import CpuBackend, element_view
-from spilld.cuda_ext.linear import multiply
-from spilld.cuda_ext.packed import GROUP, LANES, quantise
-from spilld.cuda_ext.packed import Form as PackedForm
-from spilld.cuda_ext.rows import MAX_ROWS, NOTHING, Inputs, add_normed, rotate
 from spilld.offload.codec import Codec
 from spilld.offload.partial import Partial, merge
 from spilld.offload.record import BLOCK, Element, Format, Layout
@@ -32,6 +28,10 @@ from spilld.offload.system import page_aligned
 
 from .attention import FEW
 from .errors import ConfigError, InternalError
+from .packed import GROUP, LANES, quantise
+from .packed import Form as PackedForm
+from .products import multiply
+from .rows import MAX_ROWS, NOTHING, Inputs, add_normed, rotate
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +69,10 @@ def _key(words: list[str]) -> str:
     hasher = blake2b(digest_size=16)
     for text in (*words, numba.__version__, sys.version, llvmlite.binding.get_host_cpu_name()):
         hasher.update(text.encode() + b"\0")
-    for package in (spilld.offload, spilld.cuda_ext):
-        for source in sorted(Path(str(package.__file__)).parent.glob("*.py")):
-            hasher.update(f"{source} {source.stat().st_mtime_ns}\0".encode())
+    folders = [Path(str(package.__file__)).parent for package in (spilld.offload, spilld.cuda_ext)]
+    own = [Path(__file__).with_name(name) for name in ("rows.py", "products.py")]
+    for source in (*(path for folder in folders for path in sorted(folder.glob("*.py"))), *own):
+        hasher.update(f"{source} {source.stat().st_mtime_ns}\0".encode())
     return hasher.hexdigest()
 
 

@@ -16,12 +16,11 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from spilld.cuda_ext.packed import Packed
-
 from .catalog import default_cache, resolve
 from .errors import ConfigError, CorruptModel, UnsupportedModel
 from .geometry import Geometry
 from .linear import has_bfloat16_products, widen
+from .packed import Packed
 from .packing import packed_weights
 from .rope import fix_rope, rope_bytes
 from .text import Tokenizer

@@ -21,9 +21,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
-from spilld.cuda_ext.packed import GROUP, LANES, Form, Packed, fits, pack4, pack8, quantise, stack, unpack
-
 from .errors import ConfigError, CorruptModel, UnsupportedModel
+from .packed import GROUP, LANES, Form, Packed, fits, pack4, pack8, quantise, stack, unpack
 from .weights import digest, read_layout
 
 log = logging.getLogger(__name__)

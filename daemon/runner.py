@@ -7,7 +7,6 @@ from itertools import accumulate
 
 import torch
 
-from spilld.cuda_ext.rows import MAX_ROWS
 from spilld.offload.prefetch import Read, Ticket
 from spilld.offload.store import Store
 from spilld.offload.table import RunRef
@@ -17,6 +16,7 @@ from .decoder import Decoder
 from .interface import Step
 from .linear import wide_bytes
 from .model import Model
+from .rows import MAX_ROWS
 from .visibility import stored_blocks
 
 Needed = list[tuple[Slice, int, RunRef]]

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from spilld.cuda_ext.linear import multiply
-from spilld.cuda_ext.packed import GROUP, LANES, Form, Packed, fits, pack4, pack8, quantise, stack, unpack
-from spilld.cuda_ext.rows import MAX_ROWS, Inputs
+from spilld.daemon.packed import GROUP, LANES, Form, Packed, fits, pack4, pack8, quantise, stack, unpack
+from spilld.daemon.products import multiply
+from spilld.daemon.rows import MAX_ROWS, Inputs
 
 Floats = NDArray[np.float32]
 

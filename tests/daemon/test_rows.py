@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from spilld.cuda_ext.packed import GROUP
-from spilld.cuda_ext.rows import MAX_ROWS, NOTHING, Inputs, add_normed, rotate
+from spilld.daemon.packed import GROUP
+from spilld.daemon.rows import MAX_ROWS, NOTHING, Inputs, add_normed, rotate
 
 Floats = NDArray[np.float32]
 
