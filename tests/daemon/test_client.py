@@ -533,7 +533,7 @@ def test_async_deadline_and_unreachable(running: Running, tmp_path: Path) -> Non
             await asyncio.to_thread(running.join)
             running.server.__exit__()
             # The request may leave before the client sees that the connection is gone.
-            with pytest.raises(Unreachable, match="spilld serve|went away"):
+            with pytest.raises(Unreachable, match=r"spilld serve|went away"):
                 await client.generate("a").text()
             closed = asyncio.create_task(client.generate("a").text())
             await asyncio.sleep(0)
