@@ -91,6 +91,11 @@ class Systems:
     not_run: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
+    def lose(self, name: str, reason: NotRun) -> None:
+        """A system has failed, and is out from here on."""
+        self.not_run[name] = str(reason)
+        del self.generate[name]
+
 
 @dataclass
 class Found:
@@ -133,8 +138,8 @@ def take_turns(systems: Systems, case: Case, prompts: Prompts, repeats: int) -> 
             try:
                 times = Times.of(generate(prompt, case.count))
             except NotRun as reason:
-                systems.not_run[name] = str(reason)
-                del systems.generate[name], found.runs[name]
+                systems.lose(name, reason)
+                del found.runs[name]
                 continue
             found.runs[name].append(times)
             figures = f"prefill {times.prefill:.4g} s, decode {times.decode:.4g} ms/token"
@@ -149,8 +154,7 @@ def warm_up(systems: Systems, prompts: Prompts) -> None:
         try:
             generate(prompts.next(WARM_UP), COUNT)
         except NotRun as reason:
-            systems.not_run[name] = str(reason)
-            del systems.generate[name]
+            systems.lose(name, reason)
 
 
 @contextmanager

@@ -64,29 +64,22 @@ class Slice:
     read_bytes: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "disk": 0})
     failure: ReadFailed | None = None
     _bounds: dict[int | None, tuple[Positions, Positions]] = field(default_factory=dict)
-    _slots: dict[int | None, Positions] = field(default_factory=dict)
-    _exact: dict[int | None, int] = field(default_factory=dict)
+    _exact: dict[int | None, tuple[Positions, int]] = field(default_factory=dict)
     _in_host: dict[int | None, Blocks] = field(default_factory=dict)
     _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
     def bounds(self, window: int | None) -> tuple[Positions, Positions]:
         """Per query, the stored positions [low, high) that it sees in layers with this window."""
         if window not in self._bounds:
-            positions = range(self.position, self.last + 1)
-            low = np.array([max(SINKS, lowest_visible(p, window)) for p in positions])
-            self._bounds[window] = low, np.array([boundary(p) for p in positions])
+            low = np.array([max(SINKS, lowest_visible(p, window)) for p in self.positions])
+            self._bounds[window] = low, np.array([boundary(p) for p in self.positions])
         return self._bounds[window]
 
-    def slots(self, window: int | None) -> Positions:
-        """Window slots [start, stop) of what its first query sees exactly, int64 [n, 2]."""
-        if window not in self._slots:
-            self._slots[window] = np.array(_slots(self.position, window))
-            self._exact[window] = int(np.diff(self._slots[window]).sum())
-        return self._slots[window]
-
-    def exact_tokens(self, window: int | None) -> int:
-        """How many tokens lie in these slots."""
-        self.slots(window)
+    def exact(self, window: int | None) -> tuple[Positions, int]:
+        """What its first query sees exactly: window slots [start, stop), int64 [n, 2], and their number."""
+        if window not in self._exact:
+            slots = np.array(_slots(self.position, window))
+            self._exact[window] = slots, int(np.diff(slots).sum())
         return self._exact[window]
 
     def in_host(self, window: int | None) -> Blocks:
@@ -113,6 +106,14 @@ class Slice:
     def last(self) -> int:
         """Position of the newest token."""
         return self.position + self.count - 1
+
+    @property
+    def positions(self) -> range:
+        return range(self.position, self.last + 1)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.sequence.tokens[self.position : self.last + 1]
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,13 @@ class TieredAttention:
 
     def _one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
         """One query: kernels read every tier where it lies."""
-        part, slots = call.part, call.part.slots(call.window)
+        part = call.part
+        slots, tokens = part.exact(call.window)
         if part.position % CELL == 0:
             self._seal_before(part.position, call)
         planes = self._arena.tensor[part.sequence.window, call.layer]
         self._backend.append_one(planes, k[:, 0], v[:, 0], _places(part.position))
-        part.read_bytes["device"] += part.exact_tokens(call.window) * self._token_bytes
+        part.read_bytes["device"] += tokens * self._token_bytes
         query = q[:, 0].float().contiguous()
         out, lse = self._backend.attend_one(query, planes, slots, call.scale, call.softcap)
         self._merge_records(query[None], call, out[None], lse[None])

@@ -84,9 +84,12 @@ class Decoder:
         return sum(array.nbytes for array in arrays)
 
     def run(self, slices: list[Slice]) -> torch.Tensor:
-        """Compute the slices' tokens, MAX_ROWS at most; returns their float32 logits [rows, vocab]."""
-        tokens = [token for s in slices for token in s.sequence.tokens[s.position : s.position + s.count]]
-        positions = [position for s in slices for position in range(s.position, s.position + s.count)]
+        """Compute the slices' tokens, MAX_ROWS at most, each at its rows.
+
+        Returns their float32 logits [rows, vocab].
+        """
+        tokens = [token for part in slices for token in part.tokens]
+        positions = [position for part in slices for position in part.positions]
         rows = len(tokens)
         self._x[:] = 0
         self._x[:rows] = self._embed(torch.tensor(tokens)).float().numpy()
@@ -121,13 +124,11 @@ class Decoder:
         multiply(self._inputs, layer.qkv, flat, rows)
         rotate(self._qkv, 0, heads, *angles, layer.q_norm, self._eps)
         rotate(self._qkv, heads, heads + kv_heads, *angles, layer.k_norm, self._eps)
-        first = 0
         for part in slices:
-            these = slice(first, first + part.count)
+            these = slice(part.start, part.start + part.count)
             q, k, v = self._by_head[:, these].split_with_sizes([heads, kv_heads, kv_heads])
             call = Call(index, part, layer.scale, layer.softcap, layer.window)
             self._attended[these] = self._attention.attend(q, k, v, call).numpy().reshape(part.count, -1)
-            first += part.count
         self._inputs.take(self._attended[:rows])
         self._add(layer.out, layer.after_attention, rows)
 

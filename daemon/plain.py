@@ -11,9 +11,11 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,19 @@ def greedy(folder: Path, dtype: str, prompt: Sequence[int], count: int, threads:
     return Greedy(**json.loads(child.stdout.splitlines()[-1]))
 
 
+def greedy_tokens(module: Any, prompt: Sequence[int]) -> Iterator[int]:
+    """The tokens that a transformers model goes on with, over its own cache, without end."""
+    import torch
+
+    cache, tokens = None, torch.tensor([list(prompt)])
+    while True:
+        with torch.inference_mode():
+            result = module(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = result.past_key_values
+        tokens = result.logits[:, -1].argmax(-1, keepdim=True)
+        yield int(tokens)
+
+
 def _main(folder: str, dtype: str, count: str, threads: str) -> None:
     import torch
     import transformers
@@ -43,16 +58,12 @@ def _main(folder: str, dtype: str, count: str, threads: str) -> None:
     module = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), local_files_only=True
     ).eval()
-    tokens = torch.tensor([json.load(sys.stdin)])
-    cache, found, times = None, [], []
-    with torch.inference_mode():
-        for _ in range(int(count)):
-            began = time.perf_counter()
-            result = module(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = result.past_key_values
-            tokens = result.logits[:, -1].argmax(-1, keepdim=True)
-            found.append(int(tokens))
-            times.append(time.perf_counter() - began)
+    prompt = json.load(sys.stdin)
+    found, arrivals = [], [time.perf_counter()]
+    for token in islice(greedy_tokens(module, prompt), int(count)):
+        found.append(token)
+        arrivals.append(time.perf_counter())
+    times = [after - before for before, after in pairwise(arrivals)]
     print(json.dumps(asdict(Greedy(found, times[0], [1e3 * t for t in times[1:]]))))
 
 

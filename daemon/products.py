@@ -7,7 +7,7 @@ does not depend on the other rows, nor on the number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -23,16 +23,19 @@ from spilld.offload.vectors import (
     I64,
     Sums,
     address,
-    broadcast,
     each,
     load,
     pointers,
+    splat,
 )
 
 from .packed import GROUP, LANES, Form, Packed
 from .rows import MAX_ROWS, Inputs
 
 I16 = ir.IntType(16)
+
+PAIRS, SCALES, SUMS, OUT, FIRST = range(3, 8)
+"""Arguments of multiply_tile."""
 
 _HEIGHTS = (0, 1, 2, 4, 4, 8, 8, 8, 8)
 """Rows that are computed, by those that are wanted: each number of rows is code of its own."""
@@ -50,7 +53,7 @@ def multiply(inputs: Inputs, weights: Packed, out: Floats, rows: int) -> None:
         raise ValueError(f"{rows} rows of out {out.shape} for {weights.outputs} outputs")
     if weights.inputs > inputs.codes.shape[1]:
         raise ValueError(f"{weights.inputs} inputs where there are {inputs.codes.shape[1]}")
-    _kernel(weights.form is Form.INT4, _HEIGHTS[rows])(
+    _kernel(int(weights.form is Form.INT4), _HEIGHTS[rows])(
         weights.tiles.reshape(-1),
         weights.tiles.shape[1],
         inputs.codes,
@@ -62,9 +65,9 @@ def multiply(inputs: Inputs, weights: Packed, out: Floats, rows: int) -> None:
 
 
 @cache
-def _kernel(int4: bool, height: int) -> Callable[..., None]:
+def _kernel(int4: int, height: int) -> Callable[..., None]:
     """The parallel loop for one form and one number of rows. Only numbers are captured, as in partial.py."""
-    words = Form.INT4.words if int4 else Form.INT8.words
+    words = (Form.INT4 if int4 else Form.INT8).words
 
     @njit(parallel=True, nogil=True, error_model="numpy", cache=True)
     def kernel(tiles: Any, groups: Any, codes: Any, scales: Any, sums: Any, out: Any, parts: Any) -> None:
@@ -73,17 +76,14 @@ def _kernel(int4: bool, height: int) -> Callable[..., None]:
         for part in prange(parts):
             for tile in range(count * part // parts, count * (part + 1) // parts):
                 start = tile * groups * words
-                if int4:
-                    multiply4(tiles, start, groups, pairs, scales, sums, out, tile * LANES, height)
-                else:
-                    multiply8(tiles, start, groups, pairs, scales, out, tile * LANES, height)
+                multiply_tile(tiles, start, groups, pairs, scales, sums, out, tile * LANES, height, int4)
 
     compiled: Callable[..., None] = kernel
     return compiled
 
 
 @intrinsic(prefer_literal=True)
-def multiply4(
+def multiply_tile(
     _context: Any,
     tiles: Any,
     start: Any,
@@ -94,121 +94,78 @@ def multiply4(
     out: Any,
     first: Any,
     height: Any,
+    int4: Any,
 ) -> Any:
-    """out[r, first:first + 8] += a tile of int4 weights, from tiles[start] on, times row r, r < height.
+    """out[r, first:first + 8] += a tile of weights, from tiles[start] on, times row r, r < height.
 
-    pairs: int32 [rows, .], two neighbouring int16 inputs each; scales, sums: of each group's inputs.
+    pairs: int32 [rows, .], two neighbouring int16 inputs each; scales, sums: of each group's inputs. height,
+    int4: literals.
     """
-    rows = height.literal_value
+    rows, form = height.literal_value, Form.INT4 if int4.literal_value else Form.INT8
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rows_of = _Rows(context, builder, signature, args, rows, inputs=3, scales=4, out=6, first=args[7])
+        rows_of = _Rows(context, builder, signature, args, rows)
         tile = pointers(context, builder, signature, args)[0]
         totals = Sums(builder, rows_of.places, LANES)
         with each(builder, 0, args[2]) as group:
-            at = builder.add(args[1], builder.mul(group, I64(Form.INT4.words)))
-            sums: list[Any] = [None] * rows
-            for j in range(4):
-                word = load(builder, tile, [at, 16 * j], 16)
-                for s in range(4):
-                    code = builder.lshr(word, _words(4 * s)) if s else word
-                    code = builder.and_(code, _words(15)) if s < 3 else code
-                    rows_of.add_products(sums, code, group, 4 * j + s)
-            scale, minimum = (_halves(builder, tile, at, 64 + 8 * i) for i in range(2))
+            at = builder.add(args[1], builder.mul(group, I64(form.words)))
+            products: list[Any] = [None] * rows
+            for pair, code in enumerate(_pairs(builder, tile, at, form)):
+                rows_of.add_products(products, code, group, pair)
+            scale = _halves(builder, tile, at, 0, form)
             for row in range(rows):
-                number = builder.sitofp(sums[row], ir.VectorType(F32, LANES))
-                totals.add(row, 0, builder.fmul(scale, rows_of.scale(row, group)), number)
-                totals.add(row, 0, minimum, rows_of.number(5, row, group))
+                number = builder.sitofp(products[row], ir.VectorType(F32, LANES))
+                totals.add(row, 0, builder.fmul(scale, rows_of.number(SCALES, row, group)), number)
+                if form is Form.INT4:
+                    minimum = _halves(builder, tile, at, 1, form)
+                    totals.add(row, 0, minimum, rows_of.number(SUMS, row, group))
         totals.store(rows_of.places)
         return context.get_dummy_value()
 
-    return types.void(tiles, start, groups, pairs, scales, sums, out, first, height), build
+    return types.void(tiles, start, groups, pairs, scales, sums, out, first, height, int4), build
 
 
-@intrinsic(prefer_literal=True)
-def multiply8(
-    _context: Any,
-    tiles: Any,
-    start: Any,
-    groups: Any,
-    pairs: Any,
-    scales: Any,
-    out: Any,
-    first: Any,
-    height: Any,
-) -> Any:
-    """multiply4 for int8 weights."""
-    rows = height.literal_value
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rows_of = _Rows(context, builder, signature, args, rows, inputs=3, scales=4, out=5, first=args[6])
-        tile = pointers(context, builder, signature, args)[0]
-        totals = Sums(builder, rows_of.places, LANES)
-        with each(builder, 0, args[2]) as group:
-            at = builder.add(args[1], builder.mul(group, I64(Form.INT8.words)))
-            sums: list[Any] = [None] * rows
-            for j in range(8):
-                word = load(builder, tile, [at, 16 * j], 16)
-                low = builder.ashr(builder.shl(word, _words(8)), _words(8))
-                for s, code in enumerate((low, builder.ashr(word, _words(8)))):
-                    rows_of.add_products(sums, code, group, 2 * j + s)
-            scale = _halves(builder, tile, at, 128)
-            for row in range(rows):
-                number = builder.sitofp(sums[row], ir.VectorType(F32, LANES))
-                totals.add(row, 0, builder.fmul(scale, rows_of.scale(row, group)), number)
-        totals.store(rows_of.places)
-        return context.get_dummy_value()
-
-    return types.void(tiles, start, groups, pairs, scales, out, first, height), build
+def _pairs(builder: Any, tile: Any, at: Any, form: Form) -> Iterator[Any]:
+    """The codes of a group, int16 [8 outputs, 2 inputs], pair by pair of inputs; packed.py says where."""
+    for j in range(8 if form is Form.INT8 else 4):
+        word = load(builder, tile, [at, 16 * j], 16)
+        if form is Form.INT8:
+            yield builder.ashr(builder.shl(word, _words(8)), _words(8))
+            yield builder.ashr(word, _words(8))
+            continue
+        for s in range(4):
+            code = builder.lshr(word, _words(4 * s)) if s else word
+            yield builder.and_(code, _words(15)) if s < 3 else code
 
 
 class _Rows:
-    """The rows of a product, as code at `builder`."""
+    """The rows of a product, as code at `builder`; args are those of multiply_tile."""
 
-    def __init__(
-        self,
-        context: Any,
-        builder: Any,
-        signature: Any,
-        args: Any,
-        rows: int,
-        *,
-        inputs: int,
-        scales: int,
-        out: int,
-        first: Any,
-    ) -> None:
+    def __init__(self, context: Any, builder: Any, signature: Any, args: Any, rows: int) -> None:
         self._builder = builder
         self._at = pointers(context, builder, signature, args)
-        self._inputs, self._scales = inputs, scales
-        self._strides = [
+        self._shapes = [
             context.make_array(kind)(context, builder, arg).shape if isinstance(kind, types.Array) else None
             for kind, arg in zip(signature.args, args, strict=True)
         ]
-        self.places = [[address(builder, self._at[out], [first, self._row(out, row)])] for row in range(rows)]
+        self.places = [
+            [address(builder, self._at[OUT], [args[FIRST], self._row(OUT, row)])] for row in range(rows)
+        ]
 
     def add_products(self, sums: list[Any], code: Any, group: Any, pair: int) -> None:
         """Add code [8 outputs, 2 inputs] times a pair of inputs of every row."""
         for row in range(len(sums)):
-            both = broadcast(
-                self._builder, self.number(self._inputs, row, group, GROUP // 2, pair, raw=True), LANES
-            )
+            both = self.number(PAIRS, row, group, GROUP // 2, pair)
             product = _pairwise(self._builder, code, self._builder.bitcast(both, code.type))
             sums[row] = product if sums[row] is None else self._builder.add(sums[row], product)
 
-    def scale(self, row: int, group: Any) -> Any:
-        return self.number(self._scales, row, group)
-
-    def number(
-        self, array: int, row: int, group: Any, width: int = 1, offset: int = 0, *, raw: bool = False
-    ) -> Any:
-        """An element of a row in all lanes, or alone if `raw`."""
-        at = address(self._builder, self._at[array], [self._row(array, row), (group, width), offset])
-        element = self._builder.load(at)
-        return element if raw else broadcast(self._builder, element, LANES)
+    def number(self, array: int, row: int, group: Any, width: int = 1, offset: int = 0) -> Any:
+        """An element of a row, of which a group has `width`, in all lanes."""
+        terms = [self._row(array, row), (group, width), offset]
+        return splat(self._builder, self._at[array], terms, LANES)
 
     def _row(self, array: int, row: int) -> Any:
-        length = self._builder.extract_value(self._strides[array], 1)
+        length = self._builder.extract_value(self._shapes[array], 1)
         return self._builder.mul(length, I64(row))
 
 
@@ -229,9 +186,9 @@ def _words(value: int) -> Any:
     return ir.Constant(ir.VectorType(I16, 16), [value] * 16)
 
 
-def _halves(builder: Any, tile: Any, at: Any, offset: int) -> Any:
-    """Eight float16 as float32."""
-    bits = load(builder, tile, [at, offset], LANES)
-    return builder.fpext(
-        builder.bitcast(bits, ir.VectorType(ir.HalfType(), LANES)), ir.VectorType(F32, LANES)
-    )
+def _halves(builder: Any, tile: Any, at: Any, plane: int, form: Form) -> Any:
+    """The scales of a group, or its minimums (plane 1), as float32 [8]."""
+    planes = 2 if form is Form.INT4 else 1
+    bits = load(builder, tile, [at, form.words - LANES * (planes - plane)], LANES)
+    halves = builder.bitcast(bits, ir.VectorType(ir.HalfType(), LANES))
+    return builder.fpext(halves, ir.VectorType(F32, LANES))

@@ -55,7 +55,7 @@ class Inputs:
 
     def take(self, x: Floats) -> None:
         """Rows as they are: float32 [rows, width]."""
-        _take(x, self._row, self.codes, self.scales, self.sums)
+        _take(x, self.codes, self.scales, self.sums)
 
     def take_normed(self, x: Floats, weight: Floats, eps: float) -> None:
         """weight * x / rms(x), rms(x)^2 = mean(x^2) + eps (Zhang and Sennrich 2019)."""
@@ -88,7 +88,7 @@ _sums = njit(nogil=True, error_model="numpy", cache=True, fastmath={"reassoc", "
 
 
 @_plain
-def _take(x: Any, _row: Any, codes: Any, scales: Any, sums: Any) -> None:
+def _take(x: Any, codes: Any, scales: Any, sums: Any) -> None:
     for r in range(len(x)):
         _quantise(x[r], codes[r], scales[r], sums[r])
 

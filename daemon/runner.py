@@ -96,8 +96,8 @@ class Runner:
         return [rows[part.start : part.start + len(kept)] for part, kept in zip(parts, keep, strict=True)]
 
     def _forward(self, parts: list[Slice], keep: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        tokens = [token for s in parts for token in s.sequence.tokens[s.position : s.position + s.count]]
-        positions = [position for s in parts for position in range(s.position, s.position + s.count)]
+        tokens = [token for part in parts for token in part.tokens]
+        positions = [position for part in parts for position in part.positions]
         rows = [s.start + row for s, kept in zip(parts, keep, strict=True) for row in kept]
         logits = self._model.module(
             input_ids=torch.tensor([tokens]),

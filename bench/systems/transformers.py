@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from itertools import islice
 
 import torch
 import transformers
+
+from spilld.daemon.plain import greedy_tokens
 
 from .serving import Generate, serve
 
@@ -19,15 +22,8 @@ def load(folder: str, threads: int) -> tuple[dict[str, str], Generate]:
     ).eval()
 
     def generate(prompt: list[int], count: int) -> list[float]:
-        arrivals: list[float] = []
-        cache, tokens = None, torch.tensor([prompt])
         asked = time.perf_counter()
-        with torch.inference_mode():
-            while len(arrivals) < count:
-                result = module(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                cache, tokens = result.past_key_values, result.logits[:, -1].argmax(-1, keepdim=True)
-                arrivals.append(time.perf_counter() - asked)
-        return arrivals
+        return [time.perf_counter() - asked for _ in islice(greedy_tokens(module, prompt), count)]
 
     return {"transformers": transformers.__version__, "its torch": torch.__version__}, generate
 

@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from spilld.daemon.config import Config
 from spilld.daemon.engine import Engine
 from spilld.daemon.generation import NOBODY
 from spilld.daemon.model import Model, load
+from spilld.daemon.plain import greedy_tokens
 from spilld.daemon.protocol import Done, Event, Failed, Generate, Reply, Resume, Token
 from spilld.daemon.visibility import BLOCK, WINDOW_SLOTS
 from spilld.offload import residency
@@ -158,15 +160,7 @@ def reference(folder: Path, attention: str = "sdpa") -> Any:
 
 def greedy(module: Any, prompt: Sequence[int], count: int) -> list[int]:
     """Greedy tokens of plain transformers, end-of-text ignored."""
-    tokens = torch.tensor([list(prompt)])
-    cache, found = None, []
-    with torch.inference_mode():
-        for _ in range(count):
-            result = module(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = result.past_key_values
-            tokens = result.logits[:, -1].argmax(-1, keepdim=True)
-            found.append(int(tokens))
-    return found
+    return list(islice(greedy_tokens(module, prompt), count))
 
 
 def load_tiny(folder: Path) -> Model:

@@ -77,7 +77,7 @@ def test_the_same_logits(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
             assert (found - wanted).abs().max() <= 2e-3 * wanted.abs().max()
 
 
-def test_an_answer_does_not_depend_on_what_else_runs(tmp_path: Path, tmp_path_factory: Any) -> None:
+def test_an_answer_does_not_depend_on_what_else_runs(tmp_path: Path) -> None:
     model = packed(build("llama", tmp_path / "m"), "int4")
     fields: dict[str, Any] = {"max_tokens": COUNT, "ignore_eos": True}
     with engine(model, tmp_path / "s") as harness:
