@@ -5,7 +5,8 @@ Ours is a daemon with default budgets, format k8v4 and its whole KV in host memo
 prefill is until the first token arrives, decode the mean time between tokens after it. A second daemon has
 the demo's budgets (one window on the device, 25 % of the KV in host memory, the rest on disk). The baseline
 is a process that does nothing but transformers' forward passes over its own KV cache, each one timed.
-They take turns after a warm-up; medians of 3.
+They take turns after a warm-up; medians of 3. Every request is another stretch of the text, so that none
+goes on from what an earlier one stored.
 
 What bounds the result. Prefill: the FLOPs of the linear layers at the measured rate of bfloat16 or float32
 products, whichever is faster here, plus those of causal attention at that of float32. Decode: all weights,
@@ -22,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from harness import Goal, Result, document, gemm_rate, in_child, main, medians, memory_rate, say
+from ours import Prompts
 from work import Work
 
 from spilld.daemon.catalog import default_cache, resolve
@@ -37,6 +39,7 @@ COUNT = 33
 """Tokens to generate: the first ends the prefill, the others are decode steps."""
 
 WARM_UP = 1500
+TEXT_TOKENS = 20_000
 
 
 def ask(client: Client, prompt: Sequence[int]) -> dict[str, float]:
@@ -58,9 +61,14 @@ def plain(folder: Path, prompt: Sequence[int]) -> dict[str, float]:
     return {"prefill_s": found.prefill_s, "decode_ms": sum(found.decode_ms) / len(found.decode_ms)}
 
 
+def anew(run: Callable[[Sequence[int]], dict[str, float]], prompts: Prompts) -> dict[str, float]:
+    """A run over a prompt that none has seen."""
+    return run(prompts.next(TOKENS))
+
+
 def measure() -> tuple[dict[str, float], list[Result]]:
     folder = resolve(MODEL, default_cache(), Element.BFLOAT16)
-    prompt = document(folder, TOKENS)
+    prompts = Prompts(document(folder, TEXT_TOKENS))
     limits = {
         "memory_bytes_s": in_child(memory_rate),
         "float32_flops": in_child(gemm_rate, "float32"),
@@ -78,8 +86,8 @@ def measure() -> tuple[dict[str, float], list[Result]]:
         contenders["transformers"] = partial(plain, folder)
         for case, run in contenders.items():
             say(f"warm-up: {case}")
-            run(prompt[:WARM_UP])
-        found = medians({case: partial(run, prompt) for case, run in contenders.items()})
+            run(prompts.next(WARM_UP))
+        found = medians({case: partial(anew, run, prompts) for case, run in contenders.items()})
     work = Work.of(folder, TOKENS)
     bounds = {"prefill_s": work.prefill_s(limits), "decode_ms": work.decode_ms(limits)}
     results = []
