@@ -24,11 +24,12 @@ from harness import Goal, Result, document, in_child, main, say
 from spilld.cuda_ext.cpu import CpuBackend
 from spilld.cuda_ext.window import WindowShape
 from spilld.daemon.assembly import use_threads
-from spilld.daemon.attention import Slice, TieredAttention
+from spilld.daemon.attention import TieredAttention
 from spilld.daemon.catalog import default_cache, resolve
 from spilld.daemon.model import Model, load
 from spilld.daemon.runner import Runner
 from spilld.daemon.sequence import Sequence
+from spilld.daemon.slices import Slice
 from spilld.daemon.visibility import BLOCK, WINDOW_SLOTS, boundary, sealed_by
 from spilld.offload.host import HostSlab
 from spilld.offload.record import Element, Format, Layout

@@ -7,7 +7,8 @@ a partial (output, log-sum-exp) and the partials merge exactly.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Many
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -19,24 +20,13 @@ from spilld.cuda_ext.window import WindowArena
 from spilld.offload.codec import Codec
 from spilld.offload.errors import ReadFailed
 from spilld.offload.partial import Partial, merge
-from spilld.offload.prefetch import Ticket
-from spilld.offload.promotion import Promotion
-from spilld.offload.record import BLOCK
+from spilld.offload.record import BLOCK, Layout
 from spilld.offload.store import Store
-from spilld.offload.table import RunRef
 
+from .scan import Row, RowAttention, Scan
 from .sequence import Sequence
-from .visibility import (
-    BLOCKS_PER_CELL,
-    CELL,
-    SINKS,
-    boundary,
-    exact_ranges,
-    lowest_visible,
-    segments,
-    slot,
-    stored_blocks,
-)
+from .slices import Blocks, Call, Slice, places, slots
+from .visibility import BLOCKS_PER_CELL, CELL, SINKS, segments, slot, stored_blocks
 
 FEW = 4
 """Up to this many queries the numba kernel reads records where they lie; more share a dequantised tile."""
@@ -44,87 +34,11 @@ FEW = 4
 TILE_BLOCKS = 64
 """Blocks that are dequantised together for a prefill tile."""
 
-Blocks = npt.NDArray[np.int64]
-Places = npt.NDArray[np.int64]
-Positions = npt.NDArray[np.int64]
 NO_CUTS: Blocks = np.empty(0, np.int64)
 
-
-@dataclass
-class Slice:
-    """One sequence's tokens in a step: rows [start, start + count) of the packed batch it runs in."""
-
-    sequence: Sequence
-    count: int
-    position: int
-    start: int = 0
-    tickets: dict[int, list[tuple[RunRef, Ticket]]] = field(default_factory=dict)
-    """Per layer, the extents that are being read for it, in the order in which they will be used."""
-    promotion: Promotion | None = None
-    read_bytes: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "disk": 0})
-    failure: ReadFailed | None = None
-    _bounds: dict[int | None, tuple[Positions, Positions]] = field(default_factory=dict)
-    _exact: dict[int | None, tuple[Positions, int]] = field(default_factory=dict)
-    _in_host: dict[int | None, Blocks] = field(default_factory=dict)
-    _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
-
-    def bounds(self, window: int | None) -> tuple[Positions, Positions]:
-        """Per query, the stored positions [low, high) that it sees in layers with this window."""
-        if window not in self._bounds:
-            low = np.array([max(SINKS, lowest_visible(p, window)) for p in self.positions])
-            self._bounds[window] = low, np.array([boundary(p) for p in self.positions])
-        return self._bounds[window]
-
-    def exact(self, window: int | None) -> tuple[Positions, int]:
-        """What its first query sees exactly: window slots [start, stop), int64 [n, 2], and their number."""
-        if window not in self._exact:
-            slots = np.array(_slots(self.position, window))
-            self._exact[window] = slots, int(np.diff(slots).sum())
-        return self._exact[window]
-
-    def in_host(self, window: int | None) -> Blocks:
-        """Blocks that some query sees in stored form and that lie in host memory: the same in every layer."""
-        if window not in self._in_host:
-            visible = stored_blocks(self.position, self.last, window)
-            rows = self.sequence.table.rows[0, visible.start : visible.stop]
-            self._in_host[window] = np.flatnonzero(rows >= 0) + visible.start
-        return self._in_host[window]
-
-    def mask(self, start: int, stop: int, window: int | None, group: int, backend: Backend) -> torch.Tensor:
-        """For queries at [start, stop) of one cell, over the exact tokens any of them sees, oldest first."""
-        if (start, window) not in self._masks:
-            ranges = [*exact_ranges(start, window), (start + 1, stop)]
-            positions = torch.cat([torch.arange(a, b) for a, b in ranges])
-            own = torch.arange(start, stop)[:, None]
-            hidden = positions > own
-            if window is not None:
-                hidden |= positions <= own - window
-            self._masks[start, window] = backend.mask(hidden, group)
-        return self._masks[start, window]
-
-    @property
-    def last(self) -> int:
-        """Position of the newest token."""
-        return self.position + self.count - 1
-
-    @property
-    def positions(self) -> range:
-        return range(self.position, self.last + 1)
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.sequence.tokens[self.position : self.last + 1]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One layer's attention for one slice. window: tokens a query sees back, itself included; None = all."""
-
-    layer: int
-    part: Slice
-    scale: float
-    softcap: float
-    window: int | None
+Floats = npt.NDArray[np.float32]
+Records = Iterator[tuple[npt.NDArray[np.uint8], Blocks, Blocks]]
+"""(memory, byte offsets, block numbers)"""
 
 
 class TieredAttention:
@@ -140,7 +54,13 @@ class TieredAttention:
         dims = (shape.kv_heads, TILE_BLOCKS * BLOCK, shape.head_dim)
         self._tile_k = torch.empty(dims, dtype=backend.tile_dtype)
         self._tile_v = torch.empty(dims, dtype=backend.tile_dtype)
+        self._planes = element_view(arena.tensor)
         self._token_bytes = 2 * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
+
+    @property
+    def layout(self) -> Layout:
+        """Of the records."""
+        return self._store.layout
 
     @property
     def workspace_bytes(self) -> int:
@@ -155,25 +75,72 @@ class TieredAttention:
         """
         part = call.part
         if part.failure is None:
-            try:
+            with self._failing(part):
                 return (self._one if part.count == 1 else self._many)(q, k, v, call)
-            except ReadFailed as failure:
-                part.failure = failure
-                self._store.cancel(ticket for layer in part.tickets.values() for _, ticket in layer)
         return torch.zeros(part.count, q.shape[0], q.shape[2])
+
+    @contextmanager
+    def _failing(self, part: Slice) -> Iterator[None]:
+        """A read that fails ends the slice."""
+        try:
+            yield
+        except ReadFailed as failure:
+            part.failure = failure
+            self._store.cancel(ticket for layer in part.tickets.values() for _, ticket in layer)
+
+    def scans(self, slices: Many[Slice], windows: Many[int | None]) -> dict[int | None, Scan]:
+        """What slices of one token each see in layers with these sliding windows, for `attend_rows`."""
+        return {window: Scan.of([self._row(part, window) for part in slices]) for window in set(windows)}
+
+    def attend_rows(
+        self, rows: RowAttention, heads: Floats, scan: Scan, calls: Many[Call], out: Floats, lse: Floats
+    ) -> None:
+        """`attend` for slices of one token each, whose calls these are, of one layer; scan: one of `scans`.
+
+        heads: float32 [rows, heads + 2 kv_heads, head_dim], each row's query, key and value heads. Writes out
+        [rows, heads, head_dim], and lse [rows, heads]. A row whose slice has failed means nothing.
+        """
+        any_call = calls[0]
+        for call in calls:
+            if call.part.position % CELL == 0:
+                self._seal_before(call.part.position, call)
+        memory, scale, softcap = self._store.memory, any_call.scale, any_call.softcap
+        rows.attend(heads, self._planes, any_call.layer, scan, memory, scale, softcap, out, lse)
+        record_bytes = self.layout.record_bytes
+        for row, call in enumerate(calls):
+            part = call.part
+            part.read_bytes["device"] += part.exact(call.window)[1] * self._token_bytes
+            part.read_bytes["host"] += len(part.in_host(call.window)) * record_bytes
+            if part.failure is None and part.tickets.get(call.layer):
+                one = slice(row, row + 1)
+                with self._failing(part):
+                    self._merge(heads[one, : out.shape[1]], call, self._on_disk(call), out[one], lse[one])
+
+    def _row(self, part: Slice, window: int | None) -> Row:
+        low, high = part.bounds(window)
+        here = part.in_host(window)
+        return Row(
+            window=part.sequence.window,
+            slots=places(part.position),
+            ranges=slots(part.position, window),
+            places=part.sequence.table.rows[:, here] * self.layout.record_bytes,
+            positions=here * BLOCK,
+            low=int(low[0]),
+            high=int(high[0]),
+        )
 
     def _one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
         """One query: kernels read every tier where it lies."""
         part = call.part
-        slots, tokens = part.exact(call.window)
+        seen, tokens = part.exact(call.window)
         if part.position % CELL == 0:
             self._seal_before(part.position, call)
         planes = self._arena.tensor[part.sequence.window, call.layer]
-        self._backend.append_one(planes, k[:, 0], v[:, 0], _places(part.position))
+        self._backend.append_one(planes, k[:, 0], v[:, 0], places(part.position))
         part.read_bytes["device"] += tokens * self._token_bytes
         query = q[:, 0].float().contiguous()
-        out, lse = self._backend.attend_one(query, planes, slots, call.scale, call.softcap)
-        self._merge_records(query[None], call, out[None], lse[None])
+        out, lse = self._backend.attend_one(query, planes, seen, call.scale, call.softcap)
+        self._merge(query[None].numpy(), call, self._records(call), out[None].numpy(), lse[None].numpy())
         return out[None]
 
     def _many(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
@@ -193,47 +160,37 @@ class TieredAttention:
                 self._merge_tile(queries, keys, values, first, call, out, lse)
             return out.permute(2, 0, 1, 3).reshape(m, heads, dim)
         flat = out.permute(2, 0, 1, 3).reshape(m, heads, dim).contiguous()
-        by_query = q.transpose(0, 1).float().contiguous()
-        self._merge_records(by_query, call, flat, lse.permute(2, 0, 1).reshape(m, heads).contiguous())
+        flat_lse = lse.permute(2, 0, 1).reshape(m, heads).contiguous()
+        by_query = q.transpose(0, 1).float().contiguous().numpy()
+        self._merge(by_query, call, self._records(call), flat.numpy(), flat_lse.numpy())
         return flat
 
     def _exact_tile(self, queries: torch.Tensor, call: Call, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries of one cell, the first at position `start`, over what they see exactly."""
         _, group, m, _ = queries.shape
         keys, values = self._arena.tensor[call.part.sequence.window, call.layer]
-        slots = [slice(a, b) for a, b in _slots(start, call.window)]
-        slots[-1] = slice(slots[-1].start, slots[-1].stop + m - 1)
+        seen = [slice(a, b) for a, b in slots(start, call.window)]
+        seen[-1] = slice(seen[-1].start, seen[-1].stop + m - 1)
         mask = call.part.mask(start, start + m, call.window, group, self._backend)
         call.part.read_bytes["device"] += mask.shape[1] * self._token_bytes
         return self._backend.attend_tile(
             queries,
-            torch.cat([keys[:, s] for s in slots], dim=1).to(queries.dtype),
-            torch.cat([values[:, s] for s in slots], dim=1).to(queries.dtype),
+            torch.cat([keys[:, s] for s in seen], dim=1).to(queries.dtype),
+            torch.cat([values[:, s] for s in seen], dim=1).to(queries.dtype),
             mask,
             call.scale,
             call.softcap,
         )
 
-    def _merge_records(self, q: torch.Tensor, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """Merge the partials of all records into out [M, heads, head_dim] and lse [M, heads]; q is float32,
-        like out."""
-        queries = q.numpy()
+    def _merge(self, q: Floats, call: Call, records: Records, out: Floats, lse: Floats) -> None:
+        """Merge the partials over records into out [M, heads, head_dim], like q, and lse [M, heads]."""
         low, high = call.part.bounds(call.window)
-        other, other_lse = np.empty_like(queries), np.empty(queries.shape[:2], np.float32)
-        for memory, places, blocks in self._records(call):
-            self._partial.attend(
-                queries,
-                memory,
-                places,
-                blocks * BLOCK,
-                low,
-                high,
-                call.scale,
-                call.softcap,
-                other,
-                other_lse,
-            )
-            merge(out.numpy(), lse.numpy(), other, other_lse)
+        other, other_lse = np.empty_like(q), np.empty(q.shape[:2], np.float32)
+        scale, softcap = call.scale, call.softcap
+        for memory, offsets, blocks in records:
+            at = blocks * BLOCK
+            self._partial.attend(q, memory, offsets, at, low, high, scale, softcap, other, other_lse)
+            merge(out, lse, other, other_lse)
 
     def _tiles(self, call: Call) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """Dequantised (keys, values, position of the first token), each over adjacent blocks.
@@ -242,10 +199,10 @@ class TieredAttention:
         sees all of a tile or nothing, so that no mask is needed.
         """
         ends = np.unique(call.part.bounds(call.window)[1]) // BLOCK
-        for memory, places, blocks in self._records(call):
+        for memory, offsets, blocks in self._records(call):
             for a, b in _adjacent(blocks, TILE_BLOCKS, np.searchsorted(blocks, ends)):
                 keys, values = (_front(tile, (b - a) * BLOCK) for tile in (self._tile_k, self._tile_v))
-                self._codec.open(memory, places[a:b], element_view(keys), element_view(values))
+                self._codec.open(memory, offsets[a:b], element_view(keys), element_view(values))
                 yield keys, values, int(blocks[a]) * BLOCK
 
     def _merge_tile(
@@ -305,17 +262,18 @@ class TieredAttention:
         rows = sequence.table.rows[layer, first : (cell + 1) * BLOCKS_PER_CELL]
         self._codec.seal(element_view(keys), element_view(values), self._store.records, rows)
 
-    def _records(self, call: Call) -> Iterator[tuple[npt.NDArray[np.uint8], Places, Blocks]]:
-        """(memory, byte offsets, blocks) of visible records: host memory first, then extents as they land."""
-        part = call.part
-        table, record_bytes = part.sequence.table, self._store.layout.record_bytes
-        here = part.in_host(call.window)
+    def _records(self, call: Call) -> Records:
+        """Visible records: host memory first, then extents as they land."""
+        here, record_bytes = call.part.in_host(call.window), self.layout.record_bytes
         if len(here):
-            part.read_bytes["host"] += len(here) * record_bytes
-            yield self._store.memory, table.rows[call.layer, here] * record_bytes, here
-        waiting = part.tickets.get(call.layer)
-        if not waiting:
-            return
+            call.part.read_bytes["host"] += len(here) * record_bytes
+            yield self._store.memory, call.part.sequence.table.rows[call.layer, here] * record_bytes, here
+        yield from self._on_disk(call)
+
+    def _on_disk(self, call: Call) -> Records:
+        part = call.part
+        table, record_bytes = part.sequence.table, self.layout.record_bytes
+        waiting = part.tickets.get(call.layer, [])
         visible = stored_blocks(part.position, part.last, call.window)
         while waiting:
             batch, waiting = waiting[: self._store.staging_batch], waiting[self._store.staging_batch :]
@@ -324,12 +282,12 @@ class TieredAttention:
                 if part.promotion is not None:
                     for (ref, _), offset in zip(batch, offsets, strict=True):
                         part.promotion.copy(ref, call.layer, memory, offset)
-                places = [
+                begins = [
                     offset + (found - ref.base) * record_bytes
                     for (ref, _), offset, found in zip(batch, offsets, blocks, strict=True)
                 ]
                 part.read_bytes["disk"] += sum(map(len, blocks)) * record_bytes
-                yield memory, np.concatenate(places), np.concatenate(blocks)
+                yield memory, np.concatenate(begins), np.concatenate(blocks)
 
 
 def _merge_stretch(
@@ -347,20 +305,6 @@ def _by_row(out: torch.Tensor, lse: torch.Tensor) -> tuple[npt.NDArray[np.float3
     if that is how it is laid out."""
     rows, row_lse = out.permute(1, 2, 0, 3).contiguous(), lse.permute(1, 2, 0).contiguous()
     return rows.flatten(0, 1).numpy(), row_lse.flatten(0, 1).numpy()
-
-
-def _places(position: int) -> tuple[int, ...]:
-    """The slots of a token: the sinks have two while their cell is one of the newest."""
-    return (slot(position), position) if position < SINKS else (slot(position),)
-
-
-def _slots(position: int, window: int | None) -> list[tuple[int, int]]:
-    """Window slots [start, stop) of what the query at `position` sees exactly."""
-    ranges = []
-    for a, b in exact_ranges(position, window):
-        start = a if boundary(position) and a < SINKS else slot(a)
-        ranges.append((start, start + b - a))
-    return ranges
 
 
 def _adjacent(blocks: Blocks, most: int, cuts: Blocks = NO_CUTS) -> Iterator[tuple[int, int]]:

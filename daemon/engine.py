@@ -21,7 +21,6 @@ from spilld.offload.extent import RunKey
 from spilld.offload.store import Store
 
 from . import tail
-from .attention import Slice
 from .contexts import Contexts, Key, new_handle
 from .courier import Courier
 from .errors import (
@@ -55,6 +54,7 @@ from .sampler import logprobs
 from .scheduler import Job, Plan, Room, Scheduler
 from .sequence import Sequence
 from .sessions import Session, SessionBook
+from .slices import Slice
 from .transfers import Transfers
 from .visibility import BLOCK, CELL, highest_block, longest_with, sealed_by
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .attention import Call, Slice, TieredAttention
+from .attention import TieredAttention
+from .slices import Call, Slice
 
 IMPLEMENTATION = "spilld"
 

@@ -28,10 +28,12 @@ from spilld.offload.system import page_aligned
 
 from .attention import FEW
 from .errors import ConfigError, InternalError
-from .packed import GROUP, LANES, quantise
+from .layer import Activations, Layer, after_attention, before_attention
+from .packed import GROUP, quantise
 from .packed import Form as PackedForm
-from .products import multiply
-from .rows import MAX_ROWS, NOTHING, Inputs, add_normed, rotate
+from .products import Matrix, multiply_rows
+from .rows import NOTHING, take_normed
+from .scan import Row, RowAttention, Scan
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ def _key(words: list[str]) -> str:
     for text in (*words, numba.__version__, sys.version, llvmlite.binding.get_host_cpu_name()):
         hasher.update(text.encode() + b"\0")
     folders = [Path(str(package.__file__)).parent for package in (spilld.offload, spilld.cuda_ext)]
-    own = [Path(__file__).with_name(name) for name in ("rows.py", "products.py")]
+    own = [Path(__file__).with_name(name) for name in ("rows.py", "products.py", "layer.py", "scan.py")]
     for source in (*(path for folder in folders for path in sorted(folder.glob("*.py"))), *own):
         hasher.update(f"{source} {source.stat().st_mtime_ns}\0".encode())
     return hasher.hexdigest()
@@ -95,26 +97,47 @@ def compile_all(layout: Layout, heads: int) -> None:
     backend.attend_one(torch.zeros(heads, layout.head_dim), planes, np.array([[0, BLOCK]]), 1.0, 0.0)
 
 
-def compile_packed() -> None:
-    """Run every kernel of a decode step over packed weights on one tile."""
-    inputs, out = Inputs(GROUP), np.zeros((MAX_ROWS, LANES), np.float32)
-    row, factors = np.ones((1, GROUP), np.float32), np.ones(GROUP, np.float32)
-    inputs.take(row)
-    inputs.take_normed(row, factors, 1e-5)
-    inputs.take_gated(np.ones((1, 2 * GROUP), np.float32), gelu=False)
-    add_normed(row, row.copy(), factors, 1e-5)
-    rotate(row[:, None], 0, 1, row, row, NOTHING, 1e-5)
-    for form in PackedForm:
-        weights = quantise(np.ones((LANES, GROUP), np.float32), form)
-        for rows in range(1, MAX_ROWS + 1):
-            multiply(inputs, weights, out, rows)
+def compile_packed(layout: Layout, heads: int) -> None:
+    """Run every kernel of a decode step over packed weights, on a layer as narrow as can be."""
+    kv_heads, head_dim, eps = layout.kv_heads, layout.head_dim, np.float32(1)
+    rows = Activations.of(GROUP, heads, kv_heads, head_dim, GROUP)
+
+    def weights(outputs: int) -> Matrix:
+        return Matrix.of(quantise(np.zeros((outputs, GROUP), np.float32), PackedForm.INT8))
+
+    norm = np.ones(GROUP, np.float32)
+    layer = Layer(
+        qkv=weights((heads + 2 * kv_heads) * head_dim),
+        bias=NOTHING,
+        out=weights(GROUP),
+        gate_up=weights(2 * GROUP),
+        down=weights(GROUP),
+        before_attention=norm,
+        after_attention=NOTHING,
+        before_mlp=norm,
+        after_mlp=NOTHING,
+        q_norm=NOTHING,
+        k_norm=NOTHING,
+    )
+    angles = np.zeros((2, 1, head_dim), np.float32)
+    before_attention(layer, rows, *angles, eps)
+    planes = torch.zeros(1, 1, 2, kv_heads, BLOCK, head_dim, dtype=getattr(torch, layout.element))
+    here = Row(0, (0,), [(0, 1)], np.zeros((1, 1), np.int64), np.zeros(1, np.int64), 0, BLOCK)
+    scan, records = Scan.of([here]), page_aligned(layout.record_bytes)
+    RowAttention(layout, heads // kv_heads).attend(
+        rows.heads, element_view(planes), 0, scan, records, 1.0, 0.0, rows.attended, rows.lse
+    )
+    after_attention(layer, rows, 1, eps, False)
+    take_normed(rows.x[:1], norm, eps, rows.inputs)
+    multiply_rows(rows.inputs, layer.down, rows.x, 1)
 
 
 def _main(form: str, element: str, heads: str, kv_heads: str, head_dim: str, packed: str = "") -> None:
     numba.config.THREADING_LAYER = "omp"
-    compile_all(Layout(Format(form), Element(element), int(kv_heads), int(head_dim)), int(heads))
+    layout = Layout(Format(form), Element(element), int(kv_heads), int(head_dim))
+    compile_all(layout, int(heads))
     if packed:
-        compile_packed()
+        compile_packed(layout, int(heads))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ does not depend on the other rows, nor on the number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -37,49 +36,72 @@ I16 = ir.IntType(16)
 PAIRS, SCALES, SUMS, OUT, FIRST = range(3, 8)
 """Arguments of multiply_tile."""
 
-_HEIGHTS = (0, 1, 2, 4, 4, 8, 8, 8, 8)
-"""Rows that are computed, by those that are wanted: each number of rows is code of its own."""
+INT4_WORDS, INT8_WORDS = Form.INT4.words, Form.INT8.words
 
 Floats = NDArray[np.float32]
 
 
-def multiply(inputs: Inputs, weights: Packed, out: Floats, rows: int) -> None:
-    """out[:rows] += the rows times the weights; out: float32 [MAX_ROWS, outputs], C-contiguous.
+class Matrix(NamedTuple):
+    """Packed weights as kernels take them."""
 
-    The result is what float32 products of the quantised inputs give, up to the rounding of their sums. Rows
-    from `rows` on mean nothing afterwards. Raises ValueError if shapes disagree.
-    """
+    words: NDArray[np.uint16]
+    """The tiles, one after another."""
+    groups: int
+    """Groups of 32 inputs."""
+    int4: bool
+
+    @classmethod
+    def of(cls, weights: Packed) -> Matrix:
+        return cls(weights.tiles.reshape(-1), weights.tiles.shape[1], weights.form is Form.INT4)
+
+
+def multiply(inputs: Inputs, weights: Packed, out: Floats, rows: int) -> None:
+    """multiply_rows; raises ValueError if shapes disagree."""
     if out.shape != (MAX_ROWS, weights.outputs) or not 1 <= rows <= MAX_ROWS:
         raise ValueError(f"{rows} rows of out {out.shape} for {weights.outputs} outputs")
     if weights.inputs > inputs.codes.shape[1]:
         raise ValueError(f"{weights.inputs} inputs where there are {inputs.codes.shape[1]}")
-    _kernel(int(weights.form is Form.INT4), _HEIGHTS[rows])(
-        weights.tiles.reshape(-1),
-        weights.tiles.shape[1],
-        inputs.codes,
-        inputs.scales,
-        inputs.sums,
-        out,
-        inputs.threads,
-    )
+    multiply_rows(inputs, Matrix.of(weights), out, rows)
 
 
-@cache
-def _kernel(int4: int, height: int) -> Callable[..., None]:
-    """The parallel loop for one form and one number of rows. Only numbers are captured, as in partial.py."""
-    words = (Form.INT4 if int4 else Form.INT8).words
+@njit(parallel=True, nogil=True, error_model="numpy", cache=True)
+def multiply_rows(inputs: Any, weights: Any, out: Any, rows: Any) -> None:
+    """out[:rows] += the rows of `inputs` times the weights; out: float32 [MAX_ROWS, outputs], C-contiguous.
 
-    @njit(parallel=True, nogil=True, error_model="numpy", cache=True)
-    def kernel(tiles: Any, groups: Any, codes: Any, scales: Any, sums: Any, out: Any, parts: Any) -> None:
-        pairs = codes.view(np.int32)
-        count = out.shape[1] // LANES
-        for part in prange(parts):
-            for tile in range(count * part // parts, count * (part + 1) // parts):
-                start = tile * groups * words
-                multiply_tile(tiles, start, groups, pairs, scales, sums, out, tile * LANES, height, int4)
+    The result is what float32 products of the quantised inputs give, up to the rounding of their sums. Rows
+    from `rows` on mean nothing afterwards.
+    """
+    count, parts = out.shape[1] // LANES, inputs.threads
+    for part in prange(parts):
+        for tile in range(count * part // parts, count * (part + 1) // parts):
+            _multiply_tile(inputs, weights, out, tile, rows)
 
-    compiled: Callable[..., None] = kernel
-    return compiled
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _multiply_tile(inputs: Any, weights: Any, out: Any, tile: Any, rows: Any) -> None:
+    """Each number of rows is code of its own: 1, 2, 4 or 8 are computed."""
+    pairs, groups = inputs.codes.view(np.int32), weights.groups
+    words, scales, sums, first = weights.words, inputs.scales, inputs.sums, tile * LANES
+    if weights.int4:
+        at = tile * groups * INT4_WORDS
+        if rows == 1:
+            multiply_tile(words, at, groups, pairs, scales, sums, out, first, 1, 1)
+        elif rows == 2:
+            multiply_tile(words, at, groups, pairs, scales, sums, out, first, 2, 1)
+        elif rows <= 4:
+            multiply_tile(words, at, groups, pairs, scales, sums, out, first, 4, 1)
+        else:
+            multiply_tile(words, at, groups, pairs, scales, sums, out, first, 8, 1)
+        return
+    at = tile * groups * INT8_WORDS
+    if rows == 1:
+        multiply_tile(words, at, groups, pairs, scales, sums, out, first, 1, 0)
+    elif rows == 2:
+        multiply_tile(words, at, groups, pairs, scales, sums, out, first, 2, 0)
+    elif rows <= 4:
+        multiply_tile(words, at, groups, pairs, scales, sums, out, first, 4, 0)
+    else:
+        multiply_tile(words, at, groups, pairs, scales, sums, out, first, 8, 0)
 
 
 @intrinsic(prefer_literal=True)

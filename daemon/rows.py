@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -37,49 +37,32 @@ NOTHING: Floats = np.empty(0, np.float32)
 """In the place of a vector of factors: there is none."""
 
 
-class Inputs:
+class Inputs(NamedTuple):
     """Up to MAX_ROWS rows as products with packed weights take them: int16 codes with a scale for each group
     of 32 numbers, and the sum of its numbers. One layer after another writes them.
 
     A number that is not finite makes its row's products NaN.
     """
 
-    def __init__(self, width: int) -> None:
+    codes: NDArray[np.int16]
+    scales: Floats
+    sums: Floats
+    row: Floats
+    """A row on its way to codes."""
+    threads: int
+    """That share the weights of a product."""
+
+    @classmethod
+    def of(cls, width: int) -> Inputs:
         """width: the most numbers of a row; a multiple of 32."""
-        self.threads = numba.get_num_threads()
-        """That share the weights of a product."""
-        self._row = np.zeros(width, np.float32)
-        self.codes = np.zeros((MAX_ROWS, width), np.int16)
-        self.scales = np.zeros((MAX_ROWS, width // GROUP), np.float32)
-        self.sums = np.zeros((MAX_ROWS, width // GROUP), np.float32)
-
-    def take(self, x: Floats) -> None:
-        """Rows as they are: float32 [rows, width]."""
-        _take(x, self.codes, self.scales, self.sums)
-
-    def take_normed(self, x: Floats, weight: Floats, eps: float) -> None:
-        """weight * x / rms(x), rms(x)^2 = mean(x^2) + eps (Zhang and Sennrich 2019)."""
-        _take_normed(x, weight, np.float32(eps), self._row, self.codes, self.scales, self.sums)
-
-    def take_gated(self, x: Floats, *, gelu: bool) -> None:
-        """act(gate) * up of rows [gate, up]; act is SiLU, or GELU in its tanh form (Shazeer 2020)."""
-        _take_gated(x, gelu, self._row, self.codes, self.scales, self.sums)
-
-
-def add_normed(x: Floats, y: Floats, weight: Floats, eps: float) -> None:
-    """x += weight * y / rms(y), row by row."""
-    _add_normed(x, y, weight, np.float32(eps))
-
-
-def rotate(
-    heads: Floats, first: int, last: int, cos: Floats, sin: Floats, weight: Floats, eps: float
-) -> None:
-    """RoPE (Su et al. 2021) in place on heads [rows, heads, head_dim], those of number first <= h < last.
-
-    cos, sin: float32 [rows, rotary], rotary <= head_dim. Unless weight is NOTHING, each head is first
-    normalised as in take_normed.
-    """
-    _rotate(heads, first, last, cos, sin, weight, np.float32(eps))
+        groups = (MAX_ROWS, width // GROUP)
+        return cls(
+            codes=np.zeros((MAX_ROWS, width), np.int16),
+            scales=np.zeros(groups, np.float32),
+            sums=np.zeros(groups, np.float32),
+            row=np.zeros(width, np.float32),
+            threads=numba.get_num_threads(),
+        )
 
 
 _plain = njit(nogil=True, error_model="numpy", cache=True)
@@ -88,32 +71,36 @@ _sums = njit(nogil=True, error_model="numpy", cache=True, fastmath={"reassoc", "
 
 
 @_plain
-def _take(x: Any, codes: Any, scales: Any, sums: Any) -> None:
+def take(x: Any, inputs: Any) -> None:
+    """Rows as they are: float32 [rows, width]."""
     for r in range(len(x)):
-        _quantise(x[r], codes[r], scales[r], sums[r])
+        _quantise(x[r], inputs, r)
 
 
 @_plain
-def _take_normed(x: Any, weight: Any, eps: Any, row: Any, codes: Any, scales: Any, sums: Any) -> None:
+def take_normed(x: Any, weight: Any, eps: Any, inputs: Any) -> None:
+    """weight * x / rms(x), rms(x)^2 = mean(x^2) + eps (Zhang and Sennrich 2019)."""
     width = x.shape[1]
     for r in range(len(x)):
         factor = _inverse_rms(x[r], eps)
         for i in range(width):
-            row[i] = x[r, i] * factor * weight[i]
-        _quantise(row[:width], codes[r], scales[r], sums[r])
+            inputs.row[i] = x[r, i] * factor * weight[i]
+        _quantise(inputs.row[:width], inputs, r)
 
 
 @_plain
-def _take_gated(x: Any, gelu: Any, row: Any, codes: Any, scales: Any, sums: Any) -> None:
+def take_gated(x: Any, gelu: Any, inputs: Any) -> None:
+    """act(gate) * up of rows [gate, up]; act is SiLU, or GELU in its tanh form (Shazeer 2020)."""
     width = x.shape[1] // 2
     for r in range(len(x)):
         for i in range(0, width, _LANES):
-            _gate8(x[r], i, i + width, gelu, row)
-        _quantise(row[:width], codes[r], scales[r], sums[r])
+            _gate8(x[r], i, i + width, gelu, inputs.row)
+        _quantise(inputs.row[:width], inputs, r)
 
 
 @_plain
-def _add_normed(x: Any, y: Any, weight: Any, eps: Any) -> None:
+def add_normed(x: Any, y: Any, weight: Any, eps: Any) -> None:
+    """x += weight * y / rms(y), row by row."""
     for r in range(len(x)):
         factor = _inverse_rms(y[r], eps)
         for i in range(x.shape[1]):
@@ -121,7 +108,12 @@ def _add_normed(x: Any, y: Any, weight: Any, eps: Any) -> None:
 
 
 @_plain
-def _rotate(heads: Any, first: Any, last: Any, cos: Any, sin: Any, weight: Any, eps: Any) -> None:
+def rotate(heads: Any, first: Any, last: Any, cos: Any, sin: Any, weight: Any, eps: Any) -> None:
+    """RoPE (Su et al. 2021) in place on heads [rows, heads, head_dim], those of number first <= h < last.
+
+    cos, sin: float32 [rows, rotary], rotary <= head_dim. Unless weight is NOTHING, each head is first
+    normalised as in take_normed.
+    """
     dim, half = heads.shape[2], cos.shape[1] // 2
     for r in range(len(cos)):
         for h in range(first, last):
@@ -145,7 +137,8 @@ def _inverse_rms(x: Any, eps: Any) -> Any:
 
 
 @_plain
-def _quantise(x: Any, codes: Any, scales: Any, sums: Any) -> None:
+def _quantise(x: Any, inputs: Any, row: Any) -> None:
+    codes, scales, sums = inputs.codes[row], inputs.scales[row], inputs.sums[row]
     for group in range(len(x) // GROUP):
         sums[group] = _quantise32(x, group * GROUP, codes, scales, group)
 

@@ -11,12 +11,13 @@ from spilld.offload.prefetch import Read, Ticket
 from spilld.offload.store import Store
 from spilld.offload.table import RunRef
 
-from .attention import Slice, TieredAttention
+from .attention import TieredAttention
 from .decoder import Decoder
 from .interface import Step
 from .linear import wide_bytes
 from .model import Model
 from .rows import MAX_ROWS
+from .slices import Slice
 from .visibility import stored_blocks
 
 Needed = list[tuple[Slice, int, RunRef]]

@@ -65,6 +65,33 @@ def dot_tile(_context: Any, codes: Any, start: Any, q: Any, out: Any, head_dim: 
 
 
 @intrinsic(prefer_literal=True)
+def dot_rows(
+    _context: Any, keys: Any, start: Any, last: Any, q: Any, out: Any, head_dim: Any, tile: Any
+) -> Any:
+    """dot_tile over keys that lie token by token, for t < last.
+
+    out[r, t] = sum over d of q[r, d] * keys[start + head_dim * t + d].
+    """
+    dim, rows = head_dim.literal_value, tile.literal_value
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = pointers(context, builder, signature, args)
+        with each(builder, 0, args[2]) as t:
+            sums: list[Any] = [constant(0.0, LANES)] * rows
+            for part in range(0, dim, LANES):
+                key = floats(builder, load(builder, at[0], [args[1], (t, dim), part], LANES))
+                for row in range(rows):
+                    numbers = load(builder, at[3], [row * dim + part], LANES)
+                    sums[row] = multiply_add(builder, numbers, key, sums[row])
+            for row in range(rows):
+                total = call(builder, "llvm.vector.reduce.fadd", F32, F32(0.0), sums[row], flags=("reassoc",))
+                builder.store(total, address(builder, at[4], [t, row * BLOCK]))
+        return context.get_dummy_value()
+
+    return types.void(keys, start, last, q, out, head_dim, tile), build
+
+
+@intrinsic(prefer_literal=True)
 def weigh_tile(
     _context: Any,
     codes: Any,

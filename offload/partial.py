@@ -67,6 +67,12 @@ class Partial:
             np.int64,
         )
 
+    def views(self, memory: NDArray[np.uint8]) -> tuple[NDArray[Any], ...]:
+        """The memory of records as `attend_blocks` takes it: as K codes, V codes, uint16, uint32, and where
+        in a record the codes and scales begin, in such numbers."""
+        kinds = (self._k_type, self._v_type, np.uint16, np.uint32)
+        return (*(memory.view(kind) for kind in kinds), self._offsets)
+
     def attend(
         self,
         q: Floats,
@@ -111,17 +117,13 @@ class Partial:
             tiled = np.zeros((kv_heads, tiles * tile, head_dim), np.float32)
             by_head = tiled[:, :count].reshape(kv_heads, queries, group, head_dim)
             by_head[:] = q.reshape(queries, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
-        parts = min(MAX_PARTS, max(1, -(-len(places) // BLOCKS_PER_PART)))
+        parts = max(1, parts_of(len(places)))
         sums = np.empty((parts, kv_heads, tiles * tile, head_dim), np.float32)
         tops = np.empty((parts, kv_heads, tiles * tile), np.float32)
         totals = np.empty_like(tops)
         _kernel(self._int4, self._exact, head_dim, tile)(
             tiled,
-            memory.view(self._k_type),
-            memory.view(self._v_type),
-            memory.view(np.uint16),
-            memory.view(np.uint32),
-            self._offsets,
+            self.views(memory),
             places,
             positions,
             low,
@@ -136,24 +138,22 @@ class Partial:
         join(sums, tops, totals, out, lse)
 
 
+def parts_of(blocks: int) -> int:
+    """Into how many parts a call splits so many blocks."""
+    return min(MAX_PARTS, -(-blocks // BLOCKS_PER_PART))
+
+
 @cache
 def _kernel(int4: bool, exact: bool, head_dim: int, tile: int) -> Callable[..., None]:
     """The parallel loop for one kind of record and one tile height.
 
     Only numbers are captured, because numba's on-disk cache is keyed by what a closure captures.
     """
-    v_stride = head_dim // 2 if int4 else head_dim
-    k_count, v_count = head_dim * BLOCK, v_stride * BLOCK
-    pairs = -(-head_dim // V4_GROUP) if int4 else 1
 
     @njit(parallel=True, nogil=True, error_model="numpy", cache=True)
     def kernel(
         q: Any,
-        k_codes: Any,
-        v_codes: Any,
-        halves: Any,
-        words: Any,
-        offsets: Any,
+        records: Any,
         places: Any,
         positions: Any,
         low: Any,
@@ -165,57 +165,105 @@ def _kernel(int4: bool, exact: bool, head_dim: int, tile: int) -> Callable[..., 
         tops: Any,
         totals: Any,
     ) -> None:
-        parts, kv_heads, height, _ = sums.shape
-        k_size, v_size = k_codes.itemsize, v_codes.itemsize
-        blocks = len(places)
+        parts, kv_heads = sums.shape[:2]
         for unit in prange(parts * kv_heads):
             part, head = unit // kv_heads, unit % kv_heads
-            acc, top, total = sums[part, head], tops[part, head], totals[part, head]
-            weights = np.empty((tile, BLOCK), np.float32)
-            largest = np.empty(tile, np.float32)
-            k_scale = np.empty(BLOCK, np.float32)
-            v_scale = np.empty(BLOCK, np.float32)
-            start(acc, top, total, k_scale, scale)
-            k_at = offsets[0] + head * k_count
-            v_at = offsets[1] + head * v_count
-            k_scales_at = offsets[2] + head * BLOCK
-            v_scales_at = offsets[3] + head * BLOCK * pairs
-            for block in range(blocks * part // parts, blocks * (part + 1) // parts):
-                some, whole = visibility(positions[block], low, high)
-                if not some:
-                    continue
-                place = places[block]
-                k, v = k_codes[place // k_size :], v_codes[place // v_size :]
-                half, scales = halves[place // 2 :], words[place // 4 :]
-                if not exact:
-                    read_scales(half[k_scales_at : k_scales_at + BLOCK], scale, k_scale)
-                    if not int4:
-                        read_scales(half[v_scales_at : v_scales_at + BLOCK], np.float32(1), v_scale)
-                for first in range(0, height, tile):
-                    stop = first + tile
-                    dot_tile(k, k_at, q[head, first:stop], weights, head_dim, tile)
-                    finish(weights, k_scale, softcap)
-                    if not whole:
-                        hide(weights, first, group, positions[block], low, high)
-                    soften(weights, largest, top[first:stop], total[first:stop], acc[first:stop])
-                    if not exact and not int4:
-                        multiply(weights, v_scale)
-                    if whole:
-                        out = acc[first:stop]
-                        if int4:
-                            weigh_tile4(v, v_at, scales, v_scales_at, weights, 0, BLOCK, out, head_dim, tile)
-                        else:
-                            weigh_tile(v, v_at, weights, 0, BLOCK, out, head_dim, tile)
-                        continue
-                    # Weight 0 times NaN would be NaN: a row takes only the values that it sees.
-                    for i in range(tile):
-                        m = min((first + i) // group, len(low) - 1)
-                        begin, end = seen(positions[block], low[m], high[m])
-                        mine, out = weights[i : i + 1], acc[first + i : first + i + 1]
-                        if int4:
-                            weigh_tile4(v, v_at, scales, v_scales_at, mine, begin, end, out, head_dim, 1)
-                        else:
-                            weigh_tile(v, v_at, mine, begin, end, out, head_dim, 1)
+            first, last = len(places) * part // parts, len(places) * (part + 1) // parts
+            attend_blocks(
+                q[head],
+                records,
+                head,
+                places[first:last],
+                positions[first:last],
+                low,
+                high,
+                scale,
+                softcap,
+                group,
+                sums[part, head],
+                tops[part, head],
+                totals[part, head],
+                int4,
+                exact,
+                head_dim,
+                tile,
+            )
 
     compiled: Callable[..., None] = kernel
     return compiled
+
+
+@njit(nogil=True, error_model="numpy", inline="always")
+def attend_blocks(
+    q: Any,
+    records: Any,
+    head: Any,
+    places: Any,
+    positions: Any,
+    low: Any,
+    high: Any,
+    scale: Any,
+    softcap: Any,
+    group: Any,
+    acc: Any,
+    top: Any,
+    total: Any,
+    int4: Any,
+    exact: Any,
+    head_dim: Any,
+    tile: Any,
+) -> None:
+    """One KV head over some blocks: weighted values into acc [rows, head_dim], the largest logit and the sum
+    of weights into top, total [rows].
+
+    q: float32 [rows, head_dim], rows a multiple of tile. records: as `views` gives them. The rest is as in
+    Partial.attend. int4, exact, head_dim, tile: literals.
+    """
+    k_codes, v_codes, halves, words, offsets = records
+    v_stride = head_dim // 2 if int4 else head_dim
+    pairs = (head_dim + V4_GROUP - 1) // V4_GROUP if int4 else 1
+    weights = np.empty((tile, BLOCK), np.float32)
+    largest = np.empty(tile, np.float32)
+    k_scale = np.empty(BLOCK, np.float32)
+    v_scale = np.empty(BLOCK, np.float32)
+    start(acc, top, total, k_scale, scale)
+    k_at = offsets[0] + head * head_dim * BLOCK
+    v_at = offsets[1] + head * v_stride * BLOCK
+    k_scales_at = offsets[2] + head * BLOCK
+    v_scales_at = offsets[3] + head * BLOCK * pairs
+    for block in range(len(places)):
+        some, whole = visibility(positions[block], low, high)
+        if not some:
+            continue
+        place = places[block]
+        k, v = k_codes[place // k_codes.itemsize :], v_codes[place // v_codes.itemsize :]
+        half, scales = halves[place // 2 :], words[place // 4 :]
+        if not exact:
+            read_scales(half[k_scales_at : k_scales_at + BLOCK], scale, k_scale)
+            if not int4:
+                read_scales(half[v_scales_at : v_scales_at + BLOCK], np.float32(1), v_scale)
+        for first in range(0, len(q), tile):
+            stop = first + tile
+            dot_tile(k, k_at, q[first:stop], weights, head_dim, tile)
+            finish(weights, k_scale, softcap)
+            if not whole:
+                hide(weights, first, group, positions[block], low, high)
+            soften(weights, largest, top[first:stop], total[first:stop], acc[first:stop])
+            if not exact and not int4:
+                multiply(weights, v_scale)
+            if whole:
+                out = acc[first:stop]
+                if int4:
+                    weigh_tile4(v, v_at, scales, v_scales_at, weights, 0, BLOCK, out, head_dim, tile)
+                else:
+                    weigh_tile(v, v_at, weights, 0, BLOCK, out, head_dim, tile)
+                continue
+            # Weight 0 times NaN would be NaN: a row takes only the values that it sees.
+            for i in range(tile):
+                m = min((first + i) // group, len(low) - 1)
+                begin, end = seen(positions[block], low[m], high[m])
+                mine, out = weights[i : i + 1], acc[first + i : first + i + 1]
+                if int4:
+                    weigh_tile4(v, v_at, scales, v_scales_at, mine, begin, end, out, head_dim, 1)
+                else:
+                    weigh_tile(v, v_at, mine, begin, end, out, head_dim, 1)

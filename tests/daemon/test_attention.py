@@ -15,8 +15,9 @@ import torch
 
 from spilld.cuda_ext.cpu import CpuBackend, element_view
 from spilld.cuda_ext.window import WindowShape
-from spilld.daemon.attention import Call, Slice, TieredAttention
+from spilld.daemon.attention import TieredAttention
 from spilld.daemon.sequence import Sequence
+from spilld.daemon.slices import Call, Slice
 from spilld.daemon.visibility import BLOCK, SINKS, WINDOW_SLOTS, boundary, sealed_by, stored_blocks
 from spilld.offload import reference
 from spilld.offload.cache import RunCache

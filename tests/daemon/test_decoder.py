@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from spilld.daemon.attention import Slice
 from spilld.daemon.decoder import Decoder
 from spilld.daemon.errors import CorruptModel, UnsupportedModel
 from spilld.daemon.model import Model, load
 from spilld.daemon.packed import Form, quantise, stack, unpack
 from spilld.daemon.packing import WEIGHTS, matrices, pack_module, packed_weights, read
+from spilld.daemon.slices import Slice
 
 from .harness import engine, greedy, reference, some_tokens
 from .tiny_models import FAMILIES, build

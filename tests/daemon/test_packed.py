@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from spilld.daemon.packed import GROUP, LANES, Form, Packed, fits, pack4, pack8, quantise, stack, unpack
 from spilld.daemon.products import multiply
-from spilld.daemon.rows import MAX_ROWS, Inputs
+from spilld.daemon.rows import MAX_ROWS, Inputs, take
 
 Floats = NDArray[np.float32]
 
@@ -34,8 +34,8 @@ def some(seed: int, *shape: int) -> Floats:
 
 
 def product(rows: Floats, weights: Packed, start: Floats | None = None) -> Floats:
-    inputs = Inputs(weights.inputs)
-    inputs.take(rows)
+    inputs = Inputs.of(weights.inputs)
+    take(rows, inputs)
     out = np.zeros((MAX_ROWS, weights.outputs), np.float32)
     if start is not None:
         out[: len(rows)] = start
@@ -136,8 +136,8 @@ def test_what_is_not_finite_stays_so_and_in_its_row(form: Form, bad: float) -> N
 def test_shapes_that_disagree() -> None:
     weights = quantise(some(11, 16, 64), Form.INT8)
     with pytest.raises(ValueError, match="16 outputs"):
-        multiply(Inputs(64), weights, np.zeros((MAX_ROWS, 8), np.float32), 1)
+        multiply(Inputs.of(64), weights, np.zeros((MAX_ROWS, 8), np.float32), 1)
     with pytest.raises(ValueError, match="9 rows"):
-        multiply(Inputs(64), weights, np.zeros((MAX_ROWS, 16), np.float32), 9)
+        multiply(Inputs.of(64), weights, np.zeros((MAX_ROWS, 16), np.float32), 9)
     with pytest.raises(ValueError, match="64 inputs"):
-        multiply(Inputs(32), weights, np.zeros((MAX_ROWS, 16), np.float32), 1)
+        multiply(Inputs.of(32), weights, np.zeros((MAX_ROWS, 16), np.float32), 1)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from spilld.daemon.packed import GROUP
-from spilld.daemon.rows import MAX_ROWS, NOTHING, Inputs, add_normed, rotate
+from spilld.daemon.rows import MAX_ROWS, NOTHING, Inputs, add_normed, rotate, take, take_gated, take_normed
 
 Floats = NDArray[np.float32]
 
@@ -37,30 +37,30 @@ def assert_holds(inputs: Inputs, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("rows", [1, 3, MAX_ROWS])
 @pytest.mark.parametrize("width", [32, 96, 576])
 def test_rows_are_taken(rows: int, width: int) -> None:
-    inputs, x, weight = Inputs(1152), some(1, rows, width), some(2, width)
-    inputs.take(x.numpy())
+    inputs, x, weight = Inputs.of(1152), some(1, rows, width), some(2, width)
+    take(x.numpy(), inputs)
     assert_holds(inputs, x)
-    inputs.take_normed(x.numpy(), weight.numpy(), 1e-5)
+    take_normed(x.numpy(), weight.numpy(), np.float32(1e-5), inputs)
     assert_holds(inputs, functional.rms_norm(x, (width,), weight, 1e-5))
     gate, up = some(3, rows, width) * 8, some(4, rows, width)
     both = torch.cat([gate, up], 1).numpy()
-    inputs.take_gated(both, gelu=False)
+    take_gated(both, False, inputs)
     assert_holds(inputs, functional.silu(gate) * up)
-    inputs.take_gated(both, gelu=True)
+    take_gated(both, True, inputs)
     assert_holds(inputs, functional.gelu(gate, approximate="tanh") * up)
 
 
 def test_zeros_and_the_largest_numbers() -> None:
-    inputs, x = Inputs(64), torch.zeros(1, 64)
+    inputs, x = Inputs.of(64), torch.zeros(1, 64)
     x[0, 40] = torch.finfo(torch.float32).max / 2
-    inputs.take(x.numpy())
+    take(x.numpy(), inputs)
     assert_holds(inputs, x)
 
 
 def test_a_normed_sum() -> None:
     x, y, weight = some(5, 3, 64), some(6, 3, 64), some(7, 64)
     expected = x + functional.rms_norm(y, (64,), weight, 1e-6)
-    add_normed(x.numpy(), y.numpy(), weight.numpy(), 1e-6)
+    add_normed(x.numpy(), y.numpy(), weight.numpy(), np.float32(1e-6))
     torch.testing.assert_close(x, expected)
 
 
@@ -75,5 +75,7 @@ def test_rotation(rotary: int, normed: bool) -> None:
     half = torch.cat([-second, first], -1)
     expected[:, 1:4] = turned[:, 1:4]
     expected[:, 1:4, :rotary] = (turned[..., :rotary] * cos[:, None] + half * sin[:, None])[:, 1:4]
-    rotate(heads.numpy(), 1, 4, cos.numpy(), sin.numpy(), weight.numpy() if normed else NOTHING, 1e-6)
+    rotate(
+        heads.numpy(), 1, 4, cos.numpy(), sin.numpy(), weight.numpy() if normed else NOTHING, np.float32(1e-6)
+    )
     torch.testing.assert_close(heads, expected)
