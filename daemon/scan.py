@@ -17,8 +17,8 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from spilld.offload.bits import f32_to_bf16_nearest
-from spilld.offload.lanes import dot_rows, weigh_tile
-from spilld.offload.partial import MAX_TILE, Partial, attend_blocks, parts_of
+from spilld.offload.lanes import MAX_TILE, dot_rows, weigh_tile
+from spilld.offload.partial import Partial, attend_blocks, parts_of
 from spilld.offload.record import BLOCK, Element, Format, Layout
 from spilld.offload.softmax import finish, join, soften, start
 
@@ -235,16 +235,14 @@ def attend_slots(
 ) -> None:
     """attend_blocks over slots of a window, which lies token by token: keys, values [slots * head_dim]."""
     weights = np.empty((tile, BLOCK), np.float32)
-    largest = np.empty(tile, np.float32)
     k_scale = np.empty(BLOCK, np.float32)
     start(acc, top, total, k_scale, scale)
     for r in range(len(ranges)):
         for slot in range(ranges[r, 0], ranges[r, 1], BLOCK):
-            count = min(BLOCK, ranges[r, 1] - slot)
+            count, at = min(BLOCK, ranges[r, 1] - slot), slot * head_dim
             for first in range(0, len(q), tile):
-                stop = first + tile
-                dot_rows(keys, slot * head_dim, count, q[first:stop], weights, head_dim, tile)
+                dot_rows(keys, at, count, q, first, weights, head_dim, tile)
                 finish(weights, k_scale, softcap)
                 weights[:, count:] = -np.inf
-                soften(weights, largest, top[first:stop], total[first:stop], acc[first:stop])
-                weigh_tile(values, slot * head_dim, weights, 0, count, acc[first:stop], head_dim, tile)
+                soften(weights, first, top, total, acc)
+                weigh_tile(values, at, at, weights, 0, count, acc, first, head_dim, tile)

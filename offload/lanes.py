@@ -12,16 +12,19 @@ clear __pycache__ after one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .record import BLOCK, V4_GROUP
 from .vectors import (
     F32,
     I32,
+    I64,
     Sums,
     address,
     broadcast,
@@ -37,58 +40,73 @@ from .vectors import (
     vector_address,
 )
 
-LANES = 16
+LANES = 8
+
+CACHE_LINE = 64
+"""Bytes."""
+
+_VECTORS = 4
+"""Of sums a row: with MAX_TILE rows, and what else a loop needs, as many as there are registers."""
+
+MAX_TILE = 3
+"""Rows of a tile."""
 
 
 @intrinsic(prefer_literal=True)
-def dot_tile(_context: Any, codes: Any, start: Any, q: Any, out: Any, head_dim: Any, tile: Any) -> Any:
-    """out[r, t] = sum over d of q[r, d] * codes[start + 64 * d + t].
+def dot_tile(
+    _context: Any, codes: Any, start: Any, ahead: Any, q: Any, top: Any, out: Any, head_dim: Any, tile: Any
+) -> Any:
+    """out[r, t] = sum over d of q[top + r, d] * codes[start + 64 * d + t].
 
-    q: float32 [tile, head_dim]; out: float32 [tile, 64].
+    q: float32 [rows, head_dim]; out: float32 [tile, 64]. Here and below, ahead is where the codes begin that
+    come next: they are fetched into the cache meanwhile, a line at a time, as many at once would stall.
     """
     dim, rows = head_dim.literal_value, tile.literal_value
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         at = pointers(context, builder, signature, args)
-        # Four vectors of sums hide the latency of an addition; a tall tile has enough by its rows.
-        width = LANES * {1: 4, 2: 2}.get(rows, 1)
-        for first in range(0, BLOCK, width):
-            sums = Sums(builder, [[None]] * rows, width)
+        for tokens in _passes(BLOCK):
+            sums = Sums(builder, [[None] * len(tokens)] * rows, LANES)
             with each(builder, 0, dim) as d:
-                keys = floats(builder, load(builder, at[0], [args[1], (d, BLOCK), first], width))
-                for row in range(rows):
-                    sums.add(row, 0, splat(builder, at[2], [d, row * dim], width), keys)
-            sums.store([[address(builder, at[3], [row * BLOCK + first])] for row in range(rows)])
+                _fetch(builder, at[0], [args[2], tokens.start * dim], d, LANES * len(tokens))
+                factors = [
+                    splat(builder, at[3], [(args[4], dim), d, row * dim], LANES) for row in range(rows)
+                ]
+                for i, t in enumerate(tokens):
+                    keys = floats(builder, load(builder, at[0], [args[1], (d, BLOCK), t], LANES))
+                    for row in range(rows):
+                        sums.add(row, i, factors[row], keys)
+            sums.store([[address(builder, at[5], [row * BLOCK + t]) for t in tokens] for row in range(rows)])
         return context.get_dummy_value()
 
-    return types.void(codes, start, q, out, head_dim, tile), build
+    return types.void(codes, start, ahead, q, top, out, head_dim, tile), build
 
 
 @intrinsic(prefer_literal=True)
 def dot_rows(
-    _context: Any, keys: Any, start: Any, last: Any, q: Any, out: Any, head_dim: Any, tile: Any
+    _context: Any, keys: Any, start: Any, last: Any, q: Any, top: Any, out: Any, head_dim: Any, tile: Any
 ) -> Any:
     """dot_tile over keys that lie token by token, for t < last.
 
-    out[r, t] = sum over d of q[r, d] * keys[start + head_dim * t + d].
+    out[r, t] = sum over d of q[top + r, d] * keys[start + head_dim * t + d].
     """
-    dim, rows = head_dim.literal_value, tile.literal_value
+    dim, rows, width = head_dim.literal_value, tile.literal_value, 2 * LANES
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         at = pointers(context, builder, signature, args)
         with each(builder, 0, args[2]) as t:
-            sums: list[Any] = [constant(0.0, LANES)] * rows
-            for part in range(0, dim, LANES):
-                key = floats(builder, load(builder, at[0], [args[1], (t, dim), part], LANES))
+            sums: list[Any] = [constant(0.0, width)] * rows
+            for part in range(0, dim, width):
+                key = floats(builder, load(builder, at[0], [args[1], (t, dim), part], width))
                 for row in range(rows):
-                    numbers = load(builder, at[3], [row * dim + part], LANES)
+                    numbers = load(builder, at[3], [(args[4], dim), row * dim + part], width)
                     sums[row] = multiply_add(builder, numbers, key, sums[row])
             for row in range(rows):
                 total = call(builder, "llvm.vector.reduce.fadd", F32, F32(0.0), sums[row], flags=("reassoc",))
-                builder.store(total, address(builder, at[4], [t, row * BLOCK]))
+                builder.store(total, address(builder, at[5], [t, row * BLOCK]))
         return context.get_dummy_value()
 
-    return types.void(keys, start, last, q, out, head_dim, tile), build
+    return types.void(keys, start, last, q, top, out, head_dim, tile), build
 
 
 @intrinsic(prefer_literal=True)
@@ -96,129 +114,165 @@ def weigh_tile(
     _context: Any,
     codes: Any,
     start: Any,
+    ahead: Any,
     weights: Any,
     first: Any,
     last: Any,
     out: Any,
+    top: Any,
     head_dim: Any,
     tile: Any,
 ) -> Any:
-    """out[r, d] += sum over tokens first <= t < last of weights[r, t] * codes[start + head_dim * t + d].
+    """out[top + r, d] += sum over tokens first <= t < last of weights[r, t] * codes[start + head_dim * t + d].
 
-    weights: float32 [tile, 64]; out: float32 [tile, head_dim].
+    weights: float32 [tile, 64]; out: float32 [rows, head_dim].
     """
     dim, rows = head_dim.literal_value, tile.literal_value
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         at = pointers(context, builder, signature, args)
-        for channel in range(0, dim, 2 * LANES):
-            parts = range(channel, min(channel + 2 * LANES, dim), LANES)
-            places = [[address(builder, at[5], [row * dim + part]) for part in parts] for row in range(rows)]
+        for channels in _passes(dim):
+            places = [
+                [address(builder, at[6], [(args[7], dim), row * dim + d]) for d in channels]
+                for row in range(rows)
+            ]
             sums = Sums(builder, places, LANES)
-            with each(builder, args[3], args[4]) as t:
-                values = [
-                    floats(builder, load(builder, at[0], [args[1], (t, dim), part], LANES)) for part in parts
-                ]
-                for row in range(rows):
-                    weight = splat(builder, at[2], [t, row * BLOCK], LANES)
-                    for part, value in enumerate(values):
-                        sums.add(row, part, weight, value)
+            with each(builder, args[4], args[5]) as t:
+                _fetch(builder, at[0], [args[2], channels.start * BLOCK], t, LANES * len(channels))
+                factors = [splat(builder, at[3], [t, row * BLOCK], LANES) for row in range(rows)]
+                for i, d in enumerate(channels):
+                    values = floats(builder, load(builder, at[0], [args[1], (t, dim), d], LANES))
+                    for row in range(rows):
+                        sums.add(row, i, factors[row], values)
             sums.store(places)
         return context.get_dummy_value()
 
-    return types.void(codes, start, weights, first, last, out, head_dim, tile), build
+    return types.void(codes, start, ahead, weights, first, last, out, top, head_dim, tile), build
+
+
+def _passes(numbers: int) -> Iterator[range]:
+    """The numbers whose sums are in registers together, a vector at each."""
+    for first in range(0, numbers, _VECTORS * LANES):
+        yield range(first, min(first + _VECTORS * LANES, numbers), LANES)
+
+
+@intrinsic
+def widen(_context: Any, codes: Any, start: Any, ahead: Any, out: Any) -> Any:
+    """Fill out, float32 [a multiple of 64], with codes[start:] as numbers."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = pointers(context, builder, signature, args)
+        count = context.make_array(signature.args[3])(context, builder, args[3]).nitems
+        with each(builder, 0, builder.udiv(count, I64(BLOCK))) as i:
+            _fetch(builder, at[0], [args[2]], i, BLOCK)
+            for first in range(0, BLOCK, LANES):
+                place = [(i, BLOCK), first]
+                numbers = floats(builder, load(builder, at[0], [args[1], *place], LANES))
+                _store(builder, numbers, at[3], place)
+        return context.get_dummy_value()
+
+    return types.void(codes, types.int64, types.int64, out), build
 
 
 @intrinsic(prefer_literal=True)
-def weigh_tile4(
-    _context: Any,
-    codes: Any,
-    start: Any,
-    pairs: Any,
-    pairs_start: Any,
-    weights: Any,
-    first: Any,
-    last: Any,
-    out: Any,
-    head_dim: Any,
-    tile: Any,
+def widen4(
+    _context: Any, codes: Any, start: Any, ahead: Any, pairs: Any, pairs_start: Any, out: Any, head_dim: Any
 ) -> Any:
-    """weigh_tile over values of four bits: code * scale + minimum.
+    """Values of four bits as numbers, code * scale + minimum: out float32 [64 * head_dim].
 
     codes: the record as uint8; byte i of a group of width w holds code[i] | code[i + w/2] << 4. pairs: the
     record as uint32 words, [64, groups] from pairs_start on: bf16 scale in the low half, minimum in the high.
     """
-    dim, rows = head_dim.literal_value, tile.literal_value
+    dim = head_dim.literal_value
     groups = -(-dim // V4_GROUP)
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         at = pointers(context, builder, signature, args)
-        for group in range(groups):
-            channel = group * V4_GROUP
-            half = min(V4_GROUP, dim - channel) // 2
-            floats, words = ir.VectorType(F32, half), ir.VectorType(I32, half)
-            places = [
-                [address(builder, at[7], [row * dim + channel + i * half]) for i in range(2)]
-                for row in range(rows)
-            ]
-            sums = Sums(builder, places, half)
-            with each(builder, args[5], args[6]) as t:
-                pair = splat(builder, at[2], [args[3], (t, groups), group], half)
-                scale = builder.bitcast(builder.shl(pair, constant(16, half)), floats)
-                minimum = builder.bitcast(builder.and_(pair, constant(0xFFFF0000, half)), floats)
-                both = builder.zext(load(builder, at[0], [args[1], (t, dim // 2), channel // 2], half), words)
-                low = builder.and_(both, constant(15, half))
-                high = builder.lshr(both, constant(4, half))
-                values = [
-                    multiply_add(builder, builder.sitofp(code, floats), scale, minimum)
-                    for code in (low, high)
-                ]
-                for row in range(rows):
-                    weight = splat(builder, at[4], [t, row * BLOCK], half)
-                    for i, value in enumerate(values):
-                        sums.add(row, i, weight, value)
-            sums.store(places)
+        numbers, words = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+        with each(builder, 0, BLOCK) as t:
+            _fetch(builder, at[0], [args[2]], t, dim // 2)
+            for group in range(groups):
+                channel = group * V4_GROUP
+                half = min(V4_GROUP, dim - channel) // 2
+                pair = splat(builder, at[3], [args[4], (t, groups), group], LANES)
+                scale = builder.bitcast(builder.shl(pair, constant(16, LANES)), numbers)
+                minimum = builder.bitcast(builder.and_(pair, constant(0xFFFF0000, LANES)), numbers)
+                for i in range(0, half, LANES):
+                    place = [args[1], (t, dim // 2), channel // 2 + i]
+                    both = builder.zext(load(builder, at[0], place, LANES), words)
+                    low = builder.and_(both, constant(15, LANES))
+                    high = builder.lshr(both, constant(4, LANES))
+                    for code, d in ((low, channel + i), (high, channel + half + i)):
+                        value = multiply_add(builder, builder.sitofp(code, numbers), scale, minimum)
+                        _store(builder, value, at[5], [(t, dim), d])
         return context.get_dummy_value()
 
-    return types.void(codes, start, pairs, pairs_start, weights, first, last, out, head_dim, tile), build
+    return types.void(codes, start, ahead, pairs, pairs_start, out, head_dim), build
+
+
+def _store(builder: Any, vector: Any, pointer: Any, terms: Sequence[Any]) -> None:
+    place = vector_address(builder, address(builder, pointer, terms), vector.type.count)
+    builder.store(vector, place, align=4)
+
+
+def _fetch(builder: Any, pointer: Any, terms: Sequence[Any], index: Any, count: int) -> None:
+    """Bring the index-th `count` elements from pointer + terms on into the cache."""
+    element = pointer.type.pointee
+    size = 4 if element == F32 else element.width // 8
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    for first in range(0, count, CACHE_LINE // size):
+        place = address(builder, pointer, [*terms, (index, count), first])
+        builder.call(prefetch, [builder.bitcast(place, byte), I32(0), I32(3), I32(1)])  # read, keep, data
 
 
 @intrinsic
-def maximum64(_context: Any, numbers: Any) -> Any:
-    """Largest of float32 numbers[:64]; NaN if one of them is."""
+def maximum64(_context: Any, numbers: Any, row: Any) -> Any:
+    """Largest of a row of float32 [rows, 64]; if one of them is NaN, that or any of them."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = load(builder, pointers(context, builder, signature, args)[0], [], BLOCK)
-        return call(builder, "llvm.vector.reduce.fmaximum", F32, vector)
+        at = pointers(context, builder, signature, args)[0]
+        parts = [load(builder, at, [(args[1], BLOCK), first], LANES) for first in range(0, BLOCK, LANES)]
+        while len(parts) > 1:
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            parts = [builder.select(builder.fcmp_ordered(">", a, b), a, b) for a, b in pairs]
+        return call(builder, "llvm.vector.reduce.fmax", F32, parts[0])
 
-    return types.float32(numbers), build
+    return types.float32(numbers, types.int64), build
 
 
 @intrinsic
-def exponentials64(_context: Any, numbers: Any, centre: Any) -> Any:
-    """numbers[:64] = exp(numbers - centre), for numbers <= centre; returns their sum."""
+def exponentials64(_context: Any, numbers: Any, row: Any, centre: Any) -> Any:
+    """numbers[row] = exp(numbers[row] - centre), for numbers <= centre; returns their sum."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = vector_address(builder, pointers(context, builder, signature, args)[0], BLOCK)
-        shifted = builder.fsub(builder.load(place, align=4), broadcast(builder, args[1], BLOCK))
+        place = _row(context, builder, signature, args)
+        shifted = builder.fsub(builder.load(place, align=4), broadcast(builder, args[2], BLOCK))
         result = exp(builder, shifted)
         builder.store(result, place, align=4)
         return call(builder, "llvm.vector.reduce.fadd", F32, F32(0.0), result, flags=("reassoc",))
 
-    return types.float32(numbers, types.float32), build
+    return types.float32(numbers, types.int64, types.float32), build
 
 
 @intrinsic
-def cap64(_context: Any, numbers: Any, softcap: Any) -> Any:
-    """numbers[:64] = softcap * tanh(numbers / softcap), by tanh(x) = 1 - 2 / (exp(2x) + 1)."""
+def cap64(_context: Any, numbers: Any, row: Any, softcap: Any) -> Any:
+    """numbers[row] = softcap * tanh(numbers[row] / softcap), by tanh(x) = 1 - 2 / (exp(2x) + 1)."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = vector_address(builder, pointers(context, builder, signature, args)[0], BLOCK)
-        cap = broadcast(builder, args[1], BLOCK)
+        place = _row(context, builder, signature, args)
+        cap = broadcast(builder, args[2], BLOCK)
         one, two = constant(1.0, BLOCK), constant(2.0, BLOCK)
         power = exp(builder, builder.fmul(builder.load(place, align=4), builder.fdiv(two, cap)))
         tanh = builder.fsub(one, builder.fdiv(two, builder.fadd(power, one)))
         builder.store(builder.fmul(cap, tanh), place, align=4)
         return context.get_dummy_value()
 
-    return types.void(numbers, types.float32), build
+    return types.void(numbers, types.int64, types.float32), build
+
+
+def _row(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Where row args[1] of args[0], [rows, 64], lies, as a vector."""
+    at = pointers(context, builder, signature, args)[0]
+    return vector_address(builder, address(builder, at, [(args[1], BLOCK)]), BLOCK)

@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from .lanes import dot_tile, weigh_tile, weigh_tile4
+from .lanes import MAX_TILE, dot_tile, weigh_tile, widen, widen4
 from .record import BLOCK, V4_GROUP, Element, Format, Layout, check_places
 from .softmax import (
     finish,
@@ -33,7 +33,9 @@ from .softmax import (
 
 __all__ = ["Partial", "merge"]
 
-MAX_TILE = 6
+FEW_TILES = 2
+"""More tiles than this share keys and values that were made float32."""
+
 BLOCKS_PER_PART = 8
 MAX_PARTS = 32
 
@@ -223,47 +225,57 @@ def attend_blocks(
     v_stride = head_dim // 2 if int4 else head_dim
     pairs = (head_dim + V4_GROUP - 1) // V4_GROUP if int4 else 1
     weights = np.empty((tile, BLOCK), np.float32)
-    largest = np.empty(tile, np.float32)
     k_scale = np.empty(BLOCK, np.float32)
     v_scale = np.empty(BLOCK, np.float32)
+    many = len(q) > FEW_TILES * tile
+    keys = np.empty(head_dim * BLOCK, np.float32)
+    values = np.empty(head_dim * BLOCK, np.float32)
     start(acc, top, total, k_scale, scale)
-    k_at = offsets[0] + head * head_dim * BLOCK
-    v_at = offsets[1] + head * v_stride * BLOCK
-    k_scales_at = offsets[2] + head * BLOCK
-    v_scales_at = offsets[3] + head * BLOCK * pairs
     for block in range(len(places)):
         some, whole = visibility(positions[block], low, high)
         if not some:
             continue
         place = places[block]
-        k, v = k_codes[place // k_codes.itemsize :], v_codes[place // v_codes.itemsize :]
-        half, scales = halves[place // 2 :], words[place // 4 :]
+        k_at = place // k_codes.itemsize + offsets[0] + head * head_dim * BLOCK
+        v_at = place // v_codes.itemsize + offsets[1] + head * v_stride * BLOCK
+        k_scales_at = place // 2 + offsets[2] + head * BLOCK
+        v_scales_at = place // (4 if int4 else 2) + offsets[3] + head * BLOCK * pairs
+        ahead = places[min(block + 1, len(places) - 1)] - place
+        k_next, v_next = k_at + ahead // k_codes.itemsize, v_at + ahead // v_codes.itemsize
         if not exact:
-            read_scales(half[k_scales_at : k_scales_at + BLOCK], scale, k_scale)
+            read_scales(halves, k_scales_at, scale, k_scale)
             if not int4:
-                read_scales(half[v_scales_at : v_scales_at + BLOCK], np.float32(1), v_scale)
+                read_scales(halves, v_scales_at, np.float32(1), v_scale)
+        if many:
+            widen(k_codes, k_at, k_next, keys)
+        if int4:
+            widen4(v_codes, v_at, v_next, words, v_scales_at, values, head_dim)
+        elif many:
+            widen(v_codes, v_at, v_next, values)
         for first in range(0, len(q), tile):
-            stop = first + tile
-            dot_tile(k, k_at, q[first:stop], weights, head_dim, tile)
+            if many:
+                dot_tile(keys, 0, 0, q, first, weights, head_dim, tile)
+            else:
+                dot_tile(k_codes, k_at, k_next, q, first, weights, head_dim, tile)
             finish(weights, k_scale, softcap)
             if not whole:
                 hide(weights, first, group, positions[block], low, high)
-            soften(weights, largest, top[first:stop], total[first:stop], acc[first:stop])
+            soften(weights, first, top, total, acc)
             if not exact and not int4:
                 multiply(weights, v_scale)
             if whole:
-                out = acc[first:stop]
-                if int4:
-                    weigh_tile4(v, v_at, scales, v_scales_at, weights, 0, BLOCK, out, head_dim, tile)
+                if int4 or many:
+                    weigh_tile(values, 0, 0, weights, 0, BLOCK, acc, first, head_dim, tile)
                 else:
-                    weigh_tile(v, v_at, weights, 0, BLOCK, out, head_dim, tile)
+                    weigh_tile(v_codes, v_at, v_next, weights, 0, BLOCK, acc, first, head_dim, tile)
                 continue
             # Weight 0 times NaN would be NaN: a row takes only the values that it sees.
             for i in range(tile):
-                m = min((first + i) // group, len(low) - 1)
+                row = first + i
+                m = min(row // group, len(low) - 1)
                 begin, end = seen(positions[block], low[m], high[m])
-                mine, out = weights[i : i + 1], acc[first + i : first + i + 1]
-                if int4:
-                    weigh_tile4(v, v_at, scales, v_scales_at, mine, begin, end, out, head_dim, 1)
+                mine = weights[i : i + 1]
+                if int4 or many:
+                    weigh_tile(values, 0, 0, mine, begin, end, acc, row, head_dim, 1)
                 else:
-                    weigh_tile(v, v_at, mine, begin, end, out, head_dim, 1)
+                    weigh_tile(v_codes, v_at, v_next, mine, begin, end, acc, row, head_dim, 1)

@@ -105,9 +105,9 @@ def visibility(position: Any, low: Any, high: Any) -> Any:
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def read_scales(halves: Any, factor: Any, out: Any) -> None:
+def read_scales(halves: Any, start: Any, factor: Any, out: Any) -> None:
     for t in range(BLOCK):
-        out[t] = factor * bf16_to_f32(halves[t])
+        out[t] = factor * bf16_to_f32(halves[start + t])
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -123,7 +123,7 @@ def finish(logits: Any, k_scale: Any, softcap: Any) -> None:
     multiply(logits, k_scale)
     if softcap != 0:
         for i in range(len(logits)):
-            cap64(logits[i], softcap)
+            cap64(logits, i, softcap)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -138,18 +138,20 @@ def hide(logits: Any, first: Any, group: Any, position: Any, low: Any, high: Any
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def soften(logits: Any, largest: Any, top: Any, total: Any, acc: Any) -> None:
-    """One step of the online softmax: logits become weights relative to top, which rises where it must."""
+def soften(logits: Any, first: Any, top: Any, total: Any, acc: Any) -> None:
+    """One step of the online softmax for the rows from `first` on: logits become weights relative to top,
+    which rises where it must.
+    """
     for i in range(len(logits)):
-        largest[i] = maximum64(logits[i])
-    for i in range(len(logits)):
-        if not largest[i] <= top[i]:
-            fade = np.exp(top[i] - largest[i])
-            top[i] = largest[i]
-            total[i] *= fade
+        row, largest = first + i, maximum64(logits, i)
+        if largest > top[row]:
+            fade = np.exp(top[row] - largest)
+            top[row] = largest
+            total[row] *= fade
             for d in range(acc.shape[1]):
-                acc[i, d] *= fade
-    for i in range(len(logits)):
+                acc[row, d] *= fade
         # A row that has seen nothing yet has no centre: -inf - -inf.
-        centre = top[i] if top[i] != -np.inf else np.float32(0)
-        total[i] += exponentials64(logits[i], centre)
+        centre = top[row] if top[row] != -np.inf else np.float32(0)
+        total[row] += exponentials64(logits, i, centre)
+        if total[row] != total[row]:
+            top[row] = total[row]
