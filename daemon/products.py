@@ -7,12 +7,13 @@ does not depend on the other rows, nor on the number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -23,6 +24,7 @@ from spilld.offload.vectors import (
     Sums,
     address,
     each,
+    fetch,
     load,
     pointers,
     splat,
@@ -33,10 +35,19 @@ from .rows import MAX_ROWS, Inputs
 
 I16 = ir.IntType(16)
 
-PAIRS, SCALES, SUMS, OUT, FIRST = range(3, 8)
-"""Arguments of multiply_tile."""
+PAIRS, SCALES, SUMS, OUT, TOP = range(4, 9)
+"""Arguments of multiply_tiles."""
 
-INT4_WORDS, INT8_WORDS = Form.INT4.words, Form.INT8.words
+FEW = 4
+"""Rows that are multiplied together, unless there is one: as many sums of two tiles fit the registers."""
+
+AHEAD = 1024
+"""Words: how far before their use weights are fetched. Hardware fetches no further than a page."""
+
+LINES4, LINES8 = 4, 8
+"""Vectors of codes in a group of a tile."""
+
+_INTS = ir.VectorType(I32, LANES)
 
 Floats = NDArray[np.float32]
 
@@ -49,10 +60,13 @@ class Matrix(NamedTuple):
     groups: int
     """Groups of 32 inputs."""
     int4: bool
+    lines: int
+    """LINES4 or LINES8."""
 
     @classmethod
     def of(cls, weights: Packed) -> Matrix:
-        return cls(weights.tiles.reshape(-1), weights.tiles.shape[1], weights.form is Form.INT4)
+        int4 = weights.form is Form.INT4
+        return cls(weights.tiles.reshape(-1), weights.tiles.shape[1], int4, LINES4 if int4 else LINES8)
 
 
 def multiply(inputs: Inputs, weights: Packed, out: Floats, rows: int) -> None:
@@ -73,122 +87,163 @@ def multiply_rows(inputs: Any, weights: Any, out: Any, rows: Any) -> None:
     """
     count, parts = out.shape[1] // LANES, inputs.threads
     for part in prange(parts):
-        for tile in range(count * part // parts, count * (part + 1) // parts):
-            _multiply_tile(inputs, weights, out, tile, rows)
-
-
-@njit(nogil=True, error_model="numpy", cache=True)
-def _multiply_tile(inputs: Any, weights: Any, out: Any, tile: Any, rows: Any) -> None:
-    """Each number of rows is code of its own: 1, 2, 4 or 8 are computed."""
-    pairs, groups = inputs.codes.view(np.int32), weights.groups
-    words, scales, sums, first = weights.words, inputs.scales, inputs.sums, tile * LANES
-    if weights.int4:
-        at = tile * groups * INT4_WORDS
+        first, last = count * part // parts, count * (part + 1) // parts
         if rows == 1:
-            multiply_tile(words, at, groups, pairs, scales, sums, out, first, 1, 1)
-        elif rows == 2:
-            multiply_tile(words, at, groups, pairs, scales, sums, out, first, 2, 1)
-        elif rows <= 4:
-            multiply_tile(words, at, groups, pairs, scales, sums, out, first, 4, 1)
-        else:
-            multiply_tile(words, at, groups, pairs, scales, sums, out, first, 8, 1)
-        return
-    at = tile * groups * INT8_WORDS
-    if rows == 1:
-        multiply_tile(words, at, groups, pairs, scales, sums, out, first, 1, 0)
-    elif rows == 2:
-        multiply_tile(words, at, groups, pairs, scales, sums, out, first, 2, 0)
-    elif rows <= 4:
-        multiply_tile(words, at, groups, pairs, scales, sums, out, first, 4, 0)
-    else:
-        multiply_tile(words, at, groups, pairs, scales, sums, out, first, 8, 0)
+            if weights.int4:
+                _tiles(inputs, weights, out, first, last, LINES4, 0, 1, 1, 1)
+            else:
+                _tiles(inputs, weights, out, first, last, LINES8, 0, 1, 1, 0)
+            continue
+        # LLVM does not know the value of weights.lines: a loop that it can unroll it does row by row, which
+        # needs all the codes at once.
+        twos = first + (last - first) // 2 * 2
+        for top in range(0, rows, FEW):
+            if weights.int4:
+                _tiles(inputs, weights, out, first, twos, weights.lines, top, FEW, 2, 1)
+                _tiles(inputs, weights, out, twos, last, weights.lines, top, FEW, 1, 1)
+            else:
+                _tiles(inputs, weights, out, first, twos, weights.lines, top, FEW, 2, 0)
+                _tiles(inputs, weights, out, twos, last, weights.lines, top, FEW, 1, 0)
+
+
+@njit(nogil=True, error_model="numpy", inline="always")
+def _tiles(
+    inputs: Any,
+    weights: Any,
+    out: Any,
+    first: Any,
+    last: Any,
+    lines: Any,
+    top: Any,
+    height: Any,
+    width: Any,
+    int4: Any,
+) -> None:
+    """Tiles first <= t < last, `width` at a time, times rows top <= r < top + height.
+
+    height, width, int4: literals.
+    """
+    for tile in range(first, last, width):
+        multiply_tiles(
+            weights.words,
+            tile,
+            weights.groups,
+            lines,
+            inputs.codes.view(np.int32),
+            inputs.scales,
+            inputs.sums,
+            out,
+            top,
+            height,
+            width,
+            int4,
+        )
 
 
 @intrinsic(prefer_literal=True)
-def multiply_tile(
+def multiply_tiles(
     _context: Any,
-    tiles: Any,
-    start: Any,
+    words: Any,
+    tile: Any,
     groups: Any,
+    lines: Any,
     pairs: Any,
     scales: Any,
     sums: Any,
     out: Any,
-    first: Any,
+    top: Any,
     height: Any,
+    width: Any,
     int4: Any,
 ) -> Any:
-    """out[r, first:first + 8] += a tile of weights, from tiles[start] on, times row r, r < height.
+    """out[r, 8 tile:8 (tile + width)] += `width` tiles of weights times row r, top <= r < top + height.
 
-    pairs: int32 [rows, .], two neighbouring int16 inputs each; scales, sums: of each group's inputs. height,
-    int4: literals.
+    lines: vectors of codes in a group of a tile. pairs: int32 [rows, .], two neighbouring int16 inputs each;
+    scales, sums: of each group's inputs. height, width, int4: literals.
     """
-    rows, form = height.literal_value, Form.INT4 if int4.literal_value else Form.INT8
+    rows, tiles = height.literal_value, width.literal_value
+    form = Form.INT4 if int4.literal_value else Form.INT8
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rows_of = _Rows(context, builder, signature, args, rows)
-        tile = pointers(context, builder, signature, args)[0]
-        totals = Sums(builder, rows_of.places, LANES)
+        here = _Place(context, builder, signature, args)
+        totals = Sums(builder, [[here.out(r, t) for t in range(tiles)] for r in range(rows)], LANES)
         with each(builder, 0, args[2]) as group:
-            at = builder.add(args[1], builder.mul(group, I64(form.words)))
-            products: list[Any] = [None] * rows
-            for pair, code in enumerate(_pairs(builder, tile, at, form)):
-                rows_of.add_products(products, code, group, pair)
-            scale = _halves(builder, tile, at, 0, form)
-            for row in range(rows):
-                number = builder.sitofp(products[row], ir.VectorType(F32, LANES))
-                totals.add(row, 0, builder.fmul(scale, rows_of.number(SCALES, row, group)), number)
-                if form is Form.INT4:
-                    minimum = _halves(builder, tile, at, 1, form)
-                    totals.add(row, 0, minimum, rows_of.number(SUMS, row, group))
-        totals.store(rows_of.places)
+            starts = [here.group(t, group, form) for t in range(tiles)]
+            products = [[cgutils.alloca_once(builder, _INTS) for _ in starts] for _ in range(rows)]
+            for slot in chain.from_iterable(products):
+                builder.store(ir.Constant(_INTS, [0] * LANES), slot)
+            with each(builder, 0, args[3]) as line:
+                for start in starts:
+                    fetch(builder, here.words, [start, (line, 16), AHEAD], 16)
+                for s, codes in enumerate(
+                    zip(*(_codes(builder, here.words, start, line, form) for start in starts), strict=True)
+                ):
+                    for r in range(rows):
+                        both = here.pair(r, group, line, s, form)
+                        for slot, code in zip(products[r], codes, strict=True):
+                            product = _pairwise(builder, code, builder.bitcast(both, code.type))
+                            builder.store(builder.add(builder.load(slot), product), slot)
+            for t, start in enumerate(starts):
+                scale = _halves(builder, here.words, start, 0, form)
+                minimum = _halves(builder, here.words, start, 1, form) if form is Form.INT4 else None
+                for r in range(rows):
+                    number = builder.sitofp(builder.load(products[r][t]), ir.VectorType(F32, LANES))
+                    totals.add(r, t, builder.fmul(scale, here.number(SCALES, r, group)), number)
+                    if minimum is not None:
+                        totals.add(r, t, minimum, here.number(SUMS, r, group))
+        totals.store([[here.out(r, t) for t in range(tiles)] for r in range(rows)])
         return context.get_dummy_value()
 
-    return types.void(tiles, start, groups, pairs, scales, sums, out, first, height, int4), build
+    return types.void(words, tile, groups, lines, pairs, scales, sums, out, top, height, width, int4), build
 
 
-def _pairs(builder: Any, tile: Any, at: Any, form: Form) -> Iterator[Any]:
-    """The codes of a group, int16 [8 outputs, 2 inputs], pair by pair of inputs; packed.py says where."""
-    for j in range(8 if form is Form.INT8 else 4):
-        word = load(builder, tile, [at, 16 * j], 16)
-        if form is Form.INT8:
-            yield builder.ashr(builder.shl(word, _words(8)), _words(8))
-            yield builder.ashr(word, _words(8))
-            continue
-        for s in range(4):
-            code = builder.lshr(word, _words(4 * s)) if s else word
-            yield builder.and_(code, _words(15)) if s < 3 else code
+def _codes(builder: Any, words: Any, start: Any, line: Any, form: Form) -> list[Any]:
+    """A vector's codes, int16 [8 outputs, 2 inputs], pair by pair of inputs; packed.py says where."""
+    word = load(builder, words, [start, (line, 16)], 16)
+    if form is Form.INT8:
+        return [builder.ashr(builder.shl(word, _words(8)), _words(8)), builder.ashr(word, _words(8))]
+    codes = [builder.lshr(word, _words(4 * s)) if s else word for s in range(4)]
+    return [*(builder.and_(code, _words(15)) for code in codes[:3]), codes[3]]
 
 
-class _Rows:
-    """The rows of a product, as code at `builder`; args are those of multiply_tile."""
+class _Place:
+    """Where things lie; args are those of multiply_tiles."""
 
-    def __init__(self, context: Any, builder: Any, signature: Any, args: Any, rows: int) -> None:
-        self._builder = builder
+    def __init__(self, context: Any, builder: Any, signature: Any, args: Any) -> None:
+        self._builder, self._args = builder, args
         self._at = pointers(context, builder, signature, args)
-        self._shapes = [
-            context.make_array(kind)(context, builder, arg).shape if isinstance(kind, types.Array) else None
+        self._lengths = [
+            builder.extract_value(context.make_array(kind)(context, builder, arg).shape, kind.ndim - 1)
+            if isinstance(kind, types.Array)
+            else None
             for kind, arg in zip(signature.args, args, strict=True)
         ]
-        self.places = [
-            [address(builder, self._at[OUT], [args[FIRST], self._row(OUT, row)])] for row in range(rows)
-        ]
+        self.words = self._at[0]
 
-    def add_products(self, sums: list[Any], code: Any, group: Any, pair: int) -> None:
-        """Add code [8 outputs, 2 inputs] times a pair of inputs of every row."""
-        for row in range(len(sums)):
-            both = self.number(PAIRS, row, group, GROUP // 2, pair)
-            product = _pairwise(self._builder, code, self._builder.bitcast(both, code.type))
-            sums[row] = product if sums[row] is None else self._builder.add(sums[row], product)
+    def group(self, tile: int, group: Any, form: Form) -> Any:
+        """The index of a group's words, of the tile-th tile from args[1] on."""
+        number = self._builder.add(self._args[1], I64(tile))
+        index = self._builder.add(self._builder.mul(number, self._args[2]), group)
+        return self._builder.mul(index, I64(form.words))
 
-    def number(self, array: int, row: int, group: Any, width: int = 1, offset: int = 0) -> Any:
-        """An element of a row, of which a group has `width`, in all lanes."""
-        terms = [self._row(array, row), (group, width), offset]
-        return splat(self._builder, self._at[array], terms, LANES)
+    def out(self, row: int, tile: int) -> Any:
+        return address(
+            self._builder, self._at[OUT], [(self._args[1], LANES), tile * LANES, self._row(OUT, row)]
+        )
+
+    def pair(self, row: int, group: Any, line: Any, s: int, form: Form) -> Any:
+        """Two inputs of a row, in all lanes: the s-th of those that a vector of codes is for."""
+        each_line = 4 if form is Form.INT4 else 2
+        terms = [self._row(PAIRS, row), (group, GROUP // 2), (line, each_line), s]
+        return splat(self._builder, self._at[PAIRS], terms, LANES)
+
+    def number(self, array: int, row: int, group: Any) -> Any:
+        """A number of a group of a row, in all lanes."""
+        return splat(self._builder, self._at[array], [self._row(array, row), group], LANES)
 
     def _row(self, array: int, row: int) -> Any:
-        length = self._builder.extract_value(self._shapes[array], 1)
-        return self._builder.mul(length, I64(row))
+        number = self._builder.add(self._args[TOP], I64(row))
+        return self._builder.mul(number, self._lengths[array])
 
 
 def _pairwise(builder: Any, a: Any, b: Any) -> Any:

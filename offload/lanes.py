@@ -17,7 +17,6 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .record import BLOCK, V4_GROUP
@@ -32,6 +31,7 @@ from .vectors import (
     constant,
     each,
     exp,
+    fetch,
     floats,
     load,
     multiply_add,
@@ -41,9 +41,6 @@ from .vectors import (
 )
 
 LANES = 8
-
-CACHE_LINE = 64
-"""Bytes."""
 
 _VECTORS = 4
 """Of sums a row: with MAX_TILE rows, and what else a loop needs, as many as there are registers."""
@@ -66,9 +63,10 @@ def dot_tile(
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         at = pointers(context, builder, signature, args)
         for tokens in _passes(BLOCK):
+            width = len(tokens) * LANES
             sums = Sums(builder, [[None] * len(tokens)] * rows, LANES)
             with each(builder, 0, dim) as d:
-                _fetch(builder, at[0], [args[2], tokens.start * dim], d, LANES * len(tokens))
+                fetch(builder, at[0], [args[2], tokens.start * dim, (d, width)], width)
                 factors = [
                     splat(builder, at[3], [(args[4], dim), d, row * dim], LANES) for row in range(rows)
                 ]
@@ -123,22 +121,23 @@ def weigh_tile(
     head_dim: Any,
     tile: Any,
 ) -> Any:
-    """out[top + r, d] += sum over tokens first <= t < last of weights[r, t] * codes[start + head_dim * t + d].
+    """out[top + r, d] += sum over tokens t of weights[r, t] * codes[start + head_dim * t + d].
 
-    weights: float32 [tile, 64]; out: float32 [rows, head_dim].
+    first <= t < last. weights: float32 [tile, 64]; out: float32 [rows, head_dim].
     """
     dim, rows = head_dim.literal_value, tile.literal_value
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         at = pointers(context, builder, signature, args)
         for channels in _passes(dim):
+            width = len(channels) * LANES
             places = [
                 [address(builder, at[6], [(args[7], dim), row * dim + d]) for d in channels]
                 for row in range(rows)
             ]
             sums = Sums(builder, places, LANES)
             with each(builder, args[4], args[5]) as t:
-                _fetch(builder, at[0], [args[2], channels.start * BLOCK], t, LANES * len(channels))
+                fetch(builder, at[0], [args[2], channels.start * BLOCK, (t, width)], width)
                 factors = [splat(builder, at[3], [t, row * BLOCK], LANES) for row in range(rows)]
                 for i, d in enumerate(channels):
                     values = floats(builder, load(builder, at[0], [args[1], (t, dim), d], LANES))
@@ -164,7 +163,7 @@ def widen(_context: Any, codes: Any, start: Any, ahead: Any, out: Any) -> Any:
         at = pointers(context, builder, signature, args)
         count = context.make_array(signature.args[3])(context, builder, args[3]).nitems
         with each(builder, 0, builder.udiv(count, I64(BLOCK))) as i:
-            _fetch(builder, at[0], [args[2]], i, BLOCK)
+            fetch(builder, at[0], [args[2], (i, BLOCK)], BLOCK)
             for first in range(0, BLOCK, LANES):
                 place = [(i, BLOCK), first]
                 numbers = floats(builder, load(builder, at[0], [args[1], *place], LANES))
@@ -190,7 +189,7 @@ def widen4(
         at = pointers(context, builder, signature, args)
         numbers, words = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
         with each(builder, 0, BLOCK) as t:
-            _fetch(builder, at[0], [args[2]], t, dim // 2)
+            fetch(builder, at[0], [args[2], (t, dim // 2)], dim // 2)
             for group in range(groups):
                 channel = group * V4_GROUP
                 half = min(V4_GROUP, dim - channel) // 2
@@ -213,18 +212,6 @@ def widen4(
 def _store(builder: Any, vector: Any, pointer: Any, terms: Sequence[Any]) -> None:
     place = vector_address(builder, address(builder, pointer, terms), vector.type.count)
     builder.store(vector, place, align=4)
-
-
-def _fetch(builder: Any, pointer: Any, terms: Sequence[Any], index: Any, count: int) -> None:
-    """Bring the index-th `count` elements from pointer + terms on into the cache."""
-    element = pointer.type.pointee
-    size = 4 if element == F32 else element.width // 8
-    byte = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    for first in range(0, count, CACHE_LINE // size):
-        place = address(builder, pointer, [*terms, (index, count), first])
-        builder.call(prefetch, [builder.bitcast(place, byte), I32(0), I32(3), I32(1)])  # read, keep, data
 
 
 @intrinsic

@@ -13,6 +13,9 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+CACHE_LINE = 64
+"""Bytes."""
+
 F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 
@@ -105,6 +108,17 @@ def load(builder: Any, pointer: Any, terms: Sequence[Any], width: int) -> Any:
     place = vector_address(builder, address(builder, pointer, terms), width)
     element = pointer.type.pointee
     return builder.load(place, align=4 if element == F32 else element.width // 8)
+
+
+def fetch(builder: Any, pointer: Any, terms: Sequence[Any], count: int) -> None:
+    """Bring `count` elements from pointer + terms on into the cache, without waiting for them."""
+    element, byte = pointer.type.pointee, ir.IntType(8).as_pointer()
+    size = 4 if element == F32 else element.width // 8
+    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    for first in range(0, count, CACHE_LINE // size):
+        place = builder.bitcast(address(builder, pointer, [*terms, first]), byte)
+        builder.call(prefetch, [place, I32(0), I32(3), I32(1)])  # to read, to keep, data
 
 
 def broadcast(builder: Any, scalar: Any, width: int) -> Any:
