@@ -20,20 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from harness import Goal, Result, document, in_child, main, say
+from steps import Steps
 
-from spilld.cuda_ext.cpu import CpuBackend
-from spilld.cuda_ext.window import WindowShape
 from spilld.daemon.assembly import use_threads
-from spilld.daemon.attention import TieredAttention
 from spilld.daemon.catalog import default_cache, resolve
-from spilld.daemon.model import Model, load
-from spilld.daemon.runner import Runner
-from spilld.daemon.sequence import Sequence
-from spilld.daemon.slices import Slice
-from spilld.daemon.visibility import BLOCK, WINDOW_SLOTS, boundary, sealed_by
-from spilld.offload.host import HostSlab
-from spilld.offload.record import Element, Format, Layout
-from spilld.offload.store import Store
+from spilld.daemon.model import load
+from spilld.offload.record import Element, Format
 
 BENCH = "quality"
 MODEL = "smollm2-135m"
@@ -54,39 +46,13 @@ def logits(case: str) -> Logits:
     weights = name if kind == "weights" else "bf16"
     model = load(resolve(MODEL, default_cache(), Element.FLOAT32), Element.FLOAT32, weights=weights)
     tokens = document(model.folder, CONTEXT + POSITIONS)
-    store, runner, sequence = serving(model, form)
-    sequence.tokens.extend(tokens)
+    steps = Steps(model, form, Element.FLOAT32, CONTEXT + POSITIONS, CHUNK)
+    steps.feed(tokens)
     for start in range(0, CONTEXT, CHUNK):
-        step(store, runner, sequence, min(CHUNK, CONTEXT - start), range(0))
+        steps.step(min(CHUNK, CONTEXT - start), range(0))
     if model.packed is None:
-        return step(store, runner, sequence, POSITIONS, range(POSITIONS)).numpy()
-    return torch.cat([step(store, runner, sequence, 1, range(1)) for _ in range(POSITIONS)]).numpy()
-
-
-def serving(model: Model, form: Format) -> tuple[Store, Runner, Sequence]:
-    """What an engine drives, with room for one sequence, everything in host memory."""
-    g = model.geometry
-    shape = WindowShape(
-        slots=WINDOW_SLOTS, layers=g.layers, kv_heads=g.kv_heads, head_dim=g.head_dim, dtype=torch.float32
-    )
-    arena = CpuBackend().windows(shape, shape.nbytes)
-    layout = Layout(form, Element.FLOAT32, g.kv_heads, g.head_dim)
-    blocks = boundary(CONTEXT + POSITIONS) // BLOCK
-    slab = HostSlab(blocks * g.layers * layout.record_bytes, layout.record_bytes)
-    store = Store(layout, g.layers, slab, run_blocks=blocks)
-    sequence = Sequence(store.open(), arena.take(), bytes(32))
-    store.promise(sequence.table, blocks)
-    return store, Runner(model, TieredAttention(CpuBackend(), arena, store), store, CHUNK), sequence
-
-
-def step(store: Store, runner: Runner, sequence: Sequence, count: int, keep: range) -> torch.Tensor:
-    """Compute the next tokens of the sequence; float32 logits [len(keep), vocab]."""
-    position = sequence.computed
-    known = len(sequence.table.chain)
-    store.grow(sequence.table, sequence.hashes(known, sealed_by(position + count - 1)))
-    [found] = runner.run([Slice(sequence, count, position)], [keep])
-    sequence.computed += count
-    return found
+        return steps.step(POSITIONS, range(POSITIONS)).numpy()
+    return torch.cat([steps.step(1, range(1)) for _ in range(POSITIONS)]).numpy()
 
 
 def divergence(exact: Logits, other: Logits) -> npt.NDArray[np.float64]:
