@@ -48,26 +48,25 @@ class Sums:
 
 
 def exp(builder: Any, x: Any) -> Any:
-    """exp of a vector to 2 ulp; 0 below -87, infinity above 88, NaN of NaN.
+    """exp of a vector, relative error below 2^-21 + |x| 2^-24; 0 below -87, infinity above 88, NaN of NaN.
 
-    x = n ln 2 + r, |r| <= ln 2 / 2, ln 2 in two parts so that the first product is exact; the polynomial is
-    that of Cephes' expf. Only for functions without fastmath: numba sets its flags on this code too, and LLVM
-    would join the parts.
+    exp(x) = 2^n 2^f, n + f = x / ln 2, |f| <= 1/2. The polynomial is 1 at 0 and else the best for the
+    relative error of 2^f, found by least squares at Chebyshev's nodes: 1.5e-7. n is added to the exponent.
     """
     width = x.type.count
 
     def number(value: float) -> Any:
         return constant(value, width)
 
-    n = call(builder, "llvm.floor", x.type, builder.fadd(builder.fmul(x, number(1.44269504)), number(0.5)))
-    r = builder.fsub(x, builder.fmul(n, number(0.693359375)))
-    r = builder.fsub(r, builder.fmul(n, number(-2.12194440e-4)))
-    y = number(1.9875691500e-4)
-    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0):
-        y = multiply_add(builder, y, r, number(c))
+    log2_e = number(1.44269504)
+    n = call(builder, "llvm.rint", x.type, builder.fmul(x, log2_e))
+    f = multiply_add(builder, x, log2_e, builder.fneg(n))
+    y = number(1.32217976e-3)
+    for c in (9.677217366e-3, 5.550958477e-2, 2.402213407e-1, 6.931467399e-1, 1.0):
+        y = multiply_add(builder, y, f, number(c))
     words = ir.VectorType(I32, width)
-    exponent = builder.shl(builder.add(builder.fptosi(n, words), constant(127, width)), constant(23, width))
-    y = builder.fmul(y, builder.bitcast(exponent, x.type))
+    exponent = builder.shl(builder.fptosi(n, words), constant(23, width))
+    y = builder.bitcast(builder.add(builder.bitcast(y, words), exponent), x.type)
     y = builder.select(builder.fcmp_ordered(">", x, number(88.0)), number(float("inf")), y)
     y = builder.select(builder.fcmp_ordered("<", x, number(-87.0)), number(0.0), y)
     return builder.select(builder.fcmp_unordered("uno", x, x), x, y)

@@ -78,7 +78,9 @@ class Rows:
 
     def attend(self, chosen: slice = slice(None)) -> tuple[F32, F32]:
         heads = np.ascontiguousarray(self.heads[chosen])
-        out = np.full((len(heads), self.group * self.layout.kv_heads, self.layout.head_dim), np.nan, np.float32)
+        out = np.full(
+            (len(heads), self.group * self.layout.kv_heads, self.layout.head_dim), np.nan, np.float32
+        )
         lse = np.full(out.shape[:2], np.nan, np.float32)
         RowAttention(self.layout, self.group).attend(
             heads,

@@ -95,7 +95,7 @@ FORMATS = pytest.mark.parametrize("form", SEALED)
 @pytest.mark.parametrize(
     ("form", "element", "head_dim", "kv_heads", "group", "queries"),
     [
-        # k8v4 has the most shapes: a last group of 16, one group only, tile heights 1 to 3, padded tiles, many tiles.
+        # k8v4 has the most shapes: a last group of 16, one group only, tile heights 1 to 3, many tiles.
         (Format.K8V4, Element.BFLOAT16, 64, 3, 3, 1),
         (Format.K8V4, Element.BFLOAT16, 16, 1, 1, 1),
         (Format.K8V4, Element.BFLOAT16, 80, 2, 7, 1),
