@@ -26,7 +26,7 @@ from spilld.offload.store import Store
 from .scan import Row, RowAttention, Scan
 from .sequence import Sequence
 from .slices import Blocks, Call, Slice, places, slots
-from .visibility import BLOCKS_PER_CELL, CELL, SINKS, segments, slot, stored_blocks
+from .visibility import BLOCKS_PER_CELL, CELL, SINKS, segments, slot
 
 FEW = 4
 """Up to this many queries the numba kernel reads records where they lie; more share a dequantised tile."""
@@ -271,14 +271,12 @@ class TieredAttention:
         yield from self._on_disk(call)
 
     def _on_disk(self, call: Call) -> Records:
-        part = call.part
-        table, record_bytes = part.sequence.table, self.layout.record_bytes
+        part, record_bytes = call.part, self.layout.record_bytes
         waiting = part.tickets.get(call.layer, [])
-        visible = stored_blocks(part.position, part.last, call.window)
         while waiting:
             batch, waiting = waiting[: self._store.staging_batch], waiting[self._store.staging_batch :]
             with self._store.staged([ticket for _, ticket in batch]) as (memory, offsets):
-                blocks = [table.extent_blocks(ref, visible) for ref, _ in batch]
+                blocks = [part.on_disk(ref, call.window) for ref, _ in batch]
                 if part.promotion is not None:
                     for (ref, _), offset in zip(batch, offsets, strict=True):
                         part.promotion.copy(ref, call.layer, memory, offset)

@@ -37,6 +37,7 @@ class Slice:
     _bounds: dict[int | None, tuple[Positions, Positions]] = field(default_factory=dict)
     _exact: dict[int | None, tuple[Positions, int]] = field(default_factory=dict)
     _in_host: dict[int | None, Blocks] = field(default_factory=dict)
+    _on_disk: dict[tuple[RunRef, int | None], Blocks] = field(default_factory=dict)
     _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
     def bounds(self, window: int | None) -> tuple[Positions, Positions]:
@@ -60,6 +61,14 @@ class Slice:
             rows = self.sequence.table.rows[0, visible.start : visible.stop]
             self._in_host[window] = np.flatnonzero(rows >= 0) + visible.start
         return self._in_host[window]
+
+    def on_disk(self, ref: RunRef, window: int | None) -> Blocks:
+        """Blocks of a run that some query sees in stored form and that do not lie in host memory, ascending:
+        the same in every layer."""
+        if (ref, window) not in self._on_disk:
+            visible = stored_blocks(self.position, self.last, window)
+            self._on_disk[ref, window] = self.sequence.table.extent_blocks(ref, visible)
+        return self._on_disk[ref, window]
 
     def mask(self, start: int, stop: int, window: int | None, group: int, backend: Backend) -> torch.Tensor:
         """For queries at [start, stop) of one cell, over the exact tokens any of them sees, oldest first."""

@@ -109,7 +109,7 @@ class Prefetcher:
         self._buffers = self.memory.reshape(buffers, size)
         self._free = deque(range(buffers))
         self._queued: deque[Ticket] = deque()
-        self._issued: dict[Ticket, None] = {}
+        self._issued: dict[Ticket, None] = {}  # the oldest first
         self._adrift: set[int] = set()
         self._loaded: set[int] = set()
         self._ended: dict[Ticket, None] = {}
@@ -239,9 +239,11 @@ class Prefetcher:
         """Take in what ended, end what is overdue, issue what can be."""
         self._collect()
         now = time.monotonic()
-        overdue = [ticket for ticket in self._issued if ticket.issued + self._deadline_s <= now]
-        for ticket in overdue:
-            self._time_out(ticket)
+        while self._issued:
+            oldest = next(iter(self._issued))
+            if oldest.issued + self._deadline_s > now:
+                break
+            self._time_out(oldest)
         while self._queued and self._free:
             ticket = self._queued.popleft()
             assert ticket.place is not None
@@ -252,12 +254,8 @@ class Prefetcher:
             self._jobs.put(_Job(ticket, ticket.place, ticket.buffer))
 
     def _collect(self) -> None:
-        while True:
-            try:
-                outcome = self._outcomes.get_nowait()
-            except queue.Empty:
-                return
-            self._settle(outcome)
+        while not self._outcomes.empty():  # nobody else takes from it
+            self._settle(self._outcomes.get_nowait())
 
     def _settle(self, outcome: _Outcome) -> None:
         """A thread is done with a buffer and a place."""
