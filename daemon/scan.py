@@ -73,7 +73,8 @@ class Scan(NamedTuple):
             windows=np.array([row.window for row in rows]),
             slots=np.array([(row.slots[0], row.slots[-1]) for row in rows]),
             ranges=np.array([[*row.ranges, *[(0, 0)] * (most - len(row.ranges))] for row in rows]),
-            places=np.concatenate([row.places for row in rows], axis=1),
+            # Of what is picked by index numpy makes columns, and for those numba would compile once more.
+            places=np.ascontiguousarray(np.concatenate([row.places for row in rows], axis=1)),
             positions=np.concatenate([row.positions for row in rows]),
             blocks=np.array([*accumulate(counts, initial=0)]),
             low=np.array([row.low for row in rows]),

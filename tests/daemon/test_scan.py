@@ -155,3 +155,13 @@ def test_a_number_that_is_not_one_shows() -> None:
     assert np.isnan(out[0]).all()
     assert np.isnan(lse[0]).all()
     assert np.isfinite(out[1:]).all()
+
+
+def test_the_kernel_is_compiled_for_one_kind_of_arrays() -> None:
+    """Else a request waits for the compiler, and its memory stays."""
+    table, blocks = np.arange(12, dtype=np.int64).reshape(3, 4), np.array([0, 2])
+    row = Row(0, (0,), [(0, 1)], table[:, blocks], blocks * BLOCK, 0, 4 * BLOCK)
+    for rows in ([row], [row, row]):
+        scan = Scan.of(rows)
+        assert all(array.flags.c_contiguous and array.dtype == np.int64 for array in scan)
+        np.testing.assert_array_equal(scan.places[:, :2], table[:, blocks])
