@@ -22,11 +22,11 @@ PEERS_ARGS ?=
 .PHONY: demo test test-slow torture lint bench bench-peers wheel clean
 
 demo: $(VENV)/.ready
-	@echo "== spilld demo: the first run also converts the model, about half a minute"
+	@echo "== spilld demo: the first run also converts the model and compiles kernels, about two minutes"
 	$(VENV)/bin/spilld demo
 
 test: $(VENV)/.ready
-	@echo "== tests: the first run also converts two models, about two minutes"
+	@echo "== tests: the first run also converts two models and compiles kernels, about ten minutes"
 	$(VENV)/bin/python -m $(PYTEST)
 
 test-slow: $(VENV)/.ready
