@@ -92,7 +92,7 @@ def after_attention(layer: Any, rows: Any, count: Any, eps: Any, gelu: Any) -> N
     take(rows.attended.reshape(MAX_ROWS, -1)[:count], rows.inputs)
     _add(layer.out, layer.after_attention, rows, count, eps)
     take_normed(rows.x[:count], layer.before_mlp, eps, rows.inputs)
-    rows.gate_up[:count] = 0
+    _clear(rows.gate_up, count)
     multiply_rows(rows.inputs, layer.gate_up, rows.gate_up, count)
     take_gated(rows.gate_up[:count], gelu, rows.inputs)
     _add(layer.down, layer.after_mlp, rows, count, eps)
@@ -104,6 +104,14 @@ def _add(weights: Any, norm: Any, rows: Any, count: Any, eps: Any) -> None:
     if len(norm) == 0:
         multiply_rows(rows.inputs, weights, rows.x, count)
         return
-    rows.delta[:count] = 0
+    _clear(rows.delta, count)
     multiply_rows(rows.inputs, weights, rows.delta, count)
     add_normed(rows.x[:count], rows.delta[:count], norm, eps)
+
+
+@_kernel
+def _clear(numbers: Any, count: Any) -> None:
+    """The first rows. By loops: of an assignment numba compiles what its error would say, for seconds."""
+    for r in range(count):
+        for i in range(numbers.shape[1]):
+            numbers[r, i] = 0

@@ -171,7 +171,8 @@ def _kernel(int4: bool, exact: bool, wide: bool, head_dim: int, tile: int) -> Ca
         for row in range(len(scan.windows)):
             for head in range(kv_heads):
                 for i in range(group):
-                    queries[row, head, i] = heads[row, head * group + i]
+                    for d in range(head_dim):
+                        queries[row, head, i, d] = heads[row, head * group + i, d]
                 for which in range(2):
                     plane = planes[scan.windows[row], layer, which, head]
                     new = heads[row, (group + which) * kv_heads + head]
@@ -244,6 +245,8 @@ def attend_slots(
             for first in range(0, len(q), tile):
                 dot_rows(keys, at, count, q, first, weights, head_dim, tile)
                 finish(weights, k_scale, softcap)
-                weights[:, count:] = -np.inf
+                for i in range(tile):
+                    for t in range(count, BLOCK):
+                        weights[i, t] = -np.inf
                 soften(weights, first, top, total, acc)
                 weigh_tile(values, at, at, weights, 0, count, acc, first, head_dim, tile)

@@ -39,7 +39,8 @@ def _merge(out: Any, lse: Any, other_out: Any, other_lse: Any) -> None:
             if theirs == -np.inf:
                 continue
             if mine == -np.inf:
-                out[m, h] = other_out[m, h]
+                for d in range(out.shape[2]):
+                    out[m, h, d] = other_out[m, h, d]
                 lse[m, h] = theirs
                 continue
             top = max(mine, theirs)
@@ -64,7 +65,8 @@ def join(sums: Any, tops: Any, totals: Any, out: Any, lse: Any) -> None:
             for part in range(parts):
                 if not tops[part, head, row] <= top:
                     top = tops[part, head, row]
-            mean[:] = 0
+            for d in range(head_dim):
+                mean[d] = 0
             total = np.float32(0)
             if top != -np.inf:
                 for part in range(parts):
@@ -72,8 +74,10 @@ def join(sums: Any, tops: Any, totals: Any, out: Any, lse: Any) -> None:
                     total += weight * totals[part, head, row]
                     for d in range(head_dim):
                         mean[d] += weight * sums[part, head, row, d]
-                mean /= total
-            out[m, h] = mean
+                for d in range(head_dim):
+                    mean[d] /= total
+            for d in range(head_dim):
+                out[m, h, d] = mean[d]
             lse[m, h] = top + np.log(total) if top != -np.inf else top
 
 
