@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from .attention import TieredAttention
+from .geometry import Geometry
 from .layer import Activations, Layer, after_attention, before_attention
 from .model import Model
 from .packed import Packed
@@ -41,7 +42,8 @@ class Decoder:
     """Runs up to MAX_ROWS rows. Its memory is a few rows of every activation."""
 
     def __init__(self, model: Model, weights: Mapping[str, Packed], attention: TieredAttention) -> None:
-        """weights: as packing.py names them."""
+        """weights: as packing.py names them. Raises ValueError if they do not fit the model: kernels check
+        nothing."""
         base, config, geometry = model.module.model, model.module.config, model.geometry
         gemma = str(config.model_type).startswith("gemma")
         self._embed = base.embed_tokens
@@ -52,6 +54,7 @@ class Decoder:
         self._eps = np.float32(config.rms_norm_eps)
         self._gelu = ACTIVATIONS[activation(config)]
         self._layers = [_layer(i, layer, weights, gemma) for i, layer in enumerate(base.layers)]
+        _check(weights, len(self._layers), geometry, int(config.hidden_size))
         self._kinds = [
             _Kind(_rope(layer, base.rotary_emb), float(layer.self_attn.scaling), geometry.softcap, window)
             for layer, window in zip(base.layers, geometry.sliding_windows, strict=True)
@@ -123,6 +126,25 @@ def _layer(index: int, layer: Any, weights: Mapping[str, Packed], gemma: bool) -
         q_norm=_factors(getattr(attention, "q_norm", None), gemma),
         k_norm=_factors(getattr(attention, "k_norm", None), gemma),
     )
+
+
+def _check(weights: Mapping[str, Packed], layers: int, geometry: Geometry, hidden: int) -> None:
+    attended = geometry.heads * geometry.head_dim
+    heads = attended + 2 * geometry.kv_heads * geometry.head_dim
+    intermediate = weights["layers.0.down"].inputs
+    wanted = {
+        "qkv": (heads, hidden),
+        "out": (hidden, attended),
+        "gate_up": (2 * intermediate, hidden),
+        "down": (hidden, intermediate),
+    }
+    names = {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in wanted.items()}
+    head = weights["head"]
+    for name, shape in (names | {"head": (max(head.outputs, geometry.vocab), hidden)}).items():
+        if (weights[name].outputs, weights[name].inputs) != shape:
+            raise ValueError(
+                f"{name} has {weights[name].outputs} x {weights[name].inputs} weights, not {shape}"
+            )
 
 
 def _rope(layer: Any, rotary: Any) -> str:

@@ -12,7 +12,7 @@ import torch
 from spilld.daemon.decoder import Decoder
 from spilld.daemon.errors import CorruptModel, UnsupportedModel
 from spilld.daemon.model import Model, load
-from spilld.daemon.packed import Form, quantise, stack, unpack
+from spilld.daemon.packed import Form, Packed, quantise, stack, unpack
 from spilld.daemon.packing import WEIGHTS, matrices, pack_module, packed_weights, read
 from spilld.daemon.slices import Slice
 
@@ -147,3 +147,16 @@ def test_stacks_have_one_form() -> None:
     some = np.ones((8, 32), np.float32)
     with pytest.raises(ValueError, match="too many values"):
         stack([quantise(some, Form.INT8), quantise(some, Form.INT4)])
+
+
+def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
+    """Kernels would read past their end."""
+    model = packed(build("llama", tmp_path / "m"))
+    assert model.packed is not None
+    for name in ("layers.1.qkv", "layers.0.out", "layers.1.down", "head"):
+        whole = model.packed[name]
+        with engine(model, tmp_path / "s") as harness:
+            attention = harness.engine._runner._attention
+            for tiles in (whole.tiles[:1], whole.tiles[:, :1]):
+                with pytest.raises(ValueError, match="weights, not"):
+                    Decoder(model, {**model.packed, name: Packed(whole.form, tiles)}, attention)
