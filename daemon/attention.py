@@ -102,8 +102,7 @@ class TieredAttention:
         """
         any_call = calls[0]
         for call in calls:
-            if call.part.position % CELL == 0:
-                self._seal_before(call.part.position, call)
+            self._seal_before(call.part.position, call)
         memory, scale, softcap = self._store.memory, any_call.scale, any_call.softcap
         rows.attend(heads, self._planes, any_call.layer, scan, memory, scale, softcap, out, lse)
         record_bytes = self.layout.record_bytes
@@ -133,8 +132,7 @@ class TieredAttention:
         """One query: kernels read every tier where it lies."""
         part = call.part
         seen, tokens = part.exact(call.window)
-        if part.position % CELL == 0:
-            self._seal_before(part.position, call)
+        self._seal_before(part.position, call)
         planes = self._arena.tensor[part.sequence.window, call.layer]
         self._backend.append_one(planes, k[:, 0], v[:, 0], places(part.position))
         part.read_bytes["device"] += tokens * self._token_bytes
@@ -241,8 +239,7 @@ class TieredAttention:
     def _append(self, k: torch.Tensor, v: torch.Tensor, call: Call, position: int) -> None:
         """Put exact K/V of tokens within one cell into the window, sealing the cell whose half they take."""
         at = slot(position)
-        if position % CELL == 0:
-            self._seal_before(position, call)
+        self._seal_before(position, call)
         for plane, new in zip(self._arena.tensor[call.part.sequence.window, call.layer], (k, v), strict=True):
             plane[:, at : at + new.shape[1]] = new
             if position < SINKS:
@@ -250,8 +247,8 @@ class TieredAttention:
                 plane[:, position : position + count] = new[:, :count]
 
     def _seal_before(self, position: int, call: Call) -> None:
-        """A cell begins at `position`: seal the one whose half of the window it takes, if there is one."""
-        if position >= 2 * CELL:
+        """If a cell begins at `position`, seal the one whose half of the window it takes, if there is one."""
+        if position % CELL == 0 and position >= 2 * CELL:
             self._seal(call.layer, call.part.sequence, position // CELL - 2)
 
     def _seal(self, layer: int, sequence: Sequence, cell: int) -> None:
