@@ -4,7 +4,7 @@
 # make lint   ruff and mypy
 # make bench  every benchmark, as tables, but this one:
 # make bench-peers  against llama.cpp, vLLM and transformers; builds llama.cpp (about ten minutes), needs a C++ compiler;
-#             PEERS_ARGS="--json --long --plots docs" are options of bench/peers.py
+#             PEERS_ARGS="--json --no-long --plots bench/plots" are options of bench/peers.py
 # Tests run in two processes: most of them compute in one thread, or compile kernels, which is one thread's work.
 # Everything is installed into .venv from the pinned versions in constraints.txt.
 

@@ -40,6 +40,11 @@ class Steps:
         self._store.promise(self._sequence.table, blocks)
         self._runner = Runner(model, TieredAttention(CpuBackend(), arena, self._store), self._store, chunk)
 
+    @property
+    def computed(self) -> int:
+        """Tokens that were computed, or taken for it."""
+        return self._sequence.computed
+
     def feed(self, tokens: list[int]) -> None:
         """Let these tokens come next."""
         self._sequence.tokens.extend(tokens)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ours import STRIDE, Prompts
-from peers import CASES, LONG, Found, Systems, series, stretched, take_turns
+from peers import CASES, LONG, Found, Systems, series, take_turns
 from rows import COUNT, LLAMA_CPP, OURS, TRANSFORMERS, VLLM, Case, Times, best, overlap_ms, rows, spread
 from systems import child
 from systems.child import Child, NotRun
+from systems.llama_state import repeated
 
 BENCH = child.BENCH
 CASE = Case(100, 120, decode_goal=0.5, prefill_goals=(1 / 3, 1.0))
@@ -108,14 +109,18 @@ def test_prompts_begin_differently_until_the_text_ends() -> None:
         prompts.next(STRIDE)
 
 
-def test_a_stretched_model_is_the_same_but_for_its_positions(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"max_position_embeddings": 8, "hidden_size": 4}')
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    with stretched(tmp_path, 64) as longer:
-        config = json.loads((longer / "config.json").read_text())
-        assert config == {"max_position_embeddings": 64, "hidden_size": 4}
-        assert (longer / "model.safetensors").read_bytes() == b"weights"
-    assert json.loads((tmp_path / "config.json").read_text())["max_position_embeddings"] == 8
+def test_a_repeated_state_has_its_cells_again_and_again() -> None:
+    def state(cells: int, *planes: list[int]) -> bytes:
+        head = np.array([7, 0, 1, cells], np.uint32).tobytes()
+        table = np.array([[position, 1, 0] for position in range(cells)], np.int32).tobytes()
+        rows = [b"\2\0\0\0" + (3).to_bytes(8, "little") + bytes(plane) for plane in planes]
+        return head + table + np.array([0, 1], np.uint32).tobytes() + b"".join(rows)
+
+    before = state(2, [1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12])
+    after = state(3, [1, 2, 3, 4, 5, 6, 1, 2, 3], [7, 8, 9, 10, 11, 12, 7, 8, 9])
+    assert repeated(before, 3) == after
+    with pytest.raises(ValueError, match="transposed"):
+        repeated(before[:40] + b"\1" + before[41:], 3)
 
 
 def test_a_system_that_fails_is_out_from_there_on() -> None:
