@@ -406,7 +406,8 @@ def test_host_memory_is_served_when_the_disk_is_gone(rig: Rig, index: bool) -> N
         rig.close()
         with pytest.raises(FolderUnusable):
             DiskTier(rig.folder, 1 << 20, LAYOUT, LAYERS, bytes(32), system)
-    assert reasons == {errno.EIO, errno.ENODEV}
+    assert reasons
+    assert reasons <= {errno.EIO, errno.ENODEV}  # which depends on how many reads a failed scan still cancels
     rig.start()
     assert_runs(rig, before)
     assert [tokens for _, tokens in rig.store.tails(bytes(32))] == [[1]]
