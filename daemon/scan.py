@@ -93,7 +93,8 @@ class RowAttention:
         self._kv_heads, self._head_dim, self._height = layout.kv_heads, layout.head_dim, tiles * tile
         self._partial = Partial(layout)
         self._kernel = _kernel(
-            layout.format is Format.K8V4,
+            layout.format is Format.INT4,
+            layout.format in (Format.K8V4, Format.INT4),
             layout.format is Format.EXACT,
             layout.element is Element.FLOAT32,
             layout.head_dim,
@@ -148,7 +149,9 @@ class RowAttention:
 
 
 @cache
-def _kernel(int4: bool, exact: bool, wide: bool, head_dim: int, tile: int) -> Callable[..., None]:
+def _kernel(
+    keys4: bool, int4: bool, exact: bool, wide: bool, head_dim: int, tile: int
+) -> Callable[..., None]:
     """Only numbers are captured, as in partial.py."""
 
     @njit(parallel=True, nogil=True, error_model="numpy", cache=True)
@@ -208,6 +211,7 @@ def _kernel(int4: bool, exact: bool, wide: bool, head_dim: int, tile: int) -> Ca
                     acc,
                     top,
                     total,
+                    keys4,
                     int4,
                     exact,
                     head_dim,

@@ -16,7 +16,7 @@ Rows = npt.NDArray[np.int64]
 
 PLANES = ("k_codes", "k_scales", "v_codes", "v_scales", "norms", "summary", "radius", "end")
 FLOAT32 = np.dtype(np.float32)
-FORMS = (Format.EXACT, Format.INT8, Format.K8V4)
+FORMS = (Format.EXACT, Format.INT8, Format.K8V4, Format.INT4)
 
 
 class Codec:

@@ -14,9 +14,10 @@ from numba.extending import intrinsic
 
 from .bits import bf16_to_f32, device, part, transpose8
 from .record import BLOCK
+from .rotation import rotate
 
 K_CODES, K_SCALES, V_CODES, V_SCALES = range(4)
-EXACT, INT8 = range(2)
+EXACT, INT8, K8V4, INT4 = range(4)
 
 NOTHING = np.float32(0)
 """The minimum of int8: code * scale + 0 is code * scale, as no product is -0 (a scale of 0 has codes 0)."""
@@ -61,7 +62,10 @@ def open_records(
         else:
             k_scales = part(record, planes, K_SCALES, heads, head).view(np.uint16)
             v_scales = part(record, planes, V_SCALES, heads, head).view(np.uint16)
-            _open_keys(k_codes.view(np.uint64), k_scales, keys, key_stride, dim)
+            if form == INT4:
+                _open_keys4(k_codes, k_scales, keys, key_stride, dim)
+            else:
+                _open_keys(k_codes.view(np.uint64), k_scales, keys, key_stride, dim)
             if form == INT8:
                 _open_values8(v_codes.view(np.uint64), v_scales, values, value_stride, dim)
             else:
@@ -96,6 +100,33 @@ def _open_keys(codes: Any, scales: Any, target: Any, stride: Any, dim: Any) -> N
             for i in range(8):
                 t = 8 * j + i
                 _put(tile[i], bf16_to_f32(scales[t]), NOTHING, target, t * stride + 8 * w)
+
+
+@device
+def _open_keys4(codes: Any, scales: Any, target: Any, stride: Any, dim: Any) -> None:
+    x = np.empty(dim * BLOCK, np.float32)
+    read_keys4(codes, scales, x, dim)
+    _widen_keys(x.view(np.uint32), np.uint32(0), target, stride, dim)
+
+
+@device
+def read_keys4(codes: Any, scales: Any, x: Any, dim: Any) -> None:
+    """Keys of four bits as they were before the rotation, float32 [dim, 64]."""
+    scale = np.empty(BLOCK, np.float32)
+    minimum = np.empty(BLOCK, np.float32)
+    for first in range(0, dim, 32):
+        half = min(32, dim - first) // 2
+        for t in range(BLOCK):
+            scale[t] = bf16_to_f32(scales[first * 4 + 2 * t])
+            minimum[t] = bf16_to_f32(scales[first * 4 + 2 * t + 1])
+        for i in range(half):
+            both = codes[(first // 2 + i) * BLOCK :]
+            low, high = x[(first + i) * BLOCK :], x[(first + half + i) * BLOCK :]
+            for t in range(BLOCK):
+                at = np.uint64(t)
+                low[at] = np.float32(np.uint8(both[at] & np.uint8(15))) * scale[at] + minimum[at]
+                high[at] = np.float32(np.uint8(both[at] >> np.uint8(4))) * scale[at] + minimum[at]
+    rotate(x, BLOCK)
 
 
 @device

@@ -22,7 +22,7 @@ CHECKED_FROM = 16
 RunKey = bytes
 """Identity of a run: 16 bytes, never used twice (`uuid.uuid4().bytes`)."""
 
-_FORMAT_CODES = {Format.EXACT: 0, Format.INT8: 1, Format.K8V4: 2, Format.RAW: 3}
+_FORMAT_CODES = {Format.EXACT: 0, Format.INT8: 1, Format.K8V4: 2, Format.RAW: 3, Format.INT4: 4}
 _ELEMENT_CODES = {Element.FLOAT32: 0, Element.BFLOAT16: 1}
 
 _FIELDS = (

@@ -187,26 +187,117 @@ def widen4(
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         at = pointers(context, builder, signature, args)
-        numbers, words = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
         with each(builder, 0, BLOCK) as t:
             fetch(builder, at[0], [args[2], (t, dim // 2)], dim // 2)
             for group in range(groups):
                 channel = group * V4_GROUP
                 half = min(V4_GROUP, dim - channel) // 2
-                pair = splat(builder, at[3], [args[4], (t, groups), group], LANES)
-                scale = builder.bitcast(builder.shl(pair, constant(16, LANES)), numbers)
-                minimum = builder.bitcast(builder.and_(pair, constant(0xFFFF0000, LANES)), numbers)
+                scale, minimum = _scale(builder, splat(builder, at[3], [args[4], (t, groups), group], LANES))
                 for i in range(0, half, LANES):
                     place = [args[1], (t, dim // 2), channel // 2 + i]
-                    both = builder.zext(load(builder, at[0], place, LANES), words)
-                    low = builder.and_(both, constant(15, LANES))
-                    high = builder.lshr(both, constant(4, LANES))
+                    low, high = _nibbles(builder, load(builder, at[0], place, LANES))
                     for code, d in ((low, channel + i), (high, channel + half + i)):
-                        value = multiply_add(builder, builder.sitofp(code, numbers), scale, minimum)
+                        value = multiply_add(builder, code, scale, minimum)
                         _store(builder, value, at[5], [(t, dim), d])
         return context.get_dummy_value()
 
     return types.void(codes, start, ahead, pairs, pairs_start, out, head_dim), build
+
+
+@intrinsic(prefer_literal=True)
+def widen_keys4(
+    _context: Any, codes: Any, start: Any, ahead: Any, pairs: Any, pairs_start: Any, out: Any, head_dim: Any
+) -> Any:
+    """Keys of four bits as numbers, code * scale + minimum, rotated as they are: out float32 [head_dim, 64].
+
+    codes: the record as uint8, [head_dim / 2, 64] from start on, a group's bytes as in widen4. pairs: as
+    there, but [groups, 64].
+    """
+    dim = head_dim.literal_value
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = pointers(context, builder, signature, args)
+
+        def widen_group(group: Any, width: int) -> None:
+            for tokens in _passes(BLOCK):
+                scales = [
+                    _scale(builder, load(builder, at[3], [args[4], (group, BLOCK), t], LANES)) for t in tokens
+                ]
+                with each(builder, 0, width // 2) as i:
+                    row = [(group, V4_GROUP // 2 * BLOCK), (i, BLOCK)]
+                    if tokens.start == 0:
+                        fetch(builder, at[0], [args[2], *row], BLOCK)
+                    for t, (scale, minimum) in zip(tokens, scales, strict=True):
+                        both = _nibbles(builder, load(builder, at[0], [args[1], *row, t], LANES))
+                        for code, d in zip(both, (0, width // 2), strict=True):
+                            place = [(group, V4_GROUP * BLOCK), (i, BLOCK), d * BLOCK + t]
+                            _store(builder, multiply_add(builder, code, scale, minimum), at[5], place)
+
+        with each(builder, 0, dim // V4_GROUP) as group:
+            widen_group(group, V4_GROUP)
+        if dim % V4_GROUP:
+            widen_group(I64(dim // V4_GROUP), dim % V4_GROUP)
+        return context.get_dummy_value()
+
+    return types.void(codes, start, ahead, pairs, pairs_start, out, head_dim), build
+
+
+@intrinsic(prefer_literal=True)
+def rotate_rows(_context: Any, q: Any, out: Any, head_dim: Any) -> Any:
+    """out[r] = q[r] rotated as keys of four bits are; q, out: float32 [rows, head_dim]."""
+    dim = head_dim.literal_value
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = pointers(context, builder, signature, args)
+        rows = builder.extract_value(
+            context.make_array(signature.args[0])(context, builder, args[0]).shape, 0
+        )
+        with each(builder, 0, rows) as row:
+            parts = [load(builder, at[0], [(row, dim), d], LANES) for d in range(0, dim, LANES)]
+            done: list[Any] = []
+            while parts:
+                size = 1 << (len(parts).bit_length() - 1)
+                done += _rotated(builder, parts[:size])
+                parts = parts[size:]
+            for i, part in enumerate(done):
+                _store(builder, part, at[1], [(row, dim), i * LANES])
+        return context.get_dummy_value()
+
+    return types.void(q, out, head_dim), build
+
+
+def _rotated(builder: Any, parts: list[Any]) -> list[Any]:
+    """The fast Walsh-Hadamard transform of a power of two of vectors."""
+    lanes = range(LANES)
+    for span in (1, 2, 4):
+        order = ir.Constant(ir.VectorType(I32, LANES), [lane ^ span for lane in lanes])
+        signs = ir.Constant(ir.VectorType(F32, LANES), [-1.0 if lane & span else 1.0 for lane in lanes])
+        parts = [
+            multiply_add(builder, part, signs, builder.shuffle_vector(part, part, order)) for part in parts
+        ]
+    span = 1
+    while span < len(parts):
+        pairs = [(parts[i & ~span], parts[i | span]) for i in range(len(parts))]
+        parts = [builder.fsub(*pair) if i & span else builder.fadd(*pair) for i, pair in enumerate(pairs)]
+        span *= 2
+    factor = constant((len(parts) * LANES) ** -0.5, LANES)
+    return [builder.fmul(part, factor) for part in parts]
+
+
+def _scale(builder: Any, pairs: Any) -> tuple[Any, Any]:
+    """(scale, minimum) of uint32 words with the first in the low half."""
+    numbers = ir.VectorType(F32, LANES)
+    minimum = builder.and_(pairs, constant(0xFFFF0000, LANES))
+    return builder.bitcast(builder.shl(pairs, constant(16, LANES)), numbers), builder.bitcast(
+        minimum, numbers
+    )
+
+
+def _nibbles(builder: Any, codes: Any) -> tuple[Any, Any]:
+    """The low and the high four bits of bytes as float32."""
+    numbers, both = ir.VectorType(F32, LANES), builder.zext(codes, ir.VectorType(I32, LANES))
+    low, high = builder.and_(both, constant(15, LANES)), builder.lshr(both, constant(4, LANES))
+    return builder.sitofp(low, numbers), builder.sitofp(high, numbers)
 
 
 def _store(builder: Any, vector: Any, pointer: Any, terms: Sequence[Any]) -> None:

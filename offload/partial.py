@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from .lanes import MAX_TILE, dot_tile, weigh_tile, widen, widen4
+from .lanes import MAX_TILE, dot_tile, rotate_rows, weigh_tile, widen, widen4, widen_keys4
 from .record import BLOCK, V4_GROUP, Element, Format, Layout, check_places
 from .softmax import (
     finish,
@@ -52,18 +52,19 @@ class Partial:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self._int4 = layout.format is Format.K8V4
+        self._keys4 = layout.format is Format.INT4
+        self._int4 = self._keys4 or layout.format is Format.K8V4
         self._exact = layout.format is Format.EXACT
         number: type[np.generic] = np.int8
         if self._exact:
             number = np.float32 if layout.element is Element.FLOAT32 else np.uint16
-        self._k_type = np.dtype(number)
-        self._v_type = np.dtype(np.uint8) if self._int4 else self._k_type
+        self._k_type = np.dtype(np.uint8) if self._keys4 else np.dtype(number)
+        self._v_type = np.dtype(np.uint8) if self._int4 else np.dtype(number)
         self._offsets = np.array(
             [
                 layout.offset("k_codes") // self._k_type.itemsize,
                 layout.offset("v_codes") // self._v_type.itemsize,
-                layout.offset("k_scales") // 2,
+                layout.offset("k_scales") // (4 if self._keys4 else 2),
                 layout.offset("v_scales") // (4 if self._int4 else 2),
             ],
             np.int64,
@@ -123,7 +124,7 @@ class Partial:
         sums = np.empty((parts, kv_heads, tiles * tile, head_dim), np.float32)
         tops = np.empty((parts, kv_heads, tiles * tile), np.float32)
         totals = np.empty_like(tops)
-        _kernel(self._int4, self._exact, head_dim, tile)(
+        _kernel(self._keys4, self._int4, self._exact, head_dim, tile)(
             tiled,
             self.views(memory),
             places,
@@ -146,7 +147,7 @@ def parts_of(blocks: int) -> int:
 
 
 @cache
-def _kernel(int4: bool, exact: bool, head_dim: int, tile: int) -> Callable[..., None]:
+def _kernel(keys4: bool, int4: bool, exact: bool, head_dim: int, tile: int) -> Callable[..., None]:
     """The parallel loop for one kind of record and one tile height.
 
     Only numbers are captured, because numba's on-disk cache is keyed by what a closure captures.
@@ -185,6 +186,7 @@ def _kernel(int4: bool, exact: bool, head_dim: int, tile: int) -> Callable[..., 
                 sums[part, head],
                 tops[part, head],
                 totals[part, head],
+                keys4,
                 int4,
                 exact,
                 head_dim,
@@ -210,6 +212,7 @@ def attend_blocks(
     acc: Any,
     top: Any,
     total: Any,
+    keys4: Any,
     int4: Any,
     exact: Any,
     head_dim: Any,
@@ -219,9 +222,14 @@ def attend_blocks(
     of weights into top, total [rows].
 
     q: float32 [rows, head_dim], rows a multiple of tile. records: as `views` gives them. The rest is as in
-    Partial.attend. int4, exact, head_dim, tile: literals.
+    Partial.attend. keys4, int4 (keys, values of four bits), exact, head_dim, tile: literals.
     """
     k_codes, v_codes, halves, words, offsets = records
+    if keys4:
+        rotated = np.empty_like(q)
+        rotate_rows(q, rotated, head_dim)
+        q = rotated
+    k_stride = head_dim // 2 if keys4 else head_dim
     v_stride = head_dim // 2 if int4 else head_dim
     pairs = (head_dim + V4_GROUP - 1) // V4_GROUP if int4 else 1
     weights = np.empty((tile, BLOCK), np.float32)
@@ -236,24 +244,26 @@ def attend_blocks(
         if not some:
             continue
         place = places[block]
-        k_at = place // k_codes.itemsize + offsets[0] + head * head_dim * BLOCK
+        k_at = place // k_codes.itemsize + offsets[0] + head * k_stride * BLOCK
         v_at = place // v_codes.itemsize + offsets[1] + head * v_stride * BLOCK
-        k_scales_at = place // 2 + offsets[2] + head * BLOCK
+        k_scales_at = place // (4 if keys4 else 2) + offsets[2] + head * BLOCK * (pairs if keys4 else 1)
         v_scales_at = place // (4 if int4 else 2) + offsets[3] + head * BLOCK * pairs
         ahead = places[min(block + 1, len(places) - 1)] - place
         k_next, v_next = k_at + ahead // k_codes.itemsize, v_at + ahead // v_codes.itemsize
-        if not exact:
+        if not exact and not keys4:
             read_scales(halves, k_scales_at, scale, k_scale)
             if not int4:
                 read_scales(halves, v_scales_at, np.float32(1), v_scale)
-        if many:
+        if keys4:
+            widen_keys4(k_codes, k_at, k_next, words, k_scales_at, keys, head_dim)
+        elif many:
             widen(k_codes, k_at, k_next, keys)
         if int4:
             widen4(v_codes, v_at, v_next, words, v_scales_at, values, head_dim)
         elif many:
             widen(v_codes, v_at, v_next, values)
         for first in range(0, len(q), tile):
-            if many:
+            if keys4 or many:
                 dot_tile(keys, 0, 0, q, first, weights, head_dim, tile)
             else:
                 dot_tile(k_codes, k_at, k_next, q, first, weights, head_dim, tile)

@@ -24,10 +24,12 @@ from .bits import (
     transpose8,
     words,
 )
+from .dequantise import read_keys4
 from .record import BLOCK
+from .rotation import rotate
 
 K_CODES, K_SCALES, V_CODES, V_SCALES, NORMS, SUMMARY, RADIUS = range(7)
-EXACT, INT8, K8V4 = range(3)
+EXACT, INT8, K8V4, INT4 = range(4)
 KEY, VALUE = range(2)
 
 NAN = np.uint16(0x7FC0)
@@ -97,8 +99,15 @@ def _seal_side(
         copy_rows(source, stride, target, dim * nbytes, dim * nbytes)
     else:
         codes = target if side == KEY else np.empty(dim * BLOCK, np.uint8)
-        if form == K8V4 and side == VALUE:
-            _quantise4(x, codes, scales, total, dim)
+        groups = (dim + 31) // 32
+        if form == INT4 and side == KEY:
+            turned = x.copy()
+            rotate(turned, BLOCK)
+            _quantise4(turned, codes, scales, total, dim, 1, BLOCK)
+            read_keys4(codes, scales, turned, dim)
+            _add_differences(x, turned, total)
+        elif form != INT8 and side == VALUE:
+            _quantise4(x, codes, scales, total, dim, groups, 1)
         else:
             _quantise8(x, codes, scales, total, dim)
         if side == VALUE:
@@ -173,6 +182,16 @@ def _add_squares(x: Any, centre: Any, total: Any) -> None:
         c = centre[d]
         for t in range(BLOCK):
             r = x[d * BLOCK + t] - c
+            total[t] += r * r
+
+
+@device
+def _add_differences(x: Any, value: Any, total: Any) -> None:
+    """total[t] = |x - value|^2 of each token, added likewise."""
+    total[:] = SMALLEST_SUM
+    for d in range(len(x) // BLOCK):
+        for t in range(BLOCK):
+            r = x[d * BLOCK + t] - value[d * BLOCK + t]
             total[t] += r * r
 
 
@@ -272,17 +291,20 @@ def _quantise8(x: Any, codes: Any, scales: Any, residual: Any, dim: Any) -> None
 
 
 @device
-def _quantise4(x: Any, codes: Any, scales: Any, residual: Any, dim: Any) -> None:
-    """Packed codes[i * 64 + t], scales[(t * groups + g) * 2 + (0 step, 1 minimum)]; residual as above."""
-    groups = (dim + 31) // 32
+def _quantise4(
+    x: Any, codes: Any, scales: Any, residual: Any, dim: Any, per_token: Any, per_group: Any
+) -> None:
+    """Packed codes[i * 64 + t], scales[(t * per_token + g * per_group) * 2 + (0 step, 1 minimum)]; residual
+    as above.
+    """
     step = np.empty(BLOCK, np.float32)
     minimum = np.empty(BLOCK, np.float32)
     whole = np.empty(32 * BLOCK, np.uint8)
     residual[:] = SMALLEST_SUM
-    for g in range(groups):
-        first = g * 32
+    for first in range(0, dim, 32):
         half = min(32, dim - first) // 2
-        _int4_scales(x[first * BLOCK : (first + 2 * half) * BLOCK], step, minimum, scales, g, groups)
+        part = x[first * BLOCK : (first + 2 * half) * BLOCK]
+        _int4_scales(part, step, minimum, scales[first // 32 * per_group * 2 :], per_token)
         for i in range(2 * half):
             for t in range(BLOCK):
                 number = x[(first + i) * BLOCK + t]
@@ -297,8 +319,8 @@ def _quantise4(x: Any, codes: Any, scales: Any, residual: Any, dim: Any) -> None
 
 
 @device
-def _int4_scales(x: Any, step: Any, minimum: Any, scales: Any, group: Any, groups: Any) -> None:
-    """Step and minimum of each token over the channels of one group."""
+def _int4_scales(x: Any, step: Any, minimum: Any, scales: Any, per_token: Any) -> None:
+    """Step and minimum of each token over the channels of one group, whose scales begin there."""
     least = np.full(BLOCK, MOST)
     most = np.full(BLOCK, LEAST)
     for d in range(len(x) // BLOCK):
@@ -311,5 +333,5 @@ def _int4_scales(x: Any, step: Any, minimum: Any, scales: Any, group: Any, group
         minimum[t] = bf16_to_f32(low)
         high = _scale_of((_from_order(most[t]) - minimum[t]) / np.float32(15))
         step[t] = bf16_to_f32(high)
-        scales[(t * groups + group) * 2] = high
-        scales[(t * groups + group) * 2 + 1] = low
+        scales[t * per_token * 2] = high
+        scales[t * per_token * 2 + 1] = low

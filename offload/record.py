@@ -20,7 +20,7 @@ BLOCK = 64
 """Tokens in a block."""
 
 V4_GROUP = 32
-"""Channels that share one int4 scale and minimum; a head_dim of 80 ends in a group of 16."""
+"""Channels that share the scale and minimum of their four bits; a head_dim of 80 ends in a group of 16."""
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 
@@ -31,11 +31,12 @@ class Format(enum.StrEnum):
     EXACT = "exact"
     INT8 = "int8"
     K8V4 = "k8v4"
+    INT4 = "int4"
     RAW = "raw"
     """Numbers that are not sealed: what a window holds. No queries run over it."""
 
 
-SEALED = (Format.EXACT, Format.INT8, Format.K8V4)
+SEALED = (Format.EXACT, Format.INT8, Format.K8V4, Format.INT4)
 """Formats that attention reads."""
 
 
@@ -56,10 +57,11 @@ class Layout:
 
     Planes follow one another in this order, each starting at a multiple of 64:
 
-    k_codes    [kv_heads, head_dim, 64]   channel-major: the 64 tokens of a channel are adjacent
-    k_scales   [kv_heads, 64] bf16        int8 and k8v4
-    v_codes    [kv_heads, 64, head_dim]   token-major; k8v4 packs two codes a byte
-    v_scales   int8: [kv_heads, 64] bf16; k8v4: [kv_heads, 64, groups, 2] bf16 (scale, minimum)
+    k_codes    [kv_heads, head_dim, 64]   channel-major: the 64 tokens of a channel are adjacent; int4 packs
+                                          two codes a byte
+    k_scales   int8 and k8v4: [kv_heads, 64] bf16; int4: [kv_heads, groups, 64, 2] bf16 (scale, minimum)
+    v_codes    [kv_heads, 64, head_dim]   token-major; k8v4 and int4 pack two codes a byte
+    v_scales   int8: [kv_heads, 64] bf16; k8v4 and int4: [kv_heads, 64, groups, 2] bf16 (scale, minimum)
     norms      [3, kv_heads, 64] bf16     |K residual|, |V residual|, |V|, rounded up
     summary    [4, kv_heads, head_dim] bf16  key minimum, key maximum, key mean, value mean
     radius     [kv_heads] float32         largest |value - value mean|, rounded up
@@ -85,7 +87,7 @@ class Layout:
 
     @property
     def groups(self) -> int:
-        """int4 groups of one value vector."""
+        """Groups of channels in one key or value of four bits."""
         return -(-self.head_dim // V4_GROUP)
 
     @cached_property
@@ -95,19 +97,20 @@ class Layout:
         if self.format is Format.RAW:
             size = 2 * numbers * self.element.nbytes
             return {"numbers": (0, size), "end": (size, 0)}
+        exact = numbers * self.element.nbytes, 0
+        int8 = numbers, per_token
+        int4 = numbers // 2, per_token * self.groups * 2
+        k, v = {
+            Format.EXACT: (exact, exact),
+            Format.INT8: (int8, int8),
+            Format.K8V4: (int8, int4),
+            Format.INT4: (int4, int4),
+        }[self.format]
         sizes = {
-            "k_codes": numbers * (self.element.nbytes if self.format is Format.EXACT else 1),
-            "k_scales": 0 if self.format is Format.EXACT else per_token,
-            "v_codes": {
-                Format.EXACT: numbers * self.element.nbytes,
-                Format.INT8: numbers,
-                Format.K8V4: numbers // 2,
-            }[self.format],
-            "v_scales": {
-                Format.EXACT: 0,
-                Format.INT8: per_token,
-                Format.K8V4: per_token * self.groups * 2,
-            }[self.format],
+            "k_codes": k[0],
+            "k_scales": k[1],
+            "v_codes": v[0],
+            "v_scales": v[1],
             "norms": 3 * per_token,
             "summary": 4 * self.kv_heads * self.head_dim * 2,
             "radius": 4 * self.kv_heads,

@@ -52,25 +52,37 @@ def values(layout: Layout, record: npt.NDArray[np.uint8]) -> tuple[F32, F32]:
         dtype = np.dtype(np.float32 if layout.element is Element.FLOAT32 else np.uint16)
         k = widen(_codes(layout, record, "k_codes", dtype)).swapaxes(1, 2)
         return k, widen(_codes(layout, record, "v_codes", dtype))
-    k_scale = widen(_plane(layout, record, "k_scales").view(np.uint16).reshape(heads, 1, BLOCK))
-    k = _codes(layout, record, "k_codes", np.dtype(np.int8)).astype(np.float32) * k_scale
-    v_scale = widen(_plane(layout, record, "v_scales").view(np.uint16)).reshape(heads, BLOCK, -1)
+    k_codes, v_codes = (_plane(layout, record, name) for name in ("k_codes", "v_codes"))
+    k_scale, v_scale = (widen(_plane(layout, record, f"{name}_scales").view(np.uint16)) for name in "kv")
+    if layout.format is Format.INT4:
+        packed = k_codes.reshape(heads, -1, BLOCK).swapaxes(1, 2)
+        k = rotate(_values4(layout, packed, k_scale.reshape(heads, -1, BLOCK, 2).swapaxes(1, 2)))
+    else:
+        codes = k_codes.view(np.int8).reshape(heads, -1, BLOCK).astype(np.float32)
+        k = (codes * k_scale.reshape(heads, 1, BLOCK)).swapaxes(1, 2)
     if layout.format is Format.INT8:
-        v = _codes(layout, record, "v_codes", np.dtype(np.int8)).astype(np.float32) * v_scale
-        return k.swapaxes(1, 2), v
-    packed = _plane(layout, record, "v_codes").reshape(heads, BLOCK, -1)
-    v = np.empty((heads, BLOCK, layout.head_dim), np.float32)
-    for g, channels in enumerate(groups(layout)):
-        low = packed[..., channels.start // 2 : channels.stop // 2]
-        codes = np.concatenate([low & np.uint8(15), low >> np.uint8(4)], axis=-1)
-        v[..., channels] = (
-            codes.astype(np.float32) * v_scale[..., 2 * g, None] + v_scale[..., 2 * g + 1, None]
-        )
-    return k.swapaxes(1, 2), v
+        codes = v_codes.view(np.int8).reshape(heads, BLOCK, -1).astype(np.float32)
+        return k, codes * v_scale.reshape(heads, BLOCK, 1)
+    return k, _values4(layout, v_codes.reshape(heads, BLOCK, -1), v_scale.reshape(heads, BLOCK, -1, 2))
+
+
+def rotate(x: F32) -> F32:
+    """The rotation of int4's keys, along the last axis."""
+    size = 1 << (x.shape[-1].bit_length() - 1)
+    turned, rest = x[..., :size], x[..., size:]
+    span = 1
+    while span < size:
+        pairs = turned.reshape(*x.shape[:-1], -1, 2, span)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        turned = np.stack([a + b, a - b], axis=-2).reshape(*x.shape[:-1], size)
+        span *= 2
+    turned = turned * np.float32(1 / np.sqrt(size))
+    turned = np.where(np.isnan(turned), np.float32(np.nan), turned)
+    return np.concatenate([turned, rotate(rest)], axis=-1) if rest.shape[-1] else turned
 
 
 def groups(layout: Layout) -> list[slice]:
-    """The channels of each int4 group."""
+    """The channels of each group of four bits."""
     starts = range(0, layout.head_dim, V4_GROUP)
     return [slice(start, min(start + V4_GROUP, layout.head_dim)) for start in starts]
 
@@ -108,6 +120,17 @@ def _codes(layout: Layout, record: npt.NDArray[np.uint8], name: str, dtype: np.d
     return _plane(layout, record, name).view(dtype).reshape(layout.kv_heads, *tail)
 
 
+def _values4(layout: Layout, packed: Array, scales: F32) -> F32:
+    """Values [heads, 64, head_dim] of packed codes [heads, 64, head_dim // 2] and (scale, minimum)
+    [heads, 64, groups, 2]."""
+    values = np.empty((*packed.shape[:2], layout.head_dim), np.float32)
+    for g, channels in enumerate(groups(layout)):
+        both = packed[..., channels.start // 2 : channels.stop // 2]
+        codes = np.concatenate([both & np.uint8(15), both >> np.uint8(4)], axis=-1)
+        values[..., channels] = codes.astype(np.float32) * scales[..., g, :1] + scales[..., g, 1:]
+    return values
+
+
 def _planes(layout: Layout, k_in: Array, v_in: Array) -> dict[str, Array]:
     """The planes of one block, each in the shape that record.py gives."""
     k, v = widen(k_in), widen(v_in)
@@ -116,7 +139,11 @@ def _planes(layout: Layout, k_in: Array, v_in: Array) -> dict[str, Array]:
     if layout.format is Format.EXACT:
         planes["k_codes"], planes["v_codes"] = k_in.swapaxes(1, 2), v_in
     else:
-        codes, planes["k_scales"], value = _int8(k)
+        if layout.format is Format.INT4:
+            codes, scales, turned = _int4(rotate(k))
+            planes["k_scales"], value = scales.swapaxes(1, 2), rotate(turned)
+        else:
+            codes, planes["k_scales"], value = _int8(k)
         planes["k_codes"], k_norm = codes.swapaxes(1, 2), bf16_up(_norm(k - value))
         quantise = _int8 if layout.format is Format.INT8 else _int4
         planes["v_codes"], planes["v_scales"], value = quantise(v)

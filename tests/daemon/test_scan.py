@@ -117,6 +117,7 @@ class Rows:
     ("form", "element", "head_dim", "kv_heads", "group", "softcap"),
     [
         (Format.K8V4, Element.BFLOAT16, 64, 3, 3, 0.0),
+        (Format.INT4, Element.BFLOAT16, 64, 3, 3, 0.0),
         (Format.INT8, Element.FLOAT32, 80, 2, 4, 0.0),
         (Format.EXACT, Element.FLOAT32, 64, 1, 7, 2.0),
         (Format.EXACT, Element.BFLOAT16, 256, 1, 1, 0.0),

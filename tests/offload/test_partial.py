@@ -9,8 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from spilld.offload import reference
+from spilld.offload.codec import FORMS
 from spilld.offload.partial import Partial, merge
-from spilld.offload.record import BLOCK, SEALED, Element, Format, Layout
+from spilld.offload.record import BLOCK, Element, Format, Layout
 
 F32 = NDArray[np.float32]
 FIRST = 64
@@ -89,7 +90,7 @@ def layout(form: Format, head_dim: int = 64, kv_heads: int = 2, element: Element
     return Layout(format=form, element=element, kv_heads=kv_heads, head_dim=head_dim)
 
 
-FORMATS = pytest.mark.parametrize("form", SEALED)
+FORMATS = pytest.mark.parametrize("form", FORMS)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,9 @@ FORMATS = pytest.mark.parametrize("form", SEALED)
         (Format.K8V4, Element.BFLOAT16, 80, 2, 7, 1),
         (Format.K8V4, Element.BFLOAT16, 256, 1, 4, 1),
         (Format.K8V4, Element.BFLOAT16, 64, 3, 3, 16),
+        (Format.INT4, Element.BFLOAT16, 64, 3, 3, 1),
+        (Format.INT4, Element.FLOAT32, 80, 1, 2, 1),
+        (Format.INT4, Element.FLOAT32, 64, 3, 3, 16),
         (Format.INT8, Element.BFLOAT16, 64, 3, 3, 1),
         (Format.INT8, Element.FLOAT32, 80, 2, 2, 5),
         (Format.EXACT, Element.FLOAT32, 64, 3, 3, 1),
@@ -172,10 +176,10 @@ def _poison(layout: Layout, record: NDArray[np.uint8], name: str, tokens: range)
     scales = layout.format is not Format.EXACT
     offset, size = layout.plane(f"{name}_scales" if scales else f"{name}_codes")
     plane = record[offset : offset + size].reshape(layout.kv_heads, -1)
-    if name == "k" and not scales:
-        plane.reshape(layout.kv_heads, layout.head_dim, BLOCK, -1)[:, :, list(tokens)] = 0xFF
-    else:
-        plane.reshape(layout.kv_heads, BLOCK, -1)[:, list(tokens)] = 0xFF
+    rows = 1
+    if name == "k":
+        rows = {Format.EXACT: layout.head_dim, Format.INT4: layout.groups}.get(layout.format, 1)
+    plane.reshape(layout.kv_heads, rows, BLOCK, -1)[:, :, list(tokens)] = 0xFF
 
 
 def test_one_block_and_any_order() -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 import spilld.offload.record as record_module
-from spilld.offload.record import HEAD_DIMS, SEALED, Element, Format, Layout, round_up
+from spilld.offload.codec import FORMS
+from spilld.offload.record import HEAD_DIMS, Element, Format, Layout, round_up
 
 PLANES = ("k_codes", "k_scales", "v_codes", "v_scales", "norms", "summary", "radius", "end")
 LAYOUTS = [
     Layout(form, element, kv_heads, head_dim)
-    for form in SEALED
+    for form in FORMS
     for element in Element
     for kv_heads in (1, 2, 3, 8, 17)
     for head_dim in HEAD_DIMS
@@ -28,6 +29,7 @@ def formula(layout: Layout) -> int:
         Format.EXACT: 128 * dim * element,
         Format.INT8: 128 * dim + 256,
         Format.K8V4: 96 * dim + 128 + 256 * ((dim + 31) // 32),
+        Format.INT4: 64 * dim + 512 * ((dim + 31) // 32),
     }[layout.format]
     return heads * (codes + 384 + 8 * dim) + (4 * heads + 63) // 64 * 64
 
@@ -45,7 +47,7 @@ def test_planes_are_aligned_disjoint_and_cover_the_record(layout: Layout) -> Non
 def test_format_page_states_the_numbers_of_the_layout() -> None:
     page = (Path(str(record_module.__file__)).parent / "FORMAT.md").read_text()
     for name, layers, kv_heads, head_dim in (("SmolLM2-135M", 30, 3, 64), ("Gemma3-270M", 18, 1, 256)):
-        for form in SEALED:
+        for form in FORMS:
             for element in Element:
                 size = Layout(form, element, kv_heads, head_dim).record_bytes
                 label = f"{name} {form}" + (f" {element}" if form is Format.EXACT else "")
@@ -57,14 +59,14 @@ def test_format_page_states_the_numbers_of_the_layout() -> None:
 
 def test_format_page_states_the_offsets_of_the_layout() -> None:
     page = (Path(str(record_module.__file__)).parent / "FORMAT.md").read_text()
-    columns = [Layout(form, Element.BFLOAT16, *size) for size in ((3, 64), (1, 256)) for form in SEALED]
+    columns = [Layout(form, Element.BFLOAT16, *size) for size in ((3, 64), (1, 256)) for form in FORMS]
     table = page[page.index("| plane | exact bf16") :]
     for name in PLANES:
         row = re.search(rf"^\| {'record' if name == 'end' else name} \|(.*)\|$", table, re.MULTILINE)
         assert row is not None, name
         offsets = [str(layout.offset(name)) for layout in columns]
         if name.endswith("scales"):
-            offsets[0] = offsets[3] = "-"
+            offsets[0] = offsets[len(FORMS)] = "-"
         assert [cell.strip() for cell in row[1].split("|")] == offsets
 
 
