@@ -43,7 +43,7 @@ from spilld.offload.system import page_aligned
 BENCH = "kernels"
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 TOKENS = 65536
-FORMATS = (Format.INT8, Format.K8V4)
+FORMATS = (Format.INT8, Format.K8V4, Format.INT4)
 QUERIES = {1: 1.6, 8: 2.0}
 """M, and how many times the limit a call may take."""
 CONTEXT = 512

@@ -36,7 +36,7 @@ class Format(enum.StrEnum):
     """Numbers that are not sealed: what a window holds. No queries run over it."""
 
 
-SEALED = (Format.EXACT, Format.INT8, Format.K8V4)
+SEALED = (Format.EXACT, Format.INT8, Format.K8V4, Format.INT4)
 """Formats that attention reads."""
 
 

@@ -67,13 +67,14 @@ class Case:
         return torch.float32 if self.element is Element.FLOAT32 else torch.bfloat16
 
 
-EXACT, INT8, K8V4 = Format.EXACT, Format.INT8, Format.K8V4
+EXACT, INT8, K8V4, INT4 = Format.EXACT, Format.INT8, Format.K8V4, Format.INT4
 CASES = [
     Case(1301, 1, EXACT, group=2, head_dim=16),
     Case(1301, 1, INT8, group=3, head_dim=80),
     Case(1301, 1, K8V4, group=1, head_dim=96, softcap=3.0),
     Case(1301, 1, K8V4, group=3, head_dim=64, window=700),
     Case(1301, 1, INT8, group=2, head_dim=32, window=100),
+    Case(1301, 1, INT4, group=3, head_dim=64, softcap=3.0),
     Case(1279, 3, K8V4, group=2, head_dim=128),
     Case(1023, 3, INT8, group=1, head_dim=256),
     Case(511, 3, EXACT, group=3, head_dim=32, softcap=2.0),
@@ -87,6 +88,7 @@ CASES = [
     Case(1, 512, K8V4, group=2, head_dim=64),
     Case(333, 512, INT8, group=1, head_dim=128),
     Case(1023, 512, K8V4, group=3, head_dim=80),
+    Case(1023, 512, INT4, group=2, head_dim=96),
     Case(769, 512, K8V4, group=2, head_dim=16, softcap=4.0),
     Case(769, 512, EXACT, group=2, head_dim=64, window=100),
     Case(769, 512, K8V4, group=2, head_dim=64, window=300),

@@ -63,7 +63,7 @@ class TestServeThatCannotStart:
     @pytest.mark.parametrize(
         ("option", "words"),
         [
-            ("--format=int3", ["format", "'int3'", "exact, int8, k8v4"]),
+            ("--format=int3", ["format", "'int3'", "exact, int8, k8v4, int4"]),
             ("--chunk-tokens=many", ["chunk_tokens", "'many'"]),
             ("--host-budget=2XB", ["host_budget", "512MiB"]),
             ("--state=relative", ["state", "a full path"]),

@@ -85,7 +85,7 @@ def test_sizes(given: object, size: int) -> None:
         ("host_budget", 1.5, "host_budget is 1.5"),
         ("host_budget", True, "host_budget is True"),
         ("disk_budget", "-1GiB", "disk_budget is '-1GiB'"),
-        ("format", "int2", "format is 'int2'; allowed: exact, int8, k8v4"),
+        ("format", "int2", "format is 'int2'; allowed: exact, int8, k8v4, int4"),
         ("dtype", "float16", "dtype is 'float16'; allowed: float32, bfloat16"),
         ("model", "", "model is ''"),
         ("state", "relative/path", "state is 'relative/path'; allowed: a full path"),

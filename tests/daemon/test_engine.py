@@ -30,7 +30,7 @@ from .harness import (
     window_bytes,
 )
 
-FORMATS = ("exact", "int8", "k8v4")
+FORMATS = ("exact", "int8", "k8v4", "int4")
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=0.8, top_p=0.9, seed=11)}
 PROMPT = some_tokens(1, 1500)
 ANSWER = 45
