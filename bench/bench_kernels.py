@@ -21,7 +21,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from harness import Goal, Result, gemm_rate, in_child, main, medians, memory_rate
+from harness import Goal, Result, gemm_rate, in_child, in_our_child, main, medians, memory_rate
 from steps import Steps
 
 from spilld.daemon.assembly import use_threads
@@ -184,9 +184,9 @@ def measure() -> tuple[dict[str, float], list[Result]]:
     }
     found = medians(
         {
-            "our attention": lambda: in_child(our_attention),
+            "our attention": lambda: in_our_child(our_attention),
             "torch attention": lambda: in_child(torch_attention),
-            "our products": lambda: in_child(our_products),
+            "our products": lambda: in_our_child(our_products),
             "torch products": lambda: in_child(torch_products),
         }
     )

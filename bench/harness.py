@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Literal, ParamSpec, TypeVar
+from unittest import mock
 
 import numpy as np
 from rich.console import Console
@@ -148,6 +149,12 @@ def in_child(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         raise error
     value: T = result
     return value
+
+
+def in_our_child(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """in_child, torch's threads waiting as they do in the daemon."""
+    with mock.patch.dict(os.environ, OMP_WAIT_POLICY="passive"):
+        return in_child(function, *args, **kwargs)
 
 
 def _call(

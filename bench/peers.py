@@ -112,8 +112,8 @@ def start(stack: ExitStack, folder: Path) -> Systems:
     """All of them, for up to 8,192 tokens."""
     context = 8192
     commands = {name: llama_cpp(name, context) for name in LLAMA_CPP}
-    commands[VLLM] = (PEERS, "vllm", [folder, context, THREADS])
-    commands[TRANSFORMERS] = (Path(sys.executable), "transformers", [folder, THREADS])
+    commands[VLLM] = (PEERS, "vllm", [folder, context, THREADS], {})
+    commands[TRANSFORMERS] = (Path(sys.executable), "transformers", [folder, THREADS], {})
     found = start_children(stack, commands)
     say(f"starting {OURS}")
     client = stack.enter_context(Client(daemon(stack, folder, max_context=context)))
@@ -123,18 +123,19 @@ def start(stack: ExitStack, folder: Path) -> Systems:
 def start_long(stack: ExitStack, folder: Path) -> Systems:
     """Ours and llama.cpp, of which none prefills a long prompt."""
     context = LONG.context + 2 * COUNT
-    commands: dict[str, Command] = {OURS: (Path(sys.executable), "steps", [folder, context])}
+    ours = (Path(sys.executable), "steps", [folder, context], {"OMP_WAIT_POLICY": "passive"})
+    commands: dict[str, Command] = {OURS: ours}
     commands |= {name: llama_cpp(name, context, LONG_PREFILLED) for name in LLAMA_CPP}
     return start_children(stack, commands)
 
 
-Command = tuple[Path, str, list[object]]
-"""A Python, a module of systems, and its arguments."""
+Command = tuple[Path, str, list[object], dict[str, str]]
+"""A Python, a module of systems, its arguments, and what it finds in its environment."""
 
 
 def llama_cpp(name: str, context: int, *most: int) -> Command:
     (gguf,) = PACKAGED[MODEL].files(MODEL)
-    return PEERS, "llama_cpp", [gguf, context, THREADS, name.split()[1], *most]
+    return PEERS, "llama_cpp", [gguf, context, THREADS, name.split()[1], *most], {}
 
 
 def start_children(stack: ExitStack, commands: Mapping[str, Command]) -> Systems:

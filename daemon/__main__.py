@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -56,6 +57,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 def _serve(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     config = Config.load(options.config, {s.name: _number(getattr(options, s.name)) for s in fields(Config)})
+    # Torch's threads would else spin between its loops, where those of our kernels compute.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from .assembly import serve  # loads torch, which the client commands do without
 
     serve(config)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 
-import numba
 import torch
 
 from spilld.cuda_ext.cpu import CpuBackend
 from spilld.cuda_ext.window import WindowArena, WindowShape
-from spilld.offload import residency
+from spilld.offload import residency, threads
 from spilld.offload.cache import RunCache
 from spilld.offload.compaction import Compaction
 from spilld.offload.database import Database
@@ -72,11 +71,10 @@ def serve(config: Config) -> None:
 
 
 def use_threads(count: int | None) -> None:
-    """Set the threads of torch and numba before either starts its own."""
-    numba.config.THREADING_LAYER = "omp"  # numba's own pool dies on calls from two threads
+    """How many threads torch and the kernels have; None: one for each core."""
+    threads.use(count)
     if count is not None:
         torch.set_num_threads(count)
-        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
 
 
 def load_model(config: Config) -> Model:

@@ -133,7 +133,6 @@ def compile_packed(layout: Layout, heads: int) -> None:
 
 
 def _main(form: str, element: str, heads: str, kv_heads: str, head_dim: str, packed: str = "") -> None:
-    numba.config.THREADING_LAYER = "omp"
     layout = Layout(Format(form), Element(element), int(kv_heads), int(head_dim))
     compile_all(layout, int(heads))
     if packed:

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from spilld.offload.threads import spreading
 from spilld.offload.vectors import (
     F32,
     I32,
@@ -78,32 +79,41 @@ def multiply(inputs: Inputs, weights: Packed, out: Floats, rows: int) -> None:
     multiply_rows(inputs, Matrix.of(weights), out, rows)
 
 
-@njit(parallel=True, nogil=True, error_model="numpy", cache=True)
+@njit(nogil=True, error_model="numpy", cache=True)
 def multiply_rows(inputs: Any, weights: Any, out: Any, rows: Any) -> None:
     """out[:rows] += the rows of `inputs` times the weights; out: float32 [MAX_ROWS, outputs], C-contiguous.
 
     The result is what float32 products of the quantised inputs give, up to the rounding of their sums. Rows
     from `rows` on mean nothing afterwards.
     """
-    count, parts = out.shape[1] // LANES, inputs.threads
-    for part in prange(parts):
-        first, last = count * part // parts, count * (part + 1) // parts
-        if rows == 1:
-            if weights.int4:
-                _tiles(inputs, weights, out, first, last, LINES4, 0, 1, 1, 1)
-            else:
-                _tiles(inputs, weights, out, first, last, LINES8, 0, 1, 1, 0)
-            continue
-        # LLVM does not know the value of weights.lines: a loop that it can unroll it does row by row, which
-        # needs all the codes at once.
-        twos = first + (last - first) // 2 * 2
-        for top in range(0, rows, FEW):
-            if weights.int4:
-                _tiles(inputs, weights, out, first, twos, weights.lines, top, FEW, 2, 1)
-                _tiles(inputs, weights, out, twos, last, weights.lines, top, FEW, 1, 1)
-            else:
-                _tiles(inputs, weights, out, first, twos, weights.lines, top, FEW, 2, 0)
-                _tiles(inputs, weights, out, twos, last, weights.lines, top, FEW, 1, 0)
+    _spread(min(inputs.parts, out.shape[1] // LANES), inputs, weights, out, rows)  # its units need no memory
+
+
+@njit(nogil=True, error_model="numpy")
+def _unit(part: Any, inputs: Any, weights: Any, out: Any, rows: Any) -> None:
+    """A stretch of the tiles."""
+    count = out.shape[1] // LANES
+    parts = min(inputs.parts, count)
+    first, last = count * part // parts, count * (part + 1) // parts
+    if rows == 1:
+        if weights.int4:
+            _tiles(inputs, weights, out, first, last, LINES4, 0, 1, 1, 1)
+        else:
+            _tiles(inputs, weights, out, first, last, LINES8, 0, 1, 1, 0)
+        return
+    # LLVM does not know the value of weights.lines: a loop that it can unroll it does row by row, which
+    # needs all the codes at once.
+    twos = first + (last - first) // 2 * 2
+    for top in range(0, rows, FEW):
+        if weights.int4:
+            _tiles(inputs, weights, out, first, twos, weights.lines, top, FEW, 2, 1)
+            _tiles(inputs, weights, out, twos, last, weights.lines, top, FEW, 1, 1)
+        else:
+            _tiles(inputs, weights, out, first, twos, weights.lines, top, FEW, 2, 0)
+            _tiles(inputs, weights, out, twos, last, weights.lines, top, FEW, 1, 0)
+
+
+_spread = spreading(lambda: _unit)
 
 
 @njit(nogil=True, error_model="numpy", inline="always")

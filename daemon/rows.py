@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from spilld.offload.threads import used
 from spilld.offload.vectors import (
     F32,
     address,
@@ -49,8 +49,8 @@ class Inputs(NamedTuple):
     sums: Floats
     row: Floats
     """A row on its way to codes."""
-    threads: int
-    """That share the weights of a product."""
+    parts: int
+    """Into which the weights of a product are split, for the threads."""
 
     @classmethod
     def of(cls, width: int) -> Inputs:
@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
             scales=np.zeros(groups, np.float32),
             sums=np.zeros(groups, np.float32),
             row=np.zeros(width, np.float32),
-            threads=numba.get_num_threads(),
+            parts=4 * used(),
         )
 
 

@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 from numpy.typing import NDArray
 
 from spilld.offload.bits import f32_to_bf16_nearest
@@ -21,6 +21,7 @@ from spilld.offload.lanes import MAX_TILE, dot_rows, weigh_tile
 from spilld.offload.partial import Partial, attend_blocks, parts_of
 from spilld.offload.record import BLOCK, Element, Format, Layout
 from spilld.offload.softmax import finish, join, soften, start
+from spilld.offload.threads import check, spreading
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -93,10 +94,10 @@ class RowAttention:
         self._kv_heads, self._head_dim, self._height = layout.kv_heads, layout.head_dim, tiles * tile
         self._partial = Partial(layout)
         self._kernel = _kernel(
-            layout.format is Format.INT4,
-            layout.format in (Format.K8V4, Format.INT4),
-            layout.format is Format.EXACT,
-            layout.element is Element.FLOAT32,
+            int(layout.format is Format.INT4),
+            int(layout.format in (Format.K8V4, Format.INT4)),
+            int(layout.format is Format.EXACT),
+            int(layout.element is Element.FLOAT32),
             layout.head_dim,
             tile,
         )
@@ -124,21 +125,9 @@ class RowAttention:
         rows, parts = len(scan.windows), len(scan.rows)
         if rows > len(self._queries) or parts > len(self._sums):
             self._queries, self._sums, self._tops, self._totals = self._workspace(rows, parts)
-        self._kernel(
-            heads,
-            planes,
-            layer,
-            scan,
-            self._partial.views(memory),
-            np.float32(scale),
-            np.float32(softcap),
-            self._queries,
-            self._sums,
-            self._tops,
-            self._totals,
-            out,
-            lse,
-        )
+        records, factors = self._partial.views(memory), (np.float32(scale), np.float32(softcap))
+        room = (self._queries, self._sums, self._tops, self._totals)
+        check(self._kernel(heads, planes, layer, scan, records, *factors, *room, out, lse))
 
     def _workspace(self, rows: int, parts: int) -> tuple[Floats, Floats, Floats, Floats]:
         """Tiles of queries, and the sums, maxima and totals of the parts."""
@@ -149,12 +138,10 @@ class RowAttention:
 
 
 @cache
-def _kernel(
-    keys4: bool, int4: bool, exact: bool, wide: bool, head_dim: int, tile: int
-) -> Callable[..., None]:
+def _kernel(keys4: int, int4: int, exact: int, wide: int, head_dim: int, tile: int) -> Callable[..., int]:
     """Only numbers are captured, as in partial.py."""
 
-    @njit(parallel=True, nogil=True, error_model="numpy", cache=True)
+    @njit(nogil=True, error_model="numpy", cache=True)
     def kernel(
         heads: Any,
         planes: Any,
@@ -169,7 +156,7 @@ def _kernel(
         totals: Any,
         out: Any,
         lse: Any,
-    ) -> None:
+    ) -> Any:
         kv_heads, group = planes.shape[3], out.shape[1] // planes.shape[3]
         for row in range(len(scan.windows)):
             for head in range(kv_heads):
@@ -183,46 +170,91 @@ def _kernel(
                         for d in range(head_dim):
                             number = new[d] if wide else f32_to_bf16_nearest(new[d])
                             plane[scan.slots[row, i], d] = number
-        for unit in prange(len(scan.rows) * kv_heads):
-            part, head = unit // kv_heads, unit % kv_heads
-            row = scan.rows[part]
-            q, acc, top, total = queries[row, head], sums[part, head], tops[part, head], totals[part, head]
-            index, parts = part - scan.parts[row] - 1, scan.parts[row + 1] - scan.parts[row] - 1
-            if index < 0:
-                window = planes[scan.windows[row], layer]
-                keys, values = window[0, head].reshape(-1), window[1, head].reshape(-1)
-                attend_slots(
-                    q, keys, values, scan.ranges[row], scale, softcap, acc, top, total, head_dim, tile
-                )
-            else:
-                begin, count = scan.blocks[row], scan.blocks[row + 1] - scan.blocks[row]
-                first, last = begin + count * index // parts, begin + count * (index + 1) // parts
-                attend_blocks(
-                    q,
-                    records,
-                    head,
-                    scan.places[layer, first:last],
-                    scan.positions[first:last],
-                    scan.low[row : row + 1],
-                    scan.high[row : row + 1],
-                    scale,
-                    softcap,
-                    group,
-                    acc,
-                    top,
-                    total,
-                    keys4,
-                    int4,
-                    exact,
-                    head_dim,
-                    tile,
-                )
+        failed = _spread(
+            len(scan.rows) * kv_heads,
+            keys4,
+            int4,
+            exact,
+            head_dim,
+            tile,
+            planes,
+            layer,
+            scan,
+            records,
+            scale,
+            softcap,
+            group,
+            queries,
+            sums,
+            tops,
+            totals,
+        )
         for row in range(len(scan.windows)):
             a, b = scan.parts[row], scan.parts[row + 1]
             join(sums[a:b], tops[a:b], totals[a:b], out[row : row + 1], lse[row : row + 1])
 
-    compiled: Callable[..., None] = kernel
+        return failed
+
+    compiled: Callable[..., int] = kernel
     return compiled
+
+
+@cache
+def _unit(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Any:
+    """One KV head over one part: a row's window, or some of its blocks."""
+
+    @njit(nogil=True, error_model="numpy")
+    def unit(
+        number: Any,
+        planes: Any,
+        layer: Any,
+        scan: Any,
+        records: Any,
+        scale: Any,
+        softcap: Any,
+        group: Any,
+        queries: Any,
+        sums: Any,
+        tops: Any,
+        totals: Any,
+    ) -> None:
+        kv_heads = planes.shape[3]
+        part, head = number // kv_heads, number % kv_heads
+        row = scan.rows[part]
+        q, acc, top, total = queries[row, head], sums[part, head], tops[part, head], totals[part, head]
+        index, parts = part - scan.parts[row] - 1, scan.parts[row + 1] - scan.parts[row] - 1
+        if index < 0:
+            window = planes[scan.windows[row], layer]
+            keys, values = window[0, head].reshape(-1), window[1, head].reshape(-1)
+            attend_slots(q, keys, values, scan.ranges[row], scale, softcap, acc, top, total, head_dim, tile)
+        else:
+            begin, count = scan.blocks[row], scan.blocks[row + 1] - scan.blocks[row]
+            first, last = begin + count * index // parts, begin + count * (index + 1) // parts
+            attend_blocks(
+                q,
+                records,
+                head,
+                scan.places[layer, first:last],
+                scan.positions[first:last],
+                scan.low[row : row + 1],
+                scan.high[row : row + 1],
+                scale,
+                softcap,
+                group,
+                acc,
+                top,
+                total,
+                keys4,
+                int4,
+                exact,
+                head_dim,
+                tile,
+            )
+
+    return unit
+
+
+_spread = spreading(_unit, literals=5)
 
 
 @njit(nogil=True, error_model="numpy", inline="always")

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from . import dequantise, quantise
 from .record import BLOCK, Element, Format, Layout, check_places
+from .threads import check
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
@@ -22,9 +23,8 @@ FORMS = (Format.EXACT, Format.INT8, Format.K8V4, Format.INT4)
 class Codec:
     """Seals and opens the records of one layout.
 
-    The kernels run in parallel over (block, KV head) and release the GIL; one thread at a time may call
-    them under numba's workqueue layer, any under omp. They take arrays as bytes, so that one compiled
-    version, made at the first call and cached on disk, serves every layout.
+    The kernels run in parallel over (block, KV head) and release the GIL. They take arrays as bytes, so that
+    one compiled version, made at the first call and cached on disk, serves every layout.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -44,7 +44,9 @@ class Codec:
         self._check_rows(records, rows)
         self._check_numbers(k, v, rows.size, self.dtype)
         if rows.size:
-            quantise.seal(*_flat(k), *_flat(v), records, rows, self._planes, self._form, *self._sizes)
+            units = 2 * rows.size * self.layout.kv_heads
+            numbers = (*_flat(k), *_flat(v))
+            check(quantise.seal(units, *numbers, records, rows, self._planes, self._form, *self._sizes))
 
     def open(self, memory: Bytes, places: Rows, k_out: Array, v_out: Array) -> None:
         """Unpack n records into k_out and v_out, every number written.
@@ -59,8 +61,9 @@ class Codec:
         self._check_numbers(k_out, v_out, places.size, FLOAT32)
         if places.size:
             outputs = (*_flat(k_out), *_flat(v_out))
-            width = self.layout.record_bytes
-            dequantise.open_records(memory, places, width, *outputs, self._planes, self._form, *self._sizes)
+            units, width = places.size * self.layout.kv_heads, self.layout.record_bytes
+            where = (memory, places, width, *outputs)
+            check(dequantise.open_records(units, *where, self._planes, self._form, *self._sizes))
 
     @property
     def _sizes(self) -> tuple[int, int, int]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from .bits import bf16_to_f32, device, part, transpose8
 from .record import BLOCK
 from .rotation import rotate
+from .threads import spreading
 
 K_CODES, K_SCALES, V_CODES, V_SCALES = range(4)
 EXACT, INT8, K8V4, INT4 = range(4)
@@ -23,8 +24,9 @@ NOTHING = np.float32(0)
 """The minimum of int8: code * scale + 0 is code * scale, as no product is -0 (a scale of 0 has codes 0)."""
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
-def open_records(
+@njit(nogil=True, error_model="numpy")
+def _unit(
+    unit: Any,
     memory: Any,
     places: Any,
     width: Any,
@@ -40,36 +42,45 @@ def open_records(
     dim: Any,
     nbytes: Any,
 ) -> None:
-    """See Codec.open. k, v: bytes, with strides in bytes; planes: int64 [8, (offset, size)].
+    """One KV head of one block; see Codec.open.
+
+    k, v: bytes, with strides in bytes; planes: int64 [8, (offset, size)].
 
     nbytes: of an element, which only `exact` records hold. The functions below take the float32 outputs
     as uint32, with strides in numbers.
     """
-    for index in prange(len(places) * heads):
-        unit = np.int64(index)
-        block, head = unit // heads, unit % heads
-        record = memory[places[block] : places[block] + width]
-        keys, key_stride = k[head * k_head + block * BLOCK * k_token :].view(np.uint32), k_token // 4
-        values, value_stride = v[head * v_head + block * BLOCK * v_token :].view(np.uint32), v_token // 4
-        k_codes = part(record, planes, K_CODES, heads, head)
-        v_codes = part(record, planes, V_CODES, heads, head)
-        if form == EXACT and nbytes == 4:
-            _widen_keys(k_codes.view(np.uint32), np.uint32(0), keys, key_stride, dim)
-            _widen_values(v_codes.view(np.uint32), np.uint32(0), values, value_stride, dim)
-        elif form == EXACT:
-            _widen_keys(k_codes.view(np.uint16), np.uint32(16), keys, key_stride, dim)
-            _widen_values(v_codes.view(np.uint16), np.uint32(16), values, value_stride, dim)
+    block, head = unit // heads, unit % heads
+    record = memory[places[block] : places[block] + width]
+    keys, key_stride = k[head * k_head + block * BLOCK * k_token :].view(np.uint32), k_token // 4
+    values, value_stride = v[head * v_head + block * BLOCK * v_token :].view(np.uint32), v_token // 4
+    k_codes = part(record, planes, K_CODES, heads, head)
+    v_codes = part(record, planes, V_CODES, heads, head)
+    if form == EXACT and nbytes == 4:
+        _widen_keys(k_codes.view(np.uint32), np.uint32(0), keys, key_stride, dim)
+        _widen_values(v_codes.view(np.uint32), np.uint32(0), values, value_stride, dim)
+    elif form == EXACT:
+        _widen_keys(k_codes.view(np.uint16), np.uint32(16), keys, key_stride, dim)
+        _widen_values(v_codes.view(np.uint16), np.uint32(16), values, value_stride, dim)
+    else:
+        k_scales = part(record, planes, K_SCALES, heads, head).view(np.uint16)
+        v_scales = part(record, planes, V_SCALES, heads, head).view(np.uint16)
+        if form == INT4:
+            _open_keys4(k_codes, k_scales, keys, key_stride, dim)
         else:
-            k_scales = part(record, planes, K_SCALES, heads, head).view(np.uint16)
-            v_scales = part(record, planes, V_SCALES, heads, head).view(np.uint16)
-            if form == INT4:
-                _open_keys4(k_codes, k_scales, keys, key_stride, dim)
-            else:
-                _open_keys(k_codes.view(np.uint64), k_scales, keys, key_stride, dim)
-            if form == INT8:
-                _open_values8(v_codes.view(np.uint64), v_scales, values, value_stride, dim)
-            else:
-                _open_values4(v_codes.view(np.uint64), v_scales, values, value_stride, dim)
+            _open_keys(k_codes.view(np.uint64), k_scales, keys, key_stride, dim)
+        if form == INT8:
+            _open_values8(v_codes.view(np.uint64), v_scales, values, value_stride, dim)
+        else:
+            _open_values4(v_codes.view(np.uint64), v_scales, values, value_stride, dim)
+
+
+_spread = spreading(lambda: _unit)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def open_records(units: Any, *args: Any) -> Any:
+    """Open blocks * heads units; how many of them got no memory. args: what follows the unit of _unit."""
+    return _spread(units, *args)
 
 
 @device

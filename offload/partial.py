@@ -1,6 +1,6 @@
 """Attention of a few queries over quantised records, where they lie.
 
-A call splits its blocks among the threads. Every part keeps running (maximum, sum of weights, weighted
+A call splits its blocks into parts. Every part keeps running (maximum, sum of weights, weighted
 values) per query row and the parts are merged exactly, in an order that depends on the number of blocks only:
 neither threads nor load change a bit of the result.
 Query rows (queries x heads of one KV head) go in tiles of up to MAX_TILE: a code is unpacked once for a tile.
@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 from numpy.typing import NDArray
 
 from .lanes import MAX_TILE, dot_tile, rotate_rows, weigh_tile, widen, widen4, widen_keys4
@@ -30,6 +30,7 @@ from .softmax import (
     start,
     visibility,
 )
+from .threads import check, spreading
 
 __all__ = ["Partial", "merge"]
 
@@ -52,9 +53,9 @@ class Partial:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self._keys4 = layout.format is Format.INT4
-        self._int4 = self._keys4 or layout.format is Format.K8V4
-        self._exact = layout.format is Format.EXACT
+        self._keys4 = int(layout.format is Format.INT4)
+        self._int4 = int(layout.format in (Format.K8V4, Format.INT4))
+        self._exact = int(layout.format is Format.EXACT)
         number: type[np.generic] = np.int8
         if self._exact:
             number = np.float32 if layout.element is Element.FLOAT32 else np.uint16
@@ -124,20 +125,9 @@ class Partial:
         sums = np.empty((parts, kv_heads, tiles * tile, head_dim), np.float32)
         tops = np.empty((parts, kv_heads, tiles * tile), np.float32)
         totals = np.empty_like(tops)
-        _kernel(self._keys4, self._int4, self._exact, head_dim, tile)(
-            tiled,
-            self.views(memory),
-            places,
-            positions,
-            low,
-            high,
-            np.float32(scale),
-            np.float32(softcap),
-            group,
-            sums,
-            tops,
-            totals,
-        )
+        attend = _kernel(self._keys4, self._int4, self._exact, head_dim, tile)
+        records, factors = self.views(memory), (np.float32(scale), np.float32(softcap))
+        check(attend(tiled, records, places, positions, low, high, *factors, group, sums, tops, totals))
         join(sums, tops, totals, out, lse)
 
 
@@ -147,14 +137,60 @@ def parts_of(blocks: int) -> int:
 
 
 @cache
-def _kernel(keys4: bool, int4: bool, exact: bool, head_dim: int, tile: int) -> Callable[..., None]:
+def _kernel(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Callable[..., int]:
     """The parallel loop for one kind of record and one tile height.
 
     Only numbers are captured, because numba's on-disk cache is keyed by what a closure captures.
     """
 
-    @njit(parallel=True, nogil=True, error_model="numpy", cache=True)
+    @njit(nogil=True, error_model="numpy", cache=True)
     def kernel(
+        q: Any,
+        records: Any,
+        places: Any,
+        positions: Any,
+        low: Any,
+        high: Any,
+        scale: Any,
+        softcap: Any,
+        group: Any,
+        sums: Any,
+        tops: Any,
+        totals: Any,
+    ) -> Any:
+        units = sums.shape[0] * sums.shape[1]
+        return _spread(
+            units,
+            keys4,
+            int4,
+            exact,
+            head_dim,
+            tile,
+            q,
+            records,
+            places,
+            positions,
+            low,
+            high,
+            scale,
+            softcap,
+            group,
+            sums,
+            tops,
+            totals,
+        )
+
+    compiled: Callable[..., int] = kernel
+    return compiled
+
+
+@cache
+def _unit(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Any:
+    """One KV head over the blocks of one part."""
+
+    @njit(nogil=True, error_model="numpy")
+    def unit(
+        number: Any,
         q: Any,
         records: Any,
         places: Any,
@@ -169,32 +205,33 @@ def _kernel(keys4: bool, int4: bool, exact: bool, head_dim: int, tile: int) -> C
         totals: Any,
     ) -> None:
         parts, kv_heads = sums.shape[:2]
-        for unit in prange(parts * kv_heads):
-            part, head = unit // kv_heads, unit % kv_heads
-            first, last = len(places) * part // parts, len(places) * (part + 1) // parts
-            attend_blocks(
-                q[head],
-                records,
-                head,
-                places[first:last],
-                positions[first:last],
-                low,
-                high,
-                scale,
-                softcap,
-                group,
-                sums[part, head],
-                tops[part, head],
-                totals[part, head],
-                keys4,
-                int4,
-                exact,
-                head_dim,
-                tile,
-            )
+        part, head = number // kv_heads, number % kv_heads
+        first, last = len(places) * part // parts, len(places) * (part + 1) // parts
+        attend_blocks(
+            q[head],
+            records,
+            head,
+            places[first:last],
+            positions[first:last],
+            low,
+            high,
+            scale,
+            softcap,
+            group,
+            sums[part, head],
+            tops[part, head],
+            totals[part, head],
+            keys4,
+            int4,
+            exact,
+            head_dim,
+            tile,
+        )
 
-    compiled: Callable[..., None] = kernel
-    return compiled
+    return unit
+
+
+_spread = spreading(_unit, literals=5)
 
 
 @njit(nogil=True, error_model="numpy", inline="always")

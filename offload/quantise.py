@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from .bits import (
     bf16_to_f32,
@@ -27,6 +27,7 @@ from .bits import (
 from .dequantise import read_keys4
 from .record import BLOCK
 from .rotation import rotate
+from .threads import spreading
 
 K_CODES, K_SCALES, V_CODES, V_SCALES, NORMS, SUMMARY, RADIUS = range(7)
 EXACT, INT8, K8V4, INT4 = range(4)
@@ -40,8 +41,9 @@ SMALLEST_SUM = np.float32(2.0**-142)
 ROUNDING = np.float32(1 + 2.0**-14)
 
 
-@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
-def seal(
+@njit(nogil=True, error_model="numpy")
+def _unit(
+    unit: Any,
     k: Any,
     k_head: Any,
     k_token: Any,
@@ -56,18 +58,28 @@ def seal(
     dim: Any,
     nbytes: Any,
 ) -> None:
-    """See Codec.seal. k, v: bytes, with strides in bytes; planes: int64 [8, (offset, size)]."""
-    for index in prange(len(rows) * heads * 2):
-        unit = np.int64(index)
-        block, head, side = unit // (2 * heads), unit // 2 % heads, unit % 2
-        record = records[rows[block]]
-        if side == KEY:
-            source, stride = k[head * k_head + block * BLOCK * k_token :], k_token
-        else:
-            source, stride = v[head * v_head + block * BLOCK * v_token :], v_token
-        _seal_side(source, stride, record, planes, form, heads, head, side, dim, nbytes)
-        if unit % (2 * heads) == 0:
-            _store_padding(record, planes)
+    """K or V of one head of one block; see Codec.seal.
+
+    k, v: bytes, with strides in bytes; planes: int64 [8, (offset, size)].
+    """
+    block, head, side = unit // (2 * heads), unit // 2 % heads, unit % 2
+    record = records[rows[block]]
+    if side == KEY:
+        source, stride = k[head * k_head + block * BLOCK * k_token :], k_token
+    else:
+        source, stride = v[head * v_head + block * BLOCK * v_token :], v_token
+    _seal_side(source, stride, record, planes, form, heads, head, side, dim, nbytes)
+    if unit % (2 * heads) == 0:
+        _store_padding(record, planes)
+
+
+_spread = spreading(lambda: _unit)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def seal(units: Any, *args: Any) -> Any:
+    """Seal 2 * blocks * heads units; how many of them got no memory. args: what follows the unit of _unit."""
+    return _spread(units, *args)
 
 
 @device

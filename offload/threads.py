@@ -1,9 +1,9 @@
-"""Threads that share the units of a kernel: what OpenMP's parallel loop is for, on a machine that has other work.
+"""Threads that share the units of a kernel: OpenMP's parallel loop, for a machine that has other work, too.
 
 OpenMP's threads meet at the end of every loop, also those that came too late to find work: where another
-process has the core of one, each of a token's hundred loops waits for the scheduler. Here units are claimed one
-by one, and a loop ends when its units have: a thread that does not run holds up nobody but in the midst of a
-unit. A thread without work spins for microseconds and then sleeps.
+process has the core of one, each of a token's hundred loops waits for the scheduler. Here units are claimed
+one by one, and a loop ends when its units have: a thread that does not run holds up nobody but in the midst
+of a unit. A thread without work spins for microseconds and then sleeps.
 
 A word holds the number of the loop and that of the next unit. A claim is a compare-and-swap of it: if it
 succeeds the loop had not ended when its description was read, so that this was whole. Loops of two callers do
@@ -43,7 +43,7 @@ LAST = (1 << 31) - 1
 STATE = "spilld_threads"
 """The symbol by which compiled code finds the state."""
 
-SPINS = 2000
+SPINS = 6000
 """Looks at the epoch before a thread sleeps, about 30 microseconds; or at what is done before it yields."""
 
 FUTEX, PAUSE = {

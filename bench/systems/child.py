@@ -8,8 +8,9 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 BENCH = Path(__file__).parent.parent
@@ -26,7 +27,13 @@ class Child:
     Raises NotRun if it cannot start.
     """
 
-    def __init__(self, python: Path, module: str, arguments: Sequence[object]) -> None:
+    def __init__(
+        self,
+        python: Path,
+        module: str,
+        arguments: Sequence[object],
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         if not python.exists():
             raise NotRun(f"no {python.parent.parent.name}: make bench-peers")
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
@@ -38,6 +45,7 @@ class Child:
             stderr=self._log,
             text=True,
             process_group=0,
+            env={**os.environ, **environment},
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

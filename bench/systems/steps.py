@@ -1,6 +1,6 @@
 """spilld's engine without its daemon, K and V of a prompt being what lies in memory: for timing only.
 
-python -m systems.steps FOLDER CONTEXT
+python -m systems.steps FOLDER CONTEXT, with OMP_WAIT_POLICY=passive as the daemon sets it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -24,7 +23,7 @@ from spilld.daemon.model import Model, load
 from spilld.daemon.plain import greedy_tokens
 from spilld.daemon.protocol import Done, Event, Failed, Generate, Reply, Resume, Token
 from spilld.daemon.visibility import BLOCK, WINDOW_SLOTS
-from spilld.offload import residency
+from spilld.offload import residency, threads
 from spilld.offload.disk import DiskTier
 from spilld.offload.record import Element, Format, Layout
 from spilld.offload.residency import Holding, Spill
@@ -116,13 +115,13 @@ def engine(
 @contextmanager
 def one_thread() -> Iterator[None]:
     """torch and numba compute in this thread alone."""
-    before = torch.get_num_threads(), numba.get_num_threads()
+    before = torch.get_num_threads(), threads.used()
     use_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before[0])
-        numba.set_num_threads(before[1])
+        threads.use(before[1])
 
 
 def column_bytes(model: Model, form: str, dtype: str = "float32") -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from spilld.daemon.packed import GROUP, LANES, Form, Packed, fits, pack4, pack8, quantise, stack, unpack
 from spilld.daemon.products import multiply
 from spilld.daemon.rows import MAX_ROWS, Inputs, take
+from spilld.offload import threads
 
 Floats = NDArray[np.float32]
 
@@ -22,11 +22,10 @@ SIZES = [(8, 32), (24, 96), (64, 576)]
 
 
 @pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = numba.get_num_threads()
-    numba.set_num_threads(min(request.param, numba.config.NUMBA_NUM_THREADS))
+def shared_by(request: pytest.FixtureRequest) -> Iterator[int]:
+    threads.use(request.param)
     yield request.param
-    numba.set_num_threads(before)
+    threads.use(1)
 
 
 def some(seed: int, *shape: int) -> Floats:
@@ -102,7 +101,7 @@ def test_stacked_outputs_follow_one_another() -> None:
 @pytest.mark.parametrize("rows", range(1, MAX_ROWS + 1))
 @pytest.mark.parametrize("form", Form)
 @pytest.mark.parametrize("size", SIZES)
-def test_products(form: Form, size: tuple[int, int], rows: int, threads: int) -> None:
+def test_products(form: Form, size: tuple[int, int], rows: int, shared_by: int) -> None:
     weights, x, start = quantise(some(4, *size), form), some(5, rows, size[1]), some(6, rows, size[0])
     exact = start + x.astype(np.float64) @ unpack(weights).T.astype(np.float64)
     found = product(x, weights, start)
@@ -114,11 +113,10 @@ def test_products(form: Form, size: tuple[int, int], rows: int, threads: int) ->
 @pytest.mark.parametrize("form", Form)
 def test_a_row_does_not_depend_on_others_nor_on_threads(form: Form) -> None:
     weights, x = quantise(some(7, 72, 96), form), some(8, MAX_ROWS, 96)
-    before = numba.get_num_threads()
+    threads.use(2)
     together = product(x, weights)
-    numba.set_num_threads(1)
+    threads.use(1)
     alone = np.concatenate([product(x[r : r + 1], weights) for r in range(MAX_ROWS)])
-    numba.set_num_threads(before)
     np.testing.assert_array_equal(together, alone)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from spilld.daemon.scan import Row, RowAttention, Scan
-from spilld.offload import reference
+from spilld.offload import reference, threads
 from spilld.offload.record import BLOCK, Element, Format, Layout
 
 F32 = NDArray[np.float32]
@@ -139,11 +138,10 @@ def test_every_row_sees_its_own(
 
 def test_a_row_does_not_depend_on_others_nor_on_threads() -> None:
     rows = Rows(Layout(Format.K8V4, Element.BFLOAT16, 3, 64), 3)
+    threads.use(2)
     together = rows.attend()
-    before = numba.get_num_threads()
-    numba.set_num_threads(1)
+    threads.use(1)
     alone = [rows.attend(slice(i, i + 1)) for i in range(len(SEEN))]
-    numba.set_num_threads(before)
     for found, parts in zip(together, zip(*alone, strict=True), strict=True):
         np.testing.assert_array_equal(found, np.concatenate(parts))
 
