@@ -38,7 +38,8 @@ def ready() -> dict[str, float]:
         seconds = time.perf_counter() - began
     began = time.perf_counter()
     import_rss_bytes()
-    return {"load": in_child(timed_load), "ready": seconds, "import": time.perf_counter() - began}
+    imported = time.perf_counter() - began
+    return {"load": in_child(timed_load), "ready": seconds, "import": imported}
 
 
 def measure() -> tuple[dict[str, float], list[Result]]:

@@ -72,7 +72,11 @@ class TestEntries:
         layouts = [
             Layout(form, element, kv_heads, head_dim)
             for form, element, kv_heads, head_dim in zip(
-                Format, [*Element, *Element], (1, 3, 8, 128), (16, 80, 128, 256), strict=True
+                Format,
+                [*Element, *Element, Element.FLOAT32],
+                (1, 2, 3, 8, 128),
+                (16, 64, 80, 128, 256),
+                strict=True,
             )
         ]
         added = []
@@ -85,8 +89,8 @@ class TestEntries:
         for _ in range(2):
             index.check_integrity()
             assert index.entries() == added
-            assert [one.contents.name for one in index.entries()] == NAMES[:4]
-            assert [one.contents.parent for one in index.entries()] == NAMES[:4]
+            assert [one.contents.name for one in index.entries()] == NAMES[: len(layouts)]
+            assert [one.contents.parent for one in index.entries()] == NAMES[: len(layouts)]
             index.close()
             index = Index(path)
         index.close()
