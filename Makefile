@@ -2,9 +2,9 @@
 # make test   the test suite
 # make torture  kills a store 600 times and a daemon 20 times, and checks what is left (some minutes)
 # make lint   ruff and mypy
-# make bench  every benchmark, as tables, but this one:
-# make bench-peers  against llama.cpp, vLLM and transformers; builds llama.cpp (about ten minutes), needs a C++ compiler;
-#             PEERS_ARGS="--json --no-long --plots bench/plots" are options of bench/peers.py
+# make bench  every benchmark, as tables, and the goals of all in one (about an hour, after what the next one builds)
+# make bench-peers  one of them: against llama.cpp, vLLM and transformers; builds llama.cpp (about ten minutes), which
+#             needs a C++ compiler; PEERS_ARGS="--json --no-long --plots bench/plots" are options of bench/peers.py
 # Tests run in two processes: most of them compute in one thread, or compile kernels, which is one thread's work.
 # Everything is installed into .venv from the pinned versions in constraints.txt.
 
@@ -40,8 +40,8 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/.ready
-	@for script in bench/bench_*.py bench/eviction.py bench/restore.py; do echo "== $$script"; $(VENV)/bin/python $$script || exit 1; done
+bench: $(VENV)/.ready $(PEERS)/.ready
+	$(VENV)/bin/python bench/goals.py
 
 bench-peers: $(VENV)/.ready $(PEERS)/.ready
 	$(VENV)/bin/python bench/peers.py $(PEERS_ARGS)

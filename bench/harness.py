@@ -108,7 +108,8 @@ def report(as_json: bool, stamp: Mapping[str, object], results: Sequence[Result]
         for line in ({"environment": stamp}, *map(asdict, results)):
             print(json.dumps(line))
     else:
-        _show(stamp, results)
+        show(results[0].bench, results)
+        Console().print(json.dumps(stamp), style="dim", highlight=False)
 
 
 def environment() -> dict[str, object]:
@@ -290,9 +291,10 @@ def _proc_field(path: str, name: str) -> str:
     return next(line.partition(":")[2].strip() for line in lines if line.startswith(name))
 
 
-def _show(stamp: Mapping[str, object], results: Sequence[Result]) -> None:
+def show(title: str, results: Sequence[Result]) -> None:
+    """A table."""
     table = Table("metric", "case", "unit", "ours", "baseline", "ratio", "limit", "goal", "met")
-    table.title = results[0].bench
+    table.title = title
     for result in results:
         numbers = (result.ours, result.baseline, result.ratio, result.limit)
         goal = f"{result.goal.of} <= {result.goal.at_most:.4g}" if result.goal else ""
@@ -303,7 +305,6 @@ def _show(stamp: Mapping[str, object], results: Sequence[Result]) -> None:
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)  # a pipe would be taken for 80 columns
     console.print(table)
-    console.print(json.dumps(stamp), style="dim", highlight=False)
 
 
 def _number(value: float | None) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
+import goals
 import pytest
 from harness import Goal, Result, disk_rates, in_child, main, medians
 
@@ -61,6 +64,17 @@ def test_a_table_is_not_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setenv("COLUMNS", "120")
     main("What is it?", lambda: ({}, [result(1.0, 2.0, Goal("ratio", 0.1))]))
     assert "ratio <= 0.1" in capsys.readouterr().out
+
+
+def test_all_benchmarks_are_read_back(tmp_path: Path) -> None:
+    for one in (result(1.0, 2.0, Goal("ratio", 0.1)), result(1.0), result(0.1, None, Goal("ours", 0.2))):
+        assert goals.result(json.loads(json.dumps(asdict(one)))) == one
+    script = tmp_path / "bench_x.py"
+    script.write_text("import sys; print(sys.argv[1:])")
+    assert list(goals.lines(script)) == ["['--json']\n"]
+    script.write_text("raise SystemExit(3)")
+    with pytest.raises(subprocess.CalledProcessError, match="exit status 3"):
+        list(goals.lines(script))
 
 
 def test_contenders_take_turns_and_medians_are_per_number() -> None:

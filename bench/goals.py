@@ -1,0 +1,61 @@
+"""All benchmarks, one after the other, and the goals of all of them in one table.
+
+`make bench` runs this; --json prints what they print with --json instead. peers.py is among them where
+`make bench-peers` has built its systems. Takes about an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness import Goal, Result, say, show
+
+BENCH = Path(__file__).parent
+SCRIPTS = (*sorted(BENCH.glob("bench_*.py")), BENCH / "eviction.py", BENCH / "restore.py", BENCH / "peers.py")
+
+
+def lines(script: Path) -> Iterator[str]:
+    """What a benchmark prints with --json, as it comes. Raises CalledProcessError."""
+    say(f"== {script.name}")
+    command = [sys.executable, str(script), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield from process.stdout
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, [script.name])
+
+
+def result(fields: dict[str, object]) -> Result:
+    """A Result from its JSON."""
+    goal = fields.pop("goal")
+    judged = {"ratio", "met"}
+    known = {name: value for name, value in fields.items() if name not in judged}
+    return Result(**known, goal=Goal(**goal) if isinstance(goal, dict) else None)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="JSON lines instead of tables")
+    as_json = parser.parse_args().json
+    judged = []
+    for script in SCRIPTS:
+        results = []
+        for line in lines(script):
+            if as_json:
+                print(line, end="", flush=True)
+            elif "environment" not in (fields := json.loads(line)):
+                results.append(result(fields))
+        if results:
+            show(results[0].bench, results)
+        judged += [one for one in results if one.goal is not None]
+    if judged:
+        show("goals", judged)
+
+
+if __name__ == "__main__":
+    main()
