@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from .geometry import Geometry
 from .journal import Journal
 from .kernels import prepare
 from .model import Model, load, resolve
+from .pace import Pace
 from .protocol import Welcome
 from .runner import Runner
 from .server import Server
@@ -124,12 +126,22 @@ def build_engine(config: Config, model: Model, post: Post, planner: Planner = re
         SessionBook(book),
         Journal(book),
         transfers,
+        Pace(config.max_gap_ms / 1e3, _balance(model)),
         post,
         max_context=config.max_context or model.geometry.max_positions,
         chunk_tokens=config.chunk_tokens,
         context_ttl_s=config.context_ttl_s,
         retention_s=config.retention_s,
     )
+
+
+def _balance(model: Model) -> float:
+    """The depth at which a token's attention takes as many operations as its products in the layers."""
+    geometry = model.geometry
+    weights = sum(parameter.numel() for parameter in model.module.base_model.layers.parameters())
+    full = sum(window is None for window in geometry.sliding_windows)
+    pair = 2 * full * geometry.heads * geometry.head_dim
+    return weights / pair if pair else math.inf
 
 
 def _book(path: Path) -> Database:

@@ -37,6 +37,7 @@ from .generation import NOBODY, Generation
 from .journal import Entry, Journal, Unfinished
 from .keeper import SessionKeeper
 from .model import Model
+from .pace import Pace
 from .protocol import (
     ChangeSession,
     Event,
@@ -88,6 +89,7 @@ class Engine:
         book: SessionBook,
         journal: Journal,
         transfers: Transfers,
+        pace: Pace,
         post: Post,
         *,
         max_context: int,
@@ -107,7 +109,8 @@ class Engine:
         self._post = post
         self._max_context = max_context
         self._chunk_tokens = chunk_tokens
-        self._scheduler = Scheduler(chunk_tokens)
+        self._pace = pace
+        self._scheduler = Scheduler(chunk_tokens, pace)
         self._generations: dict[int, Generation] = {}
         self._behind: defaultdict[Key, deque[Generation]] = defaultdict(deque)
         self._jobs = 0
@@ -225,9 +228,11 @@ class Engine:
         for generation, part, rows in zip(generations, slices, logits, strict=True):
             generation.account(part.read_bytes, int(read * share), stalled * share, took)
             self._advance(generation, part, rows.numpy())
-        prefilling = any(s.count > 1 for s in slices)
-        self._store.make_room((self._chunk_tokens if prefilling else CELL) // BLOCK)
+        chunks = [(part.position, part.count) for part in slices if part.count > 1]
+        self._store.make_room((self._chunk_tokens if chunks else CELL) // BLOCK)
         self._store.write_behind()
+        if chunks:
+            self._pace.took(chunks, time.monotonic() - began)
 
     # A request's way, from its arrival to its last event.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .pace import LEAST, Pace
 from .visibility import CELL
 
 JobId = int
@@ -48,14 +49,16 @@ class Plan:
 
 
 class Scheduler:
-    """First come, first served admission; every step decodes all running jobs and prefills one chunk.
+    """First come, first served admission; every step decodes all running jobs and prefills one chunk, as
+    short as the decoding ones need it.
 
     A job is admitted only when everything that it can grow to has been promised, so no admitted job
     waits for another to finish.
     """
 
-    def __init__(self, chunk_tokens: int, max_running: int = 16) -> None:
+    def __init__(self, chunk_tokens: int, pace: Pace, max_running: int = 16) -> None:
         self._chunk_tokens = chunk_tokens
+        self._pace = pace
         self._max_running = max_running
         self._waiting: dict[JobId, Job] = {}
         self._running: dict[JobId, Job] = {}
@@ -106,15 +109,24 @@ class Scheduler:
         return admitted
 
     def _fill(self, jobs: Iterable[Job]) -> list[tuple[JobId, int]]:
-        """One token for each decoding job, then prefill chunks in order of admission."""
-        run, budget = [], self._chunk_tokens
+        """One token for each decoding job, and prefill chunks in order of admission."""
+        jobs = list(jobs)
+        left, cost = self._chunk_tokens, self._pace.budget
+        hurried = any(job.left == 1 for job in jobs)
+        run = []
         for job in jobs:
             if job.left == 1:
                 run.append((job.id, 1))
-            elif tokens := min(job.chunk, budget, job.left):
+                continue
+            tokens = min(job.chunk, left, job.left)
+            if hurried:
+                least = LEAST if left == self._chunk_tokens else 0
+                tokens = min(tokens, max(least, self._pace.tokens(job.position, cost)))
+            if tokens:
                 tokens = _end_on_grid(job, tokens)
                 run.append((job.id, tokens))
-                budget -= tokens
+                left -= tokens
+                cost -= self._pace.cost(job.position, tokens)
         return run
 
     @property

@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from spilld.daemon.pace import LEAST, Pace
 from spilld.daemon.scheduler import Job, Plan, Room, Scheduler
 from spilld.daemon.visibility import CELL
 
@@ -19,8 +20,17 @@ def job(number: int, known: int, position: int = 0, chunk: int = 512, **fields: 
     return Job(number, position, known, chunk, window=bool(needs["window"]), blocks=needs["blocks"])
 
 
-def scheduler(*jobs: Job, chunk_tokens: int = 512, max_running: int = 16) -> Scheduler:
-    made = Scheduler(chunk_tokens, max_running)
+def unhurried() -> Pace:
+    """For which every chunk is short enough."""
+    pace = Pace(1.0, 1e9)
+    pace.took([(0, 10**6)], 1.0)
+    return pace
+
+
+def scheduler(
+    *jobs: Job, chunk_tokens: int = 512, max_running: int = 16, pace: Pace | None = None
+) -> Scheduler:
+    made = Scheduler(chunk_tokens, pace or unhurried(), max_running)
     for each in jobs:
         made.add(each)
     return made
@@ -62,6 +72,23 @@ def test_prefill_chunks_end_on_the_grid_beside_decodes() -> None:
     running.advance(3, 24, 0)
     running.advance(1, 1, 1)
     assert running.plan(PLENTY).run == ((1, 1), (2, 1), (3, 176))
+
+
+def test_prefill_beside_decodes_is_as_short_as_the_pace_asks() -> None:
+    pace = Pace(0.25, 1e9)
+    running = scheduler(job(1, 700, position=699), job(2, 5000), job(3, 5000), pace=pace)
+    assert running.plan(PLENTY).run == ((1, 1), (2, LEAST)), "nothing is known of the machine"
+    pace.took([(0, 400)], 1.0)
+    assert running.plan(PLENTY).run == ((1, 1), (2, 100))
+    running.remove(1)
+    assert running.plan(PLENTY).run == ((2, 512),), "nobody waits for a token"
+
+
+def test_a_short_prompt_leaves_its_time_to_the_next() -> None:
+    pace = Pace(0.25, 1e9)
+    pace.took([(0, 400)], 1.0)
+    running = scheduler(job(1, 700, position=699), job(2, 60), job(3, 5000), pace=pace)
+    assert running.plan(PLENTY).run == ((1, 1), (2, 60), (3, 40))
 
 
 def test_a_job_with_small_chunks_leaves_the_budget_to_others() -> None:
@@ -108,7 +135,8 @@ class Scheduling(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(self.chunk_tokens, self.max_running)
+        self.pace = Pace(0.25, 3000.0)
+        self.scheduler = Scheduler(self.chunk_tokens, self.pace, self.max_running)
         self.jobs: dict[int, Mirror] = {}
         self.count = 0
 
@@ -147,6 +175,10 @@ class Scheduling(RuleBasedStateMachine):
         self.scheduler.rewind(number)
         self.jobs[number].position = 0
 
+    @rule(seconds=st.floats(1e-3, 10.0))
+    def learn(self, seconds: float) -> None:
+        self.pace.took([(100, 512)], seconds)
+
     @rule()
     def step(self) -> None:
         room = self.room
@@ -173,6 +205,9 @@ class Scheduling(RuleBasedStateMachine):
         decodes = [n for n, m in self.jobs.items() if m.admitted and m.known - m.position == 1]
         assert all(run.get(n) == 1 for n in decodes), "a decoding job got no token"
         assert sum(run.values()) <= self.chunk_tokens + len(decodes)
+        chunks = [(self.jobs[n].position, tokens) for n, tokens in run.items() if n not in decodes]
+        if decodes and sum(tokens for _, tokens in chunks) > LEAST:
+            assert sum(self.pace.cost(*chunk) for chunk in chunks) <= 1.001 * self.pace.budget, "late"
         prefills = [n for n, m in self.jobs.items() if m.admitted and n not in decodes]
         assert [n for n in run if n not in decodes] == [n for n in prefills if n in run]
         if prefills:
