@@ -48,7 +48,7 @@ class Partial:
     """Attention over records of one layout. Safe to call from one thread at a time.
 
     The first call with a new tile height (1 to MAX_TILE, from queries x heads / kv_heads) compiles for about
-    15 s; the machine code is cached on disk.
+    6 s; the machine code is cached on disk.
     """
 
     def __init__(self, layout: Layout) -> None:
