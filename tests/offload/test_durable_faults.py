@@ -276,6 +276,9 @@ def test_a_scan_that_stalls_ends_by_its_deadline_and_can_be_made_again(rig: Rig)
 # A disk that disappears.
 
 
+NEVER = 10**9
+
+
 class Vanishing(SystemCalls):
     """Real calls, so many of them; then each fails, with one error and from `again` calls later another."""
 
@@ -378,7 +381,7 @@ def test_host_memory_is_served_when_the_disk_is_gone(rig: Rig, index: bool) -> N
     rig.fill(new, 2 * RUN)
     before = committed(rig.sequences)
     assert len(before) == 2
-    system = rig.path.tier.system = Vanishing(0, again=4)
+    system = rig.path.tier.system = Vanishing(0, again=NEVER)
     reasons: set[int] = set()
     with index_that_follows(system) if index else nullcontext():
         rig.fill(new, RUN)
@@ -388,6 +391,7 @@ def test_host_memory_is_served_when_the_disk_is_gone(rig: Rig, index: bool) -> N
                 rig.scan(old, layer, range(1, 2 * RUN + 1))
             assert isinstance(failed.value.__cause__, OSError)
             reasons.add(failed.value.__cause__.errno or 0)
+            system.again = 0  # a number of calls would depend on which reads a failed scan still cancels
         with pytest.raises(ReadFailed):
             read_tail(rig, tail)
         rig.store.save(new.table)
@@ -406,8 +410,7 @@ def test_host_memory_is_served_when_the_disk_is_gone(rig: Rig, index: bool) -> N
         rig.close()
         with pytest.raises(FolderUnusable):
             DiskTier(rig.folder, 1 << 20, LAYOUT, LAYERS, bytes(32), system)
-    assert reasons
-    assert reasons <= {errno.EIO, errno.ENODEV}  # which depends on how many reads a failed scan still cancels
+    assert reasons == {errno.EIO, errno.ENODEV}
     rig.start()
     assert_runs(rig, before)
     assert [tokens for _, tokens in rig.store.tails(bytes(32))] == [[1]]
