@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from spilld.offload.bits import f32_to_bf16_nearest
 from spilld.offload.lanes import MAX_TILE, dot_rows, weigh_tile
-from spilld.offload.partial import Partial, attend_blocks, parts_of
-from spilld.offload.record import BLOCK, Element, Format, Layout
+from spilld.offload.partial import Partial, attend_blocks, kind_of, parts_of
+from spilld.offload.record import BLOCK, Element, Layout
 from spilld.offload.softmax import finish, join, soften, start
 from spilld.offload.threads import check, spreading
 
@@ -94,9 +94,7 @@ class RowAttention:
         self._kv_heads, self._head_dim, self._height = layout.kv_heads, layout.head_dim, tiles * tile
         self._partial = Partial(layout)
         self._kernel = _kernel(
-            int(layout.format is Format.INT4),
-            int(layout.format in (Format.K8V4, Format.INT4)),
-            int(layout.format is Format.EXACT),
+            *kind_of(layout),
             int(layout.element is Element.FLOAT32),
             layout.head_dim,
             tile,

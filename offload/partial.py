@@ -53,9 +53,7 @@ class Partial:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self._keys4 = int(layout.format is Format.INT4)
-        self._int4 = int(layout.format in (Format.K8V4, Format.INT4))
-        self._exact = int(layout.format is Format.EXACT)
+        self._keys4, self._int4, self._exact = kind_of(layout)
         number: type[np.generic] = np.int8
         if self._exact:
             number = np.float32 if layout.element is Element.FLOAT32 else np.uint16
@@ -129,6 +127,12 @@ class Partial:
         records, factors = self.views(memory), (np.float32(scale), np.float32(softcap))
         check(attend(tiled, records, places, positions, low, high, *factors, group, sums, tops, totals))
         join(sums, tops, totals, out, lse)
+
+
+def kind_of(layout: Layout) -> tuple[int, int, int]:
+    """Whether keys have four bits, values have, numbers are exact: 0 or 1, as kernels capture them."""
+    form = layout.format
+    return int(form is Format.INT4), int(form in (Format.K8V4, Format.INT4)), int(form is Format.EXACT)
 
 
 def parts_of(blocks: int) -> int:
