@@ -1,7 +1,7 @@
 """All benchmarks, one after the other, and the goals of all of them in one table.
 
-`make bench` runs this; --json prints what they print with --json instead. peers.py is among them where
-`make bench-peers` has built its systems. Takes about an hour.
+`make bench` runs this, once the systems of peers.py are built; --json prints what they print with --json
+instead. Takes about an hour.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ STATE = "spilld_threads"
 """The symbol by which compiled code finds the state."""
 
 SPINS = 6000
-"""Looks at the epoch before a thread sleeps, about 30 microseconds; or at what is done before it yields."""
+"""Looks at the epoch before a thread sleeps, for longer than what lies between two loops of a token; or at
+what is done before it yields."""
 
 FUTEX, PAUSE = {
     "x86_64": (202, ("llvm.x86.sse2.pause", [])),
