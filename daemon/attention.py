@@ -1,7 +1,7 @@
 """attend(queries[M], sequence): exact attention over a window, host records and disk extents.
 
 Decode is M = 1, a prefill chunk M = 512; verification of drafts will be M in between. Each tier gives
-a partial (output, log-sum-exp) and the partials merge exactly.
+a partial (output, log-sum-exp) and the partials merge exactly. Records are read where they lie.
 """
 
 from __future__ import annotations
@@ -28,21 +28,13 @@ from .sequence import Sequence
 from .slices import Blocks, Call, Slice, places, slots
 from .visibility import BLOCKS_PER_CELL, CELL, SINKS, segments, slot
 
-FEW = 4
-"""Up to this many queries the numba kernel reads records where they lie; more share a dequantised tile."""
-
-TILE_BLOCKS = 64
-"""Blocks that are dequantised together for a prefill tile."""
-
-NO_CUTS: Blocks = np.empty(0, np.int64)
-
 Floats = npt.NDArray[np.float32]
 Records = Iterator[tuple[npt.NDArray[np.uint8], Blocks, Blocks]]
 """(memory, byte offsets, block numbers)"""
 
 
 class TieredAttention:
-    """Composes the partials of every tier; owns the workspace of prefill tiles."""
+    """Composes the partials of every tier."""
 
     def __init__(self, backend: Backend, arena: WindowArena, store: Store) -> None:
         self._backend = backend
@@ -51,9 +43,6 @@ class TieredAttention:
         self._codec = Codec(store.layout)
         self._partial = Partial(store.layout)
         shape = arena.shape
-        dims = (shape.kv_heads, TILE_BLOCKS * BLOCK, shape.head_dim)
-        self._tile_k = torch.empty(dims, dtype=backend.tile_dtype)
-        self._tile_v = torch.empty(dims, dtype=backend.tile_dtype)
         self._planes = element_view(arena.tensor)
         self._token_bytes = 2 * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
 
@@ -61,11 +50,6 @@ class TieredAttention:
     def layout(self) -> Layout:
         """Of the records."""
         return self._store.layout
-
-    @property
-    def workspace_bytes(self) -> int:
-        """Memory of the dequantised tile that prefill chunks share."""
-        return self._tile_k.nbytes + self._tile_v.nbytes
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
         """Append K/V of the newest M tokens of a sequence and attend over everything they see.
@@ -142,26 +126,19 @@ class TieredAttention:
         return out[None]
 
     def _many(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
-        """Many queries: the window cell by cell, as cells are sealed on the way; then records, in tiles."""
+        """Many queries: the window cell by cell, as cells are sealed on the way; then records."""
         heads, m, dim = q.shape
-        queries = q.reshape(k.shape[0], -1, m, dim).to(self._backend.tile_dtype)
-        kv_heads, group, _, _ = queries.shape
-        # Laid out in memory as torch's flash kernel lays out its results, so that whole tiles merge in place.
-        out = torch.empty(group, m, kv_heads, dim).permute(2, 0, 1, 3)
-        lse = torch.empty(group, m, kv_heads).permute(2, 0, 1)
+        group = (k.shape[0], heads // k.shape[0])
+        tile = q.reshape(*group, m, dim).to(self._backend.tile_dtype)
+        out, lse = torch.empty(m, *group, dim), torch.empty(m, *group)
         for start, stop in segments(call.part.position, call.part.position + m):
             these = slice(start - call.part.position, stop - call.part.position)
             self._append(k[:, these], v[:, these], call, start)
-            out[:, :, these], lse[:, :, these] = self._exact_tile(queries[:, :, these], call, start)
-        if m > FEW:
-            for keys, values, first in self._tiles(call):
-                self._merge_tile(queries, keys, values, first, call, out, lse)
-            return out.permute(2, 0, 1, 3).reshape(m, heads, dim)
-        flat = out.permute(2, 0, 1, 3).reshape(m, heads, dim).contiguous()
-        flat_lse = lse.permute(2, 0, 1).reshape(m, heads).contiguous()
-        by_query = q.transpose(0, 1).float().contiguous().numpy()
-        self._merge(by_query, call, self._records(call), flat.numpy(), flat_lse.numpy())
-        return flat
+            exact, exact_lse = self._exact_tile(tile[:, :, these], call, start)
+            out[these], lse[these] = exact.permute(2, 0, 1, 3), exact_lse.permute(2, 0, 1)
+        queries, out = q.transpose(0, 1).float().contiguous(), out.view(m, heads, dim)
+        self._merge(queries.numpy(), call, self._records(call), out.numpy(), lse.view(m, heads).numpy())
+        return out
 
     def _exact_tile(self, queries: torch.Tensor, call: Call, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries of one cell, the first at position `start`, over what they see exactly."""
@@ -189,52 +166,6 @@ class TieredAttention:
             at = blocks * BLOCK
             self._partial.attend(q, memory, offsets, at, low, high, scale, softcap, other, other_lse)
             merge(out, lse, other, other_lse)
-
-    def _tiles(self, call: Call) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        """Dequantised (keys, values, position of the first token), each over adjacent blocks.
-
-        A tile ends where the newest queries see further than older ones: without a sliding window a query
-        sees all of a tile or nothing, so that no mask is needed.
-        """
-        ends = np.unique(call.part.bounds(call.window)[1]) // BLOCK
-        for memory, offsets, blocks in self._records(call):
-            for a, b in _adjacent(blocks, TILE_BLOCKS, np.searchsorted(blocks, ends)):
-                keys, values = (_front(tile, (b - a) * BLOCK) for tile in (self._tile_k, self._tile_v))
-                self._codec.open(memory, offsets[a:b], element_view(keys), element_view(values))
-                yield keys, values, int(blocks[a]) * BLOCK
-
-    def _merge_tile(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        first: int,
-        call: Call,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> None:
-        """Merge a tile into the queries that see some of it.
-
-        A short sliding window may lie wholly in the exact part of a cell's later queries, so those that
-        see a tile may be several stretches.
-        """
-        low, high = call.part.bounds(call.window)
-        stop = first + keys.shape[1]
-        seeing = np.flatnonzero(np.maximum(low, first) < np.minimum(high, stop))
-        for a, b in _adjacent(seeing, len(seeing)) if len(seeing) else ():
-            m = slice(int(seeing[a]), int(seeing[b - 1]) + 1)
-            mask = None
-            if high[m].min() < stop or low[m].max() > first:
-                positions = np.arange(first, stop)
-                hidden = (positions < low[m, None]) | (positions >= high[m, None])
-                mask = self._backend.mask(torch.from_numpy(hidden), queries.shape[1])
-            partial = self._backend.attend_tile(
-                queries[:, :, m], keys, values, mask, call.scale, call.softcap
-            )
-            if b - a == queries.shape[2]:
-                merge(*_by_row(out, lse), *_by_row(*partial))
-            else:
-                _merge_stretch(out[:, :, m], lse[:, :, m], *partial)
 
     def _append(self, k: torch.Tensor, v: torch.Tensor, call: Call, position: int) -> None:
         """Put exact K/V of tokens within one cell into the window, sealing the cell whose half they take."""
@@ -283,37 +214,3 @@ class TieredAttention:
                 ]
                 part.read_bytes["disk"] += sum(map(len, blocks)) * record_bytes
                 yield memory, np.concatenate(begins), np.concatenate(blocks)
-
-
-def _merge_stretch(
-    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
-) -> None:
-    """`merge` for a stretch of the queries, whose rows do not lie together."""
-    both = torch.logaddexp(lse, other_lse)
-    out *= (lse - both).exp_()[..., None]
-    out += other.mul_((other_lse - both).exp_()[..., None])
-    lse.copy_(both)
-
-
-def _by_row(out: torch.Tensor, lse: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """[kv_heads, group, M, head_dim] and [kv_heads, group, M] as [group * M, kv_heads, ...]: the same memory
-    if that is how it is laid out."""
-    rows, row_lse = out.permute(1, 2, 0, 3).contiguous(), lse.permute(1, 2, 0).contiguous()
-    return rows.flatten(0, 1).numpy(), row_lse.flatten(0, 1).numpy()
-
-
-def _adjacent(blocks: Blocks, most: int, cuts: Blocks = NO_CUTS) -> Iterator[tuple[int, int]]:
-    """Index ranges over which block numbers follow one another, each of at most `most` blocks, none across
-    one of the cuts."""
-    ends = np.unique([*(np.flatnonzero(np.diff(blocks) != 1) + 1), *cuts, len(blocks)])
-    start = 0
-    for end in ends.tolist():
-        for a in range(start, end, most):
-            yield a, min(a + most, end)
-        start = end
-
-
-def _front(tile: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The tile's memory as a contiguous [kv_heads, tokens, head_dim]."""
-    kv_heads, _, dim = tile.shape
-    return tile.view(-1)[: kv_heads * tokens * dim].view(kv_heads, tokens, dim)

@@ -1,6 +1,7 @@
-"""A forward pass of a few rows over packed weights: what a decode step runs instead of the module.
+"""A forward pass over packed weights: what a step runs instead of the module.
 
-Each layer is three kernels: what comes before attention, attention, what follows it.
+Each layer is three kernels: what comes before attention, attention, what follows it. Tokens of prompts are
+rows like those of decode steps; only their attention differs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .model import Model
 from .packed import Packed
 from .packing import ACTIVATIONS, activation, attention_inputs
 from .products import Matrix, multiply_rows
-from .rows import MAX_ROWS, NOTHING, take_normed
+from .rows import NOTHING, padded, take_normed
 from .scan import RowAttention
 from .slices import Call, Slice
 
@@ -39,11 +40,15 @@ class _Kind:
 
 
 class Decoder:
-    """Runs up to MAX_ROWS rows. Its memory is a few rows of every activation."""
+    """Its memory is every activation of as many rows as a step may have."""
 
-    def __init__(self, model: Model, weights: Mapping[str, Packed], attention: TieredAttention) -> None:
-        """weights: as packing.py names them. Raises ValueError if they do not fit the model: kernels check
-        nothing."""
+    def __init__(
+        self, model: Model, weights: Mapping[str, Packed], attention: TieredAttention, rows: int
+    ) -> None:
+        """weights: as packing.py names them; rows: the most tokens of a step.
+
+        Raises ValueError if the weights do not fit the model: kernels check nothing.
+        """
         base, config, geometry = model.module.model, model.module.config, model.geometry
         gemma = str(config.model_type).startswith("gemma")
         self._embed = base.embed_tokens
@@ -59,42 +64,59 @@ class Decoder:
             _Kind(_rope(layer, base.rotary_emb), float(layer.self_attn.scaling), geometry.softcap, window)
             for layer, window in zip(base.layers, geometry.sliding_windows, strict=True)
         ]
-        self._norm, self._head = _factors(base.norm, gemma), Matrix.of(weights["head"])
+        self._norm, self._head = _factors(base.norm, gemma), weights["head"]
         self._final_softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         self._rows = Activations.of(
+            padded(rows),
             int(config.hidden_size),
             geometry.heads,
             geometry.kv_heads,
             geometry.head_dim,
             weights["layers.0.down"].inputs,
         )
-        self._logits = np.zeros((MAX_ROWS, weights["head"].outputs), np.float32)
 
     @property
     def workspace_bytes(self) -> int:
-        """Its activations; weights are mapped."""
-        return self._rows.nbytes + self._logits.nbytes
+        """Its activations and a row of logits; weights are mapped."""
+        return self._rows.nbytes + padded(1) * self._head.outputs * 4
 
-    def run(self, slices: list[Slice]) -> torch.Tensor:
-        """Compute the slices' tokens, one of each and MAX_ROWS at most, each at its row.
+    def run(self, slices: list[Slice], keep: list[int]) -> torch.Tensor:
+        """Compute the slices' tokens, each slice at its rows, those of one token before those of more.
 
-        Returns their float32 logits [rows, vocab].
+        Returns the float32 logits of rows `keep` [len(keep), vocab].
         """
-        rows, count = self._rows, len(slices)
-        rows.x[:count] = self._embed(torch.tensor([part.tokens[0] for part in slices])).float().numpy()
-        angles = self._angles([part.position for part in slices])
-        scans = self._attention.scans(slices, [kind.window for kind in self._kinds])
+        rows, tokens = self._rows, [token for part in slices for token in part.tokens]
+        count, singles = len(tokens), [part for part in slices if part.count == 1]
+        rows.x[:count] = self._embed(torch.tensor(tokens)).float().numpy()
+        angles = self._angles([position for part in slices for position in part.positions])
+        scans = self._attention.scans(singles, [kind.window for kind in self._kinds]) if singles else {}
         for index, (layer, kind) in enumerate(zip(self._layers, self._kinds, strict=True)):
             before_attention(layer, rows, *angles[kind.rope], self._eps)
             calls = [Call(index, part, kind.scale, kind.softcap, kind.window) for part in slices]
-            self._attention.attend_rows(
-                self._row_attention, rows.heads, scans[kind.window], calls, rows.attended, rows.lse
-            )
+            if singles:
+                self._attention.attend_rows(
+                    *(self._row_attention, rows.heads, scans[kind.window], calls[: len(singles)]),
+                    *(rows.attended, rows.lse),
+                )
+            for call in calls[len(singles) :]:
+                self._attend(call)
             after_attention(layer, rows, count, self._eps, self._gelu)
-        take_normed(rows.x[:count], self._norm, self._eps, rows.inputs)
-        self._logits[:count] = 0
-        multiply_rows(rows.inputs, self._head, self._logits, count)
-        logits = torch.from_numpy(self._logits[:count, : self._vocab]).clone()
+        return self._logits(keep)
+
+    def _attend(self, call: Call) -> None:
+        """A chunk of a prompt."""
+        these = slice(call.part.start, call.part.start + call.part.count)
+        count, kv_heads = self._rows.attended.shape[1], self._attention.layout.kv_heads
+        heads = torch.from_numpy(self._rows.heads[these]).transpose(0, 1)
+        q, k, v = heads[:count], heads[count : count + kv_heads], heads[count + kv_heads :]
+        self._rows.attended[these] = self._attention.attend(q, k, v, call).numpy()
+
+    def _logits(self, keep: list[int]) -> torch.Tensor:
+        rows, found = self._rows, np.zeros((padded(len(keep)), self._head.outputs), np.float32)
+        if keep:
+            take_normed(rows.x[keep], self._norm, self._eps, rows.inputs)
+            multiply_rows(rows.inputs, Matrix.of(self._head), found, len(keep))
+        logits = torch.from_numpy(found[: len(keep), : self._vocab])
         if self._final_softcap:
             logits.div_(self._final_softcap).tanh_().mul_(self._final_softcap)
         return logits

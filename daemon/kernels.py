@@ -22,17 +22,17 @@ import spilld.cuda_ext
 import spilld.offload
 from spilld.cuda_ext.cpu import CpuBackend, element_view
 from spilld.offload.codec import Codec
+from spilld.offload.lanes import MAX_TILE
 from spilld.offload.partial import Partial, merge
 from spilld.offload.record import BLOCK, Element, Format, Layout
 from spilld.offload.system import page_aligned
 
-from .attention import FEW
 from .errors import ConfigError, InternalError
 from .layer import Activations, Layer, after_attention, before_attention
 from .packed import GROUP, quantise
 from .packed import Form as PackedForm
 from .products import Matrix, multiply_rows
-from .rows import NOTHING, take_normed
+from .rows import NOTHING, TOGETHER, take_normed
 from .scan import Row, RowAttention, Scan
 
 log = logging.getLogger(__name__)
@@ -85,8 +85,7 @@ def compile_all(layout: Layout, heads: int) -> None:
     records, rows = page_aligned(layout.record_bytes).reshape(1, -1), np.zeros(1, np.int64)
     codec, partial, backend = Codec(layout), Partial(layout), CpuBackend()
     codec.seal(element_view(k), element_view(v), records, rows)
-    codec.open(records.reshape(-1), rows, k.float().numpy(), v.float().numpy())
-    for queries in range(1, FEW + 1):
+    for queries in range(1, MAX_TILE + 1):
         q, out = np.zeros((2, queries, heads, layout.head_dim), np.float32)
         low, high = np.zeros(queries, np.int64), np.full(queries, BLOCK)
         lse = np.zeros(out.shape[:2], np.float32)
@@ -100,7 +99,7 @@ def compile_all(layout: Layout, heads: int) -> None:
 def compile_packed(layout: Layout, heads: int) -> None:
     """Run every kernel of a decode step over packed weights, on a layer as narrow as can be."""
     kv_heads, head_dim, eps = layout.kv_heads, layout.head_dim, np.float32(1)
-    rows = Activations.of(GROUP, heads, kv_heads, head_dim, GROUP)
+    rows = Activations.of(TOGETHER, GROUP, heads, kv_heads, head_dim, GROUP)
 
     def weights(outputs: int) -> Matrix:
         return Matrix.of(quantise(np.zeros((outputs, GROUP), np.float32), PackedForm.INT8))

@@ -13,7 +13,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from .products import Matrix, multiply_rows
-from .rows import MAX_ROWS, Inputs, add_normed, rotate, take, take_gated, take_normed
+from .rows import Inputs, add_normed, rotate, take, take_gated, take_normed
 
 Floats = NDArray[np.float32]
 
@@ -35,7 +35,7 @@ class Layer(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """Of up to MAX_ROWS rows."""
+    """Of so many rows; a step uses the first."""
 
     inputs: Inputs
     x: Floats
@@ -50,12 +50,16 @@ class Activations(NamedTuple):
     gate_up: Floats
 
     @classmethod
-    def of(cls, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int) -> Activations:
+    def of(
+        cls, rows: int, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int
+    ) -> Activations:
+        """rows: a multiple of TOGETHER."""
+
         def zeros(*shape: int) -> Floats:
-            return np.zeros((MAX_ROWS, *shape), np.float32)
+            return np.zeros((rows, *shape), np.float32)
 
         return cls(
-            inputs=Inputs.of(max(hidden, heads * head_dim, intermediate)),
+            inputs=Inputs.of(rows, max(hidden, heads * head_dim, intermediate)),
             x=zeros(hidden),
             delta=zeros(hidden),
             heads=zeros(heads + 2 * kv_heads, head_dim),
@@ -77,7 +81,7 @@ def before_attention(layer: Any, rows: Any, cos: Any, sin: Any, eps: Any) -> Non
     """From rows.x to rows.heads; cos, sin: float32 [rows, rotary]."""
     count, heads = len(cos), rows.attended.shape[1]
     take_normed(rows.x[:count], layer.before_attention, eps, rows.inputs)
-    flat = rows.heads.reshape(MAX_ROWS, -1)
+    flat = rows.heads.reshape(len(rows.heads), -1)
     for r in range(count):
         for i in range(flat.shape[1]):
             flat[r, i] = layer.bias[i] if len(layer.bias) else np.float32(0)
@@ -89,7 +93,7 @@ def before_attention(layer: Any, rows: Any, cos: Any, sin: Any, eps: Any) -> Non
 @_kernel
 def after_attention(layer: Any, rows: Any, count: Any, eps: Any, gelu: Any) -> None:
     """From rows.attended, of so many rows, and rows.x to the next layer's rows.x."""
-    take(rows.attended.reshape(MAX_ROWS, -1)[:count], rows.inputs)
+    take(rows.attended.reshape(len(rows.attended), -1)[:count], rows.inputs)
     _add(layer.out, layer.after_attention, rows, count, eps)
     take_normed(rows.x[:count], layer.before_mlp, eps, rows.inputs)
     _clear(rows.gate_up, count)

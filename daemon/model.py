@@ -50,7 +50,7 @@ _VOLATILE = (
 class Model:
     """`module` is in evaluation mode and needs no gradient; its weights are mapped from `folder`.
 
-    `packed` is what decode steps read instead of the module, if they do; names as in packing.py.
+    `packed` is what steps read instead of the module, if they do; names as in packing.py.
     `fingerprint` is 32 bytes: KV computed under another one must not be served.
     """
 
@@ -91,7 +91,7 @@ def load(
     fix_rope(module, longest)
     cache = cache or default_cache()
     packed = packed_weights(module, folder, weights, cache)
-    if dtype == "bfloat16" and not has_bfloat16_products():
+    if packed is None and dtype == "bfloat16" and not has_bfloat16_products():
         widen(module)
     return Model(
         name=name or folder.name,

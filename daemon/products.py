@@ -1,4 +1,4 @@
-"""Products of a few rows with packed weights, on the CPU.
+"""Products of rows with packed weights, on the CPU.
 
 The inputs of a group become int16 with a scale of their own, exact to 2^-15 of their largest: then 16
 products are one instruction (pmaddwd, which LLVM finds), and int32 sums of a group are exact. A row's result
@@ -32,15 +32,15 @@ from spilld.offload.vectors import (
 )
 
 from .packed import GROUP, LANES, Form, Packed
-from .rows import MAX_ROWS, Inputs
+from .rows import TOGETHER, Inputs
 
 I16 = ir.IntType(16)
 
 PAIRS, SCALES, SUMS, OUT, TOP = range(4, 9)
 """Arguments of multiply_tiles."""
 
-FEW = 4
-"""Rows that are multiplied together, unless there is one: as many sums of two tiles fit the registers."""
+CACHED_ROWS = 64
+"""Rows that pass by a tile while it is in the nearest cache: their inputs stay in the next."""
 
 AHEAD = 1024
 """Words: how far before their use weights are fetched. Hardware fetches no further than a page."""
@@ -72,7 +72,8 @@ class Matrix(NamedTuple):
 
 def multiply(inputs: Inputs, weights: Packed, out: Floats, rows: int) -> None:
     """multiply_rows; raises ValueError if shapes disagree."""
-    if out.shape != (MAX_ROWS, weights.outputs) or not 1 <= rows <= MAX_ROWS:
+    room = min(len(out), len(inputs.codes)) // TOGETHER * TOGETHER
+    if out.shape[1:] != (weights.outputs,) or not 1 <= rows <= room:
         raise ValueError(f"{rows} rows of out {out.shape} for {weights.outputs} outputs")
     if weights.inputs > inputs.codes.shape[1]:
         raise ValueError(f"{weights.inputs} inputs where there are {inputs.codes.shape[1]}")
@@ -81,10 +82,10 @@ def multiply(inputs: Inputs, weights: Packed, out: Floats, rows: int) -> None:
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def multiply_rows(inputs: Any, weights: Any, out: Any, rows: Any) -> None:
-    """out[:rows] += the rows of `inputs` times the weights; out: float32 [MAX_ROWS, outputs], C-contiguous.
+    """out[:rows] += the rows of `inputs` times the weights; out: float32 [., outputs], C-contiguous.
 
-    The result is what float32 products of the quantised inputs give, up to the rounding of their sums. Rows
-    from `rows` on mean nothing afterwards.
+    The result is what float32 products of the quantised inputs give, up to the rounding of their sums. Up to
+    the next multiple of TOGETHER rows mean nothing afterwards.
     """
     _spread(min(inputs.parts, out.shape[1] // LANES), inputs, weights, out, rows)  # its units need no memory
 
@@ -97,20 +98,21 @@ def _unit(part: Any, inputs: Any, weights: Any, out: Any, rows: Any) -> None:
     first, last = count * part // parts, count * (part + 1) // parts
     if rows == 1:
         if weights.int4:
-            _tiles(inputs, weights, out, first, last, LINES4, 0, 1, 1, 1)
+            _tiles(inputs, weights, out, first, last, LINES4, 0, 1, 1, 1, 1)
         else:
-            _tiles(inputs, weights, out, first, last, LINES8, 0, 1, 1, 0)
+            _tiles(inputs, weights, out, first, last, LINES8, 0, 1, 1, 1, 0)
         return
     # LLVM does not know the value of weights.lines: a loop that it can unroll it does row by row, which
     # needs all the codes at once.
     twos = first + (last - first) // 2 * 2
-    for top in range(0, rows, FEW):
+    for top in range(0, rows, CACHED_ROWS):
+        end = min(top + CACHED_ROWS, rows)
         if weights.int4:
-            _tiles(inputs, weights, out, first, twos, weights.lines, top, FEW, 2, 1)
-            _tiles(inputs, weights, out, twos, last, weights.lines, top, FEW, 1, 1)
+            _tiles(inputs, weights, out, first, twos, weights.lines, top, end, TOGETHER, 2, 1)
+            _tiles(inputs, weights, out, twos, last, weights.lines, top, end, TOGETHER, 1, 1)
         else:
-            _tiles(inputs, weights, out, first, twos, weights.lines, top, FEW, 2, 0)
-            _tiles(inputs, weights, out, twos, last, weights.lines, top, FEW, 1, 0)
+            _tiles(inputs, weights, out, first, twos, weights.lines, top, end, TOGETHER, 2, 0)
+            _tiles(inputs, weights, out, twos, last, weights.lines, top, end, TOGETHER, 1, 0)
 
 
 _spread = spreading(lambda: _unit)
@@ -125,29 +127,31 @@ def _tiles(
     last: Any,
     lines: Any,
     top: Any,
+    end: Any,
     height: Any,
     width: Any,
     int4: Any,
 ) -> None:
-    """Tiles first <= t < last, `width` at a time, times rows top <= r < top + height.
+    """Tiles first <= t < last, `width` at a time, times rows top <= r < end, `height` at a time.
 
     height, width, int4: literals.
     """
     for tile in range(first, last, width):
-        multiply_tiles(
-            weights.words,
-            tile,
-            weights.groups,
-            lines,
-            inputs.codes.view(np.int32),
-            inputs.scales,
-            inputs.sums,
-            out,
-            top,
-            height,
-            width,
-            int4,
-        )
+        for row in range(top, end, height):
+            multiply_tiles(
+                weights.words,
+                tile,
+                weights.groups,
+                lines,
+                inputs.codes.view(np.int32),
+                inputs.scales,
+                inputs.sums,
+                out,
+                row,
+                height,
+                width,
+                int4,
+            )
 
 
 @intrinsic(prefer_literal=True)
@@ -176,6 +180,9 @@ def multiply_tiles(
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         here = _Place(context, builder, signature, args)
+        if rows > 1:
+            for r in range(rows):
+                fetch(builder, here.out(rows + r, 0), [], LANES * tiles)
         totals = Sums(builder, [[here.out(r, t) for t in range(tiles)] for r in range(rows)], LANES)
         with each(builder, 0, args[2]) as group:
             starts = [here.group(t, group, form) for t in range(tiles)]

@@ -1,4 +1,4 @@
-"""What a decode step does with a few rows between its products, on the CPU: one thread, no allocation."""
+"""What a step does with its rows between products, on the CPU, without allocating."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from spilld.offload.threads import used
+from spilld.offload.threads import spreading, used
 from spilld.offload.vectors import (
     F32,
     address,
@@ -25,8 +25,11 @@ from spilld.offload.vectors import (
 
 from .packed import GROUP
 
-MAX_ROWS = 8
-"""Rows that share one pass over the weights."""
+TOGETHER = 4
+"""Rows that are multiplied together, unless there is one: memory for rows is for a multiple of so many."""
+
+ROWS_PER_UNIT = 8
+"""Rows between products that one thread takes: a decode step alone does not wake another for them."""
 
 _LANES = 8
 _LARGEST = 32767.0
@@ -38,8 +41,8 @@ NOTHING: Floats = np.empty(0, np.float32)
 
 
 class Inputs(NamedTuple):
-    """Up to MAX_ROWS rows as products with packed weights take them: int16 codes with a scale for each group
-    of 32 numbers, and the sum of its numbers. One layer after another writes them.
+    """Rows as products with packed weights take them: int16 codes with a scale for each group of 32 numbers,
+    and the sum of its numbers. One layer after another writes them.
 
     A number that is not finite makes its row's products NaN.
     """
@@ -47,20 +50,20 @@ class Inputs(NamedTuple):
     codes: NDArray[np.int16]
     scales: Floats
     sums: Floats
-    row: Floats
-    """A row on its way to codes."""
+    numbers: Floats
+    """Rows on their way to codes."""
     parts: int
     """Into which the weights of a product are split, for the threads."""
 
     @classmethod
-    def of(cls, width: int) -> Inputs:
-        """width: the most numbers of a row; a multiple of 32."""
-        groups = (MAX_ROWS, width // GROUP)
+    def of(cls, rows: int, width: int) -> Inputs:
+        """rows: the most, a multiple of TOGETHER; width: the most numbers of a row, a multiple of 32."""
+        groups = (rows, width // GROUP)
         return cls(
-            codes=np.zeros((MAX_ROWS, width), np.int16),
+            codes=np.zeros((rows, width), np.int16),
             scales=np.zeros(groups, np.float32),
             sums=np.zeros(groups, np.float32),
-            row=np.zeros(width, np.float32),
+            numbers=np.zeros((rows, width), np.float32),
             parts=4 * used(),
         )
 
@@ -70,41 +73,77 @@ _sums = njit(nogil=True, error_model="numpy", cache=True, fastmath={"reassoc", "
 """Where only a sum's order may change: NaN and infinities keep their meaning."""
 
 
+_unit = njit(nogil=True, error_model="numpy")
+
+
 @_plain
 def take(x: Any, inputs: Any) -> None:
     """Rows as they are: float32 [rows, width]."""
-    for r in range(len(x)):
+    _spread_take(_units(x), x, inputs)
+
+
+@_unit
+def _take(unit: Any, x: Any, inputs: Any) -> None:
+    for r in _rows(unit, x):
         _quantise(x[r], inputs, r)
+
+
+_spread_take = spreading(lambda: _take)
 
 
 @_plain
 def take_normed(x: Any, weight: Any, eps: Any, inputs: Any) -> None:
     """weight * x / rms(x), rms(x)^2 = mean(x^2) + eps (Zhang and Sennrich 2019)."""
+    _spread_take_normed(_units(x), x, weight, eps, inputs)
+
+
+@_unit
+def _take_normed(unit: Any, x: Any, weight: Any, eps: Any, inputs: Any) -> None:
     width = x.shape[1]
-    for r in range(len(x)):
-        factor = _inverse_rms(x[r], eps)
+    for r in _rows(unit, x):
+        factor, numbers = _inverse_rms(x[r], eps), inputs.numbers[r]
         for i in range(width):
-            inputs.row[i] = x[r, i] * factor * weight[i]
-        _quantise(inputs.row[:width], inputs, r)
+            numbers[i] = x[r, i] * factor * weight[i]
+        _quantise(numbers[:width], inputs, r)
+
+
+_spread_take_normed = spreading(lambda: _take_normed)
 
 
 @_plain
 def take_gated(x: Any, gelu: Any, inputs: Any) -> None:
     """act(gate) * up of rows [gate, up]; act is SiLU, or GELU in its tanh form (Shazeer 2020)."""
+    _spread_take_gated(_units(x), x, gelu, inputs)
+
+
+@_unit
+def _take_gated(unit: Any, x: Any, gelu: Any, inputs: Any) -> None:
     width = x.shape[1] // 2
-    for r in range(len(x)):
+    for r in _rows(unit, x):
+        numbers = inputs.numbers[r]
         for i in range(0, width, _LANES):
-            _gate8(x[r], i, i + width, gelu, inputs.row)
-        _quantise(inputs.row[:width], inputs, r)
+            _gate8(x[r], i, i + width, gelu, numbers)
+        _quantise(numbers[:width], inputs, r)
+
+
+_spread_take_gated = spreading(lambda: _take_gated)
 
 
 @_plain
 def add_normed(x: Any, y: Any, weight: Any, eps: Any) -> None:
     """x += weight * y / rms(y), row by row."""
-    for r in range(len(x)):
+    _spread_add_normed(_units(x), x, y, weight, eps)
+
+
+@_unit
+def _add_normed(unit: Any, x: Any, y: Any, weight: Any, eps: Any) -> None:
+    for r in _rows(unit, x):
         factor = _inverse_rms(y[r], eps)
         for i in range(x.shape[1]):
             x[r, i] += y[r, i] * factor * weight[i]
+
+
+_spread_add_normed = spreading(lambda: _add_normed)
 
 
 @_plain
@@ -114,8 +153,13 @@ def rotate(heads: Any, first: Any, last: Any, cos: Any, sin: Any, weight: Any, e
     cos, sin: float32 [rows, rotary], rotary <= head_dim. Unless weight is NOTHING, each head is first
     normalised as in take_normed.
     """
+    _spread_rotate(_units(cos), heads, first, last, cos, sin, weight, eps)
+
+
+@_unit
+def _rotate(unit: Any, heads: Any, first: Any, last: Any, cos: Any, sin: Any, weight: Any, eps: Any) -> None:
     dim, half = heads.shape[2], cos.shape[1] // 2
-    for r in range(len(cos)):
+    for r in _rows(unit, cos):
         for h in range(first, last):
             head = heads[r, h]
             if len(weight):
@@ -126,6 +170,20 @@ def rotate(heads: Any, first: Any, last: Any, cos: Any, sin: Any, weight: Any, e
                 a, b = head[i], head[half + i]
                 head[i] = a * cos[r, i] - b * sin[r, i]
                 head[half + i] = b * cos[r, half + i] + a * sin[r, half + i]
+
+
+_spread_rotate = spreading(lambda: _rotate)
+
+
+@_unit
+def _units(x: Any) -> Any:
+    """Into how many units the rows of x are cut."""
+    return (len(x) + ROWS_PER_UNIT - 1) // ROWS_PER_UNIT
+
+
+@_unit
+def _rows(unit: Any, x: Any) -> Any:
+    return range(ROWS_PER_UNIT * unit, min(ROWS_PER_UNIT * (unit + 1), len(x)))
 
 
 @_sums
@@ -189,3 +247,8 @@ def _gate8(_context: Any, x: Any, gate: Any, up: Any, gelu: Any, out: Any) -> An
         return context.get_dummy_value()
 
     return types.void(x, gate, up, gelu, out), build
+
+
+def padded(rows: int) -> int:
+    """Memory for so many rows is for this many."""
+    return -(-rows // TOGETHER) * TOGETHER

@@ -16,7 +16,7 @@ from .decoder import Decoder
 from .interface import Step
 from .linear import wide_bytes
 from .model import Model
-from .rows import MAX_ROWS
+from .scheduler import MAX_RUNNING
 from .slices import Slice
 from .visibility import stored_blocks
 
@@ -32,14 +32,25 @@ class Runner:
         self._chunk_tokens = chunk_tokens
         self._attention = attention
         self._store = store
-        self._decoder = None if model.packed is None else Decoder(model, model.packed, attention)
+        self._decoder = None
+        if model.packed is not None:
+            self._decoder = Decoder(model, model.packed, attention, chunk_tokens + MAX_RUNNING)
         self._ahead: list[Ticket] = []
 
     @property
     def workspace_bytes(self) -> int:
-        """What a prefill chunk takes besides windows and records: the dequantised tile and, by formula, the
-        largest set of activations alive at once (attention in float32, or the MLP), what linear layers
-        widen, and one row of logits."""
+        """What a prefill chunk takes besides windows and records: queries and results of attention, in
+        float32, and what the layers take."""
+        if self._decoder is None:
+            return self._module_bytes
+        geometry = self._model.geometry
+        attention = 4 * self._chunk_tokens * geometry.heads * geometry.head_dim * 4
+        return attention + self._decoder.workspace_bytes
+
+    @property
+    def _module_bytes(self) -> int:
+        """By formula, the largest set of the module's activations alive at once (attention, or the MLP), what
+        linear layers widen, and one row of logits."""
         config, geometry = self._model.module.config, self._model.geometry
         width, size = geometry.heads * geometry.head_dim, int(self._model.module.dtype.itemsize)
         attention = 4 * width * 4 + (width + 2 * geometry.kv_heads * geometry.head_dim) * size
@@ -47,25 +58,21 @@ class Runner:
         residual = 3 * int(config.hidden_size) * size
         chunk = self._chunk_tokens * (max(attention, mlp) + residual)
         wide = wide_bytes(self._model.module.base_model, self._chunk_tokens)
-        few = 0 if self._decoder is None else self._decoder.workspace_bytes
-        return self._attention.workspace_bytes + chunk + wide + few + geometry.vocab * (4 + size)
+        return chunk + wide + geometry.vocab * (4 + size)
 
     def run(self, slices: list[Slice], keep: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Compute the slices' tokens; returns float32 logits [len(keep[i]), vocab] for those of their rows.
 
         A slice whose KV did not come back carries its `failure` afterwards; its logits mean nothing.
         """
-        passes = self._passes(slices)
-        self._read_for(passes)
-        self._begin_promotions(slices)
-        kept = {id(part): rows for part, rows in zip(slices, keep, strict=True)}
-        logits: dict[int, torch.Tensor] = {}
+        parts = _packed(slices)
+        self._read_for(parts)
+        self._begin_promotions(parts)
+        forward = self._forward if self._decoder is None else self._decoder.run
+        rows = [part.start + row for part, kept in zip(slices, keep, strict=True) for row in kept]
         try:
             with torch.inference_mode():
-                for parts in passes:
-                    run = self._decode if self._decodes(parts[0]) else self._forward
-                    found = run(parts, [kept[id(part)] for part in parts])
-                    logits |= {id(part): rows for part, rows in zip(parts, found, strict=True)}
+                logits = forward(parts, rows)
         except BaseException:  # reads that nobody takes would keep their staging buffers for good
             self._store.cancel(ticket for s in slices for reads in s.tickets.values() for _, ticket in reads)
             raise
@@ -73,41 +80,19 @@ class Runner:
             for part in slices:
                 if part.promotion is not None:
                     part.promotion.end()
-        return [logits[id(part)] for part in slices]
+        return list(torch.split(logits, [len(kept) for kept in keep]))
 
-    def _decodes(self, part: Slice) -> bool:
-        return self._decoder is not None and part.count == 1
-
-    def _passes(self, slices: list[Slice]) -> list[list[Slice]]:
-        """Slices that run together, each at its rows: what decodes from packed weights, then the rest. A
-        token's logits thus do not depend on what else the step does."""
-        few = [part for part in slices if self._decodes(part)]
-        rest = [part for part in slices if not self._decodes(part)]
-        passes = [few[first : first + MAX_ROWS] for first in range(0, len(few), MAX_ROWS)]
-        passes += [rest] if rest else []
-        for parts in passes:
-            starts = accumulate((part.count for part in parts), initial=0)
-            for part, start in zip(parts, starts, strict=False):
-                part.start = start
-        return passes
-
-    def _decode(self, parts: list[Slice], keep: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        assert self._decoder is not None
-        rows = self._decoder.run(parts)
-        return [rows[part.start : part.start + len(kept)] for part, kept in zip(parts, keep, strict=True)]
-
-    def _forward(self, parts: list[Slice], keep: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def _forward(self, parts: list[Slice], keep: list[int]) -> torch.Tensor:
         tokens = [token for part in parts for token in part.tokens]
         positions = [position for part in parts for position in part.positions]
-        rows = [s.start + row for s, kept in zip(parts, keep, strict=True) for row in kept]
-        logits = self._model.module(
+        logits: torch.Tensor = self._model.module(
             input_ids=torch.tensor([tokens]),
             position_ids=torch.tensor([positions]),
             use_cache=False,
-            logits_to_keep=torch.tensor(rows, dtype=torch.long),
+            logits_to_keep=torch.tensor(keep, dtype=torch.long),
             spilld_step=Step(self._attention, parts),
         ).logits[0]
-        return list(logits.float().split([len(kept) for kept in keep]))
+        return logits.float()
 
     def _begin_promotions(self, slices: list[Slice]) -> None:
         """Let decode scans bring back what host memory has room for, a run each: fresh memory is slow, and a
@@ -121,8 +106,8 @@ class Runner:
         self._store.cancel(self._ahead)
         self._ahead = []
 
-    def _read_for(self, passes: list[list[Slice]]) -> None:
-        needed = [read for parts in passes for read in self._needed(parts)]
+    def _read_for(self, parts: list[Slice]) -> None:
+        needed = self._needed(parts)
         reads = [Read(ref.run, layer) for _, layer, ref in needed]
         tickets = self._ahead
         if [ticket.read for ticket in tickets] != reads:
@@ -130,7 +115,7 @@ class Runner:
             tickets = self._store.submit(reads)
         for (part, layer, ref), ticket in zip(needed, tickets, strict=True):
             part.tickets.setdefault(layer, []).append((ref, ticket))
-        decoding = all(part.count == 1 for parts in passes for part in parts)
+        decoding = all(part.count == 1 for part in parts)
         self._ahead = self._store.submit(reads) if decoding else []
 
     def _needed(self, slices: list[Slice]) -> Needed:
@@ -149,3 +134,12 @@ class Runner:
             for index, part in enumerate(slices)
             for ref in runs[index, window]
         ]
+
+
+def _packed(slices: list[Slice]) -> list[Slice]:
+    """The slices in the order of their rows: decode steps first, whose kernel takes them together."""
+    parts = sorted(slices, key=lambda part: part.count > 1)
+    starts = accumulate((part.count for part in parts), initial=0)
+    for part, start in zip(parts, starts, strict=False):
+        part.start = start
+    return parts

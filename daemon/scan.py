@@ -68,7 +68,7 @@ class Scan(NamedTuple):
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Scan:
         counts = [len(row.positions) for row in rows]
-        parts = [1 + parts_of(count) for count in counts]
+        parts = [1 + parts_of(count, 1) for count in counts]
         most = max(len(row.ranges) for row in rows)
         return cls(
             windows=np.array([row.window for row in rows]),

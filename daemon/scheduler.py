@@ -10,6 +10,9 @@ from .visibility import CELL
 
 JobId = int
 
+MAX_RUNNING = 16
+"""Requests that are computed at a time."""
+
 
 @dataclass
 class Job:
@@ -56,7 +59,7 @@ class Scheduler:
     waits for another to finish.
     """
 
-    def __init__(self, chunk_tokens: int, pace: Pace, max_running: int = 16) -> None:
+    def __init__(self, chunk_tokens: int, pace: Pace, max_running: int = MAX_RUNNING) -> None:
         self._chunk_tokens = chunk_tokens
         self._pace = pace
         self._max_running = max_running

@@ -1,4 +1,4 @@
-"""Attention of a few queries over quantised records, where they lie.
+"""Attention over quantised records, where they lie.
 
 A call splits its blocks into parts. Every part keeps running (maximum, sum of weights, weighted
 values) per query row and the parts are merged exactly, in an order that depends on the number of blocks only:
@@ -39,6 +39,11 @@ FEW_TILES = 2
 
 BLOCKS_PER_PART = 8
 MAX_PARTS = 32
+MAX_PART_ROWS = 2048
+"""Rows of all parts of a KV head: their sums stay in the cache until they are joined."""
+
+MAX_QUERIES = 64
+"""Queries that pass over the records together; their tiles stay in the cache meanwhile."""
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -108,8 +113,26 @@ class Partial:
                 f"places {places.shape}, positions {positions.shape}, low {low.shape}, high {high.shape}"
             )
         check_places(memory, places, self.layout)
-        if queries == 0:
-            return
+        for first in range(0, queries, MAX_QUERIES):
+            these = slice(first, first + MAX_QUERIES)
+            seen = (places, positions, low[these], high[these], scale, softcap)
+            self._attend(q[these], memory, *seen, out[these], lse[these])
+
+    def _attend(
+        self,
+        q: Floats,
+        memory: NDArray[np.uint8],
+        places: Integers,
+        positions: Integers,
+        low: Integers,
+        high: Integers,
+        scale: float,
+        softcap: float,
+        out: Floats,
+        lse: Floats,
+    ) -> None:
+        kv_heads, head_dim, queries = self.layout.kv_heads, self.layout.head_dim, len(q)
+        group = lse.shape[1] // kv_heads
         count = queries * group
         tiles = -(-count // MAX_TILE)
         tile = -(-count // tiles)
@@ -119,7 +142,7 @@ class Partial:
             tiled = np.zeros((kv_heads, tiles * tile, head_dim), np.float32)
             by_head = tiled[:, :count].reshape(kv_heads, queries, group, head_dim)
             by_head[:] = q.reshape(queries, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
-        parts = max(1, parts_of(len(places)))
+        parts = max(1, parts_of(len(places), tiles * tile))
         sums = np.empty((parts, kv_heads, tiles * tile, head_dim), np.float32)
         tops = np.empty((parts, kv_heads, tiles * tile), np.float32)
         totals = np.empty_like(tops)
@@ -135,9 +158,9 @@ def kind_of(layout: Layout) -> tuple[int, int, int]:
     return int(form is Format.INT4), int(form in (Format.K8V4, Format.INT4)), int(form is Format.EXACT)
 
 
-def parts_of(blocks: int) -> int:
-    """Into how many parts a call splits so many blocks."""
-    return min(MAX_PARTS, -(-blocks // BLOCKS_PER_PART))
+def parts_of(blocks: int, rows: int) -> int:
+    """Into how many parts a call of so many rows of a KV head splits so many blocks."""
+    return min(MAX_PARTS, -(-blocks // BLOCKS_PER_PART), max(1, MAX_PART_ROWS // rows))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Decode steps over packed weights give what the transformers module gives with the same numbers."""
+"""Steps over packed weights give what the transformers module gives with the same numbers."""
 
 from __future__ import annotations
 
@@ -55,13 +55,16 @@ def test_the_same_tokens(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_logits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Closer than tokens can tell: every decode step's rows, beside the module's own."""
+    """Closer than tokens can tell: the rows of every step, beside the module's own."""
     steps: list[tuple[list[int], torch.Tensor]] = []
     run = Decoder.run
 
-    def noted(self: Decoder, slices: list[Slice]) -> torch.Tensor:
-        logits = run(self, slices)
-        steps.extend((list(s.sequence.tokens), row) for s, row in zip(slices, logits, strict=True))
+    def noted(self: Decoder, slices: list[Slice], keep: list[int]) -> torch.Tensor:
+        logits = run(self, slices, keep)
+        last = {part.start + part.count - 1: part for part in slices}
+        steps.extend(
+            (list(last[row].sequence.tokens), found) for row, found in zip(keep, logits, strict=True)
+        )
         return logits
 
     monkeypatch.setattr(Decoder, "run", noted)
@@ -69,7 +72,7 @@ def test_the_same_logits(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
         harness.add("a", PROMPT[:300], max_tokens=5, ignore_eos=True)
         harness.add("b", PROMPT[300:620], max_tokens=5, ignore_eos=True)
         harness.run()
-    assert len(steps) == 8
+    assert len(steps) == 10
     module = reference(folder, "eager")
     with torch.inference_mode():
         for tokens, found in steps:
@@ -159,4 +162,4 @@ def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
             attention = harness.engine._runner._attention
             for tiles in (whole.tiles[:1], whole.tiles[:, :1]):
                 with pytest.raises(ValueError, match="weights, not"):
-                    Decoder(model, {**model.packed, name: Packed(whole.form, tiles)}, attention)
+                    Decoder(model, {**model.packed, name: Packed(whole.form, tiles)}, attention, 8)

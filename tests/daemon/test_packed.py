@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from spilld.daemon.packed import GROUP, LANES, Form, Packed, fits, pack4, pack8, quantise, stack, unpack
 from spilld.daemon.products import multiply
-from spilld.daemon.rows import MAX_ROWS, Inputs, take
+from spilld.daemon.rows import Inputs, padded, take
 from spilld.offload import threads
 
 Floats = NDArray[np.float32]
@@ -33,9 +33,9 @@ def some(seed: int, *shape: int) -> Floats:
 
 
 def product(rows: Floats, weights: Packed, start: Floats | None = None) -> Floats:
-    inputs = Inputs.of(weights.inputs)
+    inputs = Inputs.of(padded(len(rows)), weights.inputs)
     take(rows, inputs)
-    out = np.zeros((MAX_ROWS, weights.outputs), np.float32)
+    out = np.zeros((padded(len(rows)), weights.outputs), np.float32)
     if start is not None:
         out[: len(rows)] = start
     multiply(inputs, weights, out, len(rows))
@@ -98,7 +98,7 @@ def test_stacked_outputs_follow_one_another() -> None:
     np.testing.assert_array_equal(unpack(stack(parts)), np.concatenate([unpack(part) for part in parts]))
 
 
-@pytest.mark.parametrize("rows", range(1, MAX_ROWS + 1))
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 65, 131])
 @pytest.mark.parametrize("form", Form)
 @pytest.mark.parametrize("size", SIZES)
 def test_products(form: Form, size: tuple[int, int], rows: int, shared_by: int) -> None:
@@ -112,11 +112,11 @@ def test_products(form: Form, size: tuple[int, int], rows: int, shared_by: int) 
 
 @pytest.mark.parametrize("form", Form)
 def test_a_row_does_not_depend_on_others_nor_on_threads(form: Form) -> None:
-    weights, x = quantise(some(7, 72, 96), form), some(8, MAX_ROWS, 96)
+    weights, x = quantise(some(7, 72, 96), form), some(8, 70, 96)
     threads.use(2)
     together = product(x, weights)
     threads.use(1)
-    alone = np.concatenate([product(x[r : r + 1], weights) for r in range(MAX_ROWS)])
+    alone = np.concatenate([product(x[r : r + 1], weights) for r in range(len(x))])
     np.testing.assert_array_equal(together, alone)
 
 
@@ -134,8 +134,10 @@ def test_what_is_not_finite_stays_so_and_in_its_row(form: Form, bad: float) -> N
 def test_shapes_that_disagree() -> None:
     weights = quantise(some(11, 16, 64), Form.INT8)
     with pytest.raises(ValueError, match="16 outputs"):
-        multiply(Inputs.of(64), weights, np.zeros((MAX_ROWS, 8), np.float32), 1)
-    with pytest.raises(ValueError, match="9 rows"):
-        multiply(Inputs.of(64), weights, np.zeros((MAX_ROWS, 16), np.float32), 9)
+        multiply(Inputs.of(8, 64), weights, np.zeros((8, 8), np.float32), 1)
+    with pytest.raises(ValueError, match="5 rows"):
+        multiply(Inputs.of(8, 64), weights, np.zeros((7, 16), np.float32), 5)
+    with pytest.raises(ValueError, match="5 rows"):
+        multiply(Inputs.of(4, 64), weights, np.zeros((8, 16), np.float32), 5)
     with pytest.raises(ValueError, match="64 inputs"):
-        multiply(Inputs.of(32), weights, np.zeros((MAX_ROWS, 16), np.float32), 1)
+        multiply(Inputs.of(8, 32), weights, np.zeros((8, 16), np.float32), 1)
