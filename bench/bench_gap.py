@@ -26,7 +26,7 @@ from spilld.offload.record import Element
 BENCH = "gap"
 SHORT, LONG = 512, 7500
 TEXT_TOKENS = 40_000
-MAX_GAP_MS = 1000
+MAX_GAP_MS = 250
 UNBOUNDED_MS = 3_600_000
 SLACK = 1.2
 LEAST_RATE = 0.6

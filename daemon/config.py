@@ -93,7 +93,7 @@ class Config:
     cache: Annotated[Path, Folder()] = field(default_factory=_cache)
     listen: Annotated[str, Address()] = field(default_factory=default_address)
     chunk_tokens: Annotated[int, Int(1, 65536)] = 512
-    max_gap_ms: Annotated[float, Real(0, 3600000, above=True)] = 1000.0
+    max_gap_ms: Annotated[float, Real(0, 3600000, above=True)] = 250.0
     max_context: Annotated[int | None, Maybe(Int(1))] = None
     max_queue: Annotated[int, Int(1, 65536)] = 64
     drain_seconds: Annotated[float, Real(0, 86400)] = 30.0

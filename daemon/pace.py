@@ -15,8 +15,9 @@ from collections.abc import Iterable
 LEAST = 16
 """Tokens that a chunk may have in any case: a prompt goes on, however slow the machine."""
 
-NEWEST = 0.5
-"""The weight of the newest step's rate."""
+SLOWER, FASTER = 0.5, 0.1
+"""The weight of the newest step's rate, if it is lower than was expected or higher: where rates vary, what is
+expected settles below most of them, and most gaps are kept."""
 
 
 class Pace:
@@ -36,7 +37,8 @@ class Pace:
     def took(self, chunks: Iterable[tuple[int, int]], seconds: float) -> None:
         """A step with these chunks (position, tokens), at least one, took so long, decodes included."""
         rate = sum(self.cost(*chunk) for chunk in chunks) / max(seconds, 1e-6)
-        self._rate = rate if self._rate is None else NEWEST * rate + (1 - NEWEST) * self._rate
+        before = rate if self._rate is None else self._rate
+        self._rate = before + (SLOWER if rate < before else FASTER) * (rate - before)
 
     @property
     def budget(self) -> float:

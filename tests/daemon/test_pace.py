@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 from hypothesis import given
@@ -49,6 +50,19 @@ def test_it_settles_where_the_gap_is_kept(fixed_s: float) -> None:
         gaps.append(seconds)
     assert max(gaps) < 1.2 * GAP_S
     assert sorted(gaps)[len(gaps) // 2] > 0.8 * GAP_S, "the time that there is, is used"
+
+
+def test_a_machine_that_swings_keeps_the_gap() -> None:
+    """Steps take up to a fifth longer or shorter than the mean, as beside other processes."""
+    pace, draw, gaps = Pace(GAP_S, math.inf), random.Random(1), []
+    for _ in range(400):
+        tokens = max(LEAST, pace.tokens(0, pace.budget))
+        seconds = tokens / 1500 * draw.uniform(0.8, 1.2)
+        pace.took([(0, tokens)], seconds)
+        gaps.append(seconds)
+    gaps.sort()
+    assert gaps[-4] < 1.2 * GAP_S, "the 99th percentile"
+    assert gaps[len(gaps) // 2] > 0.7 * GAP_S
 
 
 def test_a_machine_that_slows_down_is_followed() -> None:
