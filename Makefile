@@ -2,7 +2,8 @@
 # make test   the test suite
 # make torture  kills a store 600 times and a daemon 20 times, and checks what is left (some minutes)
 # make lint   ruff and mypy
-# make bench  every benchmark, as tables, and the goals of all in one (about an hour, after what the next one builds)
+# make bench  every benchmark, as tables, and the goals of all in one (about an hour and a half, after what the next
+#             one builds; with REPEATS=1 one run of each instead of medians of three)
 # make bench-peers  one of them: against llama.cpp, vLLM and transformers; builds llama.cpp (about ten minutes), which
 #             needs a C++ compiler; PEERS_ARGS="--json --no-long --plots bench/plots" are options of bench/peers.py
 # Tests run in two processes: most of them compute in one thread, or compile kernels, which is one thread's work.

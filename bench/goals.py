@@ -1,7 +1,8 @@
 """All benchmarks, one after the other, and the goals of all of them in one table.
 
-`make bench` runs this, once the systems of peers.py are built; --json prints what they print with --json
-instead. Takes about an hour.
+`make bench` runs this, once the systems of peers.py are built. What they print with --json goes to
+results.jsonl beside this file as it comes, and peers.py draws its plots anew. One that fails is named at the end.
+Takes an hour and a half; with the environment variable REPEATS=1, for medians of one, an hour.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from pathlib import Path
 from harness import Goal, Result, say, show
 
 BENCH = Path(__file__).parent
+RESULTS = BENCH / "results.jsonl"
+OPTIONS = {"peers.py": ["--plots", str(BENCH / "plots")]}
 SCRIPTS = (*sorted(BENCH.glob("bench_*.py")), BENCH / "eviction.py", BENCH / "restore.py", BENCH / "peers.py")
 
 
 def lines(script: Path) -> Iterator[str]:
     """What a benchmark prints with --json, as it comes. Raises CalledProcessError."""
     say(f"== {script.name}")
-    command = [sys.executable, str(script), "--json"]
+    command = [sys.executable, str(script), "--json", *OPTIONS.get(script.name, [])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield from process.stdout
@@ -39,23 +42,27 @@ def result(fields: dict[str, object]) -> Result:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="JSON lines instead of tables")
-    as_json = parser.parse_args().json
-    judged = []
-    for script in SCRIPTS:
-        results = []
-        for line in lines(script):
-            if as_json:
-                print(line, end="", flush=True)
-            elif "environment" not in (fields := json.loads(line)):
-                results.append(result(fields))
-        if results:
-            show(results[0].bench, results)
-        judged += [one for one in results if one.goal is not None]
+    judged, failed = [], []
+    with RESULTS.open("w") as kept:
+        for script in SCRIPTS:
+            results = []
+            try:
+                for line in lines(script):
+                    kept.write(line)
+                    kept.flush()
+                    if "environment" not in (fields := json.loads(line)):
+                        results.append(result(fields))
+            except subprocess.CalledProcessError as error:
+                failed.append(str(error))
+            if results:
+                show(results[0].bench, results)
+            judged += [one for one in results if one.goal is not None]
     if judged:
         show("goals", judged)
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     main()

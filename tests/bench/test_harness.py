@@ -77,6 +77,21 @@ def test_all_benchmarks_are_read_back(tmp_path: Path) -> None:
         list(goals.lines(script))
 
 
+def test_a_benchmark_that_fails_is_named_after_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = json.dumps(asdict(result(1.0, 2.0, Goal("ratio", 0.75))))
+    broken, whole = tmp_path / "broken.py", tmp_path / "whole.py"
+    broken.write_text(f"print({line!r}); raise SystemExit(3)")
+    whole.write_text(f"print({line!r})")
+    monkeypatch.setattr(goals, "SCRIPTS", (broken, whole))
+    monkeypatch.setattr(goals, "RESULTS", tmp_path / "results.jsonl")
+    with pytest.raises(SystemExit, match=r"broken\.py.* exit status 3"):
+        goals.main()
+    assert (tmp_path / "results.jsonl").read_text() == 2 * (line + "\n")
+    assert capsys.readouterr().out.count("ratio <= 0.75") == 4, "in its own table and in that of the goals"
+
+
 def test_contenders_take_turns_and_medians_are_per_number() -> None:
     order = []
 
