@@ -1,7 +1,7 @@
 """All benchmarks, one after the other, and the goals of all of them in one table.
 
 `make bench` runs this, once the systems of peers.py are built. What they print with --json goes to
-results.jsonl beside this file as it comes, and peers.py draws its plots anew. One that fails is named at the end.
+results.jsonl beside this file as it comes; peers.py draws its plots anew. One that fails is named at the end.
 Takes an hour and a half; with the environment variable REPEATS=1, for medians of one, an hour.
 """
 

@@ -37,7 +37,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 REPEATS = int(os.environ.get("REPEATS", "3"))
-"""Turns of each contender, of which the medians count. From the environment, to hold for `make bench`, too."""
+"""Turns of each contender, whose medians count; from the environment, to hold for `make bench`, too."""
 
 TRIES = 5
 """A limit is the best of so many tries: what the machine can do, not what it did on average."""
