@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 
-from harness import Result, disk_rates, document, main, medians, say
+from harness import Goal, Result, disk_rates, document, main, medians, say
 
 from spilld.daemon.assembly import READERS
 from spilld.daemon.catalog import default_cache, resolve
@@ -36,6 +36,8 @@ BENCH = "scan"
 TOKENS = 7500
 WARM_UP = 4
 COUNT = 32
+OF_THE_RATE = 0.85
+"""What a scan is to reach of the disk's rate, or of that of computing."""
 
 
 class Scan:
@@ -99,6 +101,7 @@ def measure() -> tuple[dict[str, float], list[Result]]:
 def results(disk: Mapping[str, float], host_ms: float, best: float, alone: float) -> list[Result]:
     """disk: medians per token; best, alone: bytes/s of the disk in long reads, and in reads like its own."""
     read_ms = 1e3 * disk["bytes_read"] / alone
+    least_ms = max(host_ms, 1e3 * disk["bytes_read"] / best)
     result = partial(Result, bench=BENCH, case=f"{TOKENS} tokens, {disk['bytes_read'] / 1e6:.0f} MB a token")
     return [
         result(
@@ -106,7 +109,8 @@ def results(disk: Mapping[str, float], host_ms: float, best: float, alone: float
             unit="ms/token",
             ours=disk["decode_ms"],
             baseline=host_ms,
-            limit=max(host_ms, 1e3 * disk["bytes_read"] / best),
+            limit=least_ms,
+            goal=Goal("ours", least_ms / OF_THE_RATE),
         ),
         result(
             metric="read rate",

@@ -46,7 +46,7 @@ READ_BYTES = 1 << 20
 FILE_BYTES = 512 << 20
 GEMM_SIZE = 2048
 MEMORY_BYTES = 512 << 20
-TABLE_WIDTH = 132
+TABLE_WIDTH = 170
 
 _progress = Console(stderr=True, style="dim")
 

@@ -20,7 +20,7 @@ from .fields import Choice, FieldError, Int, Maybe, Reader, Real, Text, read
 GIB = 2**30
 
 WEIGHTS = ("auto", "bf16", "int8", "int4")
-"""What decode steps read. auto: the codes of a quantised GGUF file in bfloat16, else bf16, which
+"""What steps read. auto: the codes of a quantised GGUF file in bfloat16, else bf16, which
 is no copy: what `dtype` says."""
 _BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _DECIMAL = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

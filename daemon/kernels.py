@@ -97,7 +97,7 @@ def compile_all(layout: Layout, heads: int) -> None:
 
 
 def compile_packed(layout: Layout, heads: int) -> None:
-    """Run every kernel of a decode step over packed weights, on a layer as narrow as can be."""
+    """Run every kernel of a step over packed weights, on a layer as narrow as can be."""
     kv_heads, head_dim, eps = layout.kv_heads, layout.head_dim, np.float32(1)
     rows = Activations.of(TOGETHER, GROUP, heads, kv_heads, head_dim, GROUP)
 

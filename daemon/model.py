@@ -164,7 +164,7 @@ def _fingerprint(folder: Path, dtype: str, module: Any, cache: Path, packed: str
         json.dumps(config, sort_keys=True).encode(),
         rope_bytes(module),
         dtype.encode(),
-        *([f"decode {packed}".encode()] if packed else []),
+        *([f"steps {packed}".encode()] if packed else []),
     ):
         hasher.update(struct.pack("<Q", len(part)) + part)
     return hasher.digest()

@@ -1,4 +1,4 @@
-"""Weights of linear layers, packed into few bits for steps of a few rows, which read each weight once.
+"""Weights of linear layers, packed into few bits: a step of few rows takes as long as reading them does.
 
 A tile is 8 outputs; its groups of 32 inputs follow one another, each with its codes and scales, so that a
 thread reads memory in order. Everything is uint16 words:

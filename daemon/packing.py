@@ -1,4 +1,4 @@
-"""Packed weights of a model for its decode steps, made once and mapped from then on.
+"""Packed weights of a model for its steps, made once and mapped from then on.
 
 A GGUF file's own codes are kept where they fit (Q4_0, Q4_1, Q8_0), so that nothing is rounded twice; what it
 stores in other ways becomes int8. Matrices that read the same input lie together: `layers.N.qkv`,
@@ -108,7 +108,7 @@ def activation(config: Any) -> str:
 
 
 def packed_weights(module: Any, folder: Path, weights: str, cache: Path) -> dict[str, Packed] | None:
-    """What decode steps read of a model, for a `weights` of Config; None if it is the module itself.
+    """What steps read of a model, for a `weights` of Config; None if it is the module itself.
 
     int8 and int4 are made from the folder's weights once and kept in the cache. Raises UnsupportedModel,
     CorruptModel, or ConfigError if the cache cannot be written.
@@ -126,7 +126,7 @@ def packed_weights(module: Any, folder: Path, weights: str, cache: Path) -> dict
 
 
 def pack_gguf(module: Any, gguf: Path, target: Path) -> None:
-    """Write what decode steps read of a GGUF file, whose weights the module has too, to a file.
+    """Write what steps read of a GGUF file, whose weights the module has too, to a file.
 
     Raises UnsupportedModel if it does not fit.
     """
