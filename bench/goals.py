@@ -19,7 +19,8 @@ from harness import Goal, Result, say, show
 BENCH = Path(__file__).parent
 RESULTS = BENCH / "results.jsonl"
 OPTIONS = {"peers.py": ["--plots", str(BENCH / "plots")]}
-SCRIPTS = (*sorted(BENCH.glob("bench_*.py")), BENCH / "eviction.py", BENCH / "restore.py", BENCH / "peers.py")
+OTHERS = ("eviction.py", "restore.py", "load.py", "peers.py")
+SCRIPTS = (*sorted(BENCH.glob("bench_*.py")), *(BENCH / name for name in OTHERS))
 
 
 def lines(script: Path) -> Iterator[str]:

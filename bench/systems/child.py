@@ -57,8 +57,11 @@ class Child:
             raise
         self._signal(signal.SIGSTOP)
 
-    def generate(self, prompt: Sequence[int], count: int) -> list[float]:
-        """Seconds until each of count tokens was there. Raises NotRun if the process fails."""
+    def generate(self, prompt: Sequence[int] | Sequence[Sequence[int]], count: int) -> list[float]:
+        """Seconds until each of count tokens was there, or of as many for each prompt of several.
+
+        Raises NotRun if the process fails.
+        """
         self._signal(signal.SIGCONT)
         try:
             print(json.dumps({"prompt": list(prompt), "count": count}), file=self._requests, flush=True)

@@ -15,11 +15,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO
 
 PR_SET_PDEATHSIG = 1
 
-Generate = Callable[[list[int], int], list[float]]
+Generate = Callable[[Any, int], list[float]]
 """(prompt, count) to the arrivals of count greedy tokens; end-of-text does not end it."""
 
 
