@@ -1,6 +1,7 @@
 # make demo   runs the main job: one long document, most of its KV on disk, two questions
 # make test   the test suite
 # make torture  kills a store 600 times and a daemon 20 times, and checks what is left (some minutes)
+# make soak   sixty-four clients on one daemon for ten minutes: read, cancelled, abandoned
 # make lint   ruff and mypy
 # make bench  every benchmark, as tables, and the goals of all in one (about an hour and a half, after what the next
 #             one builds; with REPEATS=1 one run of each instead of medians of three)
@@ -20,7 +21,7 @@ PEERS := .venv-peers
 PEERS_PIP := PIP_CONSTRAINT=bench/peers-constraints.txt $(PEERS)/bin/python -m pip --disable-pip-version-check
 PEERS_ARGS ?=
 
-.PHONY: demo test test-slow torture lint bench bench-peers wheel clean
+.PHONY: demo test test-slow torture soak lint bench bench-peers wheel clean
 
 demo: $(VENV)/.ready
 	@echo "== spilld demo: the first run also converts the model and compiles kernels, about two minutes"
@@ -35,6 +36,9 @@ test-slow: $(VENV)/.ready
 
 torture: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -m slow --timeout 3600 tests/offload/test_torture.py tests/daemon/test_kill.py
+
+soak: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest -m slow --timeout 3600 -s tests/daemon/test_soak.py
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check .
