@@ -36,6 +36,7 @@ from .errors import (
 from .generation import NOBODY, Generation
 from .journal import Entry, Journal, Unfinished
 from .keeper import SessionKeeper
+from .ledger import shares
 from .model import Model
 from .pace import Pace
 from .protocol import (
@@ -63,6 +64,9 @@ log = logging.getLogger(__name__)
 
 RECOMPUTES = 2
 """How often a request's lost KV is computed again before the request fails."""
+
+HOPELESS = 2.0
+"""A prompt that is expected to take so many times what its deadline leaves is not begun."""
 
 PROMPT_LOGPROB_CHUNK = 64
 """Tokens a step where the logits of every token are wanted: they take 4 bytes * vocabulary each."""
@@ -167,7 +171,7 @@ class Engine:
         self._store.settle()
 
     def _expire(self) -> None:
-        for generation in [g for g in self._all() if g.overdue]:
+        for generation in [g for g in self._all() if g.left_s < 0]:
             self._abort(generation, DeadlineExceeded(f"not done after {generation.request.deadline_s} s"))
         for generation in [g for g in self._all() if g.unheard_s > self._retention_s]:
             self._abort(generation, Cancelled(f"no client asked for it within {self._retention_s:g} s"))
@@ -186,15 +190,17 @@ class Engine:
         return self._scheduler.plan(self._room)
 
     def _make_way(self) -> bool:
-        """Give up something for the request that is first in line; False if a running one will make room."""
+        """Give up something for the request that is next; False if a running one will make room."""
         if (idle := self.contexts.oldest()) is not None:
             log.info("an idle context makes room")
             self._discard(idle)
             return True
         if self._scheduler.running:
             return False
-        first, *behind = self._generations.values()
-        holders = [generation for generation in behind if generation.sequence is not None]
+        job = self._scheduler.next
+        assert job is not None
+        first = self._generations[job.id]
+        holders = [g for g in self._generations.values() if g is not first and g.sequence is not None]
         if holders:
             self._dispossess(holders[-1])
         else:
@@ -203,7 +209,7 @@ class Engine:
         return True
 
     def _dispossess(self, generation: Generation) -> None:
-        """Take the context of a waiting request: an earlier one needs its room. It comes back from disk."""
+        """Take the context of a waiting request: another needs its room. It comes back from disk."""
         sequence = _sequence(generation)
         generation.history = list(sequence.tokens)
         self._discard(sequence)
@@ -225,6 +231,7 @@ class Engine:
         share = 1 / len(slices)
         read, stalled = self._store.disk_read_bytes - read, self._store.stall_seconds - stalled
         took = time.monotonic() - began
+        self._charge(generations, slices, took, stalled)
         for generation, part, rows in zip(generations, slices, logits, strict=True):
             generation.account(part.read_bytes, int(read * share), stalled * share, took)
             self._advance(generation, part, rows.numpy())
@@ -233,6 +240,15 @@ class Engine:
         self._store.write_behind()
         if chunks:
             self._pace.took(chunks, time.monotonic() - began)
+
+    def _charge(
+        self, generations: list[Generation], slices: list[Slice], seconds: float, stalled: float
+    ) -> None:
+        """Let each client pay for its share of a step."""
+        costs = [self._pace.cost(part.position, part.count) for part in slices]
+        reads = [part.read_bytes["disk"] for part in slices]
+        for generation, share in zip(generations, shares(seconds, stalled, costs, reads), strict=True):
+            self._scheduler.charge(generation.job, share)
 
     # A request's way, from its arrival to its last event.
 
@@ -326,6 +342,7 @@ class Engine:
             chunk=self._chunk_tokens if generation.request.prompt_logprobs is None else PROMPT_LOGPROB_CHUNK,
             window=sequence is None,
             blocks=max(0, blocks - (sequence.table.promised if sequence else 0)),
+            client=generation.owner,
         )
 
     def _admit(self, generation: Generation) -> None:
@@ -342,10 +359,24 @@ class Engine:
         sequence.tokens.extend(generation.answer)
         if not sequence.computed and generation.request.prompt_logprobs is None:
             self._find(generation, sequence)
-        for event in generation.begin(first, sequence):
+        for event in generation.begin(first, sequence, self._scheduler.first_token_s(generation.job)):
             self._tell(generation, event)
-        if generation.complete(sequence) or (generation.reason and not generation.appends):
+        if (hopeless := self._hopeless(generation, sequence)) is not None:
+            self._abort(generation, hopeless)
+        elif generation.complete(sequence) or (generation.reason and not generation.appends):
             self._finish(generation)
+
+    def _hopeless(self, generation: Generation, sequence: Sequence) -> DeadlineExceeded | None:
+        """Why its deadline cannot be met, by far, if that is known. An idle engine tries: what it knows may
+        be of a worse time, and only steps tell."""
+        alone = self._pace.seconds(sequence.computed, len(sequence.tokens) - sequence.computed)
+        idle = self._scheduler.running == 1
+        if idle or not self._pace.seen or alone <= HOPELESS * generation.left_s:
+            return None
+        left = max(generation.left_s, 0.0)
+        return DeadlineExceeded(
+            f"its prompt alone would take about {alone:.1f} s, {left:.1f} are left; give it more"
+        )
 
     def _find(self, generation: Generation, sequence: Sequence) -> None:
         """Take over what an earlier request computed of the same beginning, if it is still there."""

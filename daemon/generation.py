@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence as Sequence_
 
@@ -56,6 +57,8 @@ class Generation:
         self._stops = StopStrings(self.request.stop)
         self._stopped = False
         self._eos: frozenset[int] = frozenset()
+        self.owner = self.request.tenant or client.hex()
+        """Whose time it takes: the tenant's, or the connection's that sent it."""
         self.listen(client)
 
     def listen(self, client: bytes) -> None:
@@ -131,7 +134,7 @@ class Generation:
             elif isinstance(event, Token):
                 self._take(event.token)
 
-    def begin(self, first: int, sequence: Sequence) -> list[Event]:
+    def begin(self, first: int, sequence: Sequence, first_token_s: float | None) -> list[Event]:
         """The request is admitted; its prompt begins at position `first` of the sequence. What there is to
         tell: nothing, if the last process told it."""
         self.first = first
@@ -146,6 +149,7 @@ class Generation:
                 seq=self._next(),
                 prompt_tokens=len(self.prompt),
                 cached_tokens=self._cached,
+                first_token_s=first_token_s,
             )
         ]
 
@@ -166,9 +170,10 @@ class Generation:
             self.prefill_s += took_s
 
     @property
-    def overdue(self) -> bool:
+    def left_s(self) -> float:
+        """Until its deadline; below 0 after it."""
         deadline = self.request.deadline_s
-        return deadline is not None and time.monotonic() - self._arrived > deadline
+        return math.inf if deadline is None else deadline - (time.monotonic() - self._arrived)
 
     @property
     def text(self) -> str:

@@ -20,6 +20,10 @@ SLOWER, FASTER = 0.5, 0.1
 expected settles below most of them, and most gaps are kept."""
 
 
+UNSEEN = 300.0
+"""Products of a token that a machine does in a second, as long as none was seen."""
+
+
 class Pace:
     """Bounds prefill beside decodes so that steps take at most `gap_s` seconds."""
 
@@ -39,6 +43,15 @@ class Pace:
         rate = sum(self.cost(*chunk) for chunk in chunks) / max(seconds, 1e-6)
         before = rate if self._rate is None else self._rate
         self._rate = before + (SLOWER if rate < before else FASTER) * (rate - before)
+
+    @property
+    def seen(self) -> bool:
+        """Whether anything is known of the machine."""
+        return self._rate is not None
+
+    def seconds(self, position: int, tokens: int) -> float:
+        """That a chunk is expected to take."""
+        return self.cost(position, tokens) / (UNSEEN if self._rate is None else self._rate)
 
     @property
     def budget(self) -> float:

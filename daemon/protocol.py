@@ -186,6 +186,8 @@ class Accepted(Event):
 
     prompt_tokens: Annotated[int, COUNT]
     cached_tokens: Annotated[int, COUNT]
+    first_token_s: Annotated[float | None, Maybe(Real(0))] = None
+    """In how many seconds the first token is expected, from now; None as long as no prompt was computed."""
 
 
 @dataclass(frozen=True, kw_only=True)

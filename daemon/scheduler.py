@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .ledger import Ledger
 from .pace import LEAST, Pace
 from .visibility import CELL
 
@@ -29,6 +30,8 @@ class Job:
     """Needs a new window (a continued context has its own)."""
     blocks: int
     """Block columns it must be promised before it starts."""
+    client: str
+    """Whose it is."""
 
     @property
     def left(self) -> int:
@@ -52,22 +55,24 @@ class Plan:
 
 
 class Scheduler:
-    """First come, first served admission; every step decodes all running jobs and prefills one chunk, as
-    short as the decoding ones need it.
+    """Admits jobs of the client that has had least of the engine first, each client's in order of arrival;
+    every step decodes all running jobs and prefills one chunk, as short as the decoding ones need it.
 
     A job is admitted only when everything that it can grow to has been promised, so no admitted job
-    waits for another to finish.
+    waits for another to finish. Nobody passes by the job that is next: it waits for running ones alone.
     """
 
     def __init__(self, chunk_tokens: int, pace: Pace, max_running: int = MAX_RUNNING) -> None:
         self._chunk_tokens = chunk_tokens
         self._pace = pace
         self._max_running = max_running
+        self._ledger = Ledger()
         self._waiting: dict[JobId, Job] = {}
         self._running: dict[JobId, Job] = {}
 
     def add(self, job: Job) -> None:
         self._waiting[job.id] = job
+        self._ledger.enter(job.client)
 
     def replace(self, job: Job) -> None:
         """A waiting job needs something else than before; it keeps its place in the line."""
@@ -75,13 +80,28 @@ class Scheduler:
 
     def remove(self, job: JobId) -> None:
         """The job has ended, in whatever state; unknown ids are ignored."""
-        self._waiting.pop(job, None)
-        self._running.pop(job, None)
+        ended = self._waiting.pop(job, None) or self._running.pop(job, None)
+        if ended is not None:
+            self._ledger.leave(ended.client)
 
     def advance(self, job: JobId, tokens: int, sampled: int) -> None:
         """A step computed `tokens` of the job and then sampled so many new ones (0 or 1)."""
         self._running[job].position += tokens
         self._running[job].known += sampled
+
+    def first_token_s(self, job: JobId) -> float | None:
+        """Seconds until a running job's first token is expected: of its own prompt, and of those that have
+        their turn before it. None as long as nothing is known of the machine."""
+        mine = self._running[job]
+        had = self._ledger.had(mine.client)
+        ahead = [each for each in self._running.values() if self._ledger.had(each.client) <= had]
+        return (
+            sum(self._pace.seconds(each.position, each.left) for each in ahead) if self._pace.seen else None
+        )
+
+    def charge(self, job: JobId, seconds: float) -> None:
+        """A running job has taken so much of the engine."""
+        self._ledger.charge(self._running[job].client, seconds)
 
     def resume(self, job: JobId, position: int) -> None:
         """So many tokens of the job, just admitted, were computed before."""
@@ -93,27 +113,40 @@ class Scheduler:
 
     def starved(self, room: Room) -> bool:
         """Whether the next job in line waits for windows or blocks, and not for its turn."""
-        job = next(iter(self._waiting.values()), None)
+        job = self.next
         return job is not None and len(self._running) < self._max_running and not _fits(job, room)
 
     def plan(self, room: Room) -> Plan:
-        """Admit what fits, in order of arrival, and fill a step. Admitted jobs run in the same step."""
+        """Admit what fits and fill a step. Admitted jobs run in the same step."""
         admitted = self._admit(room)
         return Plan(tuple(job.id for job in admitted), tuple(self._fill(self._running.values())))
 
     def _admit(self, room: Room) -> list[Job]:
         admitted = []
-        for job in list(self._waiting.values()):
-            if len(self._running) >= self._max_running or not _fits(job, room):
+        while len(self._running) < self._max_running and (job := self.next) is not None:
+            if not _fits(job, room):
                 break  # strictly in order: a large request is not starved by small ones behind it
             room = Room(room.windows - job.window, room.blocks - job.blocks)
             self._running[job.id] = self._waiting.pop(job.id)
             admitted.append(job)
         return admitted
 
+    @property
+    def next(self) -> Job | None:
+        """The waiting job to be admitted first: the oldest one of the client that has had least, or will have
+        once its running prompts are computed."""
+        oldest: dict[str, Job] = {}
+        for job in self._waiting.values():
+            oldest.setdefault(job.client, job)
+        return min(oldest.values(), key=lambda job: self._taken(job.client), default=None)
+
+    def _taken(self, client: str) -> float:
+        running = (job for job in self._running.values() if job.client == client)
+        return self._ledger.had(client) + sum(self._pace.seconds(job.position, job.left) for job in running)
+
     def _fill(self, jobs: Iterable[Job]) -> list[tuple[JobId, int]]:
-        """One token for each decoding job, and prefill chunks in order of admission."""
-        jobs = list(jobs)
+        """One token for each decoding job, and prefill chunks: whose client has had least comes first."""
+        jobs = sorted(jobs, key=lambda job: self._ledger.had(job.client))
         left, cost = self._chunk_tokens, self._pace.budget
         hurried = any(job.left == 1 for job in jobs)
         run = []

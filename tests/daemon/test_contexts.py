@@ -10,7 +10,7 @@ import pytest
 
 from spilld.daemon.errors import Cancelled, ContextNotFound, DeadlineExceeded, InvalidRequest
 from spilld.daemon.model import Model
-from spilld.daemon.protocol import Done, Failed, Release, Released
+from spilld.daemon.protocol import Accepted, Done, Failed, Release, Released
 
 from .harness import Harness, column_bytes, engine, said, shared, some_tokens, window_bytes
 
@@ -191,6 +191,21 @@ class TestEnds:
             assert len(history) == 1408 + 700 + tokens
             continued = harness.ask(PROMPT[:30], context=context, **FIELDS)
             assert continued == harness.ask(history + PROMPT[:30], **FIELDS)
+
+    def test_a_deadline_that_cannot_be_met(self, model: Model, tmp_path: Path) -> None:
+        """Nothing of it is computed, as others wait; what the steps before have shown says so."""
+        with engine(model, tmp_path / "s") as harness:
+            harness.ask(PROMPT, "first", **FIELDS)
+            for _ in range(20):
+                harness.engine._pace.took([(0, 1)], 1000.0)
+            harness.add("late", PROMPT[7:], deadline_s=30.0, **FIELDS)
+            harness.add("patient", PROMPT[8:], **FIELDS)
+            harness.run()
+            with pytest.raises(DeadlineExceeded, match="its prompt alone would take"):
+                harness.tokens("late")
+            assert [type(event) for event in harness.events["late"]] == [Accepted, Failed]
+            assert harness.tokens("patient")
+            assert harness.ask(PROMPT[9:], "alone", deadline_s=30.0, **FIELDS)
 
     def test_overdue(self, model: Model, tmp_path: Path) -> None:
         with engine(model, tmp_path / "s", **one_window(model)) as harness:

@@ -24,6 +24,7 @@ from .harness import (
     greedy,
     random_split,
     reference,
+    said,
     shared,
     smallest_host_budget,
     some_tokens,
@@ -316,3 +317,19 @@ def test_one_window_serves_one_after_the_other(model: Model, tmp_path: Path) -> 
         harness.run()
         assert harness.tokens("a") == harness.tokens("b") == harness.tokens("c")
         assert harness.engine.stats()["device_used_bytes"] == 0
+
+
+def test_a_client_with_many_requests_does_not_hold_up_another(model: Model, tmp_path: Path) -> None:
+    """Two windows, twelve requests before it in line: it has one of the first two."""
+    budget = str(2 * window_bytes(model))
+    with engine(model, tmp_path / "s", device_budget=budget) as harness:
+        fields: dict[str, Any] = {"max_tokens": 4, "ignore_eos": True}
+        for number in range(12):
+            harness.add(f"greedy {number}", some_tokens(number, 300), tenant="greedy", **fields)
+        harness.add("other", some_tokens(99, 300), tenant="other", **fields)
+        while said(harness, "other") < 4:
+            assert harness.engine.turn()
+        ended = sum(said(harness, f"greedy {number}") == 4 for number in range(12))
+        assert ended <= 2
+        harness.run()
+        assert all(said(harness, f"greedy {number}") == 4 for number in range(12))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from collections import defaultdict
 from dataclasses import dataclass
+from itertools import count
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from spilld.daemon.ledger import shares
 from spilld.daemon.pace import LEAST, Pace
 from spilld.daemon.scheduler import Job, Plan, Room, Scheduler
 from spilld.daemon.visibility import CELL
@@ -15,9 +20,11 @@ from spilld.daemon.visibility import CELL
 PLENTY = Room(windows=100, blocks=10**6)
 
 
-def job(number: int, known: int, position: int = 0, chunk: int = 512, **fields: int) -> Job:
+def job(
+    number: int, known: int, position: int = 0, chunk: int = 512, client: str = "a", **fields: int
+) -> Job:
     needs = {"window": 1, "blocks": 0, **fields}
-    return Job(number, position, known, chunk, window=bool(needs["window"]), blocks=needs["blocks"])
+    return Job(number, position, known, chunk, bool(needs["window"]), needs["blocks"], client)
 
 
 def unhurried() -> Pace:
@@ -65,8 +72,8 @@ def test_a_job_that_waits_for_its_turn_is_not_starved() -> None:
 def test_prefill_chunks_end_on_the_grid_beside_decodes() -> None:
     running = scheduler(job(1, 700, position=699), job(2, 1000, position=100), job(3, 300))
     assert running.plan(PLENTY).run == ((1, 1), (2, 412), (3, 100))
-    for number, count in ((1, 1), (2, 412), (3, 100)):
-        running.advance(number, count, sampled=int(number == 1))
+    for number, tokens in ((1, 1), (2, 412), (3, 100)):
+        running.advance(number, tokens, sampled=int(number == 1))
     assert running.plan(PLENTY).run == ((1, 1), (2, 488), (3, 24))
     running.advance(2, 488, 1)
     running.advance(3, 24, 0)
@@ -96,6 +103,73 @@ def test_a_job_with_small_chunks_leaves_the_budget_to_others() -> None:
     assert running.plan(PLENTY).run == ((1, 64), (2, 256))
 
 
+def test_who_has_had_least_is_admitted_first() -> None:
+    waiting = scheduler(*(job(n, 100) for n in range(1, 9)), job(9, 100, client="b"), max_running=2)
+    assert waiting.plan(PLENTY).admit == (1, 9), "a prompt that runs counts before it is computed"
+    waiting.charge(1, 1.0)
+    waiting.charge(9, 2.0)
+    waiting.remove(9)
+    waiting.add(job(10, 100, client="b"))
+    assert waiting.plan(PLENTY).admit == (2,)
+
+
+def test_the_next_job_is_not_passed_by() -> None:
+    waiting = scheduler(job(1, 100, client="a"), job(2, 100, client="b", blocks=50), job(3, 100, client="c"))
+    assert waiting.plan(Room(windows=1, blocks=10)).admit == (1,)
+    waiting.charge(1, 5.0)
+    assert waiting.plan(Room(windows=5, blocks=10)).admit == ()
+    assert waiting.starved(Room(windows=5, blocks=10))
+    assert waiting.plan(Room(windows=5, blocks=50)).admit == (2, 3)
+
+
+def test_prefills_of_who_has_had_least_come_first() -> None:
+    running = scheduler(job(1, 5000, client="a"), job(2, 300, client="b"))
+    running.plan(PLENTY)
+    running.charge(1, 1.0)
+    assert running.plan(PLENTY).run == ((2, 300), (1, 212 // CELL * CELL or 212))
+
+
+@pytest.mark.parametrize("others", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_greedy_client_gets_its_share_and_no_more(seed: int, others: int) -> None:
+    """One client keeps 100 requests of random lengths in line, each other one 10: all are backlogged."""
+    draw, pace, numbers = random.Random(seed), Pace(0.25, 3000.0), count()
+    had: dict[str, float] = defaultdict(float)
+    shared, jobs, ends = Scheduler(512, pace, max_running=8), dict[int, Job](), dict[int, int]()
+    wanted = {"greedy": 100} | {f"other {i}": 10 for i in range(others)}
+    for _ in range(6000):
+        for client, most in wanted.items():
+            for _ in range(most - sum(each.client == client for each in jobs.values())):
+                number, known = next(numbers), draw.randint(1, 4000)
+                jobs[number], ends[number] = job(number, known, client=client), known + draw.randint(1, 200)
+                shared.add(jobs[number])
+        run = shared.plan(PLENTY).run
+        chunks = [(jobs[number].position, tokens) for number, tokens in run]
+        costs = [pace.cost(*chunk) for chunk in chunks]
+        seconds = 0.01 + sum(costs) / 500
+        pace.took(chunks, seconds)
+        for (number, tokens), share in zip(run, shares(seconds, 0.0, costs, [0] * len(run)), strict=True):
+            had[jobs[number].client] += share
+            shared.charge(number, share)
+            shared.advance(number, tokens, int(jobs[number].left == tokens))
+            if jobs[number].known >= ends[number]:
+                shared.remove(number)
+                del jobs[number], ends[number]
+    fair = sum(had.values()) / len(wanted)
+    assert all(abs(part - fair) <= 0.1 * fair for part in had.values()), had
+
+
+def test_a_first_token_is_expected_after_the_prompts_before_it() -> None:
+    pace = Pace(0.25, 1e9)
+    running = scheduler(job(1, 400), job(2, 1000, client="b"), job(3, 200), pace=pace)
+    running.plan(PLENTY)
+    assert running.first_token_s(1) is None, "nothing is known of the machine"
+    pace.took([(0, 100)], 1.0)
+    running.charge(2, 1.0)
+    assert running.first_token_s(2) == pytest.approx(16.0), "all have had less"
+    assert running.first_token_s(3) == pytest.approx(6.0)
+
+
 def test_a_rewound_job_computes_everything_again() -> None:
     running = scheduler(job(1, 3, position=2))
     running.plan(PLENTY)
@@ -121,8 +195,8 @@ class Mirror:
     chunk: int
     window: bool
     blocks: int
+    client: str
     admitted: bool = False
-    idle_steps: int = 0
 
 
 class Scheduling(RuleBasedStateMachine):
@@ -154,12 +228,15 @@ class Scheduling(RuleBasedStateMachine):
         chunk=st.sampled_from([64, 512]),
         window=st.booleans(),
         blocks=st.integers(0, 40),
+        client=st.sampled_from("abc"),
     )
-    def arrive(self, known: int, cached: int, answer: int, chunk: int, window: bool, blocks: int) -> None:
+    def arrive(
+        self, known: int, cached: int, answer: int, chunk: int, window: bool, blocks: int, client: str
+    ) -> None:
         self.count += 1
         position = min(cached, known - 1) if not window else 0
-        self.jobs[self.count] = Mirror(position, known, known + answer, chunk, window, blocks)
-        self.scheduler.add(Job(self.count, position, known, chunk, window, blocks))
+        self.jobs[self.count] = Mirror(position, known, known + answer, chunk, window, blocks, client)
+        self.scheduler.add(Job(self.count, position, known, chunk, window, blocks, client))
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data())
@@ -188,13 +265,19 @@ class Scheduling(RuleBasedStateMachine):
 
     def _admit(self, plan: Plan, room: Room) -> None:
         line = [n for n, mirror in self.jobs.items() if not mirror.admitted]
-        assert list(plan.admit) == line[: len(plan.admit)], "admission is out of order"
+        for client in "abc":
+            theirs, admitted = (
+                [n for n in some if self.jobs[n].client == client] for some in (line, plan.admit)
+            )
+            assert admitted == theirs[: len(admitted)], "a client's requests are admitted out of order"
         for number in plan.admit:
             self.jobs[number].admitted = True
         assert self.room.windows >= 0, "more windows are used than there are"
         assert self.room.blocks >= 0, "more blocks are promised than there are"
         if len(plan.admit) < len(line) and sum(m.admitted for m in self.jobs.values()) < self.max_running:
-            head = self.jobs[line[len(plan.admit)]]
+            following = self.scheduler.next
+            assert following is not None
+            head = self.jobs[following.id]
             assert head.window > self.room.windows or head.blocks > self.room.blocks, "it waits for nothing"
             assert self.scheduler.starved(self.room)
 
@@ -209,9 +292,9 @@ class Scheduling(RuleBasedStateMachine):
         if decodes and sum(tokens for _, tokens in chunks) > LEAST:
             assert sum(self.pace.cost(*chunk) for chunk in chunks) <= 1.001 * self.pace.budget, "late"
         prefills = [n for n, m in self.jobs.items() if m.admitted and n not in decodes]
-        assert [n for n in run if n not in decodes] == [n for n in prefills if n in run]
         if prefills:
-            assert prefills[0] in run, "the oldest prefill stands still"
+            first = min(prefills, key=lambda n: self.scheduler._ledger.had(self.jobs[n].client))
+            assert first in run, "the prefill of who has had least stands still"
         for number, tokens in run.items():
             mirror = self.jobs[number]
             end = mirror.position + tokens
@@ -219,6 +302,8 @@ class Scheduling(RuleBasedStateMachine):
             assert end <= mirror.known
             crossed = mirror.position // CELL != end // CELL
             assert end == mirror.known or end % CELL == 0 or not crossed, "a chunk ends off the grid"
+            seconds = self.pace.cost(mirror.position, tokens)
+            self.scheduler.charge(number, seconds)
             mirror.position, sampled = end, int(end == mirror.known)
             mirror.known += sampled
             self.scheduler.advance(number, tokens, sampled)
