@@ -49,6 +49,17 @@ def check_address(address: str) -> str:
     return address.replace("//localhost:", "//127.0.0.1:")
 
 
+def check_endpoint(endpoint: str) -> str:
+    """host:port to serve metrics at: ConfigError unless the host is the loopback."""
+    parts = re.fullmatch(r"(\[[^]]*\]|[^:]*):(\d{1,5})", endpoint)
+    if parts is None or not _is_loopback(parts[1]) or int(parts[2]) > 65535:
+        raise ConfigError(
+            f"metrics is {endpoint!r}; allowed: a port of the loopback, such as 127.0.0.1:9470. There is no "
+            "authentication: read them from another machine through an ssh tunnel"
+        )
+    return endpoint.replace("localhost:", "127.0.0.1:")
+
+
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True

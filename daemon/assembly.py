@@ -32,6 +32,7 @@ from .errors import BudgetError, StateFolderError
 from .geometry import Geometry
 from .journal import Journal
 from .kernels import prepare
+from .metrics import Metrics
 from .model import Model, load, resolve
 from .pace import Pace
 from .protocol import Welcome
@@ -58,16 +59,21 @@ LEAST_TRANSFERS = 64 << 20
 def serve(config: Config) -> None:
     """Run the daemon until it is told to stop. Raises ConfigError if it cannot start like this."""
     use_threads(config.threads)
-    with Server(config.listen, drain_seconds=config.drain_seconds) as server:
+    metrics = Metrics()
+    with (
+        Server(config.listen, drain_seconds=config.drain_seconds, on_failed=metrics.failed) as server,
+        metrics.served(config.metrics),
+    ):
         model = load_model(config)
         service = EngineService(
-            lambda post: build_engine(config, model, post),
+            lambda post: build_engine(config, model, post, metrics=metrics),
             server.post,
             welcome(config, model),
             config.max_queue,
         )
         layout, packed = record_layout(config, model.geometry), model.packed is not None
         prepare(layout, model.geometry.heads, config.cache, packed=packed)
+        metrics.follow(service.stats, service.welcome())
         service.start()
         server.run(service)
 
@@ -104,12 +110,19 @@ def welcome(config: Config, model: Model) -> Welcome:
     )
 
 
-def build_engine(config: Config, model: Model, post: Post, planner: Planner = residency.plan) -> Engine:
+def build_engine(
+    config: Config,
+    model: Model,
+    post: Post,
+    planner: Planner = residency.plan,
+    metrics: Metrics | None = None,
+) -> Engine:
     """The tiers within their budgets and the engine over them. Raises BudgetError or StateFolderError."""
+    metrics = metrics or Metrics()
     try:
         arena = _arena(config, model.geometry)
         config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        store = _store(config, model, planner)
+        store = _store(config, model, planner, metrics)
         book = _book(config.state / "sessions.sqlite")
         quota = max(config.disk_budget, LEAST_TRANSFERS)
         transfers = Transfers(config.state / "transfers", quota, config.disk_floor)
@@ -127,6 +140,7 @@ def build_engine(config: Config, model: Model, post: Post, planner: Planner = re
         Journal(book),
         transfers,
         Pace(config.max_gap_ms / 1e3, _balance(model)),
+        metrics,
         post,
         max_context=config.max_context or model.geometry.max_positions,
         chunk_tokens=config.chunk_tokens,
@@ -165,7 +179,7 @@ def record_layout(config: Config, geometry: Geometry) -> Layout:
     return Layout(Format(config.format), Element(config.dtype), geometry.kv_heads, geometry.head_dim)
 
 
-def _store(config: Config, model: Model, planner: Planner) -> Store:
+def _store(config: Config, model: Model, planner: Planner, metrics: Metrics) -> Store:
     geometry = model.geometry
     layout = record_layout(config, geometry)
     rows = config.host_budget // layout.record_bytes
@@ -184,8 +198,10 @@ def _store(config: Config, model: Model, planner: Planner) -> Store:
         disk = DiskPath(
             tier,
             cache,
-            Spiller(tier, extent),
-            Prefetcher(tier, STAGING_BUFFERS, extent, READERS, config.read_deadline_s),
+            Spiller(tier, extent, metrics.disk_write.observe),
+            Prefetcher(
+                *(tier, STAGING_BUFFERS, extent, READERS, config.read_deadline_s), metrics.disk_read.observe
+            ),
             Compaction(tier, cache, extent, rate, wear=wear) if rate else None,
             wear,
         )

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from spilld.offload.record import SEALED, Element
 
-from .address import check_address, default_address
+from .address import check_address, check_endpoint, default_address
 from .errors import ConfigError
 from .fields import Choice, FieldError, Int, Maybe, Reader, Real, Text, read
 
@@ -58,6 +58,12 @@ class Address(Reader):
         return check_address(Text(1).read(value, name))
 
 
+@dataclass(frozen=True)
+class Endpoint(Reader):
+    def read(self, value: object, name: str) -> str:
+        return check_endpoint(Text(1).read(value, name))
+
+
 def _folder(service_variable: str, user_variable: str, fallback: str) -> Path:
     """What systemd made for the service, else the XDG directory of the user."""
     if given := os.environ.get(service_variable):
@@ -92,6 +98,7 @@ class Config:
     state: Annotated[Path, Folder()] = field(default_factory=_state)
     cache: Annotated[Path, Folder()] = field(default_factory=_cache)
     listen: Annotated[str, Address()] = field(default_factory=default_address)
+    metrics: Annotated[str | None, Maybe(Endpoint())] = None
     chunk_tokens: Annotated[int, Int(1, 65536)] = 512
     max_gap_ms: Annotated[float, Real(0, 3600000, above=True)] = 250.0
     max_context: Annotated[int | None, Maybe(Int(1))] = None

@@ -37,6 +37,7 @@ from .generation import NOBODY, Generation
 from .journal import Entry, Journal, Unfinished
 from .keeper import SessionKeeper
 from .ledger import shares
+from .metrics import Metrics
 from .model import Model
 from .pace import Pace
 from .protocol import (
@@ -57,6 +58,7 @@ from .scheduler import Job, Plan, Room, Scheduler
 from .sequence import Sequence
 from .sessions import Session, SessionBook
 from .slices import Slice
+from .tally import Tally
 from .transfers import Transfers
 from .visibility import BLOCK, CELL, highest_block, longest_with, sealed_by
 
@@ -94,6 +96,7 @@ class Engine:
         journal: Journal,
         transfers: Transfers,
         pace: Pace,
+        metrics: Metrics,
         post: Post,
         *,
         max_context: int,
@@ -110,6 +113,8 @@ class Engine:
         self._arena = arena
         self._store = store
         self._runner = runner
+        self._metrics = metrics
+        self._tally = Tally()
         self._post = post
         self._max_context = max_context
         self._chunk_tokens = chunk_tokens
@@ -127,13 +132,15 @@ class Engine:
 
     def stats(self) -> dict[str, object]:
         """Requests and bytes; may be read from another thread."""
+        behind = sum(len(waiting) for waiting in list(self._behind.values()))
         return {
             "requests_running": self._scheduler.running,
-            "requests_waiting": self._scheduler.waiting,
+            "requests_waiting": self._scheduler.waiting + behind,
             "contexts_idle": len(self.contexts),
             "device_used_bytes": self._arena.used_bytes,
             "device_budget_bytes": self._arena.budget_bytes,
             "workspace_bytes": self._runner.workspace_bytes,
+            **self._tally.stats(),
             **self._store.stats(),
         }
 
@@ -225,6 +232,7 @@ class Engine:
         slices, generations = self._slices(plan)
         if not slices:
             return
+        self._note_first_steps(generations)
         read, stalled = self._store.disk_read_bytes, self._store.stall_seconds
         kept = [self._kept(g, s) for g, s in zip(generations, slices, strict=True)]
         logits = self._runner.run(slices, kept)
@@ -232,8 +240,11 @@ class Engine:
         read, stalled = self._store.disk_read_bytes - read, self._store.stall_seconds - stalled
         took = time.monotonic() - began
         self._charge(generations, slices, took, stalled)
+        self._metrics.step.observe(took)
+        self._metrics.rows.observe(sum(part.count for part in slices))
         for generation, part, rows in zip(generations, slices, logits, strict=True):
             generation.account(part.read_bytes, int(read * share), stalled * share, took)
+            self._tally.attended(part.read_bytes)
             self._advance(generation, part, rows.numpy())
         chunks = [(part.position, part.count) for part in slices if part.count > 1]
         self._store.make_room((self._chunk_tokens if chunks else CELL) // BLOCK)
@@ -250,13 +261,21 @@ class Engine:
         for generation, share in zip(generations, shares(seconds, stalled, costs, reads), strict=True):
             self._scheduler.charge(generation.job, share)
 
+    def _note_first_steps(self, generations: list[Generation]) -> None:
+        for generation in generations:
+            if generation.queue_s is None:
+                generation.queue_s = generation.waited_s
+                self._metrics.queue.observe(generation.queue_s)
+
     # A request's way, from its arrival to its last event.
 
-    def add(self, client: bytes, request: Generate, prompt: list[int] | None) -> None:
+    def add(
+        self, client: bytes, request: Generate, prompt: list[int] | None, arrived: float | None = None
+    ) -> None:
         """A request with its prompt in tokens; None if the prompt is messages that continue a session.
 
-        Requests on one session run one after the other. Raises the SpilldError that refuses it, leaving no
-        trace.
+        arrived: seconds since 1970, None for now. Requests on one session run one after the other. Raises the
+        SpilldError that refuses it, leaving no trace.
         """
         if any(generation.request.request_id == request.request_id for generation in self._all()):
             raise InvalidRequest(
@@ -267,7 +286,7 @@ class Engine:
             prompt=None if prompt is None else tuple(prompt),
             handle=new_handle() if request.keep else None,
             fingerprint=self.model.fingerprint,
-            arrived=time.time(),
+            arrived=time.time() if arrived is None else arrived,
         )
         generation = self._generation(client, entry)
         self._queue(generation)
@@ -381,6 +400,8 @@ class Engine:
     def _find(self, generation: Generation, sequence: Sequence) -> None:
         """Take over what an earlier request computed of the same beginning, if it is still there."""
         resume = tail.find(self._store, sequence.root, sequence.tokens)
+        self._tally.prefix_hits += resume is not None
+        self._tally.prefix_misses += resume is None
         if resume is None:
             return
         self._runner.rest()
@@ -426,6 +447,7 @@ class Engine:
             return
         sequence = part.sequence
         sequence.computed += part.count
+        self._tally.computed_tokens += part.count
         complete = generation.complete(sequence)
         self._scheduler.advance(generation.job, part.count, int(complete and not generation.appends))
         if generation.wants_prompt:
@@ -462,6 +484,8 @@ class Engine:
         except SpilldError as error:
             self._abort(generation, error)
             return
+        waits = self._metrics.next_token if generation.produced else self._metrics.first_token
+        waits.observe(generation.waited_s)
         self._tell(generation, generation.token(choice))
         if generation.reason != "eos":
             sequence.tokens.append(choice.token)
@@ -476,6 +500,7 @@ class Engine:
             )
             return
         log.warning("request %s is computed again: %s", generation.request.request_id, failure)
+        self._tally.recomputations += 1
         generation.recomputed += 1
         generation.restart()
         sequence = _sequence(generation)
@@ -564,7 +589,8 @@ class Engine:
         self._post(generation.client, event)
 
     def _note(self, generation: Generation, event: Event, session: Session | None = None) -> None:
-        """Make an event durable, and with the last what a session holds now: both or neither."""
+        """Count an event and make it durable, and with the last what a session holds now: both or neither."""
+        self._tally.event(event)
         try:
             with self._journal.transaction():
                 if session is not None:

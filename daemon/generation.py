@@ -26,7 +26,8 @@ class Generation:
 
     sequence is what it runs on: one that is being continued, or a new one once it is admitted, which then
     begins with the tokens of `history`. session is what it continues or leaves behind. number is that of its
-    entry in the journal. milestone is a tail amid its answer, of no use once there is a later one.
+    entry in the journal. milestone is a tail amid its answer, of no use once there is a later one. queue_s is
+    how long it waited for its first step, None before.
     """
 
     def __init__(self, job: int, client: bytes, entry: Entry) -> None:
@@ -47,11 +48,12 @@ class Generation:
         self.read_bytes = {"device": 0, "host": 0, "disk": 0}
         self.disk_read_bytes = 0
         self.stall_s = 0.0
+        self.queue_s: float | None = None
         self.prefill_s = 0.0
         self.decode_s = 0.0
         self.first = 0
         self.told = 0
-        self._arrived = time.monotonic() - (time.time() - entry.arrived)
+        self._arrived = self._waits_since = time.monotonic() - (time.time() - entry.arrived)
         self._cached: int | None = None
         self._text: list[str] = []
         self._stops = StopStrings(self.request.stop)
@@ -70,6 +72,11 @@ class Generation:
     def unheard_s(self) -> float:
         """How long it has had no client."""
         return 0.0 if self._deserted is None else time.monotonic() - self._deserted
+
+    @property
+    def waited_s(self) -> float:
+        """How long it has waited for its next token: since the last, or since it arrived or was restored."""
+        return max(0.0, time.monotonic() - self._waits_since)
 
     @property
     def key(self) -> Key | None:
@@ -127,6 +134,8 @@ class Generation:
         """The answer will follow `before` and the prompt. told: what the last process had said of it."""
         self._eos = frozenset() if self.request.ignore_eos else eos
         self._detokenizer = Detokenizer(tokenizer, [*before, *self.prompt])
+        if told:
+            self._waits_since = time.monotonic()
         for event in told:
             self.told = event.seq + 1
             if isinstance(event, Accepted):
@@ -187,6 +196,7 @@ class Generation:
 
     def token(self, choice: Choice) -> Event:
         """The event of a sampled token; `reason` says whether it was the last."""
+        self._waits_since = time.monotonic()
         return Token(
             request_id=self.request.request_id,
             seq=self._next(),

@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -124,11 +124,20 @@ class Server:
         server.run(Engine(post=server.post))
     """
 
-    def __init__(self, address: str, *, drain_seconds: float = 30.0, send_queue: int = 16384) -> None:
-        """send_queue: messages that may wait for a client before it counts as too slow."""
+    def __init__(
+        self,
+        address: str,
+        *,
+        drain_seconds: float = 30.0,
+        send_queue: int = 16384,
+        on_failed: Callable[[str], None] = lambda code: None,
+    ) -> None:
+        """send_queue: messages that may wait for a client before it counts as too slow. on_failed: told the
+        code of every error that is sent."""
         self.address = address
         self._drain_seconds = drain_seconds
         self._send_queue = send_queue
+        self._on_failed = on_failed
         self._notifier = Notifier()
         self._posted: deque[tuple[bytes, Reply]] = deque()
         self._running: dict[Key, _InFlight] = {}
@@ -328,6 +337,8 @@ class Server:
                 raise
             self._part(client)
             return False
+        if isinstance(message, Failed):
+            self._on_failed(message.code)
         return True
 
     def _give_up(self, client: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -72,7 +73,7 @@ class EngineService:
         if self._unfinished >= self._max_queue:
             raise Overloaded(f"{self._max_queue} requests are queued or running; try again later")
         self._count(+1)
-        self._intake.submit(self._prepare, client, request)
+        self._intake.submit(self._prepare, client, request, time.time())
 
     def resume(self, client: bytes, request: Resume) -> None:
         self._in_turn(partial(self._resume, client, request))
@@ -122,7 +123,7 @@ class EngineService:
 
     # The intake thread.
 
-    def _prepare(self, client: bytes, request: Generate) -> None:
+    def _prepare(self, client: bytes, request: Generate, arrived: float) -> None:
         try:
             prompt = self._tokens(request)
         except SpilldError as error:
@@ -131,7 +132,7 @@ class EngineService:
             log.exception("request %s could not be prepared", request.request_id)
             self._refuse(client, request, InternalError(f"the prompt could not be prepared: {error!r}"))
         else:
-            self._inbox.put(partial(self._arrive, client, request, prompt))
+            self._inbox.put(partial(self._arrive, client, request, prompt, arrived))
 
     def _tokens(self, request: Generate) -> list[int]:
         """Of a text, token ids, or a new chat; what continues a session is the engine's to complete."""
@@ -178,9 +179,9 @@ class EngineService:
         except queue.Empty:
             return
 
-    def _arrive(self, client: bytes, request: Generate, prompt: list[int]) -> None:
+    def _arrive(self, client: bytes, request: Generate, prompt: list[int], arrived: float) -> None:
         try:
-            self._engine.add(client, request, prompt)
+            self._engine.add(client, request, prompt, arrived)
         except SpilldError as error:
             self._refuse(client, request, error)
         except Exception as error:

@@ -32,6 +32,7 @@ class RunCache:
         """extent_bytes: the largest extent that can be read; larger ones, of other budgets, are not found."""
         self._tier = tier
         self._extent_bytes = extent_bytes
+        self.evicted_runs = 0
         self._uses: Counter[RunKey] = Counter()
         self._eviction = Eviction(policy)
         self._parents: dict[RunKey, list[RunKey]] = {}
@@ -134,6 +135,7 @@ class RunCache:
             log.info("run %s is evicted", run.hex())
             self._tier.delete(run)
             self._eviction.evicted(run)
+            self.evicted_runs += 1
             self._unlink(run)
         return bool(victims)
 

@@ -8,11 +8,19 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from .disk import DiskTier
-from .errors import BudgetTooSmall, ExtentMissing, ReadCancelled, ReadError, ReadFailed, ReadTimeout
+from .errors import (
+    BudgetTooSmall,
+    ExtentCorrupt,
+    ExtentMissing,
+    ReadCancelled,
+    ReadError,
+    ReadFailed,
+    ReadTimeout,
+)
 from .extent import HEADER_BYTES, RunKey, RunPlace
 from .record import round_up
 from .system import PAGE, Bytes, page_aligned
@@ -48,6 +56,7 @@ class Ticket:
         self.state = State.QUEUED
         self.error: ReadFailed | None = None
         self.wanted = True
+        self.stalled = False
         self.issued = 0.0
         self.place: RunPlace | None = None
         self.buffer = -1
@@ -56,13 +65,19 @@ class Ticket:
 
 @dataclass
 class PrefetchStats:
-    """read_seconds sums over threads, stall_seconds over waits that blocked; cancelling is no failure."""
+    """read_seconds sums over threads, stall_seconds over waits that blocked; cancelling is no failure.
+
+    hits, stalls: waits for what was there already, and waits that blocked. corrupt: of the failures.
+    """
 
     reads: int = 0
     bytes_read: int = 0
     read_seconds: float = 0.0
+    hits: int = 0
+    stalls: int = 0
     stall_seconds: float = 0.0
     failures: int = 0
+    corrupt: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,14 +109,24 @@ class Prefetcher:
     """
 
     def __init__(
-        self, disk: DiskTier, buffers: int, extent_bytes: int, threads: int = 2, deadline_s: float = 30.0
+        self,
+        disk: DiskTier,
+        buffers: int,
+        extent_bytes: int,
+        threads: int = 2,
+        deadline_s: float = 30.0,
+        on_read: Callable[[float], object] = lambda seconds: None,
     ) -> None:
-        """staging_bytes = buffers * extent_bytes, rounded up to 4096 a buffer, is all the memory there is."""
+        """staging_bytes = buffers * extent_bytes, rounded up to 4096 a buffer, is all the memory there is.
+
+        on_read: told how long each read took that succeeded, by the owner's thread.
+        """
         size = round_up(extent_bytes, PAGE)
         if buffers < 1 or threads < 1:
             raise BudgetTooSmall(f"{buffers} staging buffers and {threads} threads cannot read")
         self._disk = disk
         self._deadline_s = deadline_s
+        self._on_read = on_read
         self.buffers = buffers
         self.staging_bytes = buffers * size
         self.stats = PrefetchStats()
@@ -157,7 +182,11 @@ class Prefetcher:
             try:
                 self._await_end(ticket, began)
             finally:
+                ticket.stalled = True
+                self.stats.stalls += 1
                 self.stats.stall_seconds += time.monotonic() - began
+        elif ticket.state is State.LOADED:
+            self.stats.hits += 1
         self._ended.pop(ticket, None)
         if ticket.error is not None:
             raise ticket.error
@@ -265,6 +294,7 @@ class Prefetcher:
         if not isinstance(outcome.result, ReadFailed):
             self.stats.reads += 1
             self.stats.bytes_read += outcome.job.place.identity.nbytes
+            self._on_read(outcome.seconds)
         if outcome.job.buffer in self._adrift:
             self._adrift.remove(outcome.job.buffer)
             self._free.append(outcome.job.buffer)
@@ -301,6 +331,7 @@ class Prefetcher:
     def _fail(self, ticket: Ticket, error: ReadFailed) -> None:
         log.warning("read failed: %s", error)
         self.stats.failures += 1
+        self.stats.corrupt += isinstance(error, ExtentCorrupt)
         ticket.state, ticket.error = State.FAILED, error
         self._ended[ticket] = None
 

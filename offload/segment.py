@@ -71,7 +71,7 @@ class SegmentSpace:
     @property
     def hole_bytes(self) -> int:
         """Bytes of the files in which no range lies."""
-        return self.used_bytes - sum(segment.taken for segment in self._segments.values())
+        return self.used_bytes - sum(segment.taken for segment in list(self._segments.values()))
 
     def moves(self) -> Iterator[tuple[int, Range]]:
         """(segment, hole): were its last range in this hole instead, the segment would be shorter and none

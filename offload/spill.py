@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .disk import DiskTier
@@ -47,9 +48,13 @@ class Spiller:
     or wait, by then committed in the disk tier or, with an error, absent from it.
     """
 
-    def __init__(self, disk: DiskTier, extent_bytes: int) -> None:
-        """extent_bytes: the largest extent that will be written."""
+    def __init__(
+        self, disk: DiskTier, extent_bytes: int, on_write: Callable[[float], object] = lambda seconds: None
+    ) -> None:
+        """extent_bytes: the largest extent that will be written. on_write: told how long each run took that
+        was written, by the owner's thread."""
         self._disk = disk
+        self._on_write = on_write
         self._scratch = page_aligned(round_up(extent_bytes, PAGE), huge=True)
         self.scratch_bytes = len(self._scratch)
         self.write_seconds = 0.0
@@ -117,6 +122,7 @@ class Spiller:
             try:
                 self._disk.commit(place)
                 self.bytes_written += place.range.nbytes
+                self._on_write(seconds)
             except WriteFailed as failed:
                 error = failed
         if error is not None:

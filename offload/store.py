@@ -160,7 +160,7 @@ class Store:
             return host
         run_bytes = self.layers * extent_bytes(self.layout, self.run_blocks)
         tier = self._disk.tier
-        pinned = sum(tier.locate(run).range.nbytes for run in self._pinned if run in tier)
+        pinned = sum(tier.locate(run).range.nbytes for run in list(self._pinned) if run in tier)
         free = tier.budget_bytes - pinned - self.arriving_bytes
         return host + max(0, free) // run_bytes * self.run_blocks
 
@@ -576,6 +576,8 @@ class Store:
                 "disk_cached_bytes": self._disk.cache.cached_bytes,
                 "disk_failure": str(self.spill_failure or ""),
                 "disk_written_bytes": spiller.bytes_written,
+                "disk_write_failures": spiller.failures,
+                "disk_evicted_runs": self._disk.cache.evicted_runs,
                 "disk_moved_bytes": compaction.bytes_moved if compaction else 0,
                 "staging_bytes": prefetch.staging_bytes
                 + spiller.scratch_bytes

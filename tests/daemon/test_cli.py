@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ class TestServeThatCannotStart:
             ("--host-budget=2XB", ["host_budget", "512MiB"]),
             ("--state=relative", ["state", "a full path"]),
             ("--listen=nowhere", ["listen", "nowhere"]),
+            ("--metrics=0.0.0.0:9470", ["metrics", "0.0.0.0:9470", "loopback"]),
             ("--config=/no/such/file", ["/no/such/file"]),
         ],
     )
@@ -106,6 +108,12 @@ class TestServeThatCannotStart:
         (tmp_path / "state").write_text("")
         assert main(serve(tmp_path, f"--model={model.folder}")) == 1
         self.check(capsys.readouterr().err, [f"{tmp_path}/state", "`state`"])
+
+    def test_metrics_where_another_listens(self, tmp_path: Path, capsys: Any) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            assert main(serve(tmp_path, f"--metrics={address}")) == 1
+        self.check(capsys.readouterr().err, [address, "in use", "`metrics`"])
 
     def check(self, said: str, words: list[str]) -> None:
         assert said.startswith("spilld: ")

@@ -98,6 +98,8 @@ def test_sizes(given: object, size: int) -> None:
         ("threads", 0, "threads is 0"),
         ("context_ttl_s", float("nan"), "context_ttl_s is nan"),
         ("listen", "tcp://0.0.0.0:1", "listen is 'tcp://0.0.0.0:1'; allowed"),
+        ("metrics", "0.0.0.0:9470", "metrics is '0.0.0.0:9470'; allowed: a port of the loopback"),
+        ("metrics", 9470, "metrics is 9470; allowed: a string"),
         ("colour", "red", "unknown setting 'colour'; allowed: model, format, "),
     ],
 )
@@ -184,6 +186,21 @@ def test_bad_addresses(given: str) -> None:
         check_address(given)
     assert repr(given) in str(caught.value)
     assert "allowed" in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["127.0.0.1:9470", "127.9.9.9:0", "[::1]:65535"])
+def test_metrics_on_the_loopback(given: str) -> None:
+    assert Config().metrics is None
+    assert Config.load(None, {"metrics": given}).metrics == given
+    assert Config.load(None, {"metrics": "localhost:9470"}).metrics == "127.0.0.1:9470"
+
+
+@pytest.mark.parametrize(
+    "given", ["", "9470", ":9470", "*:9470", "[::]:9470", "::1:9470", "10.0.0.1:9470", "127.0.0.1:65536"]
+)
+def test_metrics_elsewhere_are_refused(given: str) -> None:
+    with pytest.raises(ConfigError, match=r"metrics is .*allowed"):
+        Config.load(None, {"metrics": given})
 
 
 def test_the_example_shows_every_setting_with_its_default() -> None:

@@ -127,6 +127,9 @@ def test_damaged_extents_are_computed_again(
         harness.run()
         assert harness.tokens() == expected
         assert "is computed again" in caplog.text
+        stats = harness.engine.stats()
+        assert stats["recomputations"] == caplog.text.count("is computed again")
+        assert stats["prefetch_corrupt"] == stats["prefetch_failures"] != 0
         if moment == "prefill":
             _check_prompt(harness.done().prompt_logprobs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,6 +156,31 @@ class TestReading:
         assert ring.stats.stall_seconds == stalled
         ring.release(ticket)
 
+    def test_hits_and_stalls_are_told_apart(self, ring: Prefetcher, system: ScriptedSystem) -> None:
+        stall = Stall()
+        system.script["preadv"].append(stall)
+        (slow,) = ring.submit([Read(key(1), 0)])
+        assert stall.begun.wait(5)
+        threading.Timer(0.2, stall.over.set).start()
+        assert_records(ring, slow)
+        (quick,) = ring.submit([Read(key(2), 0)])
+        assert until_ended(ring, 1) == [quick]
+        assert_records(ring, quick)
+        assert (slow.stalled, quick.stalled) == (True, False)
+        assert (ring.stats.hits, ring.stats.stalls) == (1, 1)
+        ring.cancel([slow, quick])
+
+    def test_reads_that_succeed_tell_how_long_they_took(self, tier: DiskTier, system: ScriptedSystem) -> None:
+        took: list[float] = []
+        ring = Prefetcher(tier, BUFFERS, 3 * LAYOUT.record_bytes + 256, 1, on_read=took.append)
+        system.script["preadv"].extend([None, error(errno.EIO)])
+        tickets = ring.submit([Read(key(n), 0) for n in range(3)])
+        until_ended(ring, 3)
+        assert len(took) == ring.stats.reads == 2
+        assert 0 < sum(took) < ring.stats.read_seconds
+        ring.cancel(tickets)
+        finish(ring)
+
     def test_misuse_is_told(self, ring: Prefetcher, tier: DiskTier) -> None:
         for read in (Read(key(1), LAYERS), Read(key(1), -1)):
             with pytest.raises(ValueError, match="layer"):
@@ -200,6 +226,7 @@ class TestFailing:
                 assert ring.stats.failures == round_ * len(cases) + i + 1
                 ring.check_integrity()
         assert ring.finished() == []
+        assert ring.stats.corrupt == 3
 
     def test_a_failure_nobody_waits_for_is_reported(self, ring: Prefetcher, system: ScriptedSystem) -> None:
         system.script["preadv"].append(error(errno.EIO))

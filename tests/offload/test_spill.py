@@ -117,6 +117,20 @@ def test_a_run_exists_only_once_it_is_durable(
     assert_tier(tier, {1: 2})
 
 
+def test_writes_that_succeed_tell_how_long_they_took(
+    tier: DiskTier, slab: HostSlab, system: ScriptedSystem
+) -> None:
+    took: list[float] = []
+    spiller = Spiller(tier, 4 * LAYOUT.record_bytes + 256, took.append)
+    system.script["fdatasync"].extend([None, error(errno.EIO)])
+    for n in (1, 2):
+        submit(tier, spiller, slab, n)
+    assert [spilled.ok for spilled in until_ended(spiller, 2)] == [True, False]
+    assert len(took) == 1
+    assert 0 < took[0] < spiller.write_seconds
+    spiller.close()
+
+
 @pytest.mark.parametrize("call", ["pwritev", "fdatasync", "fsync_folder"])
 @pytest.mark.parametrize("fault", [error(errno.EIO), error(errno.ENOSPC), MemoryError("unexpected")])
 def test_a_failed_write_leaves_nothing_and_the_thread_alive(
