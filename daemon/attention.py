@@ -204,6 +204,8 @@ class TieredAttention:
         while waiting:
             batch, waiting = waiting[: self._store.staging_batch], waiting[self._store.staging_batch :]
             with self._store.staged([ticket for _, ticket in batch]) as (memory, offsets):
+                stalls = sum(ticket.stalled for _, ticket in batch)
+                part.stalls, part.hits = part.stalls + stalls, part.hits + len(batch) - stalls
                 blocks = [part.on_disk(ref, call.window) for ref, _ in batch]
                 if part.promotion is not None:
                     for (ref, _), offset in zip(batch, offsets, strict=True):

@@ -243,7 +243,7 @@ class Engine:
         self._metrics.step.observe(took)
         self._metrics.rows.observe(sum(part.count for part in slices))
         for generation, part, rows in zip(generations, slices, logits, strict=True):
-            generation.account(part.read_bytes, int(read * share), stalled * share, took)
+            generation.account(part, int(read * share), stalled * share, took)
             self._tally.attended(part.read_bytes)
             self._advance(generation, part, rows.numpy())
         chunks = [(part.position, part.count) for part in slices if part.count > 1]
@@ -569,7 +569,8 @@ class Engine:
     def _finish(self, generation: Generation) -> None:
         sequence, session = _sequence(generation), generation.session
         self._save(sequence, generation.milestone)
-        event = generation.done(self._keeper.kv_bytes(sequence), session.name if session else None)
+        form, handle = str(self._store.layout.format), session.name if session else None
+        event = generation.done(self._keeper.kv_bytes(sequence), form, handle)
         self._note(generation, event, session)
         self._remove(generation, keep=session is not None)
         self._post(generation.client, event)

@@ -15,6 +15,7 @@ from .protocol import Accepted, Done, Event, Failed, Progress, PromptLogprob, To
 from .sampler import Choice, Sampler
 from .sequence import Sequence
 from .sessions import Session
+from .slices import Slice
 from .text import Detokenizer, StopStrings, Tokenizer
 
 NOBODY = b""
@@ -47,6 +48,8 @@ class Generation:
         self.prompt_logprobs: list[PromptLogprob] = []
         self.read_bytes = {"device": 0, "host": 0, "disk": 0}
         self.disk_read_bytes = 0
+        self.prefetch_hits = 0
+        self.prefetch_stalls = 0
         self.stall_s = 0.0
         self.queue_s: float | None = None
         self.prefill_s = 0.0
@@ -167,10 +170,12 @@ class Generation:
         if self.wants_prompt:
             del self.prompt_logprobs[0 if self.first else 1 :]  # nothing predicts a sequence's first token
 
-    def account(self, read_bytes: dict[str, int], disk_read: int, stalled_s: float, took_s: float) -> None:
+    def account(self, part: Slice, disk_read: int, stalled_s: float, took_s: float) -> None:
         """A step's cost, or this request's share of it."""
-        for tier, count in read_bytes.items():
+        for tier, count in part.read_bytes.items():
             self.read_bytes[tier] += count
+        self.prefetch_hits += part.hits
+        self.prefetch_stalls += part.stalls
         self.disk_read_bytes += disk_read
         self.stall_s += stalled_s
         if self.produced:
@@ -215,8 +220,9 @@ class Generation:
         self._text.append(text)
         return text
 
-    def done(self, kv_bytes: dict[str, int], handle: str | None) -> Event:
-        """The last event. Its text has what was held back for a stop or a character that never came."""
+    def done(self, kv_bytes: dict[str, int], form: str, handle: str | None) -> Event:
+        """The last event. Its text has what was held back for a stop or a character that never came. form: of
+        the records."""
         reason = self.reason or "length"
         if reason != "stop":
             text, hit = self._stops.push(self._detokenizer.finish())
@@ -227,7 +233,7 @@ class Generation:
             seq=self._next(),
             reason=reason,
             text=self.text,
-            usage=self._usage(kv_bytes),
+            usage=self._usage(kv_bytes, form),
             context=handle,
             prompt_logprobs=tuple(self.prompt_logprobs) if wanted else None,
         )
@@ -235,7 +241,8 @@ class Generation:
     def failed(self, error: SpilldError) -> Event:
         return Failed.because(error, self.request.request_id, self._next())
 
-    def _usage(self, kv_bytes: dict[str, int]) -> Usage:
+    def _usage(self, kv_bytes: dict[str, int], form: str) -> Usage:
+        queued_s = self.waited_s if self.queue_s is None else self.queue_s
         return Usage(
             prompt_tokens=len(self.prompt),
             generated_tokens=len(self.produced),
@@ -246,6 +253,10 @@ class Generation:
             stall_ms=self.stall_s * 1e3,
             prefill_ms=self.prefill_s * 1e3,
             decode_ms=self.decode_s * 1e3,
+            queue_ms=queued_s * 1e3,
+            format=form,
+            prefetch_hits=self.prefetch_hits,
+            prefetch_stalls=self.prefetch_stalls,
         )
 
     def _next(self) -> int:

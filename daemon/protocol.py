@@ -211,7 +211,8 @@ class Token(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What a request took. Tiers are device, host and disk."""
+    """What a request took. Tiers are device, host and disk. Fields with a default are newer than others: an
+    older daemon does not fill them."""
 
     prompt_tokens: Annotated[int, COUNT]
     generated_tokens: Annotated[int, COUNT]
@@ -224,6 +225,14 @@ class Usage:
     stall_ms: Annotated[float, Real(0)]
     prefill_ms: Annotated[float, Real(0)]
     decode_ms: Annotated[float, Real(0)]
+    queue_ms: Annotated[float, Real(0)] = 0.0
+    """From its arrival to its first step."""
+    format: Annotated[str, Text()] = ""
+    """How its KV outside the window is stored."""
+    prefetch_hits: Annotated[int, COUNT] = 0
+    """Extents from disk that were in memory when attention came to them."""
+    prefetch_stalls: Annotated[int, COUNT] = 0
+    """Extents that attention had to wait for: stall_ms in all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,9 @@ class Slice:
     """Per layer, the extents that are being read for it, in the order in which they will be used."""
     promotion: Promotion | None = None
     read_bytes: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "disk": 0})
+    hits: int = 0
+    stalls: int = 0
+    """Extents that were in memory when attention came to them, and those it had to wait for."""
     failure: ReadFailed | None = None
     _bounds: dict[int | None, tuple[Positions, Positions]] = field(default_factory=dict)
     _exact: dict[int | None, tuple[Positions, int]] = field(default_factory=dict)

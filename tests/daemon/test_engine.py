@@ -144,6 +144,13 @@ def test_events_and_usage(model: Model, tmp_path: Path) -> None:
         assert (usage.prompt_tokens, usage.generated_tokens, usage.cached_tokens) == (1500, ANSWER, 0)
         assert usage.prefill_ms > 0 < usage.decode_ms
         assert usage.disk_read_bytes >= usage.read_bytes["disk"] > 0
+        assert usage.format == "k8v4"
+        stats = harness.engine.stats()
+        assert (usage.prefetch_hits, usage.prefetch_stalls) == (
+            stats["prefetch_hits"],
+            stats["prefetch_stalls"],
+        )
+        assert usage.prefetch_hits + usage.prefetch_stalls > 0
         computed = len(PROMPT) + ANSWER - 1
         stored = sealed_by(computed - 1) - 1
         column = column_bytes(model, "k8v4")

@@ -112,6 +112,9 @@ def test_a_scrape_says_what_the_reply_says(running: Spawned, client: Client) -> 
     }
     assert {name: grown(before, after, name) for name in counted} == counted
     assert usage.read_bytes["disk"] > 0
+    assert usage.queue_ms == pytest.approx(1e3 * grown(before, after, "spilld_queue_seconds_sum"))
+    for name, extents in (("hits", usage.prefetch_hits), ("stalls", usage.prefetch_stalls)):
+        assert grown(before, after, f"spilld_prefetch_{name}_total") == extents
     waits = ("time_to_first_token", "inter_token")
     told = sum(grown(before, after, f"spilld_{name}_seconds_sum") for name in waits)
     computed = (usage.prefill_ms + usage.decode_ms) / 1e3

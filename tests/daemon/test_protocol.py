@@ -105,6 +105,10 @@ usage = st.builds(
     stall_ms=millis,
     prefill_ms=millis,
     decode_ms=millis,
+    queue_ms=millis,
+    format=text,
+    prefetch_hits=count,
+    prefetch_stalls=count,
 )
 infos = st.builds(
     SessionInfo,
@@ -372,6 +376,24 @@ def test_unknown_fields_are_ignored() -> None:
     assert decode([HEADER, msgpack.packb(body)]) == Generate(
         request_id="x", prompt="a", sampling=Sampling(top_k=3)
     )
+
+
+def test_a_usage_of_an_older_or_a_newer_daemon_is_read() -> None:
+    counted = ("prompt_tokens", "generated_tokens", "cached_tokens", "disk_read_bytes")
+    old: dict[str, object] = dict.fromkeys(counted, 7) | {"read_bytes": {"disk": 1}, "kv_bytes": {}}
+    old |= dict.fromkeys(("stall_ms", "prefill_ms", "decode_ms"), 1.5)
+    newer = old | {"queue_ms": 2.5, "format": "int4", "prefetch_hits": 3, "prefetch_stalls": 4, "joules": 1e9}
+
+    def read(usage: dict[str, object]) -> Usage:
+        body = {"type": "done", "id": "x", "seq": 3, "reason": "eos", "text": "", "usage": usage}
+        done = decode([HEADER, msgpack.packb(body)])
+        assert isinstance(done, Done)
+        return done.usage
+
+    assert (read(old).queue_ms, read(old).format, read(old).prefetch_hits) == (0, "", 0)
+    told = replace(read(old), queue_ms=2.5, format="int4", prefetch_hits=3, prefetch_stalls=4)
+    assert read(newer) == told
+    assert (told.prompt_tokens, told.stall_ms) == (7, 1.5)
 
 
 def test_a_bad_reply_is_not_a_bad_request() -> None:

@@ -32,7 +32,7 @@ from spilld.daemon.protocol import (
 from spilld.daemon.sequence import Sequence
 from spilld.daemon.service import EngineService
 
-from .harness import one_thread, shared, some_tokens
+from .harness import one_thread, shared, some_tokens, window_bytes
 
 CLIENT = b"c"
 LONG = 3000
@@ -193,6 +193,18 @@ def test_cancel_and_overload(model: Model, tmp_path: Path) -> None:
         opened.submit("e", "hello", max_tokens=LONG)
         opened.service.cancel("e")
         assert opened.code("e") == "cancelled", "a cancel does not overtake its request"
+
+
+def test_a_request_says_how_long_it_was_queued(model: Model, tmp_path: Path) -> None:
+    """From its arrival, whether it waits in the intake, for a step to end, or for room."""
+    with desk(model, tmp_path / "s", device_budget=window_bytes(model)) as opened:
+        began = time.monotonic()
+        opened.submit("first", "hello", max_tokens=300)
+        opened.submit("second", "hello")
+        first, second = opened.end("first"), opened.end("second")
+        took = 1e3 * (time.monotonic() - began)
+        assert first.usage.queue_ms < first.usage.prefill_ms + first.usage.decode_ms < second.usage.queue_ms
+        assert second.usage.queue_ms + second.usage.prefill_ms + second.usage.decode_ms < took
 
 
 def test_a_step_that_breaks_fails_what_ran_in_it(opened: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
