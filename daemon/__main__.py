@@ -1,4 +1,4 @@
-"""The command line: spilld serve | ask | chat | sessions | stats | check | demo."""
+"""The command line: spilld serve | ask | chat | sessions | stats | top | check | demo."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(commands.add_parser("chat", help="talk to the model; its context stays in the daemon"))
     _add_sessions(commands.add_parser("sessions", help="list, fork, pin, delete, export or import sessions"))
     _add_stats(commands.add_parser("stats", help="what the daemon is doing, and how full its tiers are"))
+    _add_top(commands.add_parser("top", help="the same, live: tiers, requests, tokens a second, stalls"))
     _add_check(commands.add_parser("check", help="verify what is stored on disk, while no daemon runs"))
     _add_demo(commands.add_parser("demo", help="a long document, most of its KV on disk, two questions"))
     return parser
@@ -206,6 +207,22 @@ def _stats(options: argparse.Namespace) -> None:
 
     with _client(options) as client:
         stats(client, options.json)
+
+
+def _add_top(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_top)
+    _add_address(parser)
+    parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="how often to look")
+    parser.add_argument("--once", action="store_true", help="look twice, print what was seen, and end")
+
+
+def _top(options: argparse.Namespace) -> None:
+    from .top import top
+
+    if not options.every > 0:
+        raise InvalidRequest(f"--every is {options.every:g}; allowed: seconds above 0")
+    with _client(options) as client:
+        top(client, options.every, options.once)
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 
 from spilld.daemon.__main__ import main
+from spilld.daemon.client import Client
 from spilld.daemon.model import Model
 from spilld.daemon.spawn import Spawned, spawned
 
@@ -147,6 +151,39 @@ def test_ask_and_stats(running: Spawned, model: Model, tmp_path: Path) -> None:
     table = spilld("stats", "--address", running.address)
     assert "host budget bytes" in table.stdout
     assert "2,048.00 MiB" in table.stdout
+
+
+def test_top_once(running: Spawned, model: Model) -> None:
+    asking = Client(running.address)
+    with asking as client, client.generate("hello", max_tokens=3000, ignore_eos=True):
+        shown = spilld("top", "--address", running.address, "--once", "--every=0.3")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    said = dict(re.findall(r"^(\w+) +(.*?) *$", shown.stdout, flags=re.M))
+    assert said["requests"] == "1 running, 0 waiting, 0 contexts idle"
+    generated, computed = map(float, re.findall(r"([\d.]+)/s", said["tokens"].replace(",", "")))
+    assert 0 < generated <= computed
+    assert said["failures"] == "0 writes, 0 reads, 0 recomputations"
+    assert re.match(r"[\d.]+ MiB +2,048.00 MiB +0% +[\d.,]+ MiB$", said["host"])
+    assert re.match(r"[\d.]+ MiB +16,384.00 MiB +0% +[\d.,]+ MiB +[\d.,]+ MiB$", said["disk"])
+    assert str(model.folder) in shown.stdout.replace("\n", "")
+
+
+def test_top_goes_on_until_it_is_interrupted(running: Spawned) -> None:
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "spilld.daemon", "top", "--every=0.1", f"--address={running.address}"]
+    with subprocess.Popen(command, stdout=follower, env=os.environ | {"TERM": "xterm"}) as watching:
+        os.close(follower)
+        seen = b""
+        while seen.count(b"running") < 3:
+            seen += os.read(leader, 4096)
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(10) == 0
+    os.close(leader)
+
+
+def test_top_of_nothing(running: Spawned) -> None:
+    ended = spilld("top", "--every=0", "--address", running.address)
+    assert (ended.returncode, ended.stderr) == (1, "spilld: --every is 0; allowed: seconds above 0\n")
 
 
 def test_ask_waits_for_a_daemon_that_starts(model: Model, tmp_path: Path) -> None:
