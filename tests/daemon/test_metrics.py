@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -20,6 +22,8 @@ from spilld.daemon.spawn import Spawned, spawned
 from .harness import column_bytes, shared, some_tokens, window_bytes
 
 PROMPT = some_tokens(1, 1300)
+DASHBOARD = Path(__file__).parents[2] / "systemd" / "grafana.json"
+
 LONG = 2500
 """Tokens of an answer that is not waited for."""
 
@@ -182,6 +186,48 @@ def test_everything_that_stats_know_is_exported(running: Spawned, client: Client
     labels = f'dtype="float32",format="k8v4",model="{model.folder}",version="{welcome.version}"'
     assert samples[f"spilld_info{{{labels}}}"] == 1
     assert samples["process_resident_memory_bytes"] > 100 << 20
+
+
+def test_the_dashboard_asks_for_what_is_exported(running: Spawned, client: Client, model: Model) -> None:
+    with pytest.raises(InvalidRequest):
+        client.generate([model.geometry.vocab]).text()
+    families = list(text_string_to_metric_families(fetch(url(running))))
+    samples = [sample for family in families for sample in family.samples]
+    exported, labels = {s.name for s in samples}, {"instance"}.union(*(s.labels for s in samples))
+    dashboard = json.loads(DASHBOARD.read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked += [v["query"] for v in dashboard["templating"]["list"] if v["type"] == "query"]
+    for query in asked:
+        names = set(re.findall(r"(?:spilld|process)_\w+", query))
+        assert names
+        assert names <= exported, query
+        grouped = {name for group in re.findall(r"by \((.*?)\)", query) for name in group.split(", ")}
+        assert grouped <= labels, query
+        assert ("histogram_quantile" in query) == ("by (le)" in query) == ("_bucket" in query)
+
+
+def test_the_dashboard_is_whole() -> None:
+    """What Grafana asks of a file: ids, places that do not overlap, a data source that is chosen there."""
+    dashboard = json.loads(DASHBOARD.read_text())
+    assert (dashboard["title"], dashboard["uid"]) == ("spilld", "spilld")
+    assert dashboard["schemaVersion"] >= 36
+    assert dashboard.get("id") is None
+    panels, source = dashboard["panels"], {"type": "prometheus", "uid": "${datasource}"}
+    assert dashboard["templating"]["list"][0]["name"] == "datasource"
+    assert sorted(panel["id"] for panel in panels) == list(range(1, len(panels) + 1))
+    taken = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in panels)
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(set(taken)) == len(taken)
+    assert max(x for x, _ in taken) < 24
+    for panel in panels:
+        references = [target["refId"] for target in panel["targets"]]
+        assert len(set(references)) == len(references) > 0
+        assert all(target["datasource"] == source for target in (panel, *panel["targets"]))
+        assert panel["fieldConfig"]["defaults"]["unit"]
 
 
 def test_two_daemons_in_a_process_share_nothing() -> None:
