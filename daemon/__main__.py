@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
 import sys
@@ -57,6 +58,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 def _serve(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    faulthandler.enable(2)  # systemd ends a daemon that hangs by SIGABRT: the log then says where it was
     config = Config.load(options.config, {s.name: _number(getattr(options, s.name)) for s in fields(Config)})
     # Torch's threads would else spin between its loops, where those of our kernels compute.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -45,6 +45,7 @@ class TieredAttention:
         shape = arena.shape
         self._planes = element_view(arena.tensor)
         self._token_bytes = 2 * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
+        self.calls = 0
 
     @property
     def layout(self) -> Layout:
@@ -58,6 +59,7 @@ class TieredAttention:
         [M, heads, head_dim]: zeros once the slice has failed, whose results the engine discards.
         """
         part = call.part
+        self.calls += 1
         if part.failure is None:
             with self._failing(part):
                 return (self._one if part.count == 1 else self._many)(q, k, v, call)
@@ -85,6 +87,7 @@ class TieredAttention:
         [rows, heads, head_dim], and lse [rows, heads]. A row whose slice has failed means nothing.
         """
         any_call = calls[0]
+        self.calls += 1
         for call in calls:
             self._seal_before(call.part.position, call)
         memory, scale, softcap = self._store.memory, any_call.scale, any_call.softcap

@@ -130,6 +130,12 @@ class Engine:
         """Tokens that one sequence may have: what the model allows and the store can hold."""
         return min(self._max_context, longest_with(self._store.capacity))
 
+    @property
+    def progress(self) -> int:
+        """Grows as long as a step goes on: with layers attended to, bytes read and written. May be read from
+        another thread."""
+        return self._runner.attended + self._store.disk_read_bytes + self._store.disk_written_bytes
+
     def stats(self) -> dict[str, object]:
         """Requests and bytes; may be read from another thread."""
         behind = sum(len(waiting) for waiting in list(self._behind.values()))

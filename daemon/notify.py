@@ -10,6 +10,9 @@ from collections.abc import Mapping
 
 log = logging.getLogger(__name__)
 
+LOOKS = 8
+"""How often in the time between two signs it is looked at least whether one can be given."""
+
 
 class Notifier:
     """Silent where systemd did not ask to be told."""
@@ -22,6 +25,8 @@ class Notifier:
         self.watchdog_s = int(usec) / 2e6 if usec.isdecimal() and int(usec) else None
         """Seconds between two signs of life, half of what systemd allows; None if it wants none."""
         self._next_sign = 0.0
+        self._progress: int | None = None
+        self._silent = False
 
     def ready(self) -> None:
         self._send("READY=1")
@@ -29,17 +34,27 @@ class Notifier:
     def stopping(self) -> None:
         self._send("STOPPING=1")
 
-    def alive(self) -> None:
-        """Give a sign of life if one is due."""
-        if self.watchdog_s is not None and (now := time.monotonic()) >= self._next_sign:
-            self._next_sign = now + self.watchdog_s
-            self._send("WATCHDOG=1")
+    def alive(self, progress: int) -> None:
+        """Give a sign of life if one is due, and if `progress` is another than at the last: an engine that
+        hangs is not reported alive by a thread that does not."""
+        if self.watchdog_s is None or (now := time.monotonic()) < self._next_sign:
+            return
+        if progress == self._progress:
+            if not self._silent:
+                log.warning(
+                    "the engine has not moved for %.3g s; systemd ends it if it stays so", self.watchdog_s
+                )
+            self._silent = True
+            return
+        self._progress, self._silent = progress, False
+        self._next_sign = now + self.watchdog_s
+        self._send("WATCHDOG=1")
 
     def due_s(self) -> float:
         """Seconds until `alive` is to be called again; at most a minute."""
         if self.watchdog_s is None:
             return 60.0
-        return min(60.0, max(0.0, self._next_sign - time.monotonic()))
+        return min(60.0, max(self.watchdog_s / LOOKS, self._next_sign - time.monotonic()))
 
     def _send(self, state: str) -> None:
         if not self._address:

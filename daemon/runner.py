@@ -38,6 +38,11 @@ class Runner:
         self._ahead: list[Ticket] = []
 
     @property
+    def attended(self) -> int:
+        """How many times a layer has attended so far."""
+        return self._attention.calls
+
+    @property
     def workspace_bytes(self) -> int:
         """What a prefill chunk takes besides windows and records: queries and results of attention, in
         float32, and what the layers take."""

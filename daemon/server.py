@@ -96,6 +96,10 @@ class Service(Protocol):
     def drain(self) -> None:
         """Admit nothing more; what is admitted goes on."""
 
+    def progress(self) -> int:
+        """A number that grows as long as the work goes on, and while there is none; it stays when the engine
+        hangs."""
+
     def idle(self) -> bool:
         """True when no request is running or queued, and the last event of each is posted."""
 
@@ -206,7 +210,7 @@ class Server:
         self._pay_owed()
         if self._drain_asked and self._drain_by is None:
             self._begin_drain()
-        self._notifier.alive()
+        self._notifier.alive(self._service.progress())
 
     def _patience_s(self) -> float:
         if self._posted:

@@ -51,6 +51,7 @@ class EngineService:
         self._post = post
         self._engine = build(self._pass_on)
         self._unfinished = 0
+        self._turns = 0
         self._count_lock = threading.Lock()
         self._draining = False
         self._stopping = False
@@ -100,6 +101,11 @@ class EngineService:
 
     def drain(self) -> None:
         self._draining = True
+
+    def progress(self) -> int:
+        """Turns of the engine's thread, at least one in IDLE_S when there is nothing to do, and what moves in
+        a long one."""
+        return self._turns + self._engine.progress
 
     def idle(self) -> bool:
         return self._unfinished == 0
@@ -155,6 +161,7 @@ class EngineService:
 
     def _loop(self) -> None:
         while not self._stopping:
+            self._turns += 1
             try:
                 self._take_messages()
                 if not self._engine.turn():

@@ -575,7 +575,7 @@ class Store:
                 "disk_direct": tier.direct,
                 "disk_cached_bytes": self._disk.cache.cached_bytes,
                 "disk_failure": str(self.spill_failure or ""),
-                "disk_written_bytes": spiller.bytes_written,
+                "disk_written_bytes": self.disk_written_bytes,
                 "disk_write_failures": spiller.failures,
                 "disk_evicted_runs": self._disk.cache.evicted_runs,
                 "disk_moved_bytes": compaction.bytes_moved if compaction else 0,
@@ -596,6 +596,11 @@ class Store:
     def disk_read_bytes(self) -> int:
         """Bytes that the prefetcher has read so far."""
         return 0 if self._disk is None else self._disk.prefetch.stats.bytes_read
+
+    @property
+    def disk_written_bytes(self) -> int:
+        """Bytes that spills and saves have written so far."""
+        return 0 if self._disk is None else self._disk.spiller.bytes_written
 
     @property
     def stall_seconds(self) -> float:

@@ -86,6 +86,9 @@ class Echo:
     managed: list[Release | ListSessions | ChangeSession] = field(default_factory=list)
     draining: bool = False
     stopped: bool = False
+    moved: int = 0
+    hangs: bool = False
+    """It makes no progress any more."""
     _running: dict[str, threading.Event] = field(default_factory=dict)
     _clients: dict[str, bytes] = field(default_factory=dict)
     _tenants: dict[str, str] = field(default_factory=dict)
@@ -163,6 +166,10 @@ class Echo:
 
     def drain(self) -> None:
         self.draining = True
+
+    def progress(self) -> int:
+        self.moved += not self.hangs
+        return self.moved
 
     def idle(self) -> bool:
         return not self._running

@@ -497,7 +497,7 @@ def test_killed_daemon_leaves_an_address_that_can_be_taken(tmp_path: Path, start
 
 
 @pytest.mark.parametrize("abstract", [False, True])
-def test_notify(tmp_path: Path, abstract: bool) -> None:
+def test_notify(tmp_path: Path, abstract: bool, caplog: pytest.LogCaptureFixture) -> None:
     name = f"@spilld-test-{os.getpid()}" if abstract else str(tmp_path / "n")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(name.replace("@", "\0"))
@@ -506,15 +506,17 @@ def test_notify(tmp_path: Path, abstract: bool) -> None:
             {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "100000", "WATCHDOG_PID": str(os.getpid())}
         )
         notifier.ready()
-        notifier.alive()
-        notifier.alive()  # not due yet
+        notifier.alive(1)
+        notifier.alive(2)  # not due yet
         assert 0 < notifier.due_s() <= 0.05
         time.sleep(0.06)
-        assert notifier.due_s() == 0
-        notifier.alive()
+        assert 0 < notifier.due_s() < 0.01, "it is looked again soon"
+        notifier.alive(1)  # due, but nothing has moved
+        notifier.alive(2)
         notifier.stopping()
         told = [systemd.recv(100) for _ in range(4)]
         assert told == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1", b"STOPPING=1"]
+        assert caplog.text.count("has not moved") == 1
 
 
 def test_notify_without_systemd(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
