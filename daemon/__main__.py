@@ -59,7 +59,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 def _serve(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     faulthandler.enable(2)  # systemd ends a daemon that hangs by SIGABRT: the log then says where it was
-    config = Config.load(options.config, {s.name: _number(getattr(options, s.name)) for s in fields(Config)})
+    config = Config.load(options.config, {s.name: _value(getattr(options, s.name)) for s in fields(Config)})
     # Torch's threads would else spin between its loops, where those of our kernels compute.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from .assembly import serve  # loads torch, which the client commands do without
@@ -67,8 +67,10 @@ def _serve(options: argparse.Namespace) -> None:
     serve(config)
 
 
-def _number(text: str | None) -> object:
-    """An option's value as TOML would have it: numbers are numbers, all else is a string."""
+def _value(text: str | None) -> object:
+    """An option's value as TOML would have it: a number, true or false, and all else is a string."""
+    if text in ("true", "false"):
+        return text == "true"
     for kind in (int, float):
         try:
             return None if text is None else kind(text)

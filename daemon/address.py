@@ -1,4 +1,4 @@
-"""Where the daemon listens: an ipc socket that only its owner can open, or tcp on the loopback."""
+"""Where the daemon listens: an ipc socket, or tcp on the loopback."""
 
 from __future__ import annotations
 

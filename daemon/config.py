@@ -15,7 +15,7 @@ from spilld.offload.record import SEALED, Element
 
 from .address import check_address, check_endpoint, default_address
 from .errors import ConfigError
-from .fields import Choice, FieldError, Int, Maybe, Reader, Real, Text, read
+from .fields import Choice, FieldError, Flag, Int, Maybe, Reader, Real, Text, read
 
 GIB = 2**30
 
@@ -98,6 +98,7 @@ class Config:
     state: Annotated[Path, Folder()] = field(default_factory=_state)
     cache: Annotated[Path, Folder()] = field(default_factory=_cache)
     listen: Annotated[str, Address()] = field(default_factory=default_address)
+    open_to_group: Annotated[bool, Flag()] = False
     metrics: Annotated[str | None, Maybe(Endpoint())] = None
     chunk_tokens: Annotated[int, Int(1, 65536)] = 512
     max_gap_ms: Annotated[float, Real(0, 3600000, above=True)] = 250.0

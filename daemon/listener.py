@@ -1,4 +1,4 @@
-"""The listening socket: a zmq ROUTER, and for ipc the file that must be ours alone."""
+"""The listening socket: a zmq ROUTER, and for ipc the file that nobody else may replace."""
 
 from __future__ import annotations
 
@@ -22,25 +22,29 @@ LINGER_MS = 500
 
 
 @contextmanager
-def listen(address: str, send_queue: int) -> Iterator[zmq.Socket[bytes]]:
-    """A bound ROUTER that keeps at most send_queue messages for a client. ConfigError if it cannot be had."""
+def listen(address: str, send_queue: int, *, open_to_group: bool = False) -> Iterator[zmq.Socket[bytes]]:
+    """A bound ROUTER that keeps at most send_queue messages for a client. ConfigError if it cannot be had.
+
+    An ipc socket is its owner's alone, or its group's, too.
+    """
+    mask = 0o117 if open_to_group else 0o177
     if check_address(address).startswith("ipc://"):
-        with SocketFile(socket_path(address)), _router(address, send_queue) as router:
+        with SocketFile(socket_path(address)), _router(address, send_queue, mask) as router:
             yield router
     else:
-        with _router(address, send_queue) as router:
+        with _router(address, send_queue, mask) as router:
             yield router
 
 
 @contextmanager
-def _router(address: str, send_queue: int) -> Iterator[zmq.Socket[bytes]]:
+def _router(address: str, send_queue: int, mask: int) -> Iterator[zmq.Socket[bytes]]:
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         router.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_FRAME_BYTES)
         router.setsockopt(zmq.SNDHWM, send_queue)
         router.setsockopt(zmq.LINGER, LINGER_MS)
         router.setsockopt(zmq.IPV6, int("[" in address))
-        before = os.umask(0o177)  # the socket is never open to others, not even between bind and a chmod
+        before = os.umask(mask)  # the socket is never open to others, not even between bind and a chmod
         try:
             router.bind(address)
         except zmq.ZMQError as error:

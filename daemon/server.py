@@ -134,11 +134,13 @@ class Server:
         *,
         drain_seconds: float = 30.0,
         send_queue: int = 16384,
+        open_to_group: bool = False,
         on_failed: Callable[[str], None] = lambda code: None,
     ) -> None:
-        """send_queue: messages that may wait for a client before it counts as too slow. on_failed: told the
-        code of every error that is sent."""
+        """send_queue: messages that may wait for a client before it counts as too slow. open_to_group: the
+        socket is its owner's group's, too. on_failed: told the code of every error that is sent."""
         self.address = address
+        self._open_to_group = open_to_group
         self._drain_seconds = drain_seconds
         self._send_queue = send_queue
         self._on_failed = on_failed
@@ -174,7 +176,8 @@ class Server:
 
     def __enter__(self) -> Self:
         """Listen; requests wait until `run`. ConfigError if the address cannot be had."""
-        self._router = self._open.enter_context(listen(self.address, self._send_queue))
+        listening = listen(self.address, self._send_queue, open_to_group=self._open_to_group)
+        self._router = self._open.enter_context(listening)
         self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         return self
 

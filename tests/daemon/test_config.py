@@ -1,12 +1,9 @@
-"""Configuration files, the default places, and the systemd units."""
+"""Configuration files and the default places."""
 
 from __future__ import annotations
 
-import configparser
 import os
 import re
-import shutil
-import subprocess
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -17,8 +14,7 @@ from spilld.daemon.address import check_address, default_address
 from spilld.daemon.config import Config
 from spilld.daemon.errors import ConfigError
 
-SYSTEMD = Path(__file__).parents[2] / "systemd"
-EXAMPLE = SYSTEMD / "spilld.toml"
+EXAMPLE = Path(__file__).parents[2] / "systemd" / "spilld.toml"
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -100,6 +96,7 @@ def test_sizes(given: object, size: int) -> None:
         ("listen", "tcp://0.0.0.0:1", "listen is 'tcp://0.0.0.0:1'; allowed"),
         ("metrics", "0.0.0.0:9470", "metrics is '0.0.0.0:9470'; allowed: a port of the loopback"),
         ("metrics", 9470, "metrics is 9470; allowed: a string"),
+        ("open_to_group", 1, "open_to_group is 1; allowed: true or false"),
         ("colour", "red", "unknown setting 'colour'; allowed: model, format, "),
     ],
 )
@@ -210,27 +207,3 @@ def test_the_example_shows_every_setting_with_its_default() -> None:
     uncommented = re.sub(r"^# ([a-z_]+ = )", r"\1", EXAMPLE.read_text(), flags=re.M)
     assert len(tomllib.loads(uncommented)) == len(named)
     Config.load(None, tomllib.loads(uncommented))
-
-
-@pytest.mark.parametrize("name", ["spilld.service", "spilld-user.service"])
-def test_units(tmp_path: Path, name: str) -> None:
-    text = (SYSTEMD / name).read_text()
-    unit = configparser.ConfigParser(interpolation=None, strict=False)
-    unit.optionxform = str  # type: ignore[assignment,method-assign]
-    unit.read_string(text)
-    service = unit["Service"]
-    assert service["Type"] == "notify"
-    assert service["ExecStart"].split()[1] == "serve"
-    assert float(service["TimeoutStopSec"]) > Config().drain_seconds
-    assert {service[f"{kind}DirectoryMode"] for kind in ("State", "Runtime", "Cache")} == {"0700"}
-    if shutil.which("systemd-analyze") is None:
-        pytest.skip("no systemd here to verify the unit")
-    (tmp_path / name).write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.M))
-    user = ["--user"] if "user" in name else []
-    verified = subprocess.run(
-        ["systemd-analyze", "verify", *user, str(tmp_path / name)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)},
-    )
-    assert (verified.returncode, verified.stderr) == (0, "")

@@ -340,12 +340,14 @@ def test_stop_says_nothing_of_what_is_saved(running: Running) -> None:
 # The address
 
 
-def test_socket_and_folder_are_private(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("group", "mode"), [(False, 0o600), (True, 0o660)])
+def test_socket_and_folder_are_private(start: Start, tmp_path: Path, group: bool, mode: int) -> None:
     before = os.umask(0o022)
     os.umask(before)
     path = tmp_path / "new" / "s"
-    running = start(f"ipc://{path}")
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    running = start(f"ipc://{path}", open_to_group=group)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert stat.S_IMODE(Path(f"{path}.lock").stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert os.umask(before) == before
     running.server.stop()
