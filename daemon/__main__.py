@@ -59,12 +59,17 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 def _serve(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     faulthandler.enable(2)  # systemd ends a daemon that hangs by SIGABRT: the log then says where it was
-    config = Config.load(options.config, {s.name: _value(getattr(options, s.name)) for s in fields(Config)})
+    given = {setting.name: _value(getattr(options, setting.name)) for setting in fields(Config)}
+
+    def read() -> Config:
+        return Config.load(options.config, given)
+
+    config = read()
     # Torch's threads would else spin between its loops, where those of our kernels compute.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from .assembly import serve  # loads torch, which the client commands do without
 
-    serve(config)
+    serve(config, read if options.config else None)
 
 
 def _value(text: str | None) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from .metrics import Metrics
 from .model import Model, load, resolve
 from .pace import Pace
 from .protocol import Welcome
+from .reload import Reload
 from .runner import Runner
 from .server import Server
 from .service import EngineService
@@ -56,8 +58,11 @@ LEAST_TRANSFERS = 64 << 20
 """Bytes that archives on their way may take where there is no disk budget: tokens need room, too."""
 
 
-def serve(config: Config) -> None:
-    """Run the daemon until it is told to stop. Raises ConfigError if it cannot start like this."""
+def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
+    """Run the daemon until it is told to stop; `again` reads its settings anew, on SIGHUP.
+
+    Raises ConfigError if it cannot start like this.
+    """
     use_threads(config.threads)
     metrics = Metrics()
     with (
@@ -80,7 +85,12 @@ def serve(config: Config) -> None:
         prepare(layout, model.geometry.heads, config.cache, packed=packed)
         metrics.follow(service.stats, service.welcome())
         service.start()
-        server.run(service)
+
+        def apply(changed: Config) -> None:
+            server.drain_seconds = changed.drain_seconds
+            service.adjust(changed)
+
+        server.run(service, Reload(config, again, apply) if again else None)
 
 
 def use_threads(count: int | None) -> None:

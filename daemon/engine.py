@@ -21,6 +21,7 @@ from spilld.offload.extent import RunKey
 from spilld.offload.store import Store
 
 from . import tail
+from .config import Config
 from .contexts import Contexts, Key, new_handle
 from .courier import Courier
 from .errors import (
@@ -129,6 +130,15 @@ class Engine:
     def longest(self) -> int:
         """Tokens that one sequence may have: what the model allows and the store can hold."""
         return min(self._max_context, longest_with(self._store.capacity))
+
+    def adjust(self, config: Config) -> None:
+        """Take the settings that may change between two steps. What is under way keeps what it began with: a
+        context its lifetime."""
+        self._pace.gap_s = config.max_gap_ms / 1e3
+        self._keeper.context_ttl_s = config.context_ttl_s
+        self._retention_s = config.retention_s
+        if self._store.disk is not None:
+            self._store.disk.prefetch.deadline_s = config.read_deadline_s
 
     @property
     def progress(self) -> int:

@@ -32,7 +32,7 @@ class SessionKeeper:
         self.book = book
         self._store = store
         self._model = model
-        self._context_ttl_s = context_ttl_s
+        self.context_ttl_s = context_ttl_s
         self._pins: dict[Key, list[RunKey]] = {}
         self._to_keep = dict.fromkeys(book.names())
 
@@ -49,7 +49,7 @@ class SessionKeeper:
             new = Session(tenant=request.tenant, name=request.session)
             return self.book.find(request.tenant, request.session) or new
         if handle is not None:
-            return Session(tenant=request.tenant, name=handle, listed=False, ttl_s=self._context_ttl_s)
+            return Session(tenant=request.tenant, name=handle, listed=False, ttl_s=self.context_ttl_s)
         return None
 
     def prompt(self, request: Generate, tokens: list[int], session: Session) -> list[int]:

@@ -31,6 +31,10 @@ class Notifier:
     def ready(self) -> None:
         self._send("READY=1")
 
+    def reloading(self) -> None:
+        """Settings are being read again; `ready` is to follow."""
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
     def stopping(self) -> None:
         self._send("STOPPING=1")
 

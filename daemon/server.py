@@ -122,7 +122,7 @@ class _InFlight:
 
 
 class Server:
-    """Serves one address. `post`, `drain` and `stop` may be called from any thread.
+    """Serves one address. `post`, `drain`, `reload` and `stop` may be called from any thread.
 
     with Server(address) as server:  # listens from here on: an address in use fails before a model is loaded
         server.run(Engine(post=server.post))
@@ -141,14 +141,14 @@ class Server:
         socket is its owner's group's, too. on_failed: told the code of every error that is sent."""
         self.address = address
         self._open_to_group = open_to_group
-        self._drain_seconds = drain_seconds
+        self.drain_seconds = drain_seconds
         self._send_queue = send_queue
         self._on_failed = on_failed
         self._notifier = Notifier()
         self._posted: deque[tuple[bytes, Reply]] = deque()
         self._running: dict[Key, _InFlight] = {}
         self._owed: dict[Key, Failed] = {}  # could not be sent yet: the client's queue is full
-        self._drain_asked = self._stop_asked = self._closed = False
+        self._drain_asked = self._stop_asked = self._reload_asked = self._closed = False
         self._drain_by: float | None = None
         self._open = ExitStack()  # what `close` has to undo
         # closed with the object, not with the socket: a late post must not write into a reused descriptor
@@ -164,6 +164,11 @@ class Server:
     def drain(self) -> None:
         """Refuse new requests; `run` returns when the running ones have ended or after drain_seconds."""
         self._drain_asked = True
+        self._wake()
+
+    def reload(self) -> None:
+        """Have settings read again, soon; nothing once a drain has begun."""
+        self._reload_asked = True
         self._wake()
 
     def stop(self) -> None:
@@ -185,10 +190,14 @@ class Server:
         self._closed = True
         self._open.close()
 
-    def run(self, service: Service) -> None:
+    def run(self, service: Service, on_reload: Callable[[], None] | None = None) -> None:
         """Serve until a drain or a stop is over, asked for by method or by signal (SIGTERM or SIGINT: the
-        first drains, the second stops; only in the main thread)."""
+        first drains, the second stops; only in the main thread).
+
+        on_reload reads settings again, in this thread; without it there are none, and SIGHUP is as before.
+        """
         self._service = service
+        self._on_reload = on_reload
         with self._signals():
             self._startup()
             try:
@@ -213,6 +222,8 @@ class Server:
         self._pay_owed()
         if self._drain_asked and self._drain_by is None:
             self._begin_drain()
+        if self._reload_asked:
+            self._reload()
         self._notifier.alive(self._service.progress())
 
     def _patience_s(self) -> float:
@@ -229,10 +240,17 @@ class Server:
         return over or time.monotonic() >= self._drain_by
 
     def _begin_drain(self) -> None:
-        log.info("draining: %d requests, at most %g s", len(self._running), self._drain_seconds)
-        self._drain_by = time.monotonic() + self._drain_seconds
+        log.info("draining: %d requests, at most %g s", len(self._running), self.drain_seconds)
+        self._drain_by = time.monotonic() + self.drain_seconds
         self._notifier.stopping()
         self._service.drain()
+
+    def _reload(self) -> None:
+        self._reload_asked = False
+        if self._on_reload is not None and not self._drain_asked:
+            self._notifier.reloading()
+            self._on_reload()
+            self._notifier.ready()
 
     def _shutdown(self) -> None:
         if self._drain_by is None:
@@ -383,9 +401,10 @@ class Server:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {
-            number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        handlers = {signal.SIGTERM: self._on_signal, signal.SIGINT: self._on_signal}
+        if self._on_reload is not None:
+            handlers[signal.SIGHUP] = self._on_hangup
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
         finally:
@@ -397,3 +416,6 @@ class Server:
             self.stop()
         else:
             self.drain()
+
+    def _on_hangup(self, _number: int, _frame: FrameType | None) -> None:
+        self.reload()

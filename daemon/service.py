@@ -12,6 +12,7 @@ from functools import partial
 
 from spilld.offload.errors import OffloadError
 
+from .config import Config
 from .engine import Engine, Post
 from .errors import Draining, InternalError, InvalidRequest, Overloaded, SpilldError, StorageFailed
 from .generation import NOBODY
@@ -101,6 +102,11 @@ class EngineService:
 
     def drain(self) -> None:
         self._draining = True
+
+    def adjust(self, config: Config) -> None:
+        """Take what may change while requests run; the engine does so between two steps."""
+        self._max_queue = config.max_queue
+        self._inbox.put(partial(self._engine.adjust, config))
 
     def progress(self) -> int:
         """Turns of the engine's thread, at least one in IDLE_S when there is nothing to do, and what moves in

@@ -125,7 +125,7 @@ class Prefetcher:
         if buffers < 1 or threads < 1:
             raise BudgetTooSmall(f"{buffers} staging buffers and {threads} threads cannot read")
         self._disk = disk
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
         self._on_read = on_read
         self.buffers = buffers
         self.staging_bytes = buffers * size
@@ -251,7 +251,7 @@ class Prefetcher:
     def _await_end(self, ticket: Ticket, began: float) -> None:
         while ticket.state in (State.QUEUED, State.ISSUED):
             since = min(began, ticket.issued) if ticket.state is State.ISSUED else began
-            left = since + self._deadline_s - time.monotonic()
+            left = since + self.deadline_s - time.monotonic()
             if left <= 0:
                 self._time_out(ticket)
                 return
@@ -270,7 +270,7 @@ class Prefetcher:
         now = time.monotonic()
         while self._issued:
             oldest = next(iter(self._issued))
-            if oldest.issued + self._deadline_s > now:
+            if oldest.issued + self.deadline_s > now:
                 break
             self._time_out(oldest)
         while self._queued and self._free:
@@ -311,7 +311,7 @@ class Prefetcher:
 
     def _time_out(self, ticket: Ticket) -> None:
         error = ReadTimeout(
-            f"layer {ticket.read.layer} of run {ticket.read.run.hex()} did not come in {self._deadline_s} s"
+            f"layer {ticket.read.layer} of run {ticket.read.run.hex()} did not come in {self.deadline_s} s"
         )
         if ticket.state is State.QUEUED:
             self._queued.remove(ticket)

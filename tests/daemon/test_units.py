@@ -46,6 +46,9 @@ def test_units_fit_the_daemon(name: str) -> None:
     assert unit["ExecStart"].split()[1] == "serve"
     assert float(unit["TimeoutStopSec"]) > defaults.drain_seconds
     assert 60 * float(unit["WatchdogSec"].removesuffix("min")) > 2 * defaults.read_deadline_s
+    assert ("--config" in unit["ExecStart"]) == ("ExecReload" in unit), (
+        "without a file, SIGHUP ends the daemon"
+    )
     assert unit["StateDirectoryMode"] == unit["CacheDirectoryMode"] == "0700"
 
 

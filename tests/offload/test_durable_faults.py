@@ -256,7 +256,7 @@ def test_a_read_that_stalls_ends_by_its_deadline(tmp_path: Path, waits: bool) ->
 
 def test_a_scan_that_stalls_ends_by_its_deadline_and_can_be_made_again(rig: Rig) -> None:
     known = stored(rig, 2 * RUN)
-    rig.path.prefetch._deadline_s = 0.3
+    rig.path.prefetch.deadline_s = 0.3
     stall = Stall()
     rig.system.script["preadv"].append(stall)
     began = time.monotonic()
