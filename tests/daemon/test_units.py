@@ -1,4 +1,4 @@
-"""The systemd units, read by systemd's own tools."""
+"""The systemd units, read by systemd's own tools, and what `make install` does with them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 
 from spilld.daemon.config import Config
 
-SYSTEMD = Path(__file__).parents[2] / "systemd"
+ROOT = Path(__file__).parents[2]
+SYSTEMD = ROOT / "systemd"
 UNITS = ("spilld.service", "spilld-user.service")
 
 needs_analyze = pytest.mark.skipif(
@@ -100,3 +101,66 @@ def test_the_user_and_its_group_are_made(tmp_path: Path) -> None:
     assert (name, home) == ("spilld", "/var/lib/spilld")
     assert shell.endswith("nologin")
     assert f"spilld:x:{gid}:" in (tmp_path / "etc/group").read_text()
+
+
+def make(*arguments: str) -> str:
+    command = ["make", "--no-print-directory", "-C", str(ROOT), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+class TestInstall:
+    """Without the venv, which takes minutes and is `make install-venv`."""
+
+    def test_into_a_folder_and_out_again(self, tmp_path: Path) -> None:
+        make("install-files", f"DESTDIR={tmp_path}")
+        config = tmp_path / "etc/spilld.toml"
+        assert files(tmp_path) == [
+            "etc/spilld.toml",
+            "usr/local/bin/spilld",
+            "usr/local/lib/systemd/system/spilld.service",
+            "usr/local/lib/systemd/user/spilld.service",
+            "usr/local/lib/sysusers.d/spilld.conf",
+        ]
+        assert (tmp_path / "usr/local/bin/spilld").readlink() == Path("/opt/spilld/bin/spilld")
+        assert config.read_text() == (SYSTEMD / "spilld.toml").read_text()
+        unit = (tmp_path / "usr/local/lib/systemd/system/spilld.service").read_text()
+        assert unit == (SYSTEMD / "spilld.service").read_text()
+        config.write_text("max_queue = 3\n")
+        make("install-files", f"DESTDIR={tmp_path}")
+        assert config.read_text() == "max_queue = 3\n", "a configuration that is there is kept"
+        (tmp_path / "opt/spilld").mkdir(parents=True)
+        (tmp_path / "opt/spilld/precious").touch()
+        make("uninstall", f"DESTDIR={tmp_path}")
+        assert files(tmp_path) == ["etc/spilld.toml", "opt/spilld/precious"], "that was no venv of ours"
+        (tmp_path / "opt/spilld/pyvenv.cfg").touch()
+        make("uninstall", f"DESTDIR={tmp_path}")
+        assert files(tmp_path) == ["etc/spilld.toml"]
+
+    @needs_analyze
+    def test_units_name_what_was_installed(self, tmp_path: Path) -> None:
+        """As they lie there systemd finds no fault with them, the command included."""
+        places = {"prefix": "opt", "bindir": "bin", "libdir": "lib", "sysconfdir": "etc"}
+        (tmp_path / "opt/bin").mkdir(parents=True)
+        (tmp_path / "opt/bin/spilld").symlink_to("/bin/true")
+        make("install-files", *(f"{name}={tmp_path}/{place}" for name, place in places.items()))
+        for kind, options in (("system", ()), ("user", ("--user",))):
+            unit = tmp_path / "lib/systemd" / kind / "spilld.service"
+            assert f"ExecStart={tmp_path}/opt/bin/spilld serve" in unit.read_text()
+            verified = analyze("verify", *options, unit, runtime=tmp_path)
+            assert (verified.returncode, verified.stdout, verified.stderr) == (0, "", "")
+        system = (tmp_path / "lib/systemd/system/spilld.service").read_text()
+        assert f"--config {tmp_path}/etc/spilld.toml " in system
+
+    def test_a_venv_is_not_made_to_be_moved(self, tmp_path: Path) -> None:
+        command = ["make", "-C", str(ROOT), "install", f"DESTDIR={tmp_path}"]
+        refused = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert refused.returncode != 0
+        assert "a venv cannot be moved" in refused.stdout
+        assert files(tmp_path) == []
