@@ -54,6 +54,9 @@ READERS = 4
 
 DEFAULT_WINDOWS = 4
 
+STARTING_S = 1800.0
+"""What systemd is to allow for each part of a start: converting a large model, or compiling."""
+
 LEAST_TRANSFERS = 64 << 20
 """Bytes that archives on their way may take where there is no disk budget: tokens need room, too."""
 
@@ -74,6 +77,7 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
         ) as server,
         metrics.served(config.metrics),
     ):
+        server.notifier.starting(f"loading {config.model}, which is converted the first time", STARTING_S)
         model = load_model(config)
         service = EngineService(
             lambda post: build_engine(config, model, post, metrics=metrics),
@@ -81,6 +85,7 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
             welcome(config, model),
             config.max_queue,
         )
+        server.notifier.starting("preparing kernels, which are compiled the first time", STARTING_S)
         layout, packed = record_layout(config, model.geometry), model.packed is not None
         prepare(layout, model.geometry.heads, config.cache, packed=packed)
         metrics.follow(service.stats, service.welcome())

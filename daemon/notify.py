@@ -28,15 +28,19 @@ class Notifier:
         self._progress: int | None = None
         self._silent = False
 
+    def starting(self, status: str, seconds: float) -> None:
+        """What is being done before it is ready; systemd is to allow that so many seconds from now on."""
+        self._send(f"STATUS={status}\nEXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
+
     def ready(self) -> None:
-        self._send("READY=1")
+        self._send("READY=1\nSTATUS=serving")
 
     def reloading(self) -> None:
         """Settings are being read again; `ready` is to follow."""
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
-    def stopping(self) -> None:
-        self._send("STOPPING=1")
+    def stopping(self, status: str) -> None:
+        self._send(f"STOPPING=1\nSTATUS={status}")
 
     def alive(self, progress: int) -> None:
         """Give a sign of life if one is due, and if `progress` is another than at the last: an engine that
@@ -68,4 +72,4 @@ class Notifier:
             try:
                 sender.sendto(state.encode(), self._address)
             except OSError as error:
-                log.warning("systemd was not told %s: %s", state, error)
+                log.warning("systemd was not told %s: %s", state.splitlines()[0], error)

@@ -124,6 +124,8 @@ class _InFlight:
 class Server:
     """Serves one address. `post`, `drain`, `reload` and `stop` may be called from any thread.
 
+    `notifier` tells systemd how the daemon is. drain_seconds may be changed while it runs.
+
     with Server(address) as server:  # listens from here on: an address in use fails before a model is loaded
         server.run(Engine(post=server.post))
     """
@@ -144,7 +146,7 @@ class Server:
         self.drain_seconds = drain_seconds
         self._send_queue = send_queue
         self._on_failed = on_failed
-        self._notifier = Notifier()
+        self.notifier = Notifier()
         self._posted: deque[tuple[bytes, Reply]] = deque()
         self._running: dict[Key, _InFlight] = {}
         self._owed: dict[Key, Failed] = {}  # could not be sent yet: the client's queue is full
@@ -210,7 +212,7 @@ class Server:
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         self._poller.register(self._wake_fd, zmq.POLLIN)
-        self._notifier.ready()
+        self.notifier.ready()
 
     def _turn(self) -> None:
         ready = dict(self._poller.poll(math.ceil(self._patience_s() * 1000)))
@@ -224,14 +226,14 @@ class Server:
             self._begin_drain()
         if self._reload_asked:
             self._reload()
-        self._notifier.alive(self._service.progress())
+        self.notifier.alive(self._service.progress())
 
     def _patience_s(self) -> float:
         if self._posted:
             return 0.0
         if self._owed or self._drain_asked:
             return POLL_S
-        return self._notifier.due_s()
+        return self.notifier.due_s()
 
     def _finished(self) -> bool:
         if self._stop_asked or self._drain_by is None:
@@ -242,19 +244,19 @@ class Server:
     def _begin_drain(self) -> None:
         log.info("draining: %d requests, at most %g s", len(self._running), self.drain_seconds)
         self._drain_by = time.monotonic() + self.drain_seconds
-        self._notifier.stopping()
+        self.notifier.stopping(f"draining {len(self._running)} requests")
         self._service.drain()
 
     def _reload(self) -> None:
         self._reload_asked = False
         if self._on_reload is not None and not self._drain_asked:
-            self._notifier.reloading()
+            self.notifier.reloading()
             self._on_reload()
-            self._notifier.ready()
+            self.notifier.ready()
 
     def _shutdown(self) -> None:
         if self._drain_by is None:
-            self._notifier.stopping()
+            self.notifier.stopping("stopping")
         saved = self._service.stop()
         while self._posted:
             self._deliver()

@@ -1,4 +1,4 @@
-"""SIGHUP to a real daemon, and what its engine takes while it runs."""
+"""A real daemon with a socket in systemd's place: what it tells, and what it takes on SIGHUP."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ class Daemon:
         self._running = running
         self._file = file
         self._systemd = systemd
+        self.start = [self.told()]
+        """What it has told while it started."""
+        while "READY" not in self.start[-1]:
+            self.start.append(self.told())
 
     def told(self) -> dict[str, str]:
         return dict(line.split("=", 1) for line in self._systemd.recv(200).decode().splitlines())
@@ -69,10 +73,7 @@ def daemon(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         monkeypatch.delenv("WATCHDOG_USEC", raising=False)
         with spawned({"config": file, "retention_s": 60, **settings}) as running:
-            daemon = Daemon(running, file, systemd)
-            while "READY" not in daemon.told():
-                continue
-            yield daemon
+            yield Daemon(running, file, systemd)
 
 
 def answers(client: Client) -> bool:
@@ -106,6 +107,16 @@ def test_a_daemon_takes_what_is_safe_and_names_the_rest(daemon: Daemon) -> None:
         assert "host_budget" not in said, "it is what it was"
         with pytest.raises(Overloaded, match="1 requests"):
             answers(client)
+
+
+def test_systemd_is_told_what_the_daemon_does(daemon: Daemon) -> None:
+    loading, preparing, ready = daemon.start
+    assert loading["STATUS"].startswith("loading /")
+    assert preparing["STATUS"].startswith("preparing kernels")
+    assert {int(part["EXTEND_TIMEOUT_USEC"]) for part in (loading, preparing)} == {1800 * 10**6}
+    assert ready == {"READY": "1", "STATUS": "serving"}
+    os.kill(daemon.pid, signal.SIGTERM)
+    assert daemon.told() == {"STOPPING": "1", "STATUS": "draining 0 requests"}
 
 
 def test_a_daemon_that_is_aborted_says_where_it_was(daemon: Daemon) -> None:

@@ -419,8 +419,8 @@ class Daemon:
         self._notify = notify
 
     def told(self) -> str:
-        """The next thing it told systemd."""
-        return self._notify.recv(100).decode()
+        """The next thing it told systemd, without its status."""
+        return self._notify.recv(100).decode().splitlines()[0]
 
     def ends(self) -> int:
         return self.process.wait(10)
@@ -507,6 +507,7 @@ def test_notify(tmp_path: Path, abstract: bool, caplog: pytest.LogCaptureFixture
         notifier = Notifier(
             {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "100000", "WATCHDOG_PID": str(os.getpid())}
         )
+        notifier.starting("loading", 90)
         notifier.ready()
         notifier.alive(1)
         notifier.alive(2)  # not due yet
@@ -515,9 +516,15 @@ def test_notify(tmp_path: Path, abstract: bool, caplog: pytest.LogCaptureFixture
         assert 0 < notifier.due_s() < 0.01, "it is looked again soon"
         notifier.alive(1)  # due, but nothing has moved
         notifier.alive(2)
-        notifier.stopping()
-        told = [systemd.recv(100) for _ in range(4)]
-        assert told == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1", b"STOPPING=1"]
+        notifier.stopping("draining")
+        told = [systemd.recv(100).decode() for _ in range(5)]
+        assert told == [
+            "STATUS=loading\nEXTEND_TIMEOUT_USEC=90000000",
+            "READY=1\nSTATUS=serving",
+            "WATCHDOG=1",
+            "WATCHDOG=1",
+            "STOPPING=1\nSTATUS=draining",
+        ]
         assert caplog.text.count("has not moved") == 1
 
 
