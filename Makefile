@@ -101,6 +101,8 @@ install-venv:
 	@test -z "$(DESTDIR)" || { echo "a venv cannot be moved: make install-files takes DESTDIR, this does not"; exit 1; }
 	@echo "== creating $(prefix) and installing pinned dependencies (torch's CPU build: about two minutes)"
 	$(PYTHON) -m venv $(prefix)
+	@runuser -u nobody -- $(prefix)/bin/python -c "" || { echo "== the service's user may not run $(PYTHON):" \
+		"give one outside of homes, as in make install PYTHON=/usr/bin/python3"; exit 1; }
 	$(INSTALLED_PIP) install -q -c constraints.txt torch setuptools
 	rm -rf build
 	$(INSTALLED_PIP) install -q -c constraints.txt .

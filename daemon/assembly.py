@@ -29,7 +29,7 @@ from . import journal, sessions
 from .attention import TieredAttention
 from .config import Config
 from .engine import Engine, Post
-from .errors import BudgetError, StateFolderError
+from .errors import BudgetError, ModelError, StateFolderError
 from .geometry import Geometry
 from .journal import Journal
 from .kernels import prepare
@@ -107,7 +107,10 @@ def use_threads(count: int | None) -> None:
 
 def load_model(config: Config) -> Model:
     """The configured model, converted first if need be. Raises ModelError."""
-    folder = resolve(config.model, config.cache, config.dtype)
+    try:
+        folder = resolve(config.model, config.cache, config.dtype)
+    except OSError as error:
+        raise ModelError(f"the model cannot be read: {error}; may the daemon's user read it?") from error
     return load(
         folder,
         config.dtype,

@@ -108,6 +108,11 @@ class TestServeThatCannotStart:
         assert main(serve(tmp_path, f"--model={folder}")) == 1
         self.check(capsys.readouterr().err, [str(folder)])
 
+    def test_weights_that_cannot_be_read(self, tmp_path: Path, capsys: Any) -> None:
+        (tmp_path / "model.safetensors").mkdir()  # root may read any file, but not a folder
+        assert main(serve(tmp_path, f"--model={tmp_path}")) == 1
+        self.check(capsys.readouterr().err, [f"{tmp_path}/model.safetensors", "cannot be read"])
+
     def test_a_state_folder_that_is_a_file(self, model: Model, tmp_path: Path, capsys: Any) -> None:
         (tmp_path / "state").write_text("")
         assert main(serve(tmp_path, f"--model={model.folder}")) == 1

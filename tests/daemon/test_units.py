@@ -94,7 +94,7 @@ def test_the_gpu_may_be_opened() -> None:
 @pytest.mark.skipif(shutil.which("systemd-sysusers") is None, reason="no systemd-sysusers here")
 def test_the_user_and_its_group_are_made(tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()
-    command = ["systemd-sysusers", f"--root={tmp_path}", SYSTEMD / "spilld.sysusers"]
+    command = ["systemd-sysusers", f"--root={tmp_path}", str(SYSTEMD / "spilld.sysusers")]
     subprocess.run(command, check=True, capture_output=True)
     user, *_ = [line for line in (tmp_path / "etc/passwd").read_text().splitlines() if "spilld" in line]
     name, _, _, gid, _, home, shell = user.split(":")
