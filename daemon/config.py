@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from spilld.offload.record import SEALED, Element
 
 from .address import check_address, check_endpoint, default_address
 from .errors import ConfigError
-from .fields import Choice, FieldError, Int, Maybe, Reader, Real, Text, read
+from .fields import Choice, FieldError, Int, Maybe, Reader, Real, Text, readers
+from .toml_file import TomlFile
 
 GIB = 2**30
 
@@ -113,23 +113,25 @@ class Config:
     def load(cls, path: Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:
         """The defaults, changed by a TOML file, changed by `overrides`; an override of None is one not given.
 
-        Raises ConfigError that names the key, its value and what is allowed.
+        Raises ConfigError that names the key, its value, what is allowed, and the line if it is in the file.
         """
-        values = _parse(path) if path is not None else {}
-        values |= {name: value for name, value in (overrides or {}).items() if value is not None}
-        known = [setting.name for setting in fields(cls)]
+        file = TomlFile(path) if path is not None else None
+        given = {name: value for name, value in (overrides or {}).items() if value is not None}
+        values = (file.values if file is not None else {}) | given
+
+        def where(name: str) -> str:
+            return "" if file is None or name in given else f"{file.where(name)}: "
+
+        kind: type = cls
+        known = readers(kind)
         if unknown := sorted(values.keys() - known):
-            raise ConfigError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(known)}")
-        try:
-            return read(cls, values)
-        except FieldError as error:
-            raise ConfigError(str(error)) from None
-
-
-def _parse(path: Path) -> dict[str, object]:
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # TOML syntax, or not UTF-8
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+            raise ConfigError(
+                f"{where(unknown[0])}unknown setting {unknown[0]!r}; allowed: {', '.join(known)}"
+            )
+        fit: dict[str, Any] = {}
+        for name, value in values.items():
+            try:
+                fit[name] = known[name].read(value, name)
+            except (FieldError, ConfigError) as error:
+                raise ConfigError(f"{where(name)}{error}") from None
+        return cls(**fit)

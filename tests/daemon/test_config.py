@@ -109,8 +109,23 @@ def test_bad_settings_are_named(tmp_path: Path, key: str, value: object, says: s
     assert says in str(caught.value)
     literal = repr(value).replace("True", "true").replace("'", '"')
     with pytest.raises(ConfigError) as caught:
-        Config.load(write(tmp_path, f"{key} = {literal}"))
-    assert says in str(caught.value)
+        Config.load(write(tmp_path, f"# here\n\n{key} = {literal}\n"))
+    assert str(caught.value).startswith(f"{tmp_path}/spilld.toml, line 3: {says}")
+
+
+def test_a_wrong_value_is_named_where_it_is(tmp_path: Path) -> None:
+    """Whatever line of the example is made wrong; an option of the command line has no line."""
+    lines = re.sub(r"^# ([a-z_]+ = )", r"\1", EXAMPLE.read_text(), flags=re.M).split("\n")
+    for number, line in enumerate(lines, 1):
+        if setting := re.match(r"[a-z_]+(?= = )", line):
+            wrong = [*lines[: number - 1], f"{setting[0]} = [", "]", *lines[number:]]
+            path = write(tmp_path, "\n".join(wrong))
+            with pytest.raises(ConfigError) as caught:
+                Config.load(path)
+            assert str(caught.value).startswith(f"{path}, line {number}: {setting[0]} is []; allowed: ")
+            with pytest.raises(ConfigError) as caught:
+                Config.load(path, {setting[0]: []})
+            assert str(caught.value).startswith(f"{setting[0]} is []; allowed: ")
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -119,8 +134,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is not TOML: .*line 2"):
         Config.load(write(tmp_path, 'model = "a"\nhost_budget = GiB\n'))
     (tmp_path / "latin").write_bytes(b'model = "\xff"')
-    with pytest.raises(ConfigError, match="is not TOML"):
+    with pytest.raises(ConfigError, match="is not TOML: line 1 is not UTF-8"):
         Config.load(tmp_path / "latin")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        Config.load(write(tmp_path, "model = " + "[" * 100_000))
 
 
 def test_folders_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
