@@ -61,7 +61,12 @@ def serve(config: Config) -> None:
     use_threads(config.threads)
     metrics = Metrics()
     with (
-        Server(config.listen, drain_seconds=config.drain_seconds, on_failed=metrics.failed) as server,
+        Server(
+            config.listen,
+            drain_seconds=config.drain_seconds,
+            on_failed=metrics.failed,
+            keys=config.keys,
+        ) as server,
         metrics.served(config.metrics),
     ):
         model = load_model(config)

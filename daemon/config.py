@@ -55,7 +55,7 @@ class Folder(Reader):
 @dataclass(frozen=True)
 class Address(Reader):
     def read(self, value: object, name: str) -> str:
-        return check_address(Text(1).read(value, name))
+        return check_address(Text(1).read(value, name), keyed=True)
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Config:
     state: Annotated[Path, Folder()] = field(default_factory=_state)
     cache: Annotated[Path, Folder()] = field(default_factory=_cache)
     listen: Annotated[str, Address()] = field(default_factory=default_address)
+    keys: Annotated[Path | None, Maybe(Folder())] = None
     metrics: Annotated[str | None, Maybe(Endpoint())] = None
     chunk_tokens: Annotated[int, Int(1, 65536)] = 512
     max_gap_ms: Annotated[float, Real(0, 3600000, above=True)] = 250.0
@@ -134,4 +135,9 @@ class Config:
                 fit[name] = known[name].read(value, name)
             except (FieldError, ConfigError) as error:
                 raise ConfigError(f"{where(name)}{error}") from None
-        return cls(**fit)
+        config = cls(**fit)
+        try:
+            check_address(config.listen, keyed=config.keys is not None)
+        except ConfigError as error:
+            raise ConfigError(f"{where('listen')}{error}") from None
+        return config

@@ -14,9 +14,10 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Protocol, Self
 
@@ -31,6 +32,7 @@ from .errors import (
     ProtocolError,
     SpilldError,
 )
+from .gate import Gate
 from .listener import listen
 from .notify import Notifier
 from .protocol import (
@@ -131,10 +133,13 @@ class Server:
         drain_seconds: float = 30.0,
         send_queue: int = 16384,
         on_failed: Callable[[str], None] = lambda code: None,
+        keys: Path | None = None,
     ) -> None:
         """send_queue: messages that may wait for a client before it counts as too slow. on_failed: told the
-        code of every error that is sent."""
+        code of every error that is sent. keys: a folder that `spilld keys` made; clients must then have one
+        of them. ConfigError if something in it is wrong."""
         self.address = address
+        self._gate = None if keys is None else Gate(keys)
         self._drain_seconds = drain_seconds
         self._send_queue = send_queue
         self._on_failed = on_failed
@@ -170,7 +175,7 @@ class Server:
 
     def __enter__(self) -> Self:
         """Listen; requests wait until `run`. ConfigError if the address cannot be had."""
-        self._router = self._open.enter_context(listen(self.address, self._send_queue))
+        self._router = self._open.enter_context(listen(self.address, self._send_queue, self._gate))
         self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         return self
 
@@ -242,27 +247,34 @@ class Server:
     def _receive(self) -> None:
         for _ in range(BATCH):
             try:
-                client, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+                client, *frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            request_id = ""
-            try:
-                message = decode(frames)
-                request_id = message.request_id
-                self._handle(client, message)
-            except SpilldError as error:
-                self._send(client, Failed.because(error, request_id or error.request_id))
-            except Exception:
-                log.exception("request %r failed", request_id)
-                self._send(client, Failed.because(InternalError("a bug in spilld; see its log"), request_id))
+            self._take(client.bytes, frames)
+
+    def _take(self, client: bytes, frames: Sequence[zmq.Frame]) -> None:
+        """One message of a client."""
+        request_id, seq = "", 0
+        try:
+            message = decode([frame.bytes for frame in frames])
+            request_id = message.request_id
+            seq = message.next_seq if isinstance(message, Resume) else 0
+            guest = None if self._gate is None else self._gate.guest(frames[0])
+            self._handle(client, message if guest is None else guest.admit(message))
+        except SpilldError as error:
+            self._send(client, Failed.because(error, request_id or error.request_id, seq))
+        except Exception:
+            log.exception("request %r failed", request_id)
+            bug = InternalError("a bug in spilld; see its log")
+            self._send(client, Failed.because(bug, request_id, seq))
 
     def _handle(self, client: bytes, message: Request | Reply) -> None:
         match message:
             case Generate():
                 self._start(client, message)
-            case Resume():
+            case Resume(request_id=request_id, next_seq=next_seq):
                 self._service.resume(client, message)
-                self._running[client, message.request_id] = _InFlight(message.next_seq, resumed=True)
+                self._running[client, request_id] = _InFlight(next_seq, resumed=True)
             case Cancel(request_id=request_id):
                 self._service.cancel(request_id)
             case Release() | ListSessions() | ChangeSession():

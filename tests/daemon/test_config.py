@@ -174,7 +174,7 @@ def test_default_address(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_good_addresses(given: str) -> None:
-    assert check_address(given) == given
+    assert check_address(given) == check_address(given, keyed=True) == given
 
 
 @pytest.mark.parametrize(
@@ -203,6 +203,15 @@ def test_bad_addresses(given: str) -> None:
         check_address(given)
     assert repr(given) in str(caught.value)
     assert "allowed" in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["tcp://0.0.0.0:80", "tcp://*:80", "tcp://[::]:*", "tcp://eth0:80"])
+def test_addresses_that_need_keys(tmp_path: Path, given: str) -> None:
+    assert check_address(given, keyed=True) == given
+    path = write(tmp_path, f'listen = "{given}"')
+    with pytest.raises(ConfigError, match=r"without keys.*`spilld keys`"):
+        Config.load(path)
+    assert Config.load(path, {"keys": "/etc/spilld/keys"}).listen == given
 
 
 @pytest.mark.parametrize("given", ["127.0.0.1:9470", "127.9.9.9:0", "[::1]:65535"])
