@@ -66,6 +66,8 @@ def serve(config: Config) -> None:
             drain_seconds=config.drain_seconds,
             on_failed=metrics.failed,
             keys=config.keys,
+            max_open=config.max_open,
+            max_rate=config.max_rate,
         ) as server,
         metrics.served(config.metrics),
     ):

@@ -15,6 +15,7 @@ from spilld.offload.record import SEALED, Element
 from .address import check_address, check_endpoint, default_address
 from .errors import ConfigError
 from .fields import Choice, FieldError, Int, Maybe, Reader, Real, Text, readers
+from .guests import MAX_OPEN, MAX_RATE
 from .toml_file import TomlFile
 
 GIB = 2**30
@@ -104,6 +105,8 @@ class Config:
     max_gap_ms: Annotated[float, Real(0, 3600000, above=True)] = 250.0
     max_context: Annotated[int | None, Maybe(Int(1))] = None
     max_queue: Annotated[int, Int(1, 65536)] = 64
+    max_open: Annotated[int, MAX_OPEN] = 32
+    max_rate: Annotated[float, MAX_RATE] = 1000.0
     drain_seconds: Annotated[float, Real(0, 86400)] = 30.0
     read_deadline_s: Annotated[float, Real(0, 86400, above=True)] = 30.0
     threads: Annotated[int | None, Maybe(Int(1, 4096))] = None

@@ -3,6 +3,8 @@
 [alice]
 key = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"  # her public key
 tenant = "hers"                                     # whose sessions and KV she has
+max_open = 4                                        # limits of her own, or those of the configuration
+max_rate = 50
 """
 
 from __future__ import annotations
@@ -15,11 +17,15 @@ from pathlib import Path
 from typing import Annotated
 
 from .errors import AccessDenied, ConfigError
+from .fields import Int, Maybe, Real
 from .keys import Key
 from .protocol import TENANT, Reply, Request, Tenanted
 from .toml_file import TomlFile
 
 log = logging.getLogger(__name__)
+
+MAX_OPEN = Int(1, 65536)
+MAX_RATE = Real(0, 1e6, above=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +34,8 @@ class Guest:
 
     key: Annotated[str, Key()]
     tenant: Annotated[str, TENANT]
+    max_open: Annotated[int | None, Maybe(MAX_OPEN)] = None
+    max_rate: Annotated[float | None, Maybe(MAX_RATE)] = None
 
     def admit(self, message: Request | Reply) -> Request | Reply:
         """The message, as one of this client's tenant. AccessDenied if it names another."""

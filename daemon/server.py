@@ -33,6 +33,7 @@ from .errors import (
     SpilldError,
 )
 from .gate import Gate
+from .limits import Account, Limits
 from .listener import listen
 from .notify import Notifier
 from .protocol import (
@@ -114,6 +115,7 @@ Key = tuple[bytes, str]
 class _InFlight:
     """A request that the service works on for a client."""
 
+    account: str | bytes
     next_seq: int = 0
     heard: bool = True  # its client still waits for events; else only the last is waited for, here
     resumed: bool = False  # another client may have had it, until the first event shows that this one does
@@ -134,12 +136,16 @@ class Server:
         send_queue: int = 16384,
         on_failed: Callable[[str], None] = lambda code: None,
         keys: Path | None = None,
+        max_open: int = 32,
+        max_rate: float = 1000.0,
     ) -> None:
         """send_queue: messages that may wait for a client before it counts as too slow. on_failed: told the
         code of every error that is sent. keys: a folder that `spilld keys` made; clients must then have one
-        of them. ConfigError if something in it is wrong."""
+        of them. ConfigError if something in it is wrong.
+        max_open, max_rate: requests that a client may have open, messages that it may send in a second."""
         self.address = address
         self._gate = None if keys is None else Gate(keys)
+        self._limits = Limits(max_open, max_rate)
         self._drain_seconds = drain_seconds
         self._send_queue = send_queue
         self._on_failed = on_failed
@@ -260,7 +266,9 @@ class Server:
             request_id = message.request_id
             seq = message.next_seq if isinstance(message, Resume) else 0
             guest = None if self._gate is None else self._gate.guest(frames[0])
-            self._handle(client, message if guest is None else guest.admit(message))
+            account = self._limits.account(client, guest)
+            self._limits.count(account, time.monotonic())
+            self._handle(client, message if guest is None else guest.admit(message), account)
         except SpilldError as error:
             self._send(client, Failed.because(error, request_id or error.request_id, seq))
         except Exception:
@@ -268,23 +276,23 @@ class Server:
             bug = InternalError("a bug in spilld; see its log")
             self._send(client, Failed.because(bug, request_id, seq))
 
-    def _handle(self, client: bytes, message: Request | Reply) -> None:
+    def _handle(self, client: bytes, message: Request | Reply, account: Account) -> None:
         match message:
             case Generate():
-                self._start(client, message)
+                self._start(client, message, account)
             case Resume(request_id=request_id, next_seq=next_seq):
                 self._service.resume(client, message)
-                self._running[client, request_id] = _InFlight(next_seq, resumed=True)
+                self._running[client, request_id] = _InFlight(account.name, next_seq, resumed=True)
             case Cancel(request_id=request_id):
                 self._service.cancel(request_id)
             case Release() | ListSessions() | ChangeSession():
-                self._refuse_in_flight(message.request_id)
+                self._refuse(message.request_id, account)
                 self._service.manage(client, message)
-                self._running[client, message.request_id] = _InFlight()
+                self._running[client, message.request_id] = _InFlight(account.name)
             case TransferRequest():
-                self._refuse_in_flight(message.request_id)
+                self._refuse(message.request_id, account)
                 self._service.transfer(client, message)
-                self._running[client, message.request_id] = _InFlight()
+                self._running[client, message.request_id] = _InFlight(account.name)
             case Hello(request_id=request_id):
                 self._send(client, replace(self._service.welcome(), request_id=request_id))
             case Stats(request_id=request_id):
@@ -296,16 +304,19 @@ class Server:
                     "write_transfer, import_session, close_transfer"
                 )
 
-    def _start(self, client: bytes, request: Generate) -> None:
-        self._refuse_in_flight(request.request_id)
+    def _start(self, client: bytes, request: Generate, account: Account) -> None:
+        self._refuse(request.request_id, account)
         if self._drain_asked:
             raise Draining("the daemon is stopping; send the request again in a moment")
         self._service.submit(client, request)
-        self._running[client, request.request_id] = _InFlight()
+        self._running[client, request.request_id] = _InFlight(account.name)
 
-    def _refuse_in_flight(self, request_id: str) -> None:
+    def _refuse(self, request_id: str, account: Account) -> None:
+        """InvalidRequest for an id that is in flight, Overloaded if the account has too many open."""
         if any(name == request_id for _, name in self._running):
             raise InvalidRequest(f"id is {request_id!r}, which is in flight; allowed: 128 random bits")
+        of_it = sum(flight.account == account.name for flight in self._running.values())
+        self._limits.admit(account, of_it)
 
     # events
 

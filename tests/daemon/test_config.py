@@ -93,6 +93,8 @@ def test_sizes(given: object, size: int) -> None:
         ("chunk_tokens", 0, "chunk_tokens is 0; allowed: an integer from 1 to 65536"),
         ("max_context", "many", "max_context is 'many'"),
         ("max_queue", 0, "max_queue is 0"),
+        ("max_open", 0, "max_open is 0; allowed: an integer from 1 to 65536"),
+        ("max_rate", 0, "max_rate is 0; allowed: a finite number above 0"),
         ("drain_seconds", -1, "drain_seconds is -1; allowed: a finite number from 0"),
         ("read_deadline_s", 0, "read_deadline_s is 0; allowed: a finite number above 0"),
         ("threads", 0, "threads is 0"),
