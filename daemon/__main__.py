@@ -1,4 +1,4 @@
-"""The command line: spilld serve | ask | chat | sessions | stats | top | check | demo."""
+"""The command line: spilld serve | ask | chat | sessions | stats | top | keys | check | demo."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from .config import Config
 from .errors import InvalidRequest, SpilldError, Unreachable
+from .keyring import default_folder, make_client, make_server
 
 if TYPE_CHECKING:
     from .client import Client
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sessions(commands.add_parser("sessions", help="list, fork, pin, delete, export or import sessions"))
     _add_stats(commands.add_parser("stats", help="what the daemon is doing, and how full its tiers are"))
     _add_top(commands.add_parser("top", help="the same, live: tiers, requests, tokens a second, stalls"))
+    _add_keys(commands.add_parser("keys", help="make the keys by which clients connect from other machines"))
     _add_check(commands.add_parser("check", help="verify what is stored on disk, while no daemon runs"))
     _add_demo(commands.add_parser("demo", help="a long document, most of its KV on disk, two questions"))
     return parser
@@ -88,6 +90,13 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", help="of the daemon; by default its socket in your runtime directory")
     parser.add_argument("--tenant", default="", help="a secret that separates what is stored for you")
     parser.add_argument(
+        "--keys",
+        type=Path,
+        default=os.environ.get("SPILLD_KEYS") or None,
+        metavar="FILE",
+        help="what `spilld keys --client` made, for a daemon that has keys; by default $SPILLD_KEYS",
+    )
+    parser.add_argument(
         "--wait", type=float, default=30.0, metavar="SECONDS", help="how long for a daemon that starts"
     )
 
@@ -96,7 +105,7 @@ def _client(options: argparse.Namespace) -> Client:
     from .client import Client
 
     def connect(timeout: float) -> Client:
-        return Client(options.address, tenant=options.tenant, connect_timeout=timeout)
+        return Client(options.address, tenant=options.tenant, keys=options.keys, connect_timeout=timeout)
 
     try:
         return connect(min(PATIENCE_S, options.wait))
@@ -232,6 +241,24 @@ def _top(options: argparse.Namespace) -> None:
         raise InvalidRequest(f"--every is {options.every:g}; allowed: seconds above 0")
     with _client(options) as client:
         top(client, options.every, options.once)
+
+
+def _add_keys(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_keys)
+    parser.add_argument("--client", metavar="NAME", help="a key for this client, not the daemon's")
+    parser.add_argument("--tenant", help="whose sessions the client has; by default nobody else's")
+    parser.add_argument("--folder", type=Path, default=default_folder(), help="by default %(default)s")
+
+
+def _keys(options: argparse.Namespace) -> None:
+    if options.client is None:
+        made = make_server(options.folder)
+        print(f'{made}: the daemon\'s key. Set `keys = "{options.folder}"` in its configuration,')
+        print("and authorise clients by `spilld keys --client NAME`")
+    else:
+        made = make_client(options.folder, options.client, options.tenant)
+        print(f"{made}: the key of {options.client}, who may connect from now on. Take the file, unseen, to")
+        print(f"where the client is, and there: `spilld ask --address tcp://HOST:PORT --keys {made.name}`")
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:

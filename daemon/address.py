@@ -1,4 +1,4 @@
-"""Where the daemon listens: an ipc socket, or tcp on the loopback."""
+"""Where the daemon listens: an ipc socket, or tcp, beyond the loopback with keys."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def default_address(environ: Mapping[str, str] = os.environ) -> str:
     return f"ipc://{folder}/spilld.sock"
 
 
-def check_address(address: str) -> str:
-    """The address to bind: ConfigError unless it is ipc:// with a full path or tcp:// on the loopback."""
+def check_address(address: str, *, keyed: bool = False) -> str:
+    """The address to bind: ipc:// with a full path or tcp://, on loopback if not keyed; else ConfigError."""
     if address.startswith("ipc://"):
         path = socket_path(address)
         if not path.is_absolute() or len(os.fsencode(path)) > LONGEST_PATH:
@@ -37,14 +37,15 @@ def check_address(address: str) -> str:
                 f"listen is {address!r}; allowed: ipc:// and a full path of at most {LONGEST_PATH} bytes"
             )
         return address
-    parts = re.fullmatch(r"tcp://(\[[^]]*\]|[^:]*):(\d{1,5}|\*)", address)
-    if parts is None:
-        raise ConfigError(f"listen is {address!r}; allowed: ipc:///path or tcp://127.0.0.1:port")
-    host, port = parts.groups()
-    if not _is_loopback(host) or (port != "*" and int(port) > 65535):
+    parts = re.fullmatch(r"tcp://(\[[^]]*\]|[^:;]+):(\d{1,5}|\*)", address)
+    if parts is None or (parts[2] != "*" and int(parts[2]) > 65535):
         raise ConfigError(
-            f"listen is {address!r}; allowed over tcp: 127.0.0.0/8, localhost or [::1], ports to 65535. The "
-            "protocol has no authentication: reach another machine through an ssh tunnel"
+            f"listen is {address!r}; allowed: ipc:///path or tcp://127.0.0.1:port, ports to 65535"
+        )
+    if not keyed and not _is_loopback(parts[1]):
+        raise ConfigError(
+            f"listen is {address!r}; allowed over tcp without keys: 127.0.0.0/8, localhost or [::1]. For "
+            "other machines make keys by `spilld keys` and set `keys` to their folder"
         )
     return address.replace("//localhost:", "//127.0.0.1:")
 

@@ -74,6 +74,9 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
             drain_seconds=config.drain_seconds,
             open_to_group=config.open_to_group,
             on_failed=metrics.failed,
+            keys=config.keys,
+            max_open=config.max_open,
+            max_rate=config.max_rate,
         ) as server,
         metrics.served(config.metrics),
     ):

@@ -5,6 +5,7 @@ Link moves frames between a socket and this, Client and AsyncClient wait. Times 
 
 from __future__ import annotations
 
+import math
 import operator
 import secrets
 from collections import deque
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from .errors import (
+    AccessDenied,
     DeadlineExceeded,
     InvalidRequest,
     ProtocolError,
@@ -35,6 +37,9 @@ from .protocol import (
     Sampling,
 )
 from .wire import decode, encode
+
+FRESH_S = 1.0
+"""How long it counts that an attempt to connect was ended: others follow within a fifth of that."""
 
 LAST_WORDS_S = 0.1
 """How long what a daemon sent before it went away may still be under way inside libzmq."""
@@ -147,6 +152,9 @@ class Calls:
         self.connect_timeout = connect_timeout
         self.reconnect_s = reconnect_s
         self.connected = False
+        self.refused = False
+        """It will not be connected any more."""
+        self._turned_away = "", 0.0  # why, and until when that is worth telling
         self.closed = False
         self.outbox: deque[list[bytes]] = deque()
         self._calls: dict[str, Call] = {}
@@ -159,6 +167,8 @@ class Calls:
         """Send a request. Raises InvalidRequest or FrameTooLarge before anything is sent."""
         if self.closed:
             raise Unreachable("this client is closed")
+        if self.refused:
+            raise self.unreachable(now)
         frames = encode(request)
         deadline = None if timeout is None else now + timeout
         call = Call(request, deadline=deadline, connect_by=now + self.connect_timeout)
@@ -184,8 +194,8 @@ class Calls:
         if give_up is None or now < give_up:
             return None
         if call.lost_by is not None:
-            return self._gone(call)
-        return self.unreachable()
+            return self._gone(call, now)
+        return self.unreachable(now)
 
     def _give_up(self, call: Call) -> float | None:
         """When the missing link ends a call."""
@@ -261,7 +271,7 @@ class Calls:
         call.changed()
 
     def link_up(self) -> None:
-        self.connected = True
+        self.connected, self._turned_away = True, ("", 0.0)
         for call in self._calls.values():
             if call.lost_by is not None and call.lasts:
                 call.lost_by, call.resuming = None, True
@@ -273,10 +283,19 @@ class Calls:
 
     def link_lost(self, now: float) -> None:
         """The daemon is gone; it may come back, and then knows the generations that it had."""
+        if not self.connected:  # an attempt to connect has failed, no more
+            return
         self.connected = False
         for call in list(self._calls.values()):
             call.lost_by = now + (max(self.reconnect_s, LAST_WORDS_S) if call.lasts else LAST_WORDS_S)
             call.changed()
+
+    def turned_away(self, why: str, now: float, *, final: bool) -> None:
+        """Somebody listens, but ended the attempt to connect. final: libzmq makes no other."""
+        self._turned_away = why, math.inf if final else now + FRESH_S
+        if final:
+            self.refused = True
+            self.end(self.unreachable(now))
 
     def close(self) -> None:
         """Cancel every call; no other can start."""
@@ -286,7 +305,9 @@ class Calls:
         self.closed = True
         self.end(Unreachable("this client was closed"))
 
-    def _gone(self, call: Call) -> Unreachable:
+    def _gone(self, call: Call, now: float) -> SpilldError:
+        if now < self._turned_away[1]:
+            return self.unreachable(now)
         if not call.lasts:
             return Unreachable(f"the daemon at {self.address} went away; its log says why")
         return Unreachable(
@@ -294,7 +315,11 @@ class Calls:
             f"says why. It keeps the request for a while: resume({call.request_id!r})"
         )
 
-    def unreachable(self) -> Unreachable:
+    def unreachable(self, now: float) -> SpilldError:
+        """Why there is no connection."""
+        why, until = self._turned_away
+        if now < until:
+            return AccessDenied(f"the daemon at {self.address} does not let this client in: {why}")
         return Unreachable(
             f"no daemon answered at {self.address} within {self.connect_timeout:g} s; "
             "start one with `spilld serve`"

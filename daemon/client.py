@@ -24,6 +24,7 @@ from .address import default_address
 from .calls import Call, Calls, Options, Promptable, change_request, generate_request
 from .errors import ProtocolError
 from .exchange import Ask, fetch, send
+from .keys import ClientKey
 from .link import Link
 from .protocol import (
     Accepted,
@@ -83,6 +84,9 @@ class Client:
     Any number of generations may be in flight, read in any order. When the daemon goes away, they go on where
     they were once it is back, if that is within reconnect_s seconds. tenant: a secret that separates what is
     stored for this client from all else.
+
+    keys: for a daemon that has keys, the file that `spilld keys --client` made; the tenant is then that of
+    the key. ConfigError if the file cannot be used, AccessDenied if the daemon does not take it or wants one.
     """
 
     def __init__(
@@ -90,22 +94,24 @@ class Client:
         address: str | None = None,
         *,
         tenant: str = "",
+        keys: str | os.PathLike[str] | None = None,
         connect_timeout: float = 2.0,
         reconnect_s: float = 30.0,
     ) -> None:
         self.address = address or default_address()
         self.tenant = tenant
+        self._key = None if keys is None else ClientKey.load(keys)
         self._calls = Calls(self.address, tenant, connect_timeout, reconnect_s)
-        self._link = Link(self._calls)
+        self._link = Link(self._calls, self._key)
         self._thread = threading.get_ident()
         self._poller = zmq.Poller()
         self._poller.register(self._link.socket, zmq.POLLIN)
         self._poller.register(self._link.monitor, zmq.POLLIN)
         connect_by = time.monotonic() + connect_timeout
         while not self._calls.connected:
-            if (left := connect_by - time.monotonic()) <= 0:
+            if (left := connect_by - time.monotonic()) <= 0 or self._calls.refused:
                 self.close()
-                raise self._calls.unreachable()
+                raise self._calls.unreachable(time.monotonic())
             self._wait(left)
 
     def generate(self, prompt: Promptable, **options: Unpack[Options]) -> Generation:
@@ -287,17 +293,19 @@ class AsyncClient:
         address: str | None = None,
         *,
         tenant: str = "",
+        keys: str | os.PathLike[str] | None = None,
         connect_timeout: float = 2.0,
         reconnect_s: float = 30.0,
     ) -> None:
         self.address = address or default_address()
         self.tenant = tenant
+        self._key = None if keys is None else ClientKey.load(keys)
         self._calls = Calls(self.address, tenant, connect_timeout, reconnect_s)
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
         self._connected = asyncio.Event()
-        self._link = Link(self._calls)
+        self._link = Link(self._calls, self._key)
         self._descriptors = (self._link.socket.FD, self._link.monitor.FD)
         for descriptor in self._descriptors:
             self._loop.add_reader(descriptor, self._move)
@@ -305,9 +313,11 @@ class AsyncClient:
             self._move()
             async with asyncio.timeout(self._calls.connect_timeout):
                 await self._connected.wait()
+            if self._calls.refused:
+                raise self._calls.unreachable(time.monotonic())
         except TimeoutError:
             self._close()
-            raise self._calls.unreachable() from None
+            raise self._calls.unreachable(time.monotonic()) from None
         except BaseException:
             self._close()
             raise
@@ -410,7 +420,7 @@ class AsyncClient:
         look again after every send."""
         if self._link.move():
             self._loop.call_soon(self._move)
-        if self._calls.connected:
+        if self._calls.connected or self._calls.refused:
             self._connected.set()
 
     def _cancel(self, call: Call) -> None:

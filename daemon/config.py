@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from spilld.offload.record import SEALED, Element
 
 from .address import check_address, check_endpoint, default_address
 from .errors import ConfigError
-from .fields import Choice, FieldError, Flag, Int, Maybe, Reader, Real, Text, read
+from .fields import Choice, FieldError, Flag, Int, Maybe, Reader, Real, Text, readers
+from .guests import MAX_OPEN, MAX_RATE
+from .toml_file import TomlFile
 
 GIB = 2**30
 
@@ -55,7 +56,7 @@ class Folder(Reader):
 @dataclass(frozen=True)
 class Address(Reader):
     def read(self, value: object, name: str) -> str:
-        return check_address(Text(1).read(value, name))
+        return check_address(Text(1).read(value, name), keyed=True)
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,14 @@ class Config:
     cache: Annotated[Path, Folder()] = field(default_factory=_cache)
     listen: Annotated[str, Address()] = field(default_factory=default_address)
     open_to_group: Annotated[bool, Flag()] = False
+    keys: Annotated[Path | None, Maybe(Folder())] = None
     metrics: Annotated[str | None, Maybe(Endpoint())] = None
     chunk_tokens: Annotated[int, Int(1, 65536)] = 512
     max_gap_ms: Annotated[float, Real(0, 3600000, above=True)] = 250.0
     max_context: Annotated[int | None, Maybe(Int(1))] = None
     max_queue: Annotated[int, Int(1, 65536)] = 64
+    max_open: Annotated[int, MAX_OPEN] = 32
+    max_rate: Annotated[float, MAX_RATE] = 1000.0
     drain_seconds: Annotated[float, Real(0, 86400)] = 30.0
     read_deadline_s: Annotated[float, Real(0, 86400, above=True)] = 30.0
     threads: Annotated[int | None, Maybe(Int(1, 4096))] = None
@@ -114,23 +118,30 @@ class Config:
     def load(cls, path: Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:
         """The defaults, changed by a TOML file, changed by `overrides`; an override of None is one not given.
 
-        Raises ConfigError that names the key, its value and what is allowed.
+        Raises ConfigError that names the key, its value, what is allowed, and the line if it is in the file.
         """
-        values = _parse(path) if path is not None else {}
-        values |= {name: value for name, value in (overrides or {}).items() if value is not None}
-        known = [setting.name for setting in fields(cls)]
+        file = TomlFile(path) if path is not None else None
+        given = {name: value for name, value in (overrides or {}).items() if value is not None}
+        values = (file.values if file is not None else {}) | given
+
+        def where(name: str) -> str:
+            return "" if file is None or name in given else f"{file.where(name)}: "
+
+        kind: type = cls
+        known = readers(kind)
         if unknown := sorted(values.keys() - known):
-            raise ConfigError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(known)}")
+            raise ConfigError(
+                f"{where(unknown[0])}unknown setting {unknown[0]!r}; allowed: {', '.join(known)}"
+            )
+        fit: dict[str, Any] = {}
+        for name, value in values.items():
+            try:
+                fit[name] = known[name].read(value, name)
+            except (FieldError, ConfigError) as error:
+                raise ConfigError(f"{where(name)}{error}") from None
+        config = cls(**fit)
         try:
-            return read(cls, values)
-        except FieldError as error:
-            raise ConfigError(str(error)) from None
-
-
-def _parse(path: Path) -> dict[str, object]:
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # TOML syntax, or not UTF-8
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+            check_address(config.listen, keyed=config.keys is not None)
+        except ConfigError as error:
+            raise ConfigError(f"{where('listen')}{error}") from None
+        return config

@@ -15,6 +15,7 @@ SpilldError                   code (stable, on the wire), message, retryable
 ├── DeadlineExceeded          deadline_exceeded
 ├── Draining                  draining             the daemon is stopping (retryable)
 ├── Overloaded                overloaded           queue or store is full now (retryable)
+├── AccessDenied              access_denied        the client's key, or the lack of one, does not allow this
 ├── StorageFailed             storage_failed       KV was lost and recomputing did not help
 ├── InternalError             internal             a bug in spilld
 ├── ConfigError               config               the daemon cannot start like this
@@ -103,6 +104,10 @@ class Draining(SpilldError):
 class Overloaded(SpilldError):
     code = "overloaded"
     retryable = True
+
+
+class AccessDenied(SpilldError):
+    code = "access_denied"
 
 
 class StorageFailed(SpilldError):

@@ -24,6 +24,7 @@ class FieldError(ValueError):
 
     def __init__(self, name: str, given: object, allowed: str) -> None:
         super().__init__(f"{name} is {reprlib.repr(given)}; allowed: {allowed}")
+        self.name = name
 
 
 class Reader(ABC):

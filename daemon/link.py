@@ -9,6 +9,7 @@ import zmq
 
 from .calls import Calls
 from .errors import ConfigError
+from .keys import ClientKey
 from .protocol import MAX_FRAME_BYTES
 
 BATCH = 256
@@ -17,18 +18,41 @@ BATCH = 256
 LINGER_MS = 200
 """How long a cancel may take to leave once the socket is closed."""
 
+SEEN = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_DISCONNECTED
+)
+
+BEGINNING = "`spilld keys --client NAME`, where the daemon runs,"
+
+NO_KEY = f"it wants a key. {BEGINNING} makes a file: give it as keys=FILE, --keys FILE or $SPILLD_KEYS"
+UNKNOWN_KEY = f"its clients.toml does not have this client's key. {BEGINNING} makes one that it knows"
+WRONG_SERVER = (
+    f"it has no keys, or another than this client's key file says. {BEGINNING} makes a file that fits"
+)
+
 
 class Link:
-    def __init__(self, calls: Calls) -> None:
+    """key: for a daemon that has keys."""
+
+    def __init__(self, calls: Calls, key: ClientKey | None = None) -> None:
         self._calls = calls
+        self._keyed = key is not None
         self._sending = False
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, LINGER_MS)
         self.socket.setsockopt(zmq.SNDHWM, 0)  # a send never blocks
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_FRAME_BYTES)
         self.socket.setsockopt(zmq.IPV6, int("[" in calls.address))
-        seen = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        self.monitor: zmq.Socket[bytes] = self.socket.get_monitor_socket(seen)
+        if key is not None:
+            self.socket.setsockopt(zmq.CURVE_SERVERKEY, key.server.encode())
+            self.socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public.encode())
+            self.socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret.encode())
+        self.monitor: zmq.Socket[bytes] = self.socket.get_monitor_socket(SEEN)
+        self.monitor.setsockopt(zmq.RCVHWM, 0)  # where it is full, libzmq stops, for all sockets
         try:
             self.socket.connect(calls.address)
         except zmq.ZMQError as error:
@@ -62,6 +86,16 @@ class Link:
                 self._calls.link_up()
             elif event == zmq.EVENT_DISCONNECTED:
                 self._calls.link_lost(time.monotonic())
+            else:
+                self._turned_away(event)
+
+    def _turned_away(self, event: int) -> None:
+        """libzmq connects again only where the other side closed without a word."""
+        why = WRONG_SERVER if self._keyed else NO_KEY
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            why = UNKNOWN_KEY
+        final = event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        self._calls.turned_away(why, time.monotonic(), final=final)
 
     def _take(self) -> bool:
         for _ in range(BATCH):

@@ -1,13 +1,14 @@
-"""The listening socket: a zmq ROUTER, and for ipc the file that nobody else may replace."""
+"""The listening socket: a zmq ROUTER, behind a gate or not, and for ipc a file that only we may replace."""
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import socket
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -15,30 +16,43 @@ import zmq
 
 from .address import check_address, socket_path
 from .errors import ConfigError
+from .gate import Gate
 from .protocol import MAX_FRAME_BYTES
+
+log = logging.getLogger(__name__)
 
 LINGER_MS = 500
 """How long the last words to slow clients may take when the daemon ends."""
 
 
 @contextmanager
-def listen(address: str, send_queue: int, *, open_to_group: bool = False) -> Iterator[zmq.Socket[bytes]]:
-    """A bound ROUTER that keeps at most send_queue messages for a client. ConfigError if it cannot be had.
+def listen(
+    address: str, send_queue: int, gate: Gate | None = None, *, open_to_group: bool = False
+) -> Iterator[zmq.Socket[bytes]]:
+    """A bound ROUTER that keeps at most send_queue messages for a client; without a gate all may connect who
+    can reach the address. ConfigError if it cannot be had.
 
     An ipc socket is its owner's alone, or its group's, too.
     """
-    mask = 0o117 if open_to_group else 0o177
-    if check_address(address).startswith("ipc://"):
-        with SocketFile(socket_path(address)), _router(address, send_queue, mask) as router:
-            yield router
-    else:
-        with _router(address, send_queue, mask) as router:
-            yield router
+    ipc = check_address(address, keyed=gate is not None).startswith("ipc://")
+    if gate is None and not ipc:
+        log.warning("every user of this machine can connect to %s; to change that: `spilld keys`", address)
+    with (
+        SocketFile(socket_path(address)) if ipc else nullcontext(),
+        _router(address, send_queue, gate, 0o117 if open_to_group else 0o177) as router,
+    ):
+        yield router
 
 
 @contextmanager
-def _router(address: str, send_queue: int, mask: int) -> Iterator[zmq.Socket[bytes]]:
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+def _router(address: str, send_queue: int, gate: Gate | None, mask: int) -> Iterator[zmq.Socket[bytes]]:
+    with ExitStack() as stack:
+        context = stack.enter_context(zmq.Context())
+        if gate is not None:
+            stack.enter_context(gate.answering(context))
+        router = stack.enter_context(context.socket(zmq.ROUTER))
+        if gate is not None:
+            gate.lock(router)
         router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         router.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_FRAME_BYTES)
         router.setsockopt(zmq.SNDHWM, send_queue)

@@ -422,6 +422,9 @@ Request = (
     Generate | Resume | Cancel | Release | ListSessions | ChangeSession | Hello | Stats | TransferRequest
 )
 
+Tenanted = Generate | Resume | Release | ListSessions | ChangeSession | ExportSession | ImportSession
+"""The requests that name a tenant."""
+
 TYPES: dict[str, type] = {
     "generate": Generate,
     "resume": Resume,

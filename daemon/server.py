@@ -14,9 +14,10 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Protocol, Self
 
@@ -31,6 +32,8 @@ from .errors import (
     ProtocolError,
     SpilldError,
 )
+from .gate import Gate
+from .limits import Account, Limits
 from .listener import listen
 from .notify import Notifier
 from .protocol import (
@@ -116,6 +119,7 @@ Key = tuple[bytes, str]
 class _InFlight:
     """A request that the service works on for a client."""
 
+    account: str | bytes
     next_seq: int = 0
     heard: bool = True  # its client still waits for events; else only the last is waited for, here
     resumed: bool = False  # another client may have had it, until the first event shows that this one does
@@ -138,10 +142,20 @@ class Server:
         send_queue: int = 16384,
         open_to_group: bool = False,
         on_failed: Callable[[str], None] = lambda code: None,
+        keys: Path | None = None,
+        max_open: int = 32,
+        max_rate: float = 1000.0,
     ) -> None:
         """send_queue: messages that may wait for a client before it counts as too slow. open_to_group: the
-        socket is its owner's group's, too. on_failed: told the code of every error that is sent."""
+        socket is its owner's group's, too. on_failed: told the code of every error that is sent. keys: a
+        folder that `spilld keys` made; clients must then have one of them. max_open, max_rate: requests that
+        a client may have open, messages that it may send in a second.
+
+        ConfigError if something in the folder of keys is wrong.
+        """
         self.address = address
+        self._gate = None if keys is None else Gate(keys)
+        self._limits = Limits(max_open, max_rate)
         self._open_to_group = open_to_group
         self.drain_seconds = drain_seconds
         self._send_queue = send_queue
@@ -183,7 +197,7 @@ class Server:
 
     def __enter__(self) -> Self:
         """Listen; requests wait until `run`. ConfigError if the address cannot be had."""
-        listening = listen(self.address, self._send_queue, open_to_group=self._open_to_group)
+        listening = listen(self.address, self._send_queue, self._gate, open_to_group=self._open_to_group)
         self._router = self._open.enter_context(listening)
         self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         return self
@@ -269,37 +283,46 @@ class Server:
     def _receive(self) -> None:
         for _ in range(BATCH):
             try:
-                client, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+                client, *frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            request_id = ""
-            try:
-                message = decode(frames)
-                request_id = message.request_id
-                self._handle(client, message)
-            except SpilldError as error:
-                self._send(client, Failed.because(error, request_id or error.request_id))
-            except Exception:
-                log.exception("request %r failed", request_id)
-                self._send(client, Failed.because(InternalError("a bug in spilld; see its log"), request_id))
+            self._take(client.bytes, frames)
 
-    def _handle(self, client: bytes, message: Request | Reply) -> None:
+    def _take(self, client: bytes, frames: Sequence[zmq.Frame]) -> None:
+        """One message of a client."""
+        request_id, seq = "", 0
+        try:
+            message = decode([frame.bytes for frame in frames])
+            request_id = message.request_id
+            seq = message.next_seq if isinstance(message, Resume) else 0
+            guest = None if self._gate is None else self._gate.guest(frames[0])
+            account = self._limits.account(client, guest)
+            self._limits.count(account, time.monotonic())
+            self._handle(client, message if guest is None else guest.admit(message), account)
+        except SpilldError as error:
+            self._send(client, Failed.because(error, request_id or error.request_id, seq))
+        except Exception:
+            log.exception("request %r failed", request_id)
+            bug = InternalError("a bug in spilld; see its log")
+            self._send(client, Failed.because(bug, request_id, seq))
+
+    def _handle(self, client: bytes, message: Request | Reply, account: Account) -> None:
         match message:
             case Generate():
-                self._start(client, message)
-            case Resume():
+                self._start(client, message, account)
+            case Resume(request_id=request_id, next_seq=next_seq):
                 self._service.resume(client, message)
-                self._running[client, message.request_id] = _InFlight(message.next_seq, resumed=True)
+                self._running[client, request_id] = _InFlight(account.name, next_seq, resumed=True)
             case Cancel(request_id=request_id):
                 self._service.cancel(request_id)
             case Release() | ListSessions() | ChangeSession():
-                self._refuse_in_flight(message.request_id)
+                self._refuse(message.request_id, account)
                 self._service.manage(client, message)
-                self._running[client, message.request_id] = _InFlight()
+                self._running[client, message.request_id] = _InFlight(account.name)
             case TransferRequest():
-                self._refuse_in_flight(message.request_id)
+                self._refuse(message.request_id, account)
                 self._service.transfer(client, message)
-                self._running[client, message.request_id] = _InFlight()
+                self._running[client, message.request_id] = _InFlight(account.name)
             case Hello(request_id=request_id):
                 self._send(client, replace(self._service.welcome(), request_id=request_id))
             case Stats(request_id=request_id):
@@ -311,16 +334,19 @@ class Server:
                     "write_transfer, import_session, close_transfer"
                 )
 
-    def _start(self, client: bytes, request: Generate) -> None:
-        self._refuse_in_flight(request.request_id)
+    def _start(self, client: bytes, request: Generate, account: Account) -> None:
+        self._refuse(request.request_id, account)
         if self._drain_asked:
             raise Draining("the daemon is stopping; send the request again in a moment")
         self._service.submit(client, request)
-        self._running[client, request.request_id] = _InFlight()
+        self._running[client, request.request_id] = _InFlight(account.name)
 
-    def _refuse_in_flight(self, request_id: str) -> None:
+    def _refuse(self, request_id: str, account: Account) -> None:
+        """InvalidRequest for an id that is in flight, Overloaded if the account has too many open."""
         if any(name == request_id for _, name in self._running):
             raise InvalidRequest(f"id is {request_id!r}, which is in flight; allowed: 128 random bits")
+        of_it = sum(flight.account == account.name for flight in self._running.values())
+        self._limits.admit(account, of_it)
 
     # events
 

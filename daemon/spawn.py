@@ -35,8 +35,9 @@ class Spawned:
 
 
 @contextmanager
-def spawned(settings: Mapping[str, object]) -> Iterator[Spawned]:
-    """A running daemon with these settings (names as in Config); it has ended when the context has.
+def spawned(settings: Mapping[str, object], key: Path | None = None) -> Iterator[Spawned]:
+    """A running daemon with these settings (names as in Config); it has ended when the context has. key: a
+    client's key file, where the daemon has keys.
 
     Raises InternalError with the end of its log if it does not start.
     """
@@ -49,17 +50,17 @@ def spawned(settings: Mapping[str, object]) -> Iterator[Spawned]:
         with log.open("wb") as output:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
-            _await(process, address, log)
+            _await(process, address, key, log)
             yield Spawned(address, process.pid, log)
         finally:
             _end(process)
 
 
-def _await(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+def _await(process: subprocess.Popen[bytes], address: str, key: Path | None, log: Path) -> None:
     give_up = time.monotonic() + START_S
     while time.monotonic() < give_up and process.poll() is None:
         try:
-            with Client(address, connect_timeout=1.0) as client:
+            with Client(address, keys=key, connect_timeout=1.0) as client:
                 client.hello()
                 return
         except (Unreachable, DeadlineExceeded):  # still loading

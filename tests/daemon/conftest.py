@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,7 @@ class Echo:
     resumed: list[Resume] = field(default_factory=list)
     submitted: list[Generate] = field(default_factory=list)
     managed: list[Release | ListSessions | ChangeSession] = field(default_factory=list)
+    transferred: list[TransferRequest] = field(default_factory=list)
     draining: bool = False
     stopped: bool = False
     moved: int = 0
@@ -136,6 +138,7 @@ class Echo:
         self.post(client, Failed.because(reply, name) if isinstance(reply, SpilldError) else reply)
 
     def transfer(self, client: bytes, request: TransferRequest) -> None:
+        self.transferred.append(request)
         self.post(client, Failed.because(InvalidRequest("an echo keeps nothing"), request.request_id))
 
     def _answer(self, request: Release | ListSessions | ChangeSession) -> Reply | SpilldError:
@@ -239,8 +242,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """start(address=..., **options of Server) begins to serve; all is stopped at the end of the test."""
     with ExitStack() as stack:
 
-        def begin(address: str = f"ipc://{tmp_path}/s", **options: float) -> Running:
-            server = stack.enter_context(Server(address, **options))  # type: ignore[arg-type]
+        def begin(address: str = f"ipc://{tmp_path}/s", **options: Any) -> Running:
+            server = stack.enter_context(Server(address, **options))
             echo = Echo(server.post)
             thread = threading.Thread(target=server.run, args=(echo,))
             running = Running(server, echo, thread)

@@ -74,6 +74,7 @@ class TestServeThatCannotStart:
             ("--state=relative", ["state", "a full path"]),
             ("--listen=nowhere", ["listen", "nowhere"]),
             ("--metrics=0.0.0.0:9470", ["metrics", "0.0.0.0:9470", "loopback"]),
+            ("--listen=tcp://0.0.0.0:1", ["listen", "without keys", "`spilld keys`"]),
             ("--config=/no/such/file", ["/no/such/file"]),
         ],
     )
@@ -102,6 +103,10 @@ class TestServeThatCannotStart:
     ) -> None:
         assert main(serve(tmp_path, f"--model={model.folder}", option)) == 1
         self.check(capsys.readouterr().err, words)
+
+    def test_keys_that_are_not_there(self, tmp_path: Path, capsys: Any) -> None:
+        assert main(serve(tmp_path, f"--keys={tmp_path}/none")) == 1
+        self.check(capsys.readouterr().err, [f"cannot read {tmp_path}/none/server.key"])
 
     def test_a_corrupt_folder(self, model: Model, tmp_path: Path, capsys: Any) -> None:
         folder = corrupt(model, tmp_path / "broken")

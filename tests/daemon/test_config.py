@@ -89,6 +89,8 @@ def test_sizes(given: object, size: int) -> None:
         ("chunk_tokens", 0, "chunk_tokens is 0; allowed: an integer from 1 to 65536"),
         ("max_context", "many", "max_context is 'many'"),
         ("max_queue", 0, "max_queue is 0"),
+        ("max_open", 0, "max_open is 0; allowed: an integer from 1 to 65536"),
+        ("max_rate", 0, "max_rate is 0; allowed: a finite number above 0"),
         ("drain_seconds", -1, "drain_seconds is -1; allowed: a finite number from 0"),
         ("read_deadline_s", 0, "read_deadline_s is 0; allowed: a finite number above 0"),
         ("threads", 0, "threads is 0"),
@@ -106,8 +108,23 @@ def test_bad_settings_are_named(tmp_path: Path, key: str, value: object, says: s
     assert says in str(caught.value)
     literal = repr(value).replace("True", "true").replace("'", '"')
     with pytest.raises(ConfigError) as caught:
-        Config.load(write(tmp_path, f"{key} = {literal}"))
-    assert says in str(caught.value)
+        Config.load(write(tmp_path, f"# here\n\n{key} = {literal}\n"))
+    assert str(caught.value).startswith(f"{tmp_path}/spilld.toml, line 3: {says}")
+
+
+def test_a_wrong_value_is_named_where_it_is(tmp_path: Path) -> None:
+    """Whatever line of the example is made wrong; an option of the command line has no line."""
+    lines = re.sub(r"^# ([a-z_]+ = )", r"\1", EXAMPLE.read_text(), flags=re.M).split("\n")
+    for number, line in enumerate(lines, 1):
+        if setting := re.match(r"[a-z_]+(?= = )", line):
+            wrong = [*lines[: number - 1], f"{setting[0]} = [", "]", *lines[number:]]
+            path = write(tmp_path, "\n".join(wrong))
+            with pytest.raises(ConfigError) as caught:
+                Config.load(path)
+            assert str(caught.value).startswith(f"{path}, line {number}: {setting[0]} is []; allowed: ")
+            with pytest.raises(ConfigError) as caught:
+                Config.load(path, {setting[0]: []})
+            assert str(caught.value).startswith(f"{setting[0]} is []; allowed: ")
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -116,8 +133,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is not TOML: .*line 2"):
         Config.load(write(tmp_path, 'model = "a"\nhost_budget = GiB\n'))
     (tmp_path / "latin").write_bytes(b'model = "\xff"')
-    with pytest.raises(ConfigError, match="is not TOML"):
+    with pytest.raises(ConfigError, match="is not TOML: line 1 is not UTF-8"):
         Config.load(tmp_path / "latin")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        Config.load(write(tmp_path, "model = " + "[" * 100_000))
 
 
 def test_folders_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +173,7 @@ def test_default_address(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_good_addresses(given: str) -> None:
-    assert check_address(given) == given
+    assert check_address(given) == check_address(given, keyed=True) == given
 
 
 @pytest.mark.parametrize(
@@ -183,6 +202,15 @@ def test_bad_addresses(given: str) -> None:
         check_address(given)
     assert repr(given) in str(caught.value)
     assert "allowed" in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["tcp://0.0.0.0:80", "tcp://*:80", "tcp://[::]:*", "tcp://eth0:80"])
+def test_addresses_that_need_keys(tmp_path: Path, given: str) -> None:
+    assert check_address(given, keyed=True) == given
+    path = write(tmp_path, f'listen = "{given}"')
+    with pytest.raises(ConfigError, match=r"without keys.*`spilld keys`"):
+        Config.load(path)
+    assert Config.load(path, {"keys": "/etc/spilld/keys"}).listen == given
 
 
 @pytest.mark.parametrize("given", ["127.0.0.1:9470", "127.9.9.9:0", "[::1]:65535"])

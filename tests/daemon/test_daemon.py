@@ -19,14 +19,17 @@ import zmq
 
 from spilld.daemon.client import AsyncClient, Client, Done, Token
 from spilld.daemon.errors import (
+    AccessDenied,
     ContextNotFound,
     DeadlineExceeded,
     Draining,
     InternalError,
     InvalidRequest,
+    Overloaded,
     PromptTooLong,
     Unreachable,
 )
+from spilld.daemon.keyring import make_client, make_server
 from spilld.daemon.model import Model
 from spilld.daemon.spawn import Spawned, spawned
 
@@ -271,6 +274,33 @@ def test_the_second_signal_stops_at_once(model: Model) -> None:
             generation.text()
         assert ends(running, 10) == 0
         assert "Traceback" not in running.log.read_text()
+
+
+def test_keys_have_tenants_and_limits(model: Model, tmp_path: Path) -> None:
+    make_server(tmp_path / "keys")
+    alice, laptop = (
+        make_client(tmp_path / "keys", "alice", "a"),
+        make_client(tmp_path / "keys", "laptop", "a"),
+    )
+    bob = make_client(tmp_path / "keys", "bob")
+    settings = {"model": model.folder, "cache": model.folder / "cache", "dtype": "float32", "threads": 1}
+    with (
+        spawned({**settings, "keys": tmp_path / "keys", "max_open": 1}, bob) as running,
+        Client(running.address, keys=alice) as client,
+    ):
+        client.generate("hello", session="notes", max_tokens=5, ignore_eos=True).text()
+        with Client(running.address, keys=laptop) as other:
+            assert [info.name for info in other.sessions()] == ["notes"]
+        with Client(running.address, keys=bob) as other:
+            assert other.sessions() == ()
+        with Client(running.address, keys=bob, tenant="a") as liar, pytest.raises(AccessDenied):
+            liar.sessions()
+        with pytest.raises(AccessDenied, match="wants a key"):
+            Client(running.address)
+        held = client.generate("hello", max_tokens=LONG, ignore_eos=True)
+        first_token(held)
+        with pytest.raises(Overloaded, match="1 requests of this client"):
+            client.generate("hello").text()
 
 
 def test_a_daemon_that_does_not_start_says_why(tmp_path: Path) -> None:
