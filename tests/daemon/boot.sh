@@ -4,11 +4,11 @@
 # PYTHON is where the venv's interpreter lies.
 # To be run by `unshare --mount --pid --fork --cgroup --net --uts --ipc`, as root, in a cgroup of its own.
 set -eu
-stage=$1 venv=$2 python=$3 here=/run/spilld-boot
+stage=$1 venv=$2 python=$3 here=$1/machine
 mount --make-rprivate /
-mkdir -p $here
-mount -t tmpfs tmpfs $here
-cd $here
+mkdir "$here"
+mount -t tmpfs tmpfs "$here"
+cd "$here"
 mkdir root root-work venv-work
 cp -a "$stage/root" root-up
 cp -a "$stage/venv" venv-up
