@@ -1,7 +1,8 @@
 """The ROUTER side: requests in, events out. It knows clients and request ids, nothing of models.
 
 The loop runs in one thread and blocks only in its poll. The service works in threads of its own and hands
-events to `Server.post`, which wakes the poll through an eventfd.
+events to `Server.post`, which wakes the poll through a pipe. Signals wake it so, too: one that comes just
+before the poll would else wait until it ends.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -168,8 +169,9 @@ class Server:
         self._drain_by: float | None = None
         self._open = ExitStack()  # what `close` has to undo
         # closed with the object, not with the socket: a late post must not write into a reused descriptor
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        weakref.finalize(self, os.close, self._wake_fd)
+        self._woken_fd, self._wake_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        for end in (self._woken_fd, self._wake_fd):
+            weakref.finalize(self, os.close, end)
 
     def post(self, client: bytes, event: Reply) -> None:
         """Send an event to a client; from any thread. Dropped if its request is no longer running."""
@@ -193,7 +195,8 @@ class Server:
         self._wake()
 
     def _wake(self) -> None:
-        os.eventfd_write(self._wake_fd, 1)
+        with suppress(BlockingIOError):  # it is full: the poll will wake
+            os.write(self._wake_fd, b"\0")
 
     def __enter__(self) -> Self:
         """Listen; requests wait until `run`. ConfigError if the address cannot be had."""
@@ -225,13 +228,13 @@ class Server:
     def _startup(self) -> None:
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
-        self._poller.register(self._wake_fd, zmq.POLLIN)
+        self._poller.register(self._woken_fd, zmq.POLLIN)
         self.notifier.ready()
 
     def _turn(self) -> None:
         ready = dict(self._poller.poll(math.ceil(self._patience_s() * 1000)))
-        if self._wake_fd in ready:
-            os.eventfd_read(self._wake_fd)
+        if self._woken_fd in ready:
+            os.read(self._woken_fd, 65536)
         if self._router in ready:
             self._receive()
         self._deliver()
@@ -433,9 +436,11 @@ class Server:
         if self._on_reload is not None:
             handlers[signal.SIGHUP] = self._on_hangup
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        wakes = signal.set_wakeup_fd(self._wake_fd, warn_on_full_buffer=False)
         try:
             yield
         finally:
+            signal.set_wakeup_fd(wakes)
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -426,15 +426,26 @@ class Daemon:
         return self.process.wait(10)
 
 
+ASIDE = """
+import runpy, signal, sys, threading, time
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a program whose main thread is not interrupted by SIGTERM: another takes it."""
+
+
 @contextmanager
-def daemon(tmp_path: Path, *, drain_s: float, pace_s: float) -> Iterator[Daemon]:
+def daemon(tmp_path: Path, *, drain_s: float, pace_s: float, aside: bool = False) -> Iterator[Daemon]:
     address = f"ipc://{tmp_path}/d"
     conftest = Path(__file__).with_name("conftest.py")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         notify.bind(str(tmp_path / "notify"))
         notify.settimeout(10)
         environment = os.environ | {"NOTIFY_SOCKET": str(tmp_path / "notify")}
-        command = [sys.executable, str(conftest), address, str(drain_s), str(pace_s)]
+        program = ["-c", ASIDE, str(conftest)] if aside else [str(conftest)]
+        command = [sys.executable, *program, address, str(drain_s), str(pace_s)]
         with subprocess.Popen(command, env=environment) as process:
             try:
                 running = Daemon(address, process, notify)
@@ -459,6 +470,15 @@ def test_first_signal_drains(tmp_path: Path) -> None:
         assert isinstance(dealer.to_the_end()[-1], Done)
         assert running.ends() == 0
     assert not (tmp_path / "d").exists()
+
+
+def test_a_signal_that_does_not_interrupt_the_poll_wakes_it(tmp_path: Path) -> None:
+    """As one does that comes just before the poll: it was noticed up to a minute later."""
+    with daemon(tmp_path, drain_s=20, pace_s=0, aside=True) as running:
+        time.sleep(0.3)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.told() == "STOPPING=1"
+        assert running.ends() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
