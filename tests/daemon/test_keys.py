@@ -183,7 +183,8 @@ def test_key_files_that_others_can_read(keys: Path) -> None:
         Server(LOOPBACK, keys=keys)
 
 
-KEY = zmq.curve_keypair()[0].decode()
+KEY = "q*7#9jp65M@BGabMhgEuHUIEHqbcdB<s2)EURP-Y"
+"""A public key; always the same, since it is part of the tests' names."""
 
 
 @pytest.mark.parametrize(
