@@ -21,6 +21,9 @@ from .protocol import (
     Request,
 )
 
+SMALL_BYTES = 2048
+"""Whatever lists in so short a body claim, it is soon found out."""
+
 _NAMES = {cls: name for name, cls in TYPES.items()}
 
 _PROMPTS: dict[str, Reader] = {"tokens": Ints(TOKEN), "text": Text(), "messages": Many(Struct(Message))}
@@ -80,12 +83,22 @@ def _unpack(frames: Sequence[bytes]) -> dict[str, object]:
     if len(header) != len(MAGIC) + 1 or not header.startswith(MAGIC):
         raise ProtocolError(f"frame 0 is {header[:16]!r}; allowed: {MAGIC!r} and one version byte")
     try:
+        if len(body) > SMALL_BYTES:
+            _walk(body)
         fields = msgpack.unpackb(body)
     except (ValueError, msgpack.UnpackException) as error:
         raise ProtocolError(f"frame 1 is not msgpack: {error}") from error
     if not isinstance(fields, dict):
         raise ProtocolError(f"frame 1 is a {type(fields).__name__}; allowed: a map")
     return fields
+
+
+def _walk(body: bytes) -> None:
+    """Raises what unpackb raises for a body that is cut short or too deep, before it makes anything of it: in
+    one that is whole, no list claims more items than there are bytes, however lists are nested."""
+    walker = msgpack.Unpacker(read_size=max(1, len(body)), max_buffer_size=MAX_FRAME_BYTES)
+    walker.feed(body)
+    walker.skip()
 
 
 def _build(fields: Mapping[str, object]) -> Request | Reply:

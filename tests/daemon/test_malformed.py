@@ -1,0 +1,295 @@
+"""Frames that are no messages, against decode and against a server: an answer, typed, and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import os
+import random
+import socket
+import struct
+import time
+import tracemalloc
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgpack
+import pytest
+import zmq
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spilld.daemon.errors import InvalidRequest, ProtocolError
+from spilld.daemon.protocol import (
+    MAX_FRAME_BYTES,
+    TYPES,
+    Cancel,
+    ChangeSession,
+    CloseTransfer,
+    ExportSession,
+    Failed,
+    Generate,
+    Hello,
+    ImportSession,
+    ListSessions,
+    Message,
+    OpenTransfer,
+    ReadTransfer,
+    Release,
+    Reply,
+    Request,
+    Resume,
+    Sampling,
+    Stats,
+    Welcome,
+    WriteTransfer,
+)
+from spilld.daemon.wire import decode, encode
+
+from .mutate import LIES, mutated
+from .test_protocol import MESSAGES
+
+if TYPE_CHECKING:
+    from tests.daemon.conftest import Running, Start
+
+HEADER = b"spilld\x00\x01"
+
+REQUESTS: list[Request] = [
+    Generate(request_id="a", prompt=tuple(range(0, 200000, 997))),
+    Generate(request_id="b", prompt="Once upon a time", session="s", stop=("x",), logprobs=3, deadline_s=2.5),
+    Generate(
+        request_id="c",
+        prompt=(Message(role="user", content="hi"), Message(role="assistant", content="ho")),
+        sampling=Sampling(temperature=0.5, top_k=5, top_p=0.9, seed=2**64 - 1),
+        keep=True,
+    ),
+    Resume(request_id="d", next_seq=12),
+    Cancel(request_id="e"),
+    Release(request_id="f", context="c" * 32),
+    ListSessions(request_id="g", tenant="t"),
+    ChangeSession(request_id="h", session="s", action="fork", into="t", tokens=5, ttl_s=1.5),
+    Hello(request_id="i"),
+    Stats(request_id="j"),
+    ExportSession(request_id="k", session="s"),
+    OpenTransfer(request_id="l", nbytes=2**40),
+    ReadTransfer(request_id="m", transfer="0" * 32, offset=4096),
+    WriteTransfer(request_id="n", transfer="0" * 32, offset=0, data=bytes(300)),
+    ImportSession(request_id="o", transfer="0" * 32, session="s"),
+    CloseTransfer(request_id="p", transfer="0" * 32),
+]
+FRAMES = [encode(request) for request in REQUESTS]
+BODIES = [frames[1] for frames in FRAMES]
+DRAWS = st.integers(0, 2**64 - 1).map(random.Random)
+
+
+def check_decode(frames: Sequence[bytes]) -> None:
+    """A message of a known type, or an error of the protocol's own."""
+    try:
+        message = decode(frames)
+    except (InvalidRequest, ProtocolError) as error:
+        assert error.message  # noqa: PT017 (a message is as good)
+        assert len(error.message) < 1000, "what was sent is not sent back"  # noqa: PT017
+    else:
+        assert type(message) in TYPES.values()
+        assert 1 <= len(message.request_id) <= 64 or isinstance(message, Reply)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(message=st.one_of(*MESSAGES.values()), draw=DRAWS)
+def test_decode(message: Request | Reply, draw: random.Random) -> None:
+    check_decode(mutated(encode(message), BODIES, draw))
+
+
+def claims(count: int, head: bytes = b"\xdd\x00\xff\xff\xff") -> bytes:
+    """A message in which lists within lists claim more items than there are, as large as a frame may be."""
+    body = b"\x83\xa4type\xa5stats\xa2id\xa1a\xa1x" + head * count
+    return body + bytes(MAX_FRAME_BYTES - len(body))
+
+
+@pytest.mark.parametrize("body", [claims(500), claims(2000), claims(500, b"\xdf\x00\x7f\xff\xff\xa0")])
+def test_what_is_claimed_is_not_allocated(body: bytes) -> None:
+    """Each of the lists would take 128 MiB, to be cleared and freed again."""
+    tracemalloc.start()
+    try:
+        began = time.perf_counter()
+        with pytest.raises(ProtocolError):
+            decode([HEADER, body])
+        seconds, (_, peak) = time.perf_counter() - began, tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * MAX_FRAME_BYTES
+    assert seconds < 5
+
+
+@pytest.mark.parametrize("lie", LIES, ids=bytes.hex)
+def test_a_short_lie_costs_nothing(lie: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError):
+            decode([HEADER, b"\x83\xa4type\xa5stats\xa2id\xa1a\xa1x" + lie + b"abc"])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 100_000
+
+
+@pytest.mark.parametrize(("depth", "allowed"), [(500, True), (1100, False), (10**6, False)])
+def test_nesting(depth: int, allowed: bool) -> None:
+    body = b"\x83\xa4type\xa5stats\xa2id\xa1a\xa1x" + b"\x91" * depth + b"\x00"
+    if allowed:
+        assert decode([HEADER, body]) == Stats(request_id="a")
+    else:
+        with pytest.raises(ProtocolError, match="not msgpack"):
+            decode([HEADER, body])
+
+
+def test_a_frame_at_the_limit() -> None:
+    text = "x" * (MAX_FRAME_BYTES - 400)
+    message = decode(encode(Generate(request_id="a", prompt=text)))
+    assert isinstance(message, Generate)
+    assert message.prompt == text
+    items = decode([HEADER, msgpack.packb({"type": "stats", "id": "a", "x": [0] * (MAX_FRAME_BYTES // 4)})])
+    assert items == Stats(request_id="a")
+
+
+# The server
+
+
+class Sender:
+    def __init__(self, address: str) -> None:
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.SNDHWM, 0)
+        self.socket.setsockopt(zmq.RCVHWM, 0)
+        self.socket.connect(address)
+
+    def send(self, frames: Sequence[bytes]) -> None:
+        self.socket.send_multipart(frames)
+
+    def all_answers(self) -> list[Reply]:
+        """What comes until the server says hello again."""
+        self.send(encode(Hello(request_id="are you there")))
+        replies: list[Reply] = []
+        while not replies or replies[-1].request_id != "are you there":
+            assert self.socket.poll(10_000), "the server is stuck"
+            reply = decode(self.socket.recv_multipart())
+            assert isinstance(reply, Reply)
+            replies.append(reply)
+        assert isinstance(replies[-1], Welcome)
+        return replies[:-1]
+
+    def __enter__(self) -> Sender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+
+@pytest.fixture
+def running(start: Start) -> Running:
+    """It takes no request to generate: what is mutated might ask for 2^63 tokens."""
+    running = start(max_rate=1e6)
+    running.echo.limit = 0
+    return running
+
+
+CODES = {
+    "protocol_error",
+    "invalid_request",
+    "wrong_version",
+    "frame_too_large",
+    "overloaded",
+    "request_not_found",
+}
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(number=st.integers(0, len(FRAMES) - 1), draw=DRAWS)
+def test_the_server_answers(running: Running, number: int, draw: random.Random) -> None:
+    with Sender(running.address) as sender:
+        frames = mutated(FRAMES[number], BODIES, draw)
+        sender.send(frames)
+        for reply in sender.all_answers():
+            assert not isinstance(reply, Failed) or reply.code in CODES
+    assert running.thread.is_alive()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+def test_very_many(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """100,000 of them: no reply but a typed one, no word in the log, no memory that stays."""
+    draw = random.Random(7)
+    with Sender(running.address) as sender:
+        sizes = []
+        for batch in range(1000):
+            for _ in range(100):
+                frames = mutated(draw.choice(FRAMES), BODIES, draw)
+                check_decode(frames)
+                sender.send(frames)
+            for reply in sender.all_answers():
+                assert not isinstance(reply, Failed) or reply.code in CODES
+            running.echo.managed.clear()
+            running.echo.resumed.clear()
+            running.echo.transferred.clear()
+            running.echo.cancelled.clear()
+            if batch % 100 == 99:
+                sizes.append(resident_bytes())
+    print(f"resident MiB after each 10,000: {[size >> 20 for size in sizes]}")
+    assert max(sizes[5:]) - sizes[2] < 16 << 20
+    assert not caplog.records
+    assert running.thread.is_alive()
+
+
+def zmtp(address: str) -> socket.socket:
+    """A connection that has shaken hands, as a DEALER (ZMTP 3.0, ZeroMQ RFC 23, mechanism NULL)."""
+    peer = socket.socket(socket.AF_UNIX)
+    peer.settimeout(5)
+    peer.connect(address.removeprefix("ipc://"))
+    peer.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32))
+    ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00"
+    peer.sendall(b"\x04" + bytes([len(ready)]) + ready)
+    return peer
+
+
+def test_a_huge_frame_is_refused_by_its_head(running: Running) -> None:
+    """Before a byte of it is there, and before there is room for it."""
+    before = resident_bytes()
+    for length in (2 * MAX_FRAME_BYTES + 1, 2**40, 2**63 - 1, 2**64 - 1):
+        with zmtp(running.address) as peer:
+            peer.sendall(b"\x01\x08" + HEADER + b"\x02" + struct.pack(">Q", length))
+            with suppress(ConnectionResetError):
+                while peer.recv(4096):  # its own greeting, then the end
+                    pass
+    assert resident_bytes() - before < 8 << 20
+    with zmtp(running.address) as peer, Sender(running.address) as sender:
+        hello = encode(Hello(request_id="h"))
+        peer.sendall(b"\x01\x08" + hello[0] + b"\x00" + bytes([len(hello[1])]) + hello[1])
+        got = b""
+        while b"echo" not in got:
+            got += peer.recv(4096)
+        assert sender.all_answers() == [], "the handshake of this test is one, and the server serves on"
+
+
+# The code
+
+
+WIRE = ("wire", "protocol", "fields", "server", "service", "courier", "transfers", "guests", "limits")
+BEHIND = ("contexts", "sessions", "keeper", "generation", "scheduler", "engine", "sequence", "sampler")
+LOOKS_UP = {"getattr", "setattr", "delattr", "eval", "exec", "compile", "__import__", "globals", "open"}
+LOADS_CODE = {"pickle", "marshal", "shelve", "runpy", "importlib"}
+
+
+@pytest.mark.parametrize("name", [*WIRE, *BEHIND])
+def test_what_comes_from_the_wire_names_no_attribute_file_or_module(name: str) -> None:
+    """Modules that messages pass through use names from them as keys of dicts and of tables only."""
+    for node in ast.walk(ast.parse((Path(__file__).parents[2] / "daemon" / f"{name}.py").read_text())):
+        if isinstance(node, ast.Name):
+            assert node.id not in LOOKS_UP
+        elif isinstance(node, ast.Import):
+            assert not {alias.name.split(".")[0] for alias in node.names} & LOADS_CODE
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] not in LOADS_CODE
