@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -354,6 +355,41 @@ def test_socket_and_folder_are_private(start: Start, tmp_path: Path, group: bool
     running.join()
     running.server.__exit__()
     assert not path.exists()
+
+
+AS_NOBODY = """
+import os, socket, sys
+peer = socket.socket(socket.AF_UNIX)
+os.setgroups([]), os.setgid(65534), os.setuid(65534)
+try:
+    peer.connect(sys.argv[1])
+except PermissionError:
+    print("refused")
+else:
+    print("connected")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_another_user_cannot_connect(start: Start) -> None:
+    """The mode of the socket is enough, and so is that of the folder."""
+
+    def as_nobody(path: Path) -> str:
+        command = [sys.executable, "-I", "-c", AS_NOBODY, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        start(f"ipc://{folder}/bare")
+        assert as_nobody(folder / "bare") == "refused"
+        (folder / "bare").chmod(0o666)
+        assert as_nobody(folder / "bare") == "connected", "nothing else kept it out"
+        start(f"ipc://{folder}/private/s")
+        (folder / "private" / "s").chmod(0o666)
+        assert as_nobody(folder / "private" / "s") == "refused"
+        (folder / "private").chmod(0o755)
+        assert as_nobody(folder / "private" / "s") == "connected"
 
 
 def test_second_server_on_an_address_is_refused(running: Running) -> None:
