@@ -67,7 +67,7 @@ COUNTERS: tuple[Row, ...] = (
     ("disk_evicted_runs", "disk_evicted_runs", "Runs that made room for others."),
     ("disk_read_failures", "prefetch_failures", "Reads that failed; their KV is computed again."),
     ("disk_corrupt_extents", "prefetch_corrupt", "Of the failed reads, what was not as it was written."),
-    ("disk_write_failures", "disk_write_failures", "Runs that could not be written."),
+    ("disk_write_failures", "disk_failed_writes", "Runs that could not be written."),
     ("disk_writes_refused", "disk_writes_refused", "Runs that the write budget did not admit."),
     ("prefetch_hits", "prefetch_hits", "Extents that were in memory when attention came to them."),
     ("prefetch_stalls", "prefetch_stalls", "Extents that attention had to wait for."),

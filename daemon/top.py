@@ -70,7 +70,7 @@ def _doings(before: Look, now: Look) -> Table:
 
     running, waiting, idle = map(count, ("requests_running", "requests_waiting", "contexts_idle"))
     stalled = f"{now.rate('prefetch_stall_seconds', before):.0%}"
-    writes, reads, again = map(count, ("disk_write_failures", "prefetch_failures", "recomputations"))
+    writes, reads, again = map(count, ("disk_failed_writes", "prefetch_failures", "recomputations"))
     table = Table.grid(padding=(0, 2))
     table.add_row("requests", f"{running} running, {waiting} waiting, {idle} contexts idle")
     table.add_row("tokens", f"{rate('generated_tokens')} generated, {rate('computed_tokens')} computed")

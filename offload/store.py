@@ -576,7 +576,7 @@ class Store:
                 "disk_cached_bytes": self._disk.cache.cached_bytes,
                 "disk_failure": str(self.spill_failure or ""),
                 "disk_written_bytes": self.disk_written_bytes,
-                "disk_write_failures": spiller.failures,
+                "disk_failed_writes": spiller.failures,
                 "disk_evicted_runs": self._disk.cache.evicted_runs,
                 "disk_moved_bytes": compaction.bytes_moved if compaction else 0,
                 "staging_bytes": prefetch.staging_bytes

@@ -19,7 +19,7 @@ EARLIER: dict[str, object] = {
     "prefetch_stall_seconds": 1.0,
     "prefetch_bytes_read": 1 << 20,
     "disk_written_bytes": 0,
-    "disk_write_failures": 0,
+    "disk_failed_writes": 0,
     "disk_failure": "",
     **{f"{tier}_used_bytes": 1 << 20 for tier in ("device", "host", "disk")},
     **{f"{tier}_budget_bytes": 4 << 20 for tier in ("device", "host", "disk")},
@@ -56,7 +56,7 @@ def test_rates_are_those_between_the_looks() -> None:
 
 
 def test_a_disk_tier_that_failed_says_why() -> None:
-    shown = drawn(EARLIER, LATER | {"disk_failure": "[Errno 28] full", "disk_write_failures": 1})
+    shown = drawn(EARLIER, LATER | {"disk_failure": "[Errno 28] full", "disk_failed_writes": 1})
     assert "disk  takes nothing more: [Errno 28] full" in shown
     assert "failures  1 writes, 0 reads, 0 recomputations" in shown
 
