@@ -250,9 +250,21 @@ def zmtp(address: str) -> socket.socket:
     peer.settimeout(5)
     peer.connect(address.removeprefix("ipc://"))
     peer.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32))
+    received(peer, 64)
     ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00"
     peer.sendall(b"\x04" + bytes([len(ready)]) + ready)
+    received(peer, received(peer, 2)[1])
     return peer
+
+
+def received(peer: socket.socket, count: int) -> bytes:
+    """The next so many bytes."""
+    got = b""
+    while len(got) < count:
+        more = peer.recv(count - len(got))
+        assert more, "the server has closed the connection"
+        got += more
+    return got
 
 
 def test_a_huge_frame_is_refused_by_its_head(running: Running) -> None:
@@ -270,7 +282,7 @@ def test_a_huge_frame_is_refused_by_its_head(running: Running) -> None:
         peer.sendall(b"\x01\x08" + hello[0] + b"\x00" + bytes([len(hello[1])]) + hello[1])
         got = b""
         while b"echo" not in got:
-            got += peer.recv(4096)
+            got += received(peer, 1)
         assert sender.all_answers() == [], "the handshake of this test is one, and the server serves on"
 
 
