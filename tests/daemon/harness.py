@@ -22,6 +22,7 @@ from spilld.daemon.generation import NOBODY
 from spilld.daemon.model import Model, load
 from spilld.daemon.plain import greedy_tokens
 from spilld.daemon.protocol import Done, Event, Failed, Generate, Reply, Resume, Token
+from spilld.daemon.spawn import Spawned, spawned
 from spilld.daemon.visibility import BLOCK, WINDOW_SLOTS
 from spilld.offload import residency, threads
 from spilld.offload.disk import DiskTier
@@ -110,6 +111,14 @@ def engine(
             harness.engine.close()
             if not keep_state:
                 shutil.rmtree(state, ignore_errors=True)
+
+
+@contextmanager
+def daemon(model: Model, **settings: Any) -> Iterator[Spawned]:
+    """A process that serves the model in float32, with one thread."""
+    chosen = {"model": model.folder, "cache": model.folder / "cache", "dtype": "float32", "threads": 1}
+    with spawned({**chosen, **settings}) as running:
+        yield running
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from spilld.daemon.client import Client
 from spilld.daemon.model import Model
 from spilld.daemon.spawn import Spawned, spawned
 
-from .harness import shared
+from .harness import daemon, shared
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture(scope="module")
 def running(model: Model) -> Iterator[Spawned]:
-    settings = {"model": model.folder, "cache": model.folder / "cache", "dtype": "float32", "threads": 1}
-    with spawned(settings) as running:
+    with daemon(model) as running:
         yield running
 
 

@@ -34,15 +34,10 @@ from spilld.daemon.errors import (
 from spilld.daemon.protocol import Failed, Generate, Released
 from spilld.daemon.wire import decode, encode
 
+from .peer import until
+
 if TYPE_CHECKING:
     from tests.daemon.conftest import Running, Start
-
-
-def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.002)
 
 
 def test_public_names() -> None:

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from spilld.daemon.keyring import make_client, make_server
 from spilld.daemon.model import Model
 from spilld.daemon.spawn import Spawned, spawned
 
-from .harness import column_bytes, engine, shared, some_tokens, window_bytes
+from .harness import column_bytes, daemon, engine, shared, some_tokens, window_bytes
 
 PROMPT = some_tokens(1, 1300)
 LONG = 2500
@@ -43,13 +42,6 @@ LONG = 2500
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return shared(tmp_path_factory, "llama")
-
-
-@contextmanager
-def daemon(model: Model, **settings: Any) -> Iterator[Spawned]:
-    chosen = {"model": model.folder, "cache": model.folder / "cache", "dtype": "float32", "threads": 1}
-    with spawned({**chosen, **settings}) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

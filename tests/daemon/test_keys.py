@@ -7,14 +7,11 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
-import zmq
 
 from spilld.daemon.__main__ import main
 from spilld.daemon.client import AsyncClient, Client
@@ -43,7 +40,8 @@ from spilld.daemon.protocol import (
     Token,
 )
 from spilld.daemon.server import Server
-from spilld.daemon.wire import decode, encode
+
+from .peer import Peer
 
 if TYPE_CHECKING:
     from tests.daemon.conftest import Running, Start
@@ -373,38 +371,19 @@ def test_a_daemon_with_another_key_in_its_place(start: Start, keys: Path, tmp_pa
 # Tenants
 
 
-class KeyedDealer:
-    """A client without manners, with a key."""
+class KeyedDealer(Peer):
+    """With a key."""
 
     def __init__(self, address: str, key: ClientKey) -> None:
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.CURVE_SERVERKEY, key.server.encode())
-        self.socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public.encode())
-        self.socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret.encode())
-        self.socket.connect(address)
+        curve = {"CURVE_SERVERKEY": key.server, "CURVE_PUBLICKEY": key.public, "CURVE_SECRETKEY": key.secret}
+        super().__init__(address, **{name: text.encode() for name, text in curve.items()})
 
     def ask(self, request: Request) -> Reply:
         """The first reply to it."""
-        self.socket.send_multipart(encode(request))
+        self.say(request)
         while (reply := self.reply()).request_id != request.request_id:
             pass
         return reply
-
-    def reply(self) -> Reply:
-        assert self.socket.poll(5000), "no reply"
-        reply = decode(self.socket.recv_multipart())
-        assert isinstance(reply, Reply)
-        return reply
-
-
-@contextmanager
-def dealer(running: Running, key: Path) -> Iterator[KeyedDealer]:
-    made = KeyedDealer(running.address, ClientKey.load(key))
-    try:
-        yield made
-    finally:
-        made.socket.close()
 
 
 REQUESTS: list[Tenanted] = [
@@ -425,7 +404,7 @@ def test_every_request_that_names_a_tenant_is_known() -> None:
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: type(request).__name__)
 def test_a_key_speaks_for_its_tenant_alone(running: Running, keys: Path, request_: Tenanted) -> None:
-    with dealer(running, keys / "alice.key") as alice:
+    with KeyedDealer(running.address, ClientKey.load(keys / "alice.key")) as alice:
         for other in ("of bob", "of alice ", "\0"):
             failed = alice.ask(replace(request_, tenant=other))
             assert isinstance(failed, Failed)
@@ -453,8 +432,8 @@ def test_two_keys_of_one_tenant_share_and_others_do_not(running: Running, keys: 
 
 
 def test_what_has_no_tenant_passes(running: Running, keys: Path) -> None:
-    with dealer(running, keys / "alice.key") as alice:
-        alice.socket.send_multipart(encode(Cancel(request_id="x")))
+    with KeyedDealer(running.address, ClientKey.load(keys / "alice.key")) as alice:
+        alice.say(Cancel(request_id="x"))
         assert isinstance(alice.ask(Release(request_id="r", context="c")), Released)
         assert isinstance(alice.ask(ListSessions(request_id="l")), Sessions)
         reply = alice.ask(Generate(request_id="g", prompt="a", max_tokens=1))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import zmq
 
 from spilld.daemon.client import Client, Done
 from spilld.daemon.errors import Overloaded
@@ -22,52 +20,23 @@ from spilld.daemon.protocol import (
     Hello,
     ListSessions,
     OpenTransfer,
-    Reply,
-    Request,
     Resume,
     Sessions,
     Welcome,
 )
-from spilld.daemon.wire import decode, encode
+
+from .peer import Peer, until
 
 if TYPE_CHECKING:
     from tests.daemon.conftest import Start
 
 
-class Dealer:
-    def __init__(self, address: str) -> None:
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.connect(address)
-
-    def send(self, *requests: Request) -> None:
-        for request in requests:
-            self.socket.send_multipart(encode(request))
-
-    def reply(self) -> Reply:
-        assert self.socket.poll(5000), "no reply"
-        reply = decode(self.socket.recv_multipart())
-        assert isinstance(reply, Reply)
-        return reply
-
+class Dealer(Peer):
     def refusal(self) -> Failed:
         """The next that is no event of a running answer."""
         while not isinstance(reply := self.reply(), Failed):
             pass
         return reply
-
-    def __enter__(self) -> Dealer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-
-
-def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.002)
 
 
 def long(name: str) -> Generate:
@@ -78,7 +47,7 @@ def test_open_requests(start: Start) -> None:
     running = start(max_open=3)
     running.echo.pace_s = 0.05
     with Dealer(running.address) as one, Dealer(running.address) as two:
-        one.send(*[long(f"r{number}") for number in range(4)])
+        one.say(*[long(f"r{number}") for number in range(4)])
         failed = one.refusal()
         assert (failed.request_id, failed.code, failed.retryable) == ("r3", "overloaded", True)
         assert "3 requests of this client are open" in failed.message
@@ -87,16 +56,16 @@ def test_open_requests(start: Start) -> None:
             ChangeSession(request_id="s", session="n", action="pin"),
             OpenTransfer(request_id="s", nbytes=1),
         ):
-            one.send(request)
+            one.say(request)
             failed = one.refusal()
             assert (failed.request_id, failed.code) == ("s", "overloaded")
         assert running.echo.managed == []
         assert running.echo.transferred == []
-        two.send(long("another"))
+        two.say(long("another"))
         assert isinstance(two.reply(), Accepted), "another client has its own"
-        one.send(Cancel(request_id="r0"))
+        one.say(Cancel(request_id="r0"))
         assert one.refusal().code == "cancelled"
-        one.send(ListSessions(request_id="s"))
+        one.say(ListSessions(request_id="s"))
         while not isinstance(reply := one.reply(), Sessions):
             assert not isinstance(reply, Failed)
         assert len(running.echo.submitted) == 4
@@ -107,13 +76,13 @@ def test_what_is_resumed_is_not_new(start: Start) -> None:
     running = start(max_open=2)
     running.echo.pace_s = 0.01
     with Dealer(running.address) as one:
-        one.send(long("a"), long("b"))
+        one.say(long("a"), long("b"))
         until(lambda: len(running.echo.submitted) == 2)
     with Dealer(running.address) as two:
-        two.send(long("c"), Resume(request_id="a"), Resume(request_id="b"))
+        two.say(long("c"), Resume(request_id="a"), Resume(request_id="b"))
         seen = {two.reply().request_id for _ in range(200)}
         assert seen == {"a", "b", "c"}
-        two.send(long("d"))
+        two.say(long("d"))
         failed = two.refusal()
         assert (failed.request_id, failed.code) == ("d", "overloaded")
 
@@ -121,24 +90,24 @@ def test_what_is_resumed_is_not_new(start: Start) -> None:
 def test_messages_in_a_second(start: Start) -> None:
     running = start(max_rate=50)
     with Dealer(running.address) as one, Dealer(running.address) as two:
-        one.send(*[Hello(request_id=str(number)) for number in range(200)])
+        one.say(*[Hello(request_id=str(number)) for number in range(200)])
         replies = [one.reply() for _ in range(200)]
         assert [reply.request_id for reply in replies] == [str(number) for number in range(200)]
         refused = [reply for reply in replies if isinstance(reply, Failed)]
         assert 0 < len(refused) <= 150, "a second's worth, and what came in meanwhile"
         assert {(failed.code, failed.retryable) for failed in refused} == {("overloaded", True)}
         assert all(isinstance(reply, Welcome) for reply in replies[:50])
-        two.send(Hello(request_id="h"))
+        two.say(Hello(request_id="h"))
         assert isinstance(two.reply(), Welcome), "another client has its own"
         time.sleep(0.1)
-        one.send(Hello(request_id="again"))
+        one.say(Hello(request_id="again"))
         assert isinstance(one.reply(), Welcome)
 
 
 def test_every_message_counts_and_its_refusal_is_heard(start: Start) -> None:
     running = start(max_rate=0.01)
     with Dealer(running.address) as dealer:
-        dealer.send(
+        dealer.say(
             Hello(request_id="h"), Resume(request_id="x", next_seq=7), Cancel(request_id="y"), long("z")
         )
         replies = [dealer.reply() for _ in range(4)]

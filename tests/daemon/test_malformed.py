@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import msgpack
 import pytest
-import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -48,6 +47,7 @@ from spilld.daemon.protocol import (
 from spilld.daemon.wire import decode, encode
 
 from .mutate import LIES, mutated
+from .peer import Peer
 from .test_protocol import MESSAGES
 
 if TYPE_CHECKING:
@@ -156,34 +156,18 @@ def test_a_frame_at_the_limit() -> None:
 # The server
 
 
-class Sender:
+class Sender(Peer):
     def __init__(self, address: str) -> None:
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.SNDHWM, 0)
-        self.socket.setsockopt(zmq.RCVHWM, 0)
-        self.socket.connect(address)
-
-    def send(self, frames: Sequence[bytes]) -> None:
-        self.socket.send_multipart(frames)
+        super().__init__(address, SNDHWM=0, RCVHWM=0)
 
     def all_answers(self) -> list[Reply]:
         """What comes until the server says hello again."""
-        self.send(encode(Hello(request_id="are you there")))
+        self.say(Hello(request_id="are you there"))
         replies: list[Reply] = []
         while not replies or replies[-1].request_id != "are you there":
-            assert self.socket.poll(10_000), "the server is stuck"
-            reply = decode(self.socket.recv_multipart())
-            assert isinstance(reply, Reply)
-            replies.append(reply)
+            replies.append(self.reply(patience_ms=10_000))
         assert isinstance(replies[-1], Welcome)
         return replies[:-1]
-
-    def __enter__(self) -> Sender:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
 
 
 @pytest.fixture
@@ -209,7 +193,7 @@ CODES = {
 def test_the_server_answers(running: Running, number: int, draw: random.Random) -> None:
     with Sender(running.address) as sender:
         frames = mutated(FRAMES[number], BODIES, draw)
-        sender.send(frames)
+        sender.send(*frames)
         for reply in sender.all_answers():
             assert not isinstance(reply, Failed) or reply.code in CODES
     assert running.thread.is_alive()
@@ -229,7 +213,7 @@ def test_very_many(running: Running, caplog: pytest.LogCaptureFixture) -> None:
             for _ in range(100):
                 frames = mutated(draw.choice(FRAMES), BODIES, draw)
                 check_decode(frames)
-                sender.send(frames)
+                sender.send(*frames)
             for reply in sender.all_answers():
                 assert not isinstance(reply, Failed) or reply.code in CODES
             running.echo.managed.clear()

@@ -17,9 +17,9 @@ from spilld.daemon.client import Client, Token
 from spilld.daemon.errors import ConfigError, InvalidRequest
 from spilld.daemon.metrics import COUNTERS, GAUGES, Metrics
 from spilld.daemon.model import Model
-from spilld.daemon.spawn import Spawned, spawned
+from spilld.daemon.spawn import Spawned
 
-from .harness import column_bytes, shared, some_tokens, window_bytes
+from .harness import column_bytes, daemon, shared, some_tokens, window_bytes
 
 PROMPT = some_tokens(1, 1300)
 DASHBOARD = Path(__file__).parents[2] / "systemd" / "grafana.json"
@@ -39,17 +39,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def running(model: Model) -> Iterator[Spawned]:
     """Most of PROMPT's KV does not fit the host budget."""
     settings = {
-        "model": model.folder,
-        "cache": model.folder / "cache",
-        "dtype": "float32",
-        "threads": 1,
         "device_budget": 2 * window_bytes(model),
         "host_budget": 10 * column_bytes(model, "k8v4"),
         "disk_budget": "64MiB",
         "chunk_tokens": 128,
         "metrics": "127.0.0.1:0",
     }
-    with spawned(settings) as running:
+    with daemon(model, **settings) as running:
         yield running
 
 

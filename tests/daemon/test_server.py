@@ -11,14 +11,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgpack
 import pytest
-import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -41,7 +40,9 @@ from spilld.daemon.protocol import (
     Welcome,
 )
 from spilld.daemon.server import Server
-from spilld.daemon.wire import decode, encode
+from spilld.daemon.wire import encode
+
+from .peer import Peer, until
 
 if TYPE_CHECKING:
     from tests.daemon.conftest import Running, Start
@@ -49,27 +50,9 @@ if TYPE_CHECKING:
 HEADER = b"spilld\x00\x01"
 
 
-class Dealer:
-    """A client without manners."""
-
-    def __init__(self, address: str, **limits: int) -> None:
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        for name, value in limits.items():
-            self.socket.setsockopt(getattr(zmq, name), value)
-        self.socket.connect(address)
-
-    def send(self, *frames: bytes) -> None:
-        self.socket.send_multipart(frames)
-
+class Dealer(Peer):
     def generate(self, request_id: str, prompt: str = "a b c", max_tokens: int = 3) -> None:
         self.send(*encode(Generate(request_id=request_id, prompt=prompt, max_tokens=max_tokens)))
-
-    def reply(self) -> Reply:
-        assert self.socket.poll(5000), "no reply"
-        reply = decode(self.socket.recv_multipart())
-        assert isinstance(reply, Reply)
-        return reply
 
     def refusal(self) -> Failed:
         reply = self.reply()
@@ -81,19 +64,6 @@ class Dealer:
         while not isinstance(replies[-1], Done | Failed):
             replies.append(self.reply())
         return replies
-
-    def __enter__(self) -> Dealer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-
-
-def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.002)
 
 
 def test_two_clients_with_the_same_request_id(running: Running) -> None:

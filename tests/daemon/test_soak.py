@@ -17,9 +17,9 @@ import pytest
 
 from spilld.daemon.client import AsyncClient, AsyncGeneration, Client, Token
 from spilld.daemon.model import Model
-from spilld.daemon.spawn import Spawned, spawned
+from spilld.daemon.spawn import Spawned
 
-from .harness import column_bytes, engine, shared, some_tokens, window_bytes
+from .harness import column_bytes, daemon, engine, shared, some_tokens, window_bytes
 
 CLIENTS = 64
 PROMPTS = [some_tokens(seed, length) for seed, length in enumerate((5, 60, 200, 300, 511, 700, 1024, 1500))]
@@ -52,11 +52,7 @@ def expected(model: Model, tmp_path_factory: pytest.TempPathFactory) -> list[lis
 def running(model: Model) -> Iterator[Spawned]:
     """Four windows, and less host memory than a few of the prompts take."""
     settings = {
-        "model": model.folder,
-        "cache": model.folder / "cache",
-        "dtype": "float32",
         "format": "exact",
-        "threads": 1,
         "device_budget": 4 * window_bytes(model),
         "host_budget": 24 * column_bytes(model, "exact"),
         "disk_budget": "256MiB",
@@ -64,7 +60,7 @@ def running(model: Model) -> Iterator[Spawned]:
         "max_queue": 4 * CLIENTS,
         "retention_s": 1,
     }
-    with spawned(settings) as process:
+    with daemon(model, **settings) as process:
         yield process
 
 
