@@ -3,8 +3,8 @@
 # make torture  kills a store 600 times and a daemon 20 times, and checks what is left (some minutes)
 # make soak   sixty-four clients on one daemon for ten minutes: read, cancelled, abandoned
 # make lint   ruff and mypy
-# make bench  every benchmark, as tables, and the goals of all in one (about an hour and a half, after what the next
-#             one builds; with REPEATS=1 one run of each instead of medians of three)
+# make bench  every benchmark, as tables, and the goals of all in one (after what the next one builds; with REPEATS=1
+#             an hour, one run of each instead of medians of three)
 # make bench-peers  one of them: against llama.cpp, vLLM and transformers; builds llama.cpp (about ten minutes), which
 #             needs a C++ compiler; PEERS_ARGS="--json --no-long --plots bench/plots" are options of bench/peers.py
 # make install  the service, as root: a venv of its own in $(prefix), units, its user, /etc/spilld.toml if there is none

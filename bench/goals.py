@@ -2,7 +2,7 @@
 
 `make bench` runs this, once the systems of peers.py are built. What they print with --json goes to
 results.jsonl beside this file as it comes; peers.py draws its plots anew. One that fails is named at the end.
-Takes an hour and a half; with the environment variable REPEATS=1, for medians of one, an hour.
+Takes an hour with the environment variable REPEATS=1, longer with the medians of three that are the rule.
 """
 
 from __future__ import annotations
