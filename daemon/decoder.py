@@ -64,7 +64,8 @@ class Decoder:
             _Kind(_rope(layer, base.rotary_emb), float(layer.self_attn.scaling), geometry.softcap, window)
             for layer, window in zip(base.layers, geometry.sliding_windows, strict=True)
         ]
-        self._norm, self._head = _factors(base.norm, gemma), weights["head"]
+        self._norm, self._head = _factors(base.norm, gemma), Matrix.of(weights["head"])
+        self._outputs = weights["head"].outputs
         self._final_softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         self._rows = Activations.of(
             padded(rows),
@@ -78,7 +79,7 @@ class Decoder:
     @property
     def workspace_bytes(self) -> int:
         """Its activations and a row of logits; weights are mapped."""
-        return self._rows.nbytes + padded(1) * self._head.outputs * 4
+        return self._rows.nbytes + padded(1) * self._outputs * 4
 
     def run(self, slices: list[Slice], keep: list[int]) -> torch.Tensor:
         """Compute the slices' tokens, each slice at its rows, those of one token before those of more.
@@ -112,10 +113,10 @@ class Decoder:
         self._rows.attended[these] = self._attention.attend(q, k, v, call).numpy()
 
     def _logits(self, keep: list[int]) -> torch.Tensor:
-        rows, found = self._rows, np.zeros((padded(len(keep)), self._head.outputs), np.float32)
+        rows, found = self._rows, np.zeros((padded(len(keep)), self._outputs), np.float32)
         if keep:
             take_normed(rows.x[keep], self._norm, self._eps, rows.inputs)
-            multiply_rows(rows.inputs, Matrix.of(self._head), found, len(keep))
+            multiply_rows(rows.inputs, self._head, found, len(keep))
         logits = torch.from_numpy(found[: len(keep), : self._vocab])
         if self._final_softcap:
             logits.div_(self._final_softcap).tanh_().mul_(self._final_softcap)

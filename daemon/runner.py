@@ -70,7 +70,7 @@ class Runner:
 
         A slice whose KV did not come back carries its `failure` afterwards; its logits mean nothing.
         """
-        parts = _packed(slices)
+        parts = _in_rows(slices)
         self._read_for(parts)
         self._begin_promotions(parts)
         forward = self._forward if self._decoder is None else self._decoder.run
@@ -141,7 +141,7 @@ class Runner:
         ]
 
 
-def _packed(slices: list[Slice]) -> list[Slice]:
+def _in_rows(slices: list[Slice]) -> list[Slice]:
     """The slices in the order of their rows: decode steps first, whose kernel takes them together."""
     parts = sorted(slices, key=lambda part: part.count > 1)
     starts = accumulate((part.count for part in parts), initial=0)

@@ -92,12 +92,11 @@ class Scheduler:
     def first_token_s(self, job: JobId) -> float | None:
         """Seconds until a running job's first token is expected: of its own prompt, and of those that have
         their turn before it. None as long as nothing is known of the machine."""
-        mine = self._running[job]
-        had = self._ledger.had(mine.client)
-        ahead = [each for each in self._running.values() if self._ledger.had(each.client) <= had]
-        return (
-            sum(self._pace.seconds(each.position, each.left) for each in ahead) if self._pace.seen else None
-        )
+        if not self._pace.seen:
+            return None
+        had = self._ledger.had(self._running[job].client)
+        ahead = (each for each in self._running.values() if self._ledger.had(each.client) <= had)
+        return sum(self._pace.seconds(each.position, each.left) for each in ahead)
 
     def charge(self, job: JobId, seconds: float) -> None:
         """A running job has taken so much of the engine."""

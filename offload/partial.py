@@ -1,8 +1,8 @@
 """Attention over quantised records, where they lie.
 
 A call splits its blocks into parts. Every part keeps running (maximum, sum of weights, weighted
-values) per query row and the parts are merged exactly, in an order that depends on the number of blocks only:
-neither threads nor load change a bit of the result.
+values) per query row and the parts are merged exactly, in an order that depends on the number of blocks and
+of queries only: neither threads nor load change a bit of the result.
 Query rows (queries x heads of one KV head) go in tiles of up to MAX_TILE: a code is unpacked once for a tile.
 """
 
@@ -113,26 +113,14 @@ class Partial:
                 f"places {places.shape}, positions {positions.shape}, low {low.shape}, high {high.shape}"
             )
         check_places(memory, places, self.layout)
-        for first in range(0, queries, MAX_QUERIES):
-            these = slice(first, first + MAX_QUERIES)
-            seen = (places, positions, low[these], high[these], scale, softcap)
-            self._attend(q[these], memory, *seen, out[these], lse[these])
-
-    def _attend(
-        self,
-        q: Floats,
-        memory: NDArray[np.uint8],
-        places: Integers,
-        positions: Integers,
-        low: Integers,
-        high: Integers,
-        scale: float,
-        softcap: float,
-        out: Floats,
-        lse: Floats,
-    ) -> None:
-        kv_heads, head_dim, queries = self.layout.kv_heads, self.layout.head_dim, len(q)
-        group = lse.shape[1] // kv_heads
+        if queries == 0:
+            return
+        if queries > MAX_QUERIES:
+            for first in range(0, queries, MAX_QUERIES):
+                these = slice(first, first + MAX_QUERIES)
+                seen = (places, positions, low[these], high[these], scale, softcap)
+                self.attend(q[these], memory, *seen, out[these], lse[these])
+            return
         count = queries * group
         tiles = -(-count // MAX_TILE)
         tile = -(-count // tiles)
