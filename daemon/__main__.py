@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from .config import Config
 from .errors import InvalidRequest, SpilldError, Unreachable
 from .keyring import default_folder, make_client, make_server
+from .protocol import PRIORITIES
 
 if TYPE_CHECKING:
     from .client import Client
@@ -130,6 +131,9 @@ def _add_ask(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--session", metavar="NAME", help="append to this session, so that more can be asked")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument(
+        "--priority", choices=PRIORITIES, default="normal", help="beside others; by default %(default)s"
+    )
 
 
 def _ask(options: argparse.Namespace) -> None:
@@ -139,7 +143,15 @@ def _ask(options: argparse.Namespace) -> None:
         raise InvalidRequest("there is nothing to ask about: give a FILE, a --session, or both")
     text = None if options.file is None else _read(options.file)
     with _client(options) as client:
-        ask(client, text, options.question, options.session, options.max_tokens, options.temperature)
+        ask(
+            client,
+            text,
+            options.question,
+            session=options.session,
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            priority=options.priority,
+        )
 
 
 def _read(file: Path) -> str:

@@ -65,6 +65,7 @@ class Options(TypedDict, total=False):
     context: str | None
     session: str | None
     keep: bool
+    priority: str
     timeout: float | None
     """Seconds for the whole call; then it is cancelled and raises DeadlineExceeded."""
 

@@ -123,6 +123,8 @@ class Engine:
         self._scheduler = Scheduler(chunk_tokens, pace)
         self._generations: dict[int, Generation] = {}
         self._behind: defaultdict[Key, deque[Generation]] = defaultdict(deque)
+        self._away: dict[int, RunKey | None] = {}
+        """Jobs that made way for others, and what is being written of each."""
         self._jobs = 0
         self._ticked = 0.0
 
@@ -151,7 +153,7 @@ class Engine:
         behind = sum(len(waiting) for waiting in list(self._behind.values()))
         return {
             "requests_running": self._scheduler.running,
-            "requests_waiting": self._scheduler.waiting + behind,
+            "requests_waiting": self._scheduler.waiting + len(self._away) + behind,
             "contexts_idle": len(self.contexts),
             "device_used_bytes": self._arena.used_bytes,
             "device_budget_bytes": self._arena.budget_bytes,
@@ -176,6 +178,7 @@ class Engine:
         self._expire()
         self._store.settle()
         self.courier.tend()
+        self._bring_back()
         plan = self._plan()
         for job in plan.admit:
             self._admit(self._generations[job])
@@ -210,16 +213,18 @@ class Engine:
         """What to admit and run; contexts make way for a request that finds no room beside them."""
         while self._scheduler.starved(self._room) and self._make_way():
             continue
+        if self._scheduler.full:
+            self._preempt()
         return self._scheduler.plan(self._room)
 
     def _make_way(self) -> bool:
-        """Give up something for the request that is next; False if a running one will make room."""
+        """Give up something for the request that is next; False if it is to wait for running ones."""
         if (idle := self.contexts.oldest()) is not None:
             log.info("an idle context makes room")
             self._discard(idle)
             return True
         if self._scheduler.running:
-            return False
+            return self._preempt()
         job = self._scheduler.next
         assert job is not None
         first = self._generations[job.id]
@@ -238,6 +243,43 @@ class Engine:
         self._discard(sequence)
         generation.sequence = None
         self._scheduler.replace(self._job(generation))
+
+    def _preempt(self) -> bool:
+        """Let a running request make way if one is to: what was computed of it goes to disk. False if none
+        is."""
+        job = self._scheduler.displaced()
+        if job is None:
+            return False
+        generation = self._generations[job]
+        sequence = _sequence(generation)
+        saved = self._save(sequence, generation.milestone)
+        generation.milestone = saved if generation.produced else None
+        if not self._store.holds(sequence.table) or (saved is None and sequence.computed >= CELL):
+            self._scheduler.fix(job)  # its KV would be lost
+            return True
+        log.info("request %s makes way for another", generation.request.request_id)
+        self._tally.preemptions += 1
+        self._runner.rest()
+        generation.history = sequence.tokens[: generation.first]
+        generation.sequence = None
+        self._discard(sequence)
+        self._scheduler.remove(job)
+        self._away[job] = saved
+        return True
+
+    def _bring_back(self) -> None:
+        """Queue requests again that made way, once they are on disk."""
+        for job, saved in list(self._away.items()):
+            if saved is not None and self._store.saving(saved):
+                continue
+            generation = self._generations[job]
+            try:
+                queued = self._job(generation)
+            except SpilldError as error:
+                self._abort(generation, error)
+            else:
+                del self._away[job]
+                self._scheduler.add(queued)
 
     @property
     def _room(self) -> Room:
@@ -377,7 +419,8 @@ class Engine:
             chunk=self._chunk_tokens if generation.request.prompt_logprobs is None else PROMPT_LOGPROB_CHUNK,
             window=sequence is None,
             blocks=max(0, blocks - (sequence.table.promised if sequence else 0)),
-            client=generation.owner,
+            flow=generation.flow,
+            movable=self._store.disk is not None and generation.request.prompt_logprobs is None,
         )
 
     def _admit(self, generation: Generation) -> None:
@@ -563,8 +606,8 @@ class Engine:
         for generation in self._all():
             if not generation.number:
                 self._abort(generation, Draining("the daemon has stopped, and could not save this request"))
-            elif generation.started:
-                self._save(_sequence(generation), generation.milestone)
+            elif generation.started and generation.sequence is not None:
+                self._save(generation.sequence, generation.milestone)
         left = frozenset(generation.request.request_id for generation in self._all())
         if left:
             log.info("%d requests are saved: they go on at the next start", len(left))
@@ -573,7 +616,7 @@ class Engine:
     def fail_running(self, error: SpilldError) -> None:
         """A step broke: the KV of everything that ran in it is in doubt and goes with it."""
         for generation in list(self._generations.values()):
-            if generation.started:
+            if generation.started and generation.sequence is not None:
                 self._abort(generation, error)
 
     def close(self) -> None:
@@ -597,9 +640,9 @@ class Engine:
         session = generation.session
         known = session is not None and (session.listed or bool(session.tokens))
         harmless = isinstance(error, Cancelled | DeadlineExceeded | Draining)
-        appended = harmless and generation.sequence is not None and generation.started
-        if appended:
-            self._save(_sequence(generation), generation.milestone)
+        appended = harmless and generation.started
+        if appended and generation.sequence is not None:
+            self._save(generation.sequence, generation.milestone)
         event = generation.failed(error)
         self._note(generation, event, session if appended and known else None)
         self._remove(generation, keep=known and (harmless or not generation.started))
@@ -624,6 +667,7 @@ class Engine:
             return
         self._runner.rest()
         self._scheduler.remove(generation.job)
+        self._away.pop(generation.job, None)
         del self._generations[generation.job]
         sequence, session = generation.sequence, generation.session
         if sequence is not None and keep and session is not None:

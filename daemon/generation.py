@@ -11,6 +11,7 @@ from spilld.offload.extent import RunKey
 from .contexts import Key
 from .errors import SpilldError
 from .journal import Entry
+from .ledger import Flow
 from .protocol import Accepted, Done, Event, Failed, Progress, PromptLogprob, Token, Usage
 from .sampler import Choice, Sampler
 from .sequence import Sequence
@@ -62,7 +63,7 @@ class Generation:
         self._stops = StopStrings(self.request.stop)
         self._stopped = False
         self._eos: frozenset[int] = frozenset()
-        self.owner = self.request.tenant or client.hex()
+        self.flow = Flow(self.request.tenant or client.hex(), self.request.priority)
         """Whose time it takes: the tenant's, or the connection's that sent it."""
         self.listen(client)
 
@@ -119,6 +120,13 @@ class Generation:
     @property
     def _at_eos(self) -> bool:
         return bool(self.produced) and self.produced[-1] in self._eos
+
+    @property
+    def tokens(self) -> list[int]:
+        """All of its sequence that is known."""
+        if self.sequence is None or not self.started:
+            return [*self.history, *self.prompt, *self.answer]
+        return self.sequence.tokens
 
     @property
     def started(self) -> bool:

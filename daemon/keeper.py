@@ -71,9 +71,7 @@ class SessionKeeper:
 
     def record(self, session: Session, generation: Generation) -> None:
         """Note what a session holds after a request. Errors are those of Database."""
-        assert generation.sequence is not None
-        tokens = tuple(generation.sequence.tokens)
-        self.put(replace(session, tokens=tokens, messages=_chat(session, generation)))
+        self.put(replace(session, tokens=tuple(generation.tokens), messages=_chat(session, generation)))
 
     def put(self, session: Session) -> None:
         """As SessionBook.put; what is on disk for it is kept as that of a session."""

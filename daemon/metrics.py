@@ -60,6 +60,7 @@ COUNTERS: tuple[Row, ...] = (
     ("prefix_hits", "prefix_hits", "New contexts whose beginning was stored."),
     ("prefix_misses", "prefix_misses", "New contexts of which no beginning was stored."),
     ("recomputations", "recomputations", "Times that the KV of a request was lost and computed again."),
+    ("preemptions", "preemptions", "Running requests that made way for others, to go on later."),
     ("disk_reads", "prefetch_reads", "Extents read from disk."),
     ("disk_read_bytes", "prefetch_bytes_read", "Bytes read from disk."),
     ("disk_written_bytes", "disk_written_bytes", "Bytes of runs written to disk."),

@@ -33,6 +33,8 @@ COUNT = Int(0)
 TRANSFER = Text(32, 32)
 """128 random bits in hexadecimal: whoever knows them may use the transfer."""
 
+PRIORITIES = ("low", "normal", "high")
+
 Id = Annotated[str, Text(1, 64)]
 Top = tuple[tuple[int, float], ...]
 TOP = Many(Row((TOKEN, LogProb())), 20)
@@ -96,6 +98,8 @@ class Generate:
     prompt_logprobs: Annotated[int | None, Maybe(Int(0, 20))] = None
     deadline_s: Annotated[float | None, Maybe(Real(0, above=True))] = None
     """Seconds from acceptance."""
+    priority: Annotated[str, Choice(PRIORITIES)] = "normal"
+    """How urgent it is beside others: each has eight times as much of the engine as the one below."""
 
 
 @dataclass(frozen=True, kw_only=True)

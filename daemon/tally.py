@@ -20,8 +20,8 @@ class Tally:
 
     cached_tokens: of contexts and prompts, those that needed no prefill. computed_tokens: of prompts and
     answers, each as often as it was computed. prefix_hits, prefix_misses: new contexts whose beginning was
-    stored, or not. recomputations: lost KV that was computed again. attended_bytes: KV, by the tier that it
-    was read from.
+    stored, or not. recomputations: lost KV that was computed again. preemptions: running requests that made
+    way for others. attended_bytes: KV, by the tier that it was read from.
     """
 
     prompt_tokens: int = 0
@@ -31,6 +31,7 @@ class Tally:
     prefix_hits: int = 0
     prefix_misses: int = 0
     recomputations: int = 0
+    preemptions: int = 0
     ended: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
     attended_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TIERS, 0))
 

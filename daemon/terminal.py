@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Unpack
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from spilld.offload.errors import FolderUnusable
 
+from .calls import Options
 from .client import Client, Done, Generation, Message, Progress, Token
 from .errors import ContextNotFound, StateFolderError
 
@@ -24,22 +26,12 @@ ABOUT = "{text}\n\n"
 QUESTION = "Question: {question}\nAnswer:"
 
 
-def ask(
-    client: Client,
-    text: str | None,
-    question: str,
-    session: str | None,
-    max_tokens: int,
-    temperature: float,
-) -> None:
+def ask(client: Client, text: str | None, question: str, **options: Unpack[Options]) -> None:
     """Ask once about a text or a session, raw: works with base and chat models alike."""
     about = "\n\n" if text is None else ABOUT.format(text=text)
     prompt = about + QUESTION.format(question=question)
-    stop = ["\nQuestion:"]
-    show(
-        client.generate(prompt, session=session, max_tokens=max_tokens, temperature=temperature, stop=stop),
-        Console(),
-    )
+    options["stop"] = ["\nQuestion:"]
+    show(client.generate(prompt, **options), Console())
 
 
 def chat(

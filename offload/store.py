@@ -324,6 +324,10 @@ class Store:
                 for first in range(span.start, span.stop, self.run_blocks):
                     self._try_to_keep(table, first, min(self.run_blocks, span.stop - first))
 
+    def holds(self, table: BlockTable) -> bool:
+        """Whether all sealed blocks of a sequence are on disk, or on their way there."""
+        return self._disk is not None and not table.host_spans()
+
     def _try_to_keep(self, table: BlockTable, first: int, count: int) -> bool:
         """A write that nobody waits for: without room it is left. False if the write budget refuses it."""
         disk, again = self._need_disk(), first < table.offered
@@ -462,6 +466,10 @@ class Store:
         rows = np.arange(layers * count).reshape(layers, count)
         self._disk.spiller.submit(place, numbers.reshape(-1, width), rows)
         return run
+
+    def saving(self, run: RunKey) -> bool:
+        """Whether a tail is on its way to disk, and all that was written before it perhaps, too."""
+        return run in self._tails
 
     def read_tail(self, run: RunKey) -> Iterator[Bytes]:
         """Its numbers, uint8[blocks, bytes of tail_layout] for each layer, each valid until the next.

@@ -54,11 +54,13 @@ class Harness:
         assert event.seq == due, "events are numbered without gaps"
         seen.append(event)
 
-    def resume(self, request_id: str, next_seq: int = 0) -> None:
+    def resume(self, request_id: str, next_seq: int = 0, tenant: str = "") -> None:
         """Be the client of a request that has all events before next_seq."""
         self._from[request_id] = next_seq
         self.events[request_id] = []
-        for event in self.engine.resume(CLIENT, Resume(request_id=request_id, next_seq=next_seq)):
+        for event in self.engine.resume(
+            CLIENT, Resume(request_id=request_id, next_seq=next_seq, tenant=tenant)
+        ):
             self._post(CLIENT, event)
 
     def add(self, request_id: str, prompt: Sequence[int], **fields: Any) -> None:
@@ -67,7 +69,7 @@ class Harness:
 
     def run(self) -> None:
         """Turn until nothing is left to do, then look whether every byte is accounted for."""
-        while self.engine.turn():
+        while self.engine.turn() or self.engine._away:
             pass
         self.engine.rest()
         self.engine.check_integrity()

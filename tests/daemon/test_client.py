@@ -83,12 +83,15 @@ def test_what_is_asked_arrives(running: Running) -> None:
             {"role": "user", "content": "hi"},
             Message(role="assistant", content="ho"),
         ]
-        client.generate(chat, max_tokens=1, context="c", seed=2**64 - 1, stop=["a", "b"]).text()
+        client.generate(
+            chat, max_tokens=1, context="c", seed=2**64 - 1, stop=["a", "b"], priority="low"
+        ).text()
     first, second = running.echo.submitted
     assert first.prompt == (0, 1, 2)
     assert (first.sampling.temperature, first.sampling.top_k, first.stop) == (1.0, 5, ("end",))
     assert first.deadline_s == 9
     assert second.prompt == (Message(role="user", content="hi"), Message(role="assistant", content="ho"))
+    assert (first.priority, second.priority) == ("normal", "low")
     assert (second.context, second.sampling.seed, second.stop) == ("c", 2**64 - 1, ("a", "b"))
 
 

@@ -6,53 +6,73 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spilld.daemon.ledger import Ledger, shares
+from spilld.daemon.ledger import WEIGHTS, Flow, Ledger, shares
+from spilld.daemon.protocol import PRIORITIES
+
+A, B, C = Flow("a"), Flow("b"), Flow("c")
 
 
 def test_a_newcomer_begins_with_the_least_of_those_who_are_there() -> None:
     ledger = Ledger()
-    for client, seconds in (("a", 5.0), ("b", 7.0)):
+    for client, seconds in ((A, 5.0), (B, 7.0)):
         ledger.enter(client)
         ledger.charge(client, seconds - ledger.had(client))
-    ledger.enter("c")
-    assert ledger.had("c") == 5.0
+    ledger.enter(C)
+    assert ledger.had(C) == 5.0
 
 
 def test_time_left_to_others_is_not_owed() -> None:
     ledger = Ledger()
-    ledger.enter("a")
-    ledger.enter("b")
-    ledger.leave("b")
-    ledger.charge("a", 9.0)
-    ledger.enter("b")
-    assert ledger.had("b") == 9.0
+    ledger.enter(A)
+    ledger.enter(B)
+    ledger.leave(B)
+    ledger.charge(A, 9.0)
+    ledger.enter(B)
+    assert ledger.had(B) == 9.0
 
 
 def test_who_had_more_is_not_forgiven_by_leaving() -> None:
     ledger = Ledger()
-    ledger.enter("a")
-    ledger.enter("b")
-    ledger.charge("b", 9.0)
-    ledger.leave("b")
-    ledger.enter("b")
-    assert (ledger.had("a"), ledger.had("b")) == (0.0, 9.0)
+    ledger.enter(A)
+    ledger.enter(B)
+    ledger.charge(B, 9.0)
+    ledger.leave(B)
+    ledger.enter(B)
+    assert (ledger.had(A), ledger.had(B)) == (0.0, 9.0)
+
+
+def test_time_counts_the_less_the_higher_the_priority() -> None:
+    ledger = Ledger()
+    low, high = Flow("a", "low"), Flow("b", "high")
+    for flow in (low, high):
+        ledger.enter(flow)
+    for flow in (low, high):
+        ledger.charge(flow, 4.0)
+    assert ledger.had(low) == pytest.approx(64 * ledger.had(high))
+    assert ledger.owed(low, high) == pytest.approx(8 * 32.0 - 4.0)
+    assert ledger.owed(high, low) < 0
+
+
+def test_every_priority_of_the_protocol_has_a_weight() -> None:
+    assert tuple(WEIGHTS) == PRIORITIES
+    assert sorted(WEIGHTS.values()) == list(WEIGHTS.values())
 
 
 def test_an_idle_time_keeps_what_was() -> None:
     ledger = Ledger()
-    ledger.enter("a")
-    ledger.charge("a", 3.0)
-    ledger.leave("a")
-    ledger.enter("b")
-    assert ledger.had("b") == 3.0
+    ledger.enter(A)
+    ledger.charge(A, 3.0)
+    ledger.leave(A)
+    ledger.enter(B)
+    assert ledger.had(B) == 3.0
 
 
 def test_connections_that_come_and_go_are_forgotten() -> None:
     ledger = Ledger()
     for number in range(1000):
-        ledger.enter(str(number))
-        ledger.charge(str(number), 1.0)
-        ledger.leave(str(number))
+        ledger.enter(Flow(str(number)))
+        ledger.charge(Flow(str(number)), 1.0)
+        ledger.leave(Flow(str(number)))
     assert len(ledger._had) <= 1
 
 

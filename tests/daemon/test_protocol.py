@@ -25,6 +25,7 @@ from spilld.daemon.fields import readers
 from spilld.daemon.protocol import (
     MAX_FRAME_BYTES,
     PIECE_BYTES,
+    PRIORITIES,
     TYPES,
     Accepted,
     Cancel,
@@ -139,6 +140,7 @@ MESSAGES: dict[type, st.SearchStrategy[Request | Reply]] = {
         logprobs=st.none() | st.integers(0, 20),
         prompt_logprobs=st.none() | st.integers(0, 20),
         deadline_s=st.none() | positive,
+        priority=st.sampled_from(PRIORITIES),
     ).flatmap(
         lambda request: st.sampled_from(
             [request, replace(request, context="c"), replace(request, session="\N{SNOWMAN}")]
@@ -306,6 +308,7 @@ BAD_FIELDS: list[tuple[Mapping[str, object], str]] = [
     ({"logprobs": 21}, "logprobs is 21; allowed: an integer from 0 to 20"),
     ({"prompt_logprobs": -1}, "prompt_logprobs is -1"),
     ({"deadline_s": 0}, "deadline_s is 0; allowed: a finite number above 0"),
+    ({"priority": "urgent"}, "priority is 'urgent'; allowed: low, normal, high"),
     ({"deadline_s": float("inf")}, "deadline_s is inf"),
     ({"sampling": None}, "sampling is None; allowed: a map of temperature, top_k"),
     (

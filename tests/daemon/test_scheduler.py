@@ -12,19 +12,25 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from spilld.daemon.ledger import shares
+from spilld.daemon.ledger import WEIGHTS, Flow, shares
 from spilld.daemon.pace import LEAST, Pace
-from spilld.daemon.scheduler import Job, Plan, Room, Scheduler
+from spilld.daemon.scheduler import QUANTUM_S, Job, Plan, Room, Scheduler
 from spilld.daemon.visibility import CELL
 
 PLENTY = Room(windows=100, blocks=10**6)
 
 
 def job(
-    number: int, known: int, position: int = 0, chunk: int = 512, client: str = "a", **fields: int
+    number: int,
+    known: int,
+    position: int = 0,
+    chunk: int = 512,
+    client: str = "a",
+    priority: str = "normal",
+    **fields: int,
 ) -> Job:
     needs = {"window": 1, "blocks": 0, **fields}
-    return Job(number, position, known, chunk, bool(needs["window"]), needs["blocks"], client)
+    return Job(number, position, known, chunk, bool(needs["window"]), needs["blocks"], Flow(client, priority))
 
 
 def unhurried() -> Pace:
@@ -139,7 +145,7 @@ def test_a_greedy_client_gets_its_share_and_no_more(seed: int, others: int) -> N
     wanted = {"greedy": 100} | {f"other {i}": 10 for i in range(others)}
     for _ in range(6000):
         for client, most in wanted.items():
-            for _ in range(most - sum(each.client == client for each in jobs.values())):
+            for _ in range(most - sum(each.flow.client == client for each in jobs.values())):
                 number, known = next(numbers), draw.randint(1, 4000)
                 jobs[number], ends[number] = job(number, known, client=client), known + draw.randint(1, 200)
                 shared.add(jobs[number])
@@ -149,7 +155,7 @@ def test_a_greedy_client_gets_its_share_and_no_more(seed: int, others: int) -> N
         seconds = 0.01 + sum(costs) / 500
         pace.took(chunks, seconds)
         for (number, tokens), share in zip(run, shares(seconds, 0.0, costs, [0] * len(run)), strict=True):
-            had[jobs[number].client] += share
+            had[jobs[number].flow.client] += share
             shared.charge(number, share)
             shared.advance(number, tokens, int(jobs[number].left == tokens))
             if jobs[number].known >= ends[number]:
@@ -157,6 +163,99 @@ def test_a_greedy_client_gets_its_share_and_no_more(seed: int, others: int) -> N
                 del jobs[number], ends[number]
     fair = sum(had.values()) / len(wanted)
     assert all(abs(part - fair) <= 0.1 * fair for part in had.values()), had
+
+
+def served(flow: Flow, seconds: float, *others: Job) -> Scheduler:
+    """One job of a flow runs alone on the only window and has had so much since the others came."""
+    made = scheduler(job(0, 10**6, client=flow.client, priority=flow.priority))
+    made.plan(PLENTY)
+    made.advance(0, CELL, 0)
+    for other in others:
+        made.add(other)
+    made.charge(0, seconds)
+    return made
+
+
+def test_who_has_had_too_much_makes_way() -> None:
+    ahead = job(1, 100, client="b")
+    assert served(Flow("a"), QUANTUM_S + 0.1, ahead).displaced() == 0
+    assert served(Flow("a"), QUANTUM_S - 0.1, ahead).displaced() is None
+    assert served(Flow("a"), 1000.0, job(1, 100, client="a")).displaced() is None, "a client's own line"
+    assert served(Flow("a"), 1000.0).displaced() is None, "nobody waits"
+
+
+def test_priority_makes_others_give_way_sooner() -> None:
+    high, low = job(1, 100, client="b", priority="high"), job(1, 100, client="b", priority="low")
+    assert served(Flow("a"), QUANTUM_S / 7.9, high).displaced() == 0
+    assert served(Flow("a", "low"), QUANTUM_S / 63, high).displaced() == 0
+    assert served(Flow("a"), 7.9 * QUANTUM_S, low).displaced() is None
+    assert served(Flow("a"), 8.1 * QUANTUM_S, low).displaced() == 0
+
+
+def test_a_job_that_cannot_move_does_not() -> None:
+    running = served(Flow("a"), 1000.0, job(1, 100, client="b"))
+    running.fix(0)
+    assert running.displaced() is None
+
+
+def test_a_job_runs_some_way_before_it_makes_way() -> None:
+    running = scheduler(job(0, 5000))
+    running.plan(PLENTY)
+    running.resume(0, 1000)
+    running.add(job(1, 100, client="b"))
+    running.charge(0, 1000.0)
+    assert running.displaced() is None, "nothing was gained"
+    running.advance(0, 1, 0)
+    assert running.displaced() == 0
+    running.rewind(0)
+    running.advance(0, CELL - 1, 0)
+    assert running.displaced() is None, "it would be lost"
+
+
+def test_a_paused_job_is_not_computed_and_makes_way_first() -> None:
+    running = scheduler(job(1, 700, position=699), job(2, 700, position=699, client="b"))
+    running.plan(PLENTY)
+    running.advance(1, 1, 1)
+    running.pause(1, paused=True)
+    assert running.plan(PLENTY).run == ((2, 1),)
+    running.charge(2, 1.0)
+    running.add(job(3, 100, client="a"))
+    assert running.displaced() == 1
+    running.pause(1, paused=False)
+    assert running.displaced() is None
+    assert set(running.plan(Room(0, 0)).run) == {(1, 1), (2, 1)}
+
+
+def test_a_low_request_ends_however_many_high_ones_arrive() -> None:
+    """One window; five clients have a high request in line at all times, which the low one makes way for."""
+    shared, numbers = scheduler(job(0, 400, position=300, client="z", priority="low")), count(1)
+    left, free, moved = {0: 60.0}, 1, 0
+    waiting: dict[int, Job] = {}
+    for _ in range(100_000):
+        for client in "abcde":
+            if not any(each.flow.client == client for each in waiting.values()):
+                number = next(numbers)
+                waiting[number] = job(number, 100, client=client, priority="high")
+                left[number] = 3.0
+                shared.add(waiting[number])
+        if shared.starved(Room(free, 0)) and (displaced := shared.displaced()) is not None:
+            shared.remove(displaced)
+            shared.add(waiting.get(displaced) or job(0, 400, position=300, client="z", priority="low"))
+            free, moved = 1, moved + 1
+        plan = shared.plan(Room(free, 0))
+        free -= len(plan.admit)
+        for number, _ in plan.run:
+            shared.charge(number, 0.5)
+            shared.advance(number, 1, 1)
+            left[number] -= 0.5
+            if left[number] <= 0:
+                shared.remove(number)
+                waiting.pop(number, None)
+                free += 1
+                if number == 0:
+                    assert moved > 5
+                    return
+    raise AssertionError("the low request starves")
 
 
 def test_a_first_token_is_expected_after_the_prompts_before_it() -> None:
@@ -195,7 +294,7 @@ class Mirror:
     chunk: int
     window: bool
     blocks: int
-    client: str
+    flow: Flow
     admitted: bool = False
 
 
@@ -228,15 +327,15 @@ class Scheduling(RuleBasedStateMachine):
         chunk=st.sampled_from([64, 512]),
         window=st.booleans(),
         blocks=st.integers(0, 40),
-        client=st.sampled_from("abc"),
+        flow=st.builds(Flow, st.sampled_from("abc"), st.sampled_from(tuple(WEIGHTS))),
     )
     def arrive(
-        self, known: int, cached: int, answer: int, chunk: int, window: bool, blocks: int, client: str
+        self, known: int, cached: int, answer: int, chunk: int, window: bool, blocks: int, flow: Flow
     ) -> None:
         self.count += 1
         position = min(cached, known - 1) if not window else 0
-        self.jobs[self.count] = Mirror(position, known, known + answer, chunk, window, blocks, client)
-        self.scheduler.add(Job(self.count, position, known, chunk, window, blocks, client))
+        self.jobs[self.count] = Mirror(position, known, known + answer, chunk, window, blocks, flow)
+        self.scheduler.add(Job(self.count, position, known, chunk, window, blocks, flow))
 
     @precondition(lambda self: self.jobs)
     @rule(data=st.data())
@@ -258,18 +357,35 @@ class Scheduling(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
+        self._make_room()
         room = self.room
         plan = self.scheduler.plan(room)
         self._admit(plan, room)
         self._run(plan)
 
+    def _make_room(self) -> None:
+        """Jobs make way as the engine lets them."""
+        while self.scheduler.starved(self.room) or self.scheduler.full:
+            if (displaced := self.scheduler.displaced()) is None:
+                return
+            mirror, ahead = self.jobs[displaced], self.scheduler.next
+            assert mirror.admitted
+            assert ahead is not None
+            owed = self.scheduler._ledger.owed(mirror.flow, self.jobs[ahead.id].flow)
+            assert owed > QUANTUM_S, "it makes way for who has had enough"
+            assert mirror.position >= CELL
+            mirror.admitted, mirror.window = False, True
+            self.scheduler.remove(displaced)
+            again = Job(
+                displaced, mirror.position, mirror.known, mirror.chunk, True, mirror.blocks, mirror.flow
+            )
+            self.scheduler.add(again)
+
     def _admit(self, plan: Plan, room: Room) -> None:
         line = [n for n, mirror in self.jobs.items() if not mirror.admitted]
-        for client in "abc":
-            theirs, admitted = (
-                [n for n in some if self.jobs[n].client == client] for some in (line, plan.admit)
-            )
-            assert admitted == theirs[: len(admitted)], "a client's requests are admitted out of order"
+        for flow in {mirror.flow for mirror in self.jobs.values()}:
+            theirs, admitted = ([n for n in some if self.jobs[n].flow == flow] for some in (line, plan.admit))
+            assert admitted == theirs[: len(admitted)], "a flow's requests are admitted out of order"
         for number in plan.admit:
             self.jobs[number].admitted = True
         assert self.room.windows >= 0, "more windows are used than there are"
@@ -293,7 +409,7 @@ class Scheduling(RuleBasedStateMachine):
             assert sum(self.pace.cost(*chunk) for chunk in chunks) <= 1.001 * self.pace.budget, "late"
         prefills = [n for n, m in self.jobs.items() if m.admitted and n not in decodes]
         if prefills:
-            first = min(prefills, key=lambda n: self.scheduler._ledger.had(self.jobs[n].client))
+            first = min(prefills, key=lambda n: self.scheduler._ledger.had(self.jobs[n].flow))
             assert first in run, "the prefill of who has had least stands still"
         for number, tokens in run.items():
             mirror = self.jobs[number]
