@@ -22,7 +22,7 @@ from functools import partial
 import numpy as np
 import torch
 from harness import Goal, Result, gemm_rate, in_child, in_our_child, main, medians, memory_rate
-from steps import Steps
+from steps import Steps, in_host
 
 from spilld.daemon.assembly import use_threads
 from spilld.daemon.catalog import default_cache, resolve
@@ -129,8 +129,9 @@ def our_products() -> Numbers:
             multiply_rows(inputs, matrix, out, rows)
 
     numbers = {f"products M={m}": milliseconds(partial(products, m)) for m in ROWS}
-    steps = Steps(found, Format.K8V4, Element.BFLOAT16, CONTEXT + 64, CONTEXT)
-    steps.feed([1] * (CONTEXT + 64))
+    tokens = CONTEXT + 64
+    steps = Steps(found, in_host(found, Format.K8V4, Element.BFLOAT16, tokens), tokens, CONTEXT)
+    steps.feed([1] * tokens)
     steps.skip(CONTEXT)
     numbers["step"] = milliseconds(lambda: steps.step(1, range(1)))
     numbers["attention"] = found.geometry.layers * layer_attention()

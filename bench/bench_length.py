@@ -18,7 +18,7 @@ import numpy as np
 from bench_kernels import milliseconds, model
 from harness import Goal, Result, gemm_rate, in_child, in_our_child, main, medians, memory_rate
 from numpy.typing import NDArray
-from steps import Steps
+from steps import Steps, in_host
 from work import Work
 
 from spilld.daemon.assembly import use_threads
@@ -39,8 +39,9 @@ def steps_ms() -> dict[str, float]:
     """Milliseconds of a decode step by length."""
     use_threads(None)
     found = model()
-    steps = Steps(found, Format.K8V4, Element.BFLOAT16, LENGTHS[-1] + SPARE, 1)
-    steps.feed([1] * (LENGTHS[-1] + SPARE))
+    tokens = LENGTHS[-1] + SPARE
+    steps = Steps(found, in_host(found, Format.K8V4, Element.BFLOAT16, tokens), tokens, 1)
+    steps.feed([1] * tokens)
     times = {}
     for length in LENGTHS:
         steps.skip(length - steps.computed)

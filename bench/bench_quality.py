@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from harness import Goal, Result, document, in_child, main, say
-from steps import Steps
+from steps import Steps, in_host
 
 from spilld.daemon.assembly import use_threads
 from spilld.daemon.catalog import default_cache, resolve
@@ -46,7 +46,8 @@ def logits(case: str) -> Logits:
     weights = name if kind == "weights" else "bf16"
     model = load(resolve(MODEL, default_cache(), Element.FLOAT32), Element.FLOAT32, weights=weights)
     tokens = document(model.folder, CONTEXT + POSITIONS)
-    steps = Steps(model, form, Element.FLOAT32, CONTEXT + POSITIONS, CHUNK)
+    store = in_host(model, form, Element.FLOAT32, CONTEXT + POSITIONS)
+    steps = Steps(model, store, CONTEXT + POSITIONS, CHUNK)
     steps.feed(tokens)
     for start in range(0, CONTEXT, CHUNK):
         steps.step(min(CHUNK, CONTEXT - start), range(0))

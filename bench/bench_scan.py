@@ -1,9 +1,18 @@
 """While a scan of the KV on disk decodes, how much of its reading is hidden behind computing?
 
-SmolLM2-135M in bfloat16, format k8v4, 7,500 tokens with the demo's budgets: one window on the device, 25 % of
-the KV in host memory, the rest on disk, all of it read again for every token. The baseline is a second daemon
-with everything in host memory. Each prefills once; then both continue their context by 32 tokens in turns,
-medians of 3. Times are the client's, bytes and stalls the daemon's own counters around each continuation.
+SmolLM2-135M in bfloat16, format k8v4, in two cases.
+
+Long: 65,536 tokens, 90 % of their KV on disk, in full runs, in an engine without its daemon. K and V are
+what lies in memory, for the prompt is not computed; positions go far beyond what the model was trained for.
+The baseline has everything in host memory. Each a process of its own, in turns, medians of 3, each of these
+the median of some steps.
+
+Short: 7,500 tokens with the demo's budgets, in a daemon: one window on the device, 25 % of the KV in host
+memory, which leaves room for short runs only, and the rest on disk. The baseline is a second daemon with
+everything in host memory. Each prefills once; then both continue their context by 32 tokens in turns,
+medians of 3. Times are the client's.
+
+All that is on disk is read again for every token. Bytes and stalls are the prefetcher's own counters.
 
 - decode: milliseconds a token.
 - read rate: bytes read / seconds of decoding, and rate of one read: bytes / seconds within reads, which sum
@@ -18,26 +27,81 @@ Where reading alone takes longer than computing, no more than computing / readin
 
 from __future__ import annotations
 
+import statistics
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
-from harness import Goal, Result, disk_rates, document, main, medians, say
+from bench_kernels import layout, model, records
+from harness import Goal, Result, disk_rates, document, in_our_child, main, medians, say
+from steps import Steps, blocks_of
 
-from spilld.daemon.assembly import READERS
+from spilld.daemon.assembly import READERS, build_store, use_threads
 from spilld.daemon.catalog import default_cache, resolve
 from spilld.daemon.client import Client
+from spilld.daemon.config import Config
 from spilld.daemon.demo import MODEL, budgets
+from spilld.daemon.metrics import Metrics
 from spilld.daemon.spawn import spawned
+from spilld.offload import residency
 from spilld.offload.record import Element, Format
+from spilld.offload.store import Store
 
 BENCH = "scan"
+LONG = 65536
+IN_HOST = 0.1
+SPARE = 64
+CALLS = 9
 TOKENS = 7500
 WARM_UP = 4
 COUNT = 32
 OF_THE_RATE = 0.85
 """What a scan is to reach of the disk's rate, or of that of computing."""
+
+
+def long_scan(on_disk: bool) -> dict[str, float]:
+    """Of steps at LONG tokens: milliseconds of each, and what was read per token."""
+    use_threads(None)
+    found = model()
+    tokens = LONG + SPARE
+    whole = found.geometry.layers * blocks_of(tokens) * layout(Format.K8V4).record_bytes
+    with tempfile.TemporaryDirectory(prefix="spilld-bench-") as folder:
+        config = Config(
+            format="k8v4",
+            dtype="bfloat16",
+            host_budget=int(IN_HOST * whole) if on_disk else whole,
+            disk_budget=2 * whole if on_disk else 0,
+            state=Path(folder),
+        )
+        store = build_store(config, found, residency.plan, Metrics())
+        try:
+            store.records[:] = records(Format.K8V4, 1)
+            steps = Steps(found, store, tokens, 1)
+            steps.feed([1] * tokens)
+            steps.skip(LONG)
+            say(f"{LONG} tokens: the KV lies in {steps.usage}")
+            return _counted(steps, store)
+        finally:
+            store.close()
+
+
+def _counted(steps: Steps, store: Store) -> dict[str, float]:
+    for _ in range(WARM_UP):
+        steps.step(1, range(1))
+    before, times = store.stats(), []
+    for _ in range(CALLS):
+        began = time.perf_counter()
+        steps.step(1, range(1))
+        times.append(time.perf_counter() - began)
+    after = store.stats()
+    used = {name: _number(after, name) - _number(before, name) for name in COUNTERS} if store.disk else {}
+    return {
+        "decode_ms": 1e3 * statistics.median(times),
+        **{name: count / CALLS for name, count in used.items()},
+    }
 
 
 class Scan:
@@ -64,45 +128,61 @@ class Scan:
 
     def _counters(self) -> dict[str, float]:
         stats = self._client.stats()
-        return {name: _number(stats, f"prefetch_{name}") for name in COUNTERS}
+        return {name: _number(stats, name) for name in COUNTERS}
 
 
 COUNTERS = ("reads", "bytes_read", "read_seconds", "stall_seconds")
 
 
 def _number(stats: Mapping[str, object], name: str) -> float:
-    value = stats[name]
+    value = stats[f"prefetch_{name}"]
     assert isinstance(value, int | float), name
     return value
 
 
-def measure() -> tuple[dict[str, float], list[Result]]:
+def short_scans() -> dict[str, dict[str, float]]:
+    """Of daemons at TOKENS tokens, by where the KV lies."""
     folder = resolve(MODEL, default_cache(), Element.BFLOAT16)
     prompt = document(folder, TOKENS)
     settings = {
         "disk": budgets(folder, TOKENS, Format.K8V4, Element.BFLOAT16),
         "host": {"model": MODEL, "format": "k8v4", "dtype": "bfloat16"},
     }
-    rates = disk_rates()
     with ExitStack() as stack:
         scans = {}
         for case, options in settings.items():
             say(f"prefill: {case}")
             daemon = stack.enter_context(spawned(options))
             scans[case] = Scan(stack.enter_context(Client(daemon.address)), prompt)
-        found = medians({case: scan.decode for case, scan in scans.items()})
-    extent = round(found["disk"]["bytes_read"] / found["disk"]["reads"] / 4096) * 4096
-    alone = disk_rates([READERS], extent)[READERS]
+        return medians({case: scan.decode for case, scan in scans.items()})
+
+
+def measure() -> tuple[dict[str, float], list[Result]]:
+    rates = disk_rates()
     limits = {f"disk_bytes_s_{count}_threads": rate for count, rate in rates.items()}
-    limits[f"disk_bytes_s_{READERS}_threads_{extent}_bytes"] = alone
-    return limits, results(found["disk"], found["host"]["decode_ms"], max(rates.values()), alone)
+    found = {
+        LONG: medians({case: partial(in_our_child, long_scan, case == "disk") for case in ("disk", "host")}),
+        TOKENS: short_scans(),
+    }
+    lines = []
+    for tokens, times in found.items():
+        disk = times["disk"]
+        extent = round(disk["bytes_read"] / disk["reads"] / 4096) * 4096
+        alone = disk_rates([READERS], extent)[READERS]
+        limits[f"disk_bytes_s_{READERS}_threads_{extent}_bytes"] = alone
+        lines += results(tokens, disk, times["host"]["decode_ms"], max(rates.values()), alone)
+    return limits, lines
 
 
-def results(disk: Mapping[str, float], host_ms: float, best: float, alone: float) -> list[Result]:
+def results(
+    tokens: int, disk: Mapping[str, float], host_ms: float, best: float, alone: float
+) -> list[Result]:
     """disk: medians per token; best, alone: bytes/s of the disk in long reads, and in reads like its own."""
     read_ms = 1e3 * disk["bytes_read"] / alone
     least_ms = max(host_ms, 1e3 * disk["bytes_read"] / best)
-    result = partial(Result, bench=BENCH, case=f"{TOKENS} tokens, {disk['bytes_read'] / 1e6:.0f} MB a token")
+    kib = disk["bytes_read"] / disk["reads"] / 1024
+    case = f"{tokens} tokens, {disk['bytes_read'] / 1e6:.0f} MB a token by {kib:.0f} KiB"
+    result = partial(Result, bench=BENCH, case=case)
     return [
         result(
             metric="decode",

@@ -1,4 +1,4 @@
-"""What an engine drives: one sequence over a store that holds all of it in host memory."""
+"""What an engine drives: one sequence over a store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spilld.daemon.model import Model
 from spilld.daemon.runner import Runner
 from spilld.daemon.sequence import Sequence
 from spilld.daemon.slices import Slice
-from spilld.daemon.visibility import BLOCK, WINDOW_SLOTS, boundary, sealed_by
+from spilld.daemon.visibility import BLOCK, CELL, WINDOW_SLOTS, boundary, sealed_by
 from spilld.offload.host import HostSlab
 from spilld.offload.record import Element, Format, Layout
 from spilld.offload.store import Store
@@ -20,7 +20,7 @@ from spilld.offload.store import Store
 class Steps:
     """Forward passes over one sequence."""
 
-    def __init__(self, model: Model, form: Format, element: Element, tokens: int, chunk: int) -> None:
+    def __init__(self, model: Model, store: Store, tokens: int, chunk: int) -> None:
         """tokens: room for so many; chunk: the most of one step."""
         g = model.geometry
         shape = WindowShape(
@@ -28,22 +28,24 @@ class Steps:
             layers=g.layers,
             kv_heads=g.kv_heads,
             head_dim=g.head_dim,
-            dtype=getattr(torch, element),
+            dtype=getattr(torch, store.layout.element),
         )
         arena = CpuBackend().windows(shape, shape.nbytes)
         arena.tensor.zero_()
-        layout = Layout(form, element, g.kv_heads, g.head_dim)
-        blocks = max(1, boundary(tokens) // BLOCK)
-        slab = HostSlab(blocks * g.layers * layout.record_bytes, layout.record_bytes)
-        self._store = Store(layout, g.layers, slab, run_blocks=blocks)
-        self._sequence = Sequence(self._store.open(), arena.take(), bytes(32))
-        self._store.promise(self._sequence.table, blocks)
-        self._runner = Runner(model, TieredAttention(CpuBackend(), arena, self._store), self._store, chunk)
+        self._store = store
+        self._sequence = Sequence(store.open(), arena.take(), bytes(32))
+        store.promise(self._sequence.table, blocks_of(tokens))
+        self._runner = Runner(model, TieredAttention(CpuBackend(), arena, store), store, chunk)
 
     @property
     def computed(self) -> int:
         """Tokens that were computed, or taken for it."""
         return self._sequence.computed
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Bytes of records by tier."""
+        return self._store.usage(self._sequence.table)
 
     def feed(self, tokens: list[int]) -> None:
         """Let these tokens come next."""
@@ -54,13 +56,31 @@ class Steps:
         self._grow(count)
         [found] = self._runner.run([Slice(self._sequence, count, self._sequence.computed)], [keep])
         self._sequence.computed += count
+        self._store.settle()
         return found
 
     def skip(self, count: int) -> None:
         """Take the next tokens for computed: their K and V are what lies in memory. For timing only."""
-        self._grow(count)
-        self._sequence.computed += count
+        for done in range(0, count, CELL):
+            part = min(CELL, count - done)
+            self._grow(part)
+            self._sequence.computed += part
+            self._store.settle()
 
     def _grow(self, count: int) -> None:
         known, last = len(self._sequence.table.chain), self._sequence.computed + count - 1
         self._store.grow(self._sequence.table, self._sequence.hashes(known, sealed_by(last)))
+
+
+def blocks_of(tokens: int) -> int:
+    """How many of a sequence of this length are sealed, at least one."""
+    return max(1, boundary(tokens) // BLOCK)
+
+
+def in_host(model: Model, form: Format, element: Element, tokens: int) -> Store:
+    """A store with room for a sequence of this length in host memory, and no disk."""
+    g = model.geometry
+    layout = Layout(form, element, g.kv_heads, g.head_dim)
+    blocks = blocks_of(tokens)
+    slab = HostSlab(blocks * g.layers * layout.record_bytes, layout.record_bytes)
+    return Store(layout, g.layers, slab, run_blocks=blocks)

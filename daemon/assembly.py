@@ -148,7 +148,7 @@ def build_engine(
     try:
         arena = _arena(config, model.geometry)
         config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        store = _store(config, model, planner, metrics)
+        store = build_store(config, model, planner, metrics)
         book = _book(config.state / "sessions.sqlite")
         quota = max(config.disk_budget, LEAST_TRANSFERS)
         transfers = Transfers(config.state / "transfers", quota, config.disk_floor)
@@ -205,7 +205,8 @@ def record_layout(config: Config, geometry: Geometry) -> Layout:
     return Layout(Format(config.format), Element(config.dtype), geometry.kv_heads, geometry.head_dim)
 
 
-def _store(config: Config, model: Model, planner: Planner, metrics: Metrics) -> Store:
+def build_store(config: Config, model: Model, planner: Planner, metrics: Metrics) -> Store:
+    """The host and disk tiers. Raises BudgetTooSmall, FolderInUse or FolderUnusable."""
     geometry = model.geometry
     layout = record_layout(config, geometry)
     rows = config.host_budget // layout.record_bytes

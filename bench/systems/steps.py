@@ -10,7 +10,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from steps import Steps
+from steps import Steps, in_host
 
 from spilld.daemon.assembly import use_threads
 from spilld.daemon.catalog import default_cache
@@ -26,7 +26,8 @@ def load(folder: str, context: int) -> tuple[dict[str, str], Generate]:
     model = load_model(Path(folder), Element.BFLOAT16, weights="auto", cache=default_cache())
 
     def generate(prompt: list[int], count: int) -> list[float]:
-        steps = Steps(model, Format.K8V4, Element.BFLOAT16, context, 1)
+        store = in_host(model, Format.K8V4, Element.BFLOAT16, context)
+        steps = Steps(model, store, context, 1)
         steps.feed(prompt)
         steps.skip(len(prompt) - 1)
         token, asked = prompt[-1], time.perf_counter()
