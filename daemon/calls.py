@@ -23,6 +23,7 @@ from .errors import (
 )
 from .fields import FieldError, Struct, readers
 from .protocol import (
+    Acknowledge,
     Cancel,
     ChangeSession,
     Done,
@@ -43,6 +44,15 @@ FRESH_S = 1.0
 
 LAST_WORDS_S = 0.1
 """How long what a daemon sent before it went away may still be under way inside libzmq."""
+
+AHEAD = 256
+"""Events that the daemon may send without knowing that they came."""
+
+ACKNOWLEDGED = 64
+"""So many events are acknowledged at a time."""
+
+KEPT = 16384
+"""Events of a call that nobody takes are kept here; then it pauses at the daemon."""
 
 Promptable = str | Sequence[int] | Sequence[Message | Mapping[str, str]]
 """A text, token ids, or a chat."""
@@ -81,6 +91,7 @@ def generate_request(request_id: str, tenant: str, prompt: Promptable, options: 
         prompt=_prompt(prompt),
         sampling=Sampling(**sampling),
         deadline_s=rest.pop("timeout", None),
+        ahead=AHEAD,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         **rest,
     )
@@ -119,6 +130,7 @@ class Call:
         self.resuming = False
         self.replies: deque[Reply] = deque()
         self.next_seq = 0
+        self.acknowledged = 0
         self.open = True  # a reply may still come
         self.error: SpilldError | None = None
         self.done: Done | None = None
@@ -182,10 +194,19 @@ class Calls:
         if call.open and (error := self._overdue(call, now)) is not None:
             self.cancel(call, error)
         if call.replies:
-            return call.replies.popleft()
+            reply = call.replies.popleft()
+            self._acknowledge(call)
+            return reply
         if call.error is not None:
             raise call.error
         return None
+
+    def _acknowledge(self, call: Call) -> None:
+        """Have the daemon go on with a call, if it may have paused it and its events can be kept."""
+        due = call.lasts and call.next_seq - call.acknowledged >= ACKNOWLEDGED
+        if due and call.open and len(call.replies) < KEPT:
+            call.acknowledged = call.next_seq
+            self.outbox.append(encode(Acknowledge(request_id=call.request_id, next_seq=call.next_seq)))
 
     def _overdue(self, call: Call, now: float) -> SpilldError | None:
         if call.deadline is not None and now >= call.deadline:
@@ -269,6 +290,7 @@ class Calls:
         call.done = reply if isinstance(reply, Done) else None
         if call.done is not None or not isinstance(reply, Event):
             self._end(call)
+        self._acknowledge(call)
         call.changed()
 
     def link_up(self) -> None:
@@ -279,6 +301,7 @@ class Calls:
                 self._resume(call)
 
     def _resume(self, call: Call) -> None:
+        call.acknowledged = call.next_seq
         resume = Resume(request_id=call.request_id, tenant=self.tenant, next_seq=call.next_seq)
         self.outbox.append(encode(resume))
 

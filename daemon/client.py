@@ -214,7 +214,7 @@ class Client:
                 self._wait(self._calls.wait_s(call, time.monotonic()))
             return reply
         finally:
-            self._link.flush()  # the cancel of a call that took too long
+            self._link.flush()  # what taking it has to say: go on, or that it took too long
 
     def _wait(self, seconds: float | None) -> None:
         self._link.flush()
@@ -412,7 +412,7 @@ class AsyncClient:
                         await changed.wait()
             return reply
         finally:
-            if self._calls.outbox:  # the cancel of a call that took too long
+            if self._calls.outbox:  # what taking it has to say: go on, or that it took too long
                 self._move()
 
     def _move(self) -> None:

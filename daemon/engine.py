@@ -153,6 +153,7 @@ class Engine:
         behind = sum(len(waiting) for waiting in list(self._behind.values()))
         return {
             "requests_running": self._scheduler.running,
+            "requests_paused": sum(g.unread for g in list(self._generations.values())),
             "requests_waiting": self._scheduler.waiting + len(self._away) + behind,
             "contexts_idle": len(self.contexts),
             "device_used_bytes": self._arena.used_bytes,
@@ -211,6 +212,7 @@ class Engine:
 
     def _plan(self) -> Plan:
         """What to admit and run; contexts make way for a request that finds no room beside them."""
+        self._scheduler.pause({g.job for g in self._generations.values() if g.unread})
         while self._scheduler.starved(self._room) and self._make_way():
             continue
         if self._scheduler.full:
@@ -268,11 +270,11 @@ class Engine:
         return True
 
     def _bring_back(self) -> None:
-        """Queue requests again that made way, once they are on disk."""
+        """Queue requests again that made way, once they are on disk and somebody takes what they produce."""
         for job, saved in list(self._away.items()):
-            if saved is not None and self._store.saving(saved):
-                continue
             generation = self._generations[job]
+            if generation.unread or (saved is not None and self._store.saving(saved)):
+                continue
             try:
                 queued = self._job(generation)
             except SpilldError as error:
@@ -575,6 +577,11 @@ class Engine:
         if (generation := self._running(request_id)) is not None:
             self._abort(generation, Cancelled("cancelled by the client"))
 
+    def acknowledge(self, request_id: str, next_seq: int) -> None:
+        """Its client has all events of a request before next_seq."""
+        if (generation := self._running(request_id)) is not None:
+            generation.acknowledged = max(generation.acknowledged, next_seq)
+
     def leave(self, client: bytes, request_id: str) -> None:
         """A client is gone; if the request is its, it may resume it later."""
         generation = self._running(request_id)
@@ -595,6 +602,7 @@ class Engine:
             if request.next_seq + len(missed) < generation.told:
                 raise StorageFailed("events of this request could not be written to disk and are lost")
             generation.listen(client)
+            generation.acknowledged = request.next_seq
         return missed
 
     def _running(self, request_id: str) -> Generation | None:

@@ -57,6 +57,7 @@ class Generation:
         self.decode_s = 0.0
         self.first = 0
         self.told = 0
+        self.acknowledged = 0
         self._arrived = self._waits_since = time.monotonic() - (time.time() - entry.arrived)
         self._cached: int | None = None
         self._text: list[str] = []
@@ -71,6 +72,12 @@ class Generation:
         """Its events go to this client from now on, or to NOBODY."""
         self.client = client
         self._deserted = None if client else time.monotonic()
+
+    @property
+    def unread(self) -> bool:
+        """Its client has as many events under way as it wants."""
+        ahead = self.request.ahead
+        return ahead is not None and self.client != NOBODY and self.told - self.acknowledged >= ahead
 
     @property
     def unheard_s(self) -> float:

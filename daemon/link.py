@@ -76,8 +76,9 @@ class Link:
         self._watch()
         self.flush()
         more = self._take()
-        self.flush()  # a reply may have caused a cancel
-        return more
+        answers = bool(self._calls.outbox)  # to go on, or a cancel
+        self.flush()
+        return more or answers  # Hazard: a send takes the descriptor's word of what came meanwhile
 
     def _watch(self) -> None:
         while self.monitor.poll(0):

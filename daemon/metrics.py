@@ -47,6 +47,7 @@ GAUGES: tuple[Row, ...] = (
     ("workspace_bytes", "workspace_bytes", "What a prefill chunk takes besides windows and records."),
     ("requests_running", "requests_running", "Requests that are computed together."),
     ("requests_waiting", "requests_waiting", "Requests that wait for room, or for another on their session."),
+    ("requests_paused", "requests_paused", "Requests whose clients do not take what was produced."),
     ("contexts_idle", "contexts_idle", "Contexts in memory on which no request runs."),
 )
 

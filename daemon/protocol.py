@@ -1,8 +1,8 @@
 """Protocol version 1: the messages. PROTOCOL.md specifies them, wire.py makes frames of them.
 
-Requests (client to daemon):  Generate, Resume, Cancel, Release, ListSessions, ChangeSession, Hello, Stats,
-                              TransferRequest (ExportSession, OpenTransfer, ReadTransfer, WriteTransfer,
-                              ImportSession, CloseTransfer).
+Requests (client to daemon):  Generate, Resume, Acknowledge, Cancel, Release, ListSessions, ChangeSession,
+                              Hello, Stats, TransferRequest (ExportSession, OpenTransfer, ReadTransfer,
+                              WriteTransfer, ImportSession, CloseTransfer).
 Replies (daemon to client):   Event (Accepted, Progress, Token, Done, Failed), Released, Sessions, Welcome,
                               StatsReply, Exported, Piece, Transfer, Imported.
 """
@@ -100,6 +100,8 @@ class Generate:
     """Seconds from acceptance."""
     priority: Annotated[str, Choice(PRIORITIES)] = "normal"
     """How urgent it is beside others: each has eight times as much of the engine as the one below."""
+    ahead: Annotated[int | None, Maybe(Int(1))] = None
+    """So many events may be under way that were not acknowledged; then it pauses. None: any number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,14 @@ class Resume:
     request_id: Id
     tenant: Annotated[str, TENANT] = ""
     next_seq: Annotated[int, COUNT] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acknowledge:
+    """All events of a Generate before next_seq have come, and more may. No reply."""
+
+    request_id: Id
+    next_seq: Annotated[int, COUNT]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,7 +433,16 @@ def is_last(reply: Reply) -> bool:
 
 
 Request = (
-    Generate | Resume | Cancel | Release | ListSessions | ChangeSession | Hello | Stats | TransferRequest
+    Generate
+    | Resume
+    | Acknowledge
+    | Cancel
+    | Release
+    | ListSessions
+    | ChangeSession
+    | Hello
+    | Stats
+    | TransferRequest
 )
 
 Tenanted = Generate | Resume | Release | ListSessions | ChangeSession | ExportSession | ImportSession
@@ -433,6 +452,7 @@ TYPES: dict[str, type] = {
     "generate": Generate,
     "resume": Resume,
     "cancel": Cancel,
+    "acknowledge": Acknowledge,
     "release": Release,
     "list_sessions": ListSessions,
     "change_session": ChangeSession,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from .ledger import Flow, Ledger
@@ -116,9 +116,10 @@ class Scheduler:
         """A running job cannot make way."""
         self._running[job].movable = False
 
-    def pause(self, job: JobId, paused: bool) -> None:
-        """Compute a running job no further, or again."""
-        self._running[job].paused = paused
+    def pause(self, jobs: Collection[JobId]) -> None:
+        """Compute these no further for now, and all others."""
+        for job in self._running.values():
+            job.paused = job.id in jobs
 
     def advance(self, job: JobId, tokens: int, sampled: int) -> None:
         """A step computed `tokens` of the job and then sampled so many new ones (0 or 1)."""

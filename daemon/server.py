@@ -38,6 +38,7 @@ from .limits import Account, Limits
 from .listener import listen
 from .notify import Notifier
 from .protocol import (
+    Acknowledge,
     Cancel,
     ChangeSession,
     Failed,
@@ -81,6 +82,9 @@ class Service(Protocol):
 
     def cancel(self, request_id: str) -> None:
         """End a request soon; one that has ended is ignored."""
+
+    def acknowledge(self, request_id: str, next_seq: int) -> None:
+        """All events of a request before next_seq have come to its client."""
 
     def leave(self, client: bytes, request_id: str) -> None:
         """A client is gone that heard of a request."""
@@ -316,6 +320,8 @@ class Server:
             case Resume(request_id=request_id, next_seq=next_seq):
                 self._service.resume(client, message)
                 self._running[client, request_id] = _InFlight(account.name, next_seq, resumed=True)
+            case Acknowledge(request_id=request_id, next_seq=next_seq):
+                self._service.acknowledge(request_id, next_seq)
             case Cancel(request_id=request_id):
                 self._service.cancel(request_id)
             case Release() | ListSessions() | ChangeSession():
@@ -332,9 +338,9 @@ class Server:
                 self._send(client, StatsReply(request_id=request_id, values=self._service.stats()))
             case _:
                 raise InvalidRequest(
-                    "type is that of a reply; allowed: generate, resume, cancel, release, list_sessions, "
-                    "change_session, hello, stats, export_session, open_transfer, read_transfer, "
-                    "write_transfer, import_session, close_transfer"
+                    "type is that of a reply; allowed: generate, resume, cancel, acknowledge, release, "
+                    "list_sessions, change_session, hello, stats, export_session, open_transfer, "
+                    "read_transfer, write_transfer, import_session, close_transfer"
                 )
 
     def _start(self, client: bytes, request: Generate, account: Account) -> None:

@@ -83,6 +83,9 @@ class EngineService:
     def cancel(self, request_id: str) -> None:
         self._in_turn(partial(self._engine.cancel, request_id))
 
+    def acknowledge(self, request_id: str, next_seq: int) -> None:
+        self._inbox.put(partial(self._engine.acknowledge, request_id, next_seq))
+
     def leave(self, client: bytes, request_id: str) -> None:
         self._in_turn(partial(self._engine.leave, client, request_id))
 

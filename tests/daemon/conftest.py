@@ -81,6 +81,7 @@ class Echo:
     saves: bool = False
     """What runs when it stops goes on somewhere else."""
     cancelled: list[str] = field(default_factory=list)
+    acknowledged: list[tuple[str, int]] = field(default_factory=list)
     left: list[tuple[bytes, str]] = field(default_factory=list)
     resumed: list[Resume] = field(default_factory=list)
     submitted: list[Generate] = field(default_factory=list)
@@ -128,6 +129,9 @@ class Echo:
         self.cancelled.append(request_id)
         if (ended := self._running.get(request_id)) is not None:
             ended.set()
+
+    def acknowledge(self, request_id: str, next_seq: int) -> None:
+        self.acknowledged.append((request_id, next_seq))
 
     def leave(self, client: bytes, request_id: str) -> None:
         self.left.append((client, request_id))

@@ -69,10 +69,15 @@ class Harness:
 
     def run(self) -> None:
         """Turn until nothing is left to do, then look whether every byte is accounted for."""
-        while self.engine.turn() or self.engine._away:
+        while self.engine.turn() or self._coming_back:
             pass
         self.engine.rest()
         self.engine.check_integrity()
+
+    @property
+    def _coming_back(self) -> bool:
+        away = (self.engine._generations[job] for job in self.engine._away)
+        return any(not generation.unread for generation in away)
 
     def ask(self, prompt: Sequence[int], request_id: str = "r", **fields: Any) -> list[int]:
         """The tokens of one request that runs alone."""

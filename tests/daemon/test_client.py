@@ -17,7 +17,9 @@ import msgpack
 import pytest
 import zmq
 
+from spilld.daemon import calls
 from spilld.daemon import client as client_module
+from spilld.daemon.calls import ACKNOWLEDGED, AHEAD
 from spilld.daemon.client import Accepted, AsyncClient, Client, Done, Message, SessionInfo, Token
 from spilld.daemon.errors import (
     ConfigError,
@@ -74,6 +76,34 @@ def test_events_tokens_text_and_result(running: Running) -> None:
         assert list(client.generate("one two", max_tokens=3).tokens()) == ["one ", "two ", "one "]
         assert client.generate("one two", max_tokens=3).text() == "one two one "
     assert running.echo.cancelled == []
+
+
+def test_what_has_come_is_acknowledged(running: Running) -> None:
+    with Client(running.address) as client:
+        stream = client.generate("word", max_tokens=3 * ACKNOWLEDGED)
+        stream.text()
+        until(lambda: running.echo.acknowledged)
+    [request] = running.echo.submitted
+    assert request.ahead == AHEAD
+    acknowledged = [seq for name, seq in running.echo.acknowledged if name == stream.id]
+    assert acknowledged == sorted(set(acknowledged))
+    assert ACKNOWLEDGED <= acknowledged[-1] <= 3 * ACKNOWLEDGED + 2
+    assert len(acknowledged) in (2, 3)
+
+
+def test_what_nobody_takes_is_not_acknowledged_for_ever(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client keeps a bounded number of events; all are there when somebody asks."""
+    monkeypatch.setattr(calls, "KEPT", 2 * ACKNOWLEDGED)
+    with Client(running.address) as client:
+        idle, busy = client.generate("a", max_tokens=1000), client.generate("b", max_tokens=1000)
+        busy.text()
+        until(lambda: client.hello() and len(idle._call.replies) == 1002)
+        seen = [seq for name, seq in running.echo.acknowledged if name == idle.id]
+        assert seen
+        assert seen[-1] < 4 * ACKNOWLEDGED
+        assert idle.text() == "a " * 1000
 
 
 def test_what_is_asked_arrives(running: Running) -> None:

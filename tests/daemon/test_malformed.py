@@ -23,6 +23,7 @@ from spilld.daemon.errors import InvalidRequest, ProtocolError
 from spilld.daemon.protocol import (
     MAX_FRAME_BYTES,
     TYPES,
+    Acknowledge,
     Cancel,
     ChangeSession,
     CloseTransfer,
@@ -66,6 +67,7 @@ REQUESTS: list[Request] = [
     ),
     Resume(request_id="d", next_seq=12),
     Cancel(request_id="e"),
+    Acknowledge(request_id="e", next_seq=3),
     Release(request_id="f", context="c" * 32),
     ListSessions(request_id="g", tenant="t"),
     ChangeSession(request_id="h", session="s", action="fork", into="t", tokens=5, ttl_s=1.5),

@@ -1,4 +1,4 @@
-"""Requests that make way for others: they go to disk and come back with the tokens they would have had."""
+"""Requests that make way for others, or pause: they go on with the tokens they would have had."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ from spilld.daemon.model import Model
 from spilld.daemon.protocol import Sampling, Token
 from spilld.daemon.visibility import CELL
 
-from .harness import Harness, disk_tier, engine, said, shared, smallest_host_budget, some_tokens, window_bytes
+from .harness import (
+    CLIENT,
+    Harness,
+    disk_tier,
+    engine,
+    said,
+    shared,
+    smallest_host_budget,
+    some_tokens,
+    window_bytes,
+)
 
 LONG, SHORT = some_tokens(1, 1100), some_tokens(2, 300)
 ANSWER = 30
@@ -178,6 +188,54 @@ def test_a_broken_step_leaves_who_is_away_alone(model: Model, tmp_path: Path) ->
         with pytest.raises(SpilldError, match="broken"):
             harness.tokens("short")
         assert len(harness.tokens("long")) == ANSWER
+
+
+def test_who_does_not_read_pauses_and_makes_way(model: Model, tmp_path: Path) -> None:
+    """And comes back when what it has produced was taken."""
+    with crowded(model, tmp_path / "s") as harness:
+        harness.add("long", LONG, max_tokens=ANSWER, ignore_eos=True, tenant="a", ahead=20)
+        while harness.engine.turn():
+            pass
+        assert len(harness.events["long"]) == 20
+        assert harness.engine.stats()["requests_paused"] == 1
+        harness.ask(SHORT, "short", max_tokens=5, ignore_eos=True, tenant="a")
+        stats = harness.engine.stats()
+        assert (stats["preemptions"], stats["requests_waiting"], stats["requests_paused"]) == (1, 1, 1)
+        harness.engine.acknowledge("unknown", 20)
+        harness.engine.acknowledge("long", 5)
+        harness.run()
+        assert len(harness.events["long"]) == 25
+        while said(harness, "long") < ANSWER:
+            harness.engine.acknowledge("long", len(harness.events["long"]))
+            harness.run()
+        found = harness.tokens("long")
+    assert found == alone(model, tmp_path / "1", LONG, ANSWER)
+
+
+def test_who_reads_slowly_holds_up_nobody_else(model: Model, tmp_path: Path) -> None:
+    with engine(model, tmp_path / "s", disk_budget=0) as harness:
+        harness.add("slow", LONG, max_tokens=ANSWER, ignore_eos=True, ahead=8)
+        harness.add("other", SHORT, max_tokens=ANSWER, ignore_eos=True)
+        while harness.engine.turn():
+            pass
+        assert len(harness.tokens("other")) == ANSWER
+        assert len(harness.events["slow"]) == 8
+        harness.engine.leave(CLIENT, "slow")  # nobody listens: it goes on
+        harness.run()
+        harness.resume("slow", 3)
+        assert len(harness.tokens("slow")) == ANSWER
+        assert harness.engine.stats()["preemptions"] == 0
+
+
+def test_a_cancel_reaches_one_that_pauses(model: Model, tmp_path: Path) -> None:
+    with engine(model, tmp_path / "s", disk_budget=0) as harness:
+        harness.add("slow", LONG, max_tokens=ANSWER, ignore_eos=True, ahead=8)
+        while harness.engine.turn():
+            pass
+        harness.engine.cancel("slow")
+        harness.run()
+        with pytest.raises(Cancelled):
+            harness.tokens("slow")
 
 
 def test_less_than_a_cell_is_not_worth_it(model: Model, tmp_path: Path) -> None:

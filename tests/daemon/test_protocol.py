@@ -28,6 +28,7 @@ from spilld.daemon.protocol import (
     PRIORITIES,
     TYPES,
     Accepted,
+    Acknowledge,
     Cancel,
     ChangeSession,
     CloseTransfer,
@@ -141,12 +142,14 @@ MESSAGES: dict[type, st.SearchStrategy[Request | Reply]] = {
         prompt_logprobs=st.none() | st.integers(0, 20),
         deadline_s=st.none() | positive,
         priority=st.sampled_from(PRIORITIES),
+        ahead=st.none() | st.integers(1, 2**63 - 1),
     ).flatmap(
         lambda request: st.sampled_from(
             [request, replace(request, context="c"), replace(request, session="\N{SNOWMAN}")]
         )
     ),
     Resume: st.builds(Resume, request_id=ids, tenant=tenants, next_seq=count),
+    Acknowledge: st.builds(Acknowledge, request_id=ids, next_seq=count),
     Cancel: st.builds(Cancel, request_id=ids),
     Release: st.builds(Release, request_id=ids, tenant=tenants, context=handles),
     Hello: st.builds(Hello, request_id=ids),

@@ -216,12 +216,12 @@ def test_a_paused_job_is_not_computed_and_makes_way_first() -> None:
     running = scheduler(job(1, 700, position=699), job(2, 700, position=699, client="b"))
     running.plan(PLENTY)
     running.advance(1, 1, 1)
-    running.pause(1, paused=True)
+    running.pause({1, 99})
     assert running.plan(PLENTY).run == ((2, 1),)
     running.charge(2, 1.0)
     running.add(job(3, 100, client="a"))
     assert running.displaced() == 1
-    running.pause(1, paused=False)
+    running.pause(set())
     assert running.displaced() is None
     assert set(running.plan(Room(0, 0)).run) == {(1, 1), (2, 1)}
 
