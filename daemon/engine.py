@@ -34,6 +34,7 @@ from .errors import (
     SpilldError,
     StorageFailed,
 )
+from .forecast import Forecast
 from .generation import NOBODY, Generation
 from .journal import Entry, Journal, Unfinished
 from .keeper import SessionKeeper
@@ -120,6 +121,9 @@ class Engine:
         self._max_context = max_context
         self._chunk_tokens = chunk_tokens
         self._pace = pace
+        self._forecast = Forecast(
+            model.geometry.sliding_windows, store.layout.record_bytes, store.host_budget_bytes
+        )
         self._scheduler = Scheduler(chunk_tokens, pace)
         self._generations: dict[int, Generation] = {}
         self._behind: defaultdict[Key, deque[Generation]] = defaultdict(deque)
@@ -311,6 +315,9 @@ class Engine:
         self._store.write_behind()
         if chunks:
             self._pace.took(chunks, time.monotonic() - began)
+        else:
+            host, disk = (sum(part.read_bytes[tier] for part in slices) for tier in ("host", "disk"))
+            self._forecast.took(len(slices), host, disk, time.monotonic() - began)
 
     def _charge(
         self, generations: list[Generation], slices: list[Slice], seconds: float, stalled: float
@@ -426,7 +433,7 @@ class Engine:
         )
 
     def _admit(self, generation: Generation) -> None:
-        sequence = generation.sequence
+        sequence, token_s = generation.sequence, self._token_s()
         if sequence is None:
             sequence = generation.sequence = Sequence(
                 self._store.open(), self._arena.take(), self._keeper.root(generation.request.tenant)
@@ -439,12 +446,17 @@ class Engine:
         sequence.tokens.extend(generation.answer)
         if not sequence.computed and generation.request.prompt_logprobs is None:
             self._find(generation, sequence)
-        for event in generation.begin(first, sequence, self._scheduler.first_token_s(generation.job)):
+        first_token_s = self._scheduler.first_token_s(generation.job)
+        for event in generation.begin(first, sequence, first_token_s, token_s):
             self._tell(generation, event)
         if (hopeless := self._hopeless(generation, sequence)) is not None:
             self._abort(generation, hopeless)
         elif generation.complete(sequence) or (generation.reason and not generation.appends):
             self._finish(generation)
+
+    def _token_s(self) -> float | None:
+        """What a decode step is expected to take once the prompts of all that run are computed."""
+        return self._forecast.token_s([len(self._generations[job].tokens) for job in self._scheduler.jobs])
 
     def _hopeless(self, generation: Generation, sequence: Sequence) -> DeadlineExceeded | None:
         """Why its deadline cannot be met, by far, if that is known. An idle engine tries: what it knows may

@@ -131,9 +131,10 @@ class Generation:
     @property
     def tokens(self) -> list[int]:
         """All of its sequence that is known."""
-        if self.sequence is None or not self.started:
-            return [*self.history, *self.prompt, *self.answer]
-        return self.sequence.tokens
+        before = self.history if self.sequence is None else self.sequence.tokens
+        if self.sequence is not None and self.started:
+            return before
+        return [*before, *self.prompt, *self.answer]
 
     @property
     def started(self) -> bool:
@@ -161,7 +162,9 @@ class Generation:
             elif isinstance(event, Token):
                 self._take(event.token)
 
-    def begin(self, first: int, sequence: Sequence, first_token_s: float | None) -> list[Event]:
+    def begin(
+        self, first: int, sequence: Sequence, first_token_s: float | None, token_s: float | None
+    ) -> list[Event]:
         """The request is admitted; its prompt begins at position `first` of the sequence. What there is to
         tell: nothing, if the last process told it."""
         self.first = first
@@ -177,6 +180,7 @@ class Generation:
                 prompt_tokens=len(self.prompt),
                 cached_tokens=self._cached,
                 first_token_s=first_token_s,
+                token_s=token_s,
             )
         ]
 

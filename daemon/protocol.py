@@ -202,6 +202,9 @@ class Accepted(Event):
     cached_tokens: Annotated[int, COUNT]
     first_token_s: Annotated[float | None, Maybe(Real(0))] = None
     """In how many seconds the first token is expected, from now; None as long as no prompt was computed."""
+    token_s: Annotated[float | None, Maybe(Real(0))] = None
+    """How many seconds each further one is expected to take beside what runs now; None as long as no token
+    was computed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -210,6 +210,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def jobs(self) -> tuple[JobId, ...]:
+        """Those that run."""
+        return tuple(self._running)
+
+    @property
     def full(self) -> bool:
         """As many run as may."""
         return len(self._running) >= self._max_running

@@ -548,6 +548,11 @@ class Store:
     # Accounts.
 
     @property
+    def host_budget_bytes(self) -> int:
+        """Records that host memory holds."""
+        return self._slab.budget_bytes
+
+    @property
     def column_bytes(self) -> int:
         """Bytes of one block in every layer."""
         return self.layers * self.layout.record_bytes
