@@ -96,6 +96,7 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
 
         def apply(changed: Config) -> None:
             server.drain_seconds = changed.drain_seconds
+            server.limits.max_open, server.limits.max_rate = changed.max_open, changed.max_rate
             service.adjust(changed)
 
         server.run(service, Reload(config, again, apply) if again else None)
