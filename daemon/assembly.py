@@ -91,6 +91,8 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
         server.notifier.starting("preparing kernels, which are compiled the first time", STARTING_S)
         layout, packed = record_layout(config, model.geometry), model.packed is not None
         prepare(layout, model.geometry.heads, config.cache, packed=packed)
+        server.notifier.starting("warming up", STARTING_S)
+        service.warm_up()
         metrics.follow(service.stats, service.welcome())
         service.start()
 

@@ -131,10 +131,11 @@ def test_limits_of_clients_change(daemon: Daemon) -> None:
 
 
 def test_systemd_is_told_what_the_daemon_does(daemon: Daemon) -> None:
-    loading, preparing, ready = daemon.start
+    loading, preparing, warming, ready = daemon.start
     assert loading["STATUS"].startswith("loading /")
     assert preparing["STATUS"].startswith("preparing kernels")
-    assert {int(part["EXTEND_TIMEOUT_USEC"]) for part in (loading, preparing)} == {1800 * 10**6}
+    assert warming["STATUS"] == "warming up"
+    assert {int(part["EXTEND_TIMEOUT_USEC"]) for part in (loading, preparing, warming)} == {1800 * 10**6}
     assert ready == {"READY": "1", "STATUS": "serving"}
     os.kill(daemon.pid, signal.SIGTERM)
     assert daemon.told() == {"STOPPING": "1", "STATUS": "draining 0 requests"}
