@@ -121,7 +121,7 @@ install-files:
 uninstall:
 	rm -f $(SYSTEM_UNIT) $(USER_UNIT) $(SYSUSERS) $(COMMAND)
 	test ! -e $(DESTDIR)$(prefix)/pyvenv.cfg || rm -r $(DESTDIR)$(prefix)
-	@echo "== left: $(CONFIG), what was stored (/var/lib/spilld, /var/cache/spilld), and the user spilld"
+	@echo "== left: $(CONFIG), what was stored (/var/lib/spilld, /var/cache/spilld), keys (/etc/spilld), the user spilld"
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist *.egg-info
