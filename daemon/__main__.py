@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from .config import Config
 from .errors import InvalidRequest, SpilldError, Unreachable
+from .extra import engine
 from .keyring import default_folder, make_client, make_server
 from .protocol import PRIORITIES
 
@@ -70,7 +71,8 @@ def _serve(options: argparse.Namespace) -> None:
     config = read()
     # Torch's threads would else spin between its loops, where those of our kernels compute.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from .assembly import serve  # loads torch, which the client commands do without
+    with engine():
+        from .assembly import serve
 
     serve(config, read if options.config else None)
 
@@ -296,7 +298,8 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from .demo import demo
+    with engine():
+        from .demo import demo
 
     return demo(options.tokens, options.json, options.verify)
 

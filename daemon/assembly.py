@@ -91,11 +91,14 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
         server.notifier.starting("preparing kernels, which are compiled the first time", STARTING_S)
         layout, packed = record_layout(config, model.geometry), model.packed is not None
         prepare(layout, model.geometry.heads, config.cache, packed=packed)
+        server.notifier.starting("warming up", STARTING_S)
+        service.warm_up()
         metrics.follow(service.stats, service.welcome())
         service.start()
 
         def apply(changed: Config) -> None:
             server.drain_seconds = changed.drain_seconds
+            server.limits.max_open, server.limits.max_rate = changed.max_open, changed.max_rate
             service.adjust(changed)
 
         server.run(service, Reload(config, again, apply) if again else None)

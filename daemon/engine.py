@@ -63,6 +63,7 @@ from .slices import Slice
 from .tally import Tally
 from .transfers import Transfers
 from .visibility import BLOCK, CELL, highest_block, longest_with, sealed_by
+from .warm import warm_up
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +176,11 @@ class Engine:
         assert len(set(taken)) == len(taken), "two sequences share a window"
         assert len(taken) + self._arena.free == self._arena.capacity, "a window is lost"
         self._store.check_integrity([sequence.table for sequence in sequences])
+
+    def warm_up(self) -> None:
+        """Compute something before the first request, so that it need not wait for what comes only once."""
+        warm_up(self._arena, self._store, self._runner, self._chunk_tokens)
+        self.check_integrity()
 
     # The loop is the table of contents.
 

@@ -98,7 +98,9 @@ def add(path: Path, name: str, guest: Guest) -> None:
         )
     tenant = json.dumps(guest.tenant, ensure_ascii=False)
     try:
-        with path.open("a", encoding="utf-8") as end:
+        # root may add to a list in another's folder, who could make it a link to any file
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as end:
             end.write(f'\n[{name}]\nkey = "{guest.key}"\ntenant = {tenant}\n')
             end.flush()
             os.fsync(end.fileno())

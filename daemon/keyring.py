@@ -1,4 +1,4 @@
-"""The folder of keys of a daemon, as `spilld keys` makes it. All files have mode 0600.
+"""The folder of keys of a daemon, as `spilld keys` makes it. All files have its owner and mode 0600.
 
 server.key      the daemon's secret key
 clients.toml    who may connect
@@ -8,9 +8,11 @@ NAME.key        what the client NAME needs to connect; it is taken to where the 
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import zmq
@@ -19,6 +21,9 @@ from . import guests
 from .errors import ConfigError
 from .guests import Guest
 from .keys import ServerKey
+
+SERVICE_USER = "spilld"
+"""As whom the system unit runs (systemd/spilld.sysusers). A folder that root makes is this user's."""
 
 SERVER = "server.key"
 CLIENTS = "clients.toml"
@@ -52,7 +57,7 @@ def default_folder(environ: Mapping[str, str] = os.environ) -> Path:
 def make_server(folder: Path) -> Path:
     """Make a daemon's key, and an empty list of clients if there is none. ConfigError if there is a key."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make(folder)
     except OSError as error:
         raise ConfigError(f"cannot make {folder}: {error.strerror}") from error
     public, secret = _pair()
@@ -85,6 +90,17 @@ def make_client(folder: Path, name: str, tenant: str | None = None) -> Path:
     return path
 
 
+def _make(folder: Path) -> None:
+    """A folder, and those above it, unless they are there."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(mode=0o700)
+        with suppress(KeyError):  # there is no such user
+            if os.geteuid() == 0:
+                service = pwd.getpwnam(SERVICE_USER)
+                os.chown(path, service.pw_uid, service.pw_gid)
+
+
 def _pair() -> tuple[str, str]:
     """Public and secret."""
     public, secret = zmq.curve_keypair()
@@ -95,6 +111,9 @@ def _write_new(path: Path, text: str) -> None:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            if os.geteuid() == 0:
+                owner = path.parent.stat()
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

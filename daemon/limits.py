@@ -20,15 +20,16 @@ class Account:
 
 class Limits:
     def __init__(self, max_open: int, max_rate: float) -> None:
-        """Requests that may be open at a time, and messages a second; for who has no limits of its own."""
-        self._max_open = max_open
-        self._max_rate = max_rate
+        """Requests that may be open at a time, and messages a second; for who has no limits of its own. Both
+        may be changed at any time: they hold for the next message."""
+        self.max_open = max_open
+        self.max_rate = max_rate
         self._throttle = Throttle()
 
     def account(self, client: bytes, guest: Guest | None) -> Account:
         if guest is None:
-            return Account(client, self._max_open, self._max_rate)
-        return Account(guest.key, guest.max_open or self._max_open, guest.max_rate or self._max_rate)
+            return Account(client, self.max_open, self.max_rate)
+        return Account(guest.key, guest.max_open or self.max_open, guest.max_rate or self.max_rate)
 
     def count(self, account: Account, now: float) -> None:
         """A message has come. Overloaded if it is one too many; the clock is time.monotonic()."""

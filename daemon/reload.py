@@ -11,7 +11,16 @@ from .errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-SAFE = ("max_gap_ms", "max_queue", "drain_seconds", "read_deadline_s", "context_ttl_s", "retention_s")
+SAFE = (
+    "max_gap_ms",
+    "max_queue",
+    "max_open",
+    "max_rate",
+    "drain_seconds",
+    "read_deadline_s",
+    "context_ttl_s",
+    "retention_s",
+)
 """What a running daemon takes. The others size what it holds, or say what the model and its KV are."""
 
 

@@ -133,7 +133,7 @@ class _InFlight:
 class Server:
     """Serves one address. `post`, `drain`, `reload` and `stop` may be called from any thread.
 
-    `notifier` tells systemd how the daemon is. drain_seconds may be changed while it runs.
+    `notifier` tells systemd how the daemon is. drain_seconds and limits may be changed while it runs.
 
     with Server(address) as server:  # listens from here on: an address in use fails before a model is loaded
         server.run(Engine(post=server.post))
@@ -160,7 +160,7 @@ class Server:
         """
         self.address = address
         self._gate = None if keys is None else Gate(keys)
-        self._limits = Limits(max_open, max_rate)
+        self.limits = Limits(max_open, max_rate)
         self._open_to_group = open_to_group
         self.drain_seconds = drain_seconds
         self._send_queue = send_queue
@@ -303,8 +303,8 @@ class Server:
             request_id = message.request_id
             seq = message.next_seq if isinstance(message, Resume) else 0
             guest = None if self._gate is None else self._gate.guest(frames[0])
-            account = self._limits.account(client, guest)
-            self._limits.count(account, time.monotonic())
+            account = self.limits.account(client, guest)
+            self.limits.count(account, time.monotonic())
             self._handle(client, message if guest is None else guest.admit(message), account)
         except SpilldError as error:
             self._send(client, Failed.because(error, request_id or error.request_id, seq))
@@ -355,7 +355,7 @@ class Server:
         if any(name == request_id for _, name in self._running):
             raise InvalidRequest(f"id is {request_id!r}, which is in flight; allowed: 128 random bits")
         of_it = sum(flight.account == account.name for flight in self._running.values())
-        self._limits.admit(account, of_it)
+        self.limits.admit(account, of_it)
 
     # events
 

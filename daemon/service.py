@@ -61,6 +61,15 @@ class EngineService:
         self._intake = ThreadPoolExecutor(1, "spilld-intake")
         self._thread = threading.Thread(target=self._loop, name="spilld-engine")
 
+    def warm_up(self) -> None:
+        """Before `start`. Raises InternalError, and the engine is closed, if it cannot compute."""
+        try:
+            self._engine.warm_up()
+        except Exception as error:
+            log.exception("the warm-up failed")
+            self._engine.close()
+            raise InternalError(f"the engine cannot compute: {error!r}; the log says where") from error
+
     def start(self) -> None:
         """Take up what the last process left, and work."""
         for left in self._engine.left_behind():

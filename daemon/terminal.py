@@ -21,6 +21,7 @@ from spilld.offload.errors import FolderUnusable
 from .calls import Options
 from .client import Client, Done, Generation, Message, Progress, Token
 from .errors import ContextNotFound, StateFolderError
+from .extra import engine
 
 ABOUT = "{text}\n\n"
 QUESTION = "Question: {question}\nAnswer:"
@@ -148,8 +149,9 @@ def import_session(client: Client, name: str, file: Path) -> None:
 
 
 def check(folder: Path, repair: bool, as_json: bool) -> bool:
-    """Verify the store in a folder and say what was found; whether it is clean. Raises StateFolderError."""
-    from spilld.offload.check import check as verify
+    """Verify the store in a folder and say what was found; whether it is clean. Raises ConfigError."""
+    with engine():
+        from spilld.offload.check import check as verify
 
     console = Console(stderr=as_json)
     try:

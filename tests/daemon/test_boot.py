@@ -188,5 +188,31 @@ def test_the_unit_runs(tmp_path: Path) -> None:
         machine.until("ActiveState", "active", START_S)
         assert "Watchdog timeout" in machine.log()
 
+        served_with_keys(machine)
         machine.run("systemctl", "stop", "spilld")
         assert (machine.show("ActiveState"), machine.show("Result")) == ("inactive", "success"), machine.log()
+
+
+def served_with_keys(machine: Machine) -> None:
+    """As README.md has it: keys that root makes, and a daemon that is not root and may only read them."""
+    machine.run("spilld", "keys")
+    machine.run("spilld", "keys", "--client", "laptop")
+    made = machine.run("find", "/etc/spilld", "-printf", "%M %u %g %P\n").splitlines()
+    assert sorted(made) == [
+        "-rw------- spilld spilld keys/clients.toml",
+        "-rw------- spilld spilld keys/laptop.key",
+        "-rw------- spilld spilld keys/server.key",
+        "drwx------ spilld spilld ",
+        "drwx------ spilld spilld keys",
+    ]
+    settings = r'1i keys = "/etc/spilld/keys"\nlisten = "tcp://0.0.0.0:5757"'
+    machine.run("sed", "-i", settings, "/etc/spilld.toml")
+    machine.run("systemctl", "restart", "spilld", check=False)
+    assert machine.show("ActiveState") == "active", machine.log()
+    at = ("--address", "tcp://127.0.0.1:5757", "--wait=5")
+    stats = machine.run("spilld", "stats", "--json", *at, "--keys", "/etc/spilld/keys/laptop.key")
+    assert "requests_running" in stats
+    assert "requests_running" not in machine.run("spilld", "stats", "--json", *at, check=False), "no key"
+    main = machine.show("MainPID")
+    inside = ("nsenter", f"--target={main}", "--mount", "touch", "/etc/spilld/keys/clients.toml")
+    assert "Read-only file system" in machine.run(*inside, check=False)

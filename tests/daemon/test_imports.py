@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ["torch", "numpy", "numba", "transformers"]
-LIGHT = ["client", "protocol", "wire", "errors", "config", "server"]
+HEAVY = ["torch", "numpy", "numba", "transformers", "xxhash", "prometheus_client"]
+LIGHT = ["__main__", "client", "protocol", "wire", "errors", "config", "server", "terminal", "top"]
 ALLOWED = {"daemon": {"offload", "cuda_ext"}, "offload": set[str](), "cuda_ext": set[str]()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pwd
 import socket
 import stat
 import time
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 
+from spilld.daemon import keyring
 from spilld.daemon.__main__ import main
 from spilld.daemon.client import AsyncClient, Client
 from spilld.daemon.errors import AccessDenied, ConfigError, SpilldError, Unreachable
@@ -135,6 +137,51 @@ def test_a_client_before_the_daemon(tmp_path: Path) -> None:
         make_client(tmp_path, "alice")
     with pytest.raises(ConfigError, match="cannot make"):
         make_server(Path("/proc/none"))
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+
+
+@needs_root
+def test_what_root_makes_is_the_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever root's umask: the daemon's user must get at it."""
+    service = pwd.getpwnam("nobody")
+    monkeypatch.setattr(keyring, "SERVICE_USER", service.pw_name)
+    before = os.umask(0o077)
+    try:
+        make_server(tmp_path / "spilld/keys")
+        make_client(tmp_path / "spilld/keys", "laptop")
+    finally:
+        os.umask(before)
+    made = list((tmp_path / "spilld").rglob("*"))
+    assert len(made) == 4
+    owners = {(path.stat().st_uid, path.stat().st_gid) for path in (tmp_path / "spilld", *made)}
+    assert owners == {(service.pw_uid, service.pw_gid)}
+    assert tmp_path.stat().st_uid == 0, "that was there"
+
+
+@needs_root
+def test_what_root_adds_to_a_folder_is_its_owners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keyring, "SERVICE_USER", "no such user")
+    make_server(tmp_path / "new")
+    assert {path.stat().st_uid for path in (tmp_path / "new").iterdir()} == {0}
+    folder = tmp_path / "keys"
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 12345, 54321)
+    make_server(folder)
+    make_client(folder, "laptop")
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in folder.iterdir()} == {(12345, 54321)}
+
+
+def test_a_list_that_is_a_link_is_not_followed(keys: Path, tmp_path: Path) -> None:
+    """Root may add to a list in a folder that is another's, who could have it append to any file."""
+    (keys / CLIENTS).rename(tmp_path / "elsewhere")
+    (keys / CLIENTS).symlink_to(tmp_path / "elsewhere")
+    before = (tmp_path / "elsewhere").read_text()
+    with pytest.raises(ConfigError, match=r"cannot write .*clients\.toml"):
+        make_client(keys, "carol")
+    assert (tmp_path / "elsewhere").read_text() == before
+    assert not (keys / "carol.key").exists()
 
 
 def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,11 +110,32 @@ def test_a_daemon_takes_what_is_safe_and_names_the_rest(daemon: Daemon) -> None:
             answers(client)
 
 
+def test_limits_of_clients_change(daemon: Daemon) -> None:
+    with Client(daemon.address) as client:
+        daemon.reload("max_queue = 64\nmax_open = 1\n")
+        with client.generate("hello", max_tokens=LONG, ignore_eos=True) as running:
+            while not isinstance(next(running), Token):
+                continue
+            with pytest.raises(Overloaded, match="1 requests of this client are open"):
+                answers(client)
+            said = daemon.reload("max_queue = 64\nmax_open = 2\n")
+            assert "max_open is 2 now, no longer 1" in said
+            assert answers(client)
+
+        daemon.reload("max_rate = 0.01\n")
+        with pytest.raises(Overloaded, match=r"more than 0\.01 messages a second"):
+            client.stats(), client.stats()
+        said = daemon.reload("max_rate = 1000\n")
+        assert "max_rate is 1000.0 now, no longer 0.01" in said
+        assert client.stats(), "it need not wait for what the old rate would have allowed"
+
+
 def test_systemd_is_told_what_the_daemon_does(daemon: Daemon) -> None:
-    loading, preparing, ready = daemon.start
+    loading, preparing, warming, ready = daemon.start
     assert loading["STATUS"].startswith("loading /")
     assert preparing["STATUS"].startswith("preparing kernels")
-    assert {int(part["EXTEND_TIMEOUT_USEC"]) for part in (loading, preparing)} == {1800 * 10**6}
+    assert warming["STATUS"] == "warming up"
+    assert {int(part["EXTEND_TIMEOUT_USEC"]) for part in (loading, preparing, warming)} == {1800 * 10**6}
     assert ready == {"READY": "1", "STATUS": "serving"}
     os.kill(daemon.pid, signal.SIGTERM)
     assert daemon.told() == {"STOPPING": "1", "STATUS": "draining 0 requests"}

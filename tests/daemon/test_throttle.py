@@ -77,6 +77,20 @@ def test_never_more_than_a_second_and_the_rate(rate: float, gaps: list[float], b
     assert throttle.take("b", rate, now), "one name does not take from another"
 
 
+@given(before=st.sampled_from(RATES), after=st.sampled_from(RATES))
+def test_a_rate_that_changes(before: float, after: float) -> None:
+    """What was taken is taken, and the rest comes by the new rate."""
+    throttle, now = Throttle(), 1000.0
+    taken = int(max(1.0, before))
+    assert all(throttle.take("a", before, now) for _ in range(taken))
+    left = max(0, int(max(1.0, after)) - taken)
+    assert all(throttle.take("a", after, now) for _ in range(left))
+    for _ in range(3):
+        assert not throttle.take("a", after, now)
+        now += 1 / after
+        assert throttle.take("a", after, now)
+
+
 def test_many_names_come_and_go() -> None:
     throttle = Throttle()
     for number in range(50_000):

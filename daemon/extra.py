@@ -1,0 +1,21 @@
+"""What `pip install spilld` leaves out: the packages of the engine, an extra."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .errors import ConfigError
+
+
+@contextmanager
+def engine() -> Iterator[None]:
+    """Import in here what needs them. ConfigError that says what to install where they are not."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "spilld").partition(".")[0] == "spilld":
+            raise
+        raise ConfigError(
+            f'{error.name} is not installed: this command needs the engine, `pip install "spilld[engine]"`'
+        ) from error
