@@ -1,7 +1,8 @@
 # make demo   runs the main job: one long document, most of its KV on disk, two questions
 # make test   the test suite
 # make torture  kills a store 600 times and a daemon 20 times, and checks what is left (some minutes)
-# make soak   sixty-four clients on one daemon for ten minutes: read, cancelled, abandoned
+# make soak   sixty-four clients on one daemon for ten minutes: read, cancelled, abandoned; a million frames that are no
+#             messages against a server, a million that atheris makes up against what reads them
 # make lint   ruff and mypy
 # make bench  every benchmark, as tables, and the goals of all in one (after what the next one builds; with REPEATS=1
 #             an hour, one run of each instead of medians of three)
@@ -52,7 +53,10 @@ torture: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -m slow --timeout 3600 tests/offload/test_torture.py tests/daemon/test_kill.py
 
 soak: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest -m slow --timeout 3600 -s tests/daemon/test_soak.py
+	$(VENV)/bin/python -m pytest -m slow --timeout 3600 -s tests/daemon/test_soak.py tests/daemon/test_malformed.py
+	$(PIP) install -q -c constraints.txt -e ".[fuzz]"
+	mkdir -p build/corpus
+	$(VENV)/bin/python -m tests.daemon.fuzz_decode build/corpus -runs=1000000 -max_len=65536 -rss_limit_mb=2048 -timeout=5
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check .
