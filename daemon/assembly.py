@@ -33,6 +33,7 @@ from .errors import BudgetError, ModelError, StateFolderError
 from .geometry import Geometry
 from .journal import Journal
 from .kernels import prepare
+from .memory import MemoryWatch
 from .metrics import Metrics
 from .model import Model, load, resolve
 from .pace import Pace
@@ -170,6 +171,7 @@ def build_engine(
         transfers,
         Pace(config.max_gap_ms / 1e3, _balance(model)),
         metrics,
+        MemoryWatch(config.memory_floor),
         post,
         max_context=config.max_context or model.geometry.max_positions,
         chunk_tokens=config.chunk_tokens,

@@ -94,6 +94,7 @@ class Config:
     host_budget: Annotated[int, Size()] = 2 * GIB
     disk_budget: Annotated[int, Size()] = 16 * GIB
     disk_floor: Annotated[int, Size()] = GIB
+    memory_floor: Annotated[int, Size()] = 256 * 2**20
     compaction_rate: Annotated[int, Size()] = 32 * 2**20
     write_budget: Annotated[int | None, Maybe(Size())] = None
     state: Annotated[Path, Folder()] = field(default_factory=_state)

@@ -39,6 +39,7 @@ from .generation import NOBODY, Generation
 from .journal import Entry, Journal, Unfinished
 from .keeper import SessionKeeper
 from .ledger import shares
+from .memory import MemoryWatch
 from .metrics import Metrics
 from .model import Model
 from .pace import Pace
@@ -100,6 +101,7 @@ class Engine:
         transfers: Transfers,
         pace: Pace,
         metrics: Metrics,
+        memory: MemoryWatch,
         post: Post,
         *,
         max_context: int,
@@ -117,6 +119,7 @@ class Engine:
         self._store = store
         self._runner = runner
         self._metrics = metrics
+        self._memory = memory
         self._tally = Tally()
         self._post = post
         self._max_context = max_context
@@ -160,6 +163,7 @@ class Engine:
             "requests_running": self._scheduler.running,
             "requests_paused": sum(g.unread for g in list(self._generations.values())),
             "requests_waiting": self._scheduler.waiting + len(self._away) + behind,
+            "memory_short": int(self._memory.short),
             "contexts_idle": len(self.contexts),
             "device_used_bytes": self._arena.used_bytes,
             "device_budget_bytes": self._arena.budget_bytes,
@@ -214,6 +218,10 @@ class Engine:
             self._abort(generation, Cancelled(f"no client asked for it within {self._retention_s:g} s"))
         if time.monotonic() - self._ticked >= TICK_S:
             self._ticked = time.monotonic()
+            self._memory.look()
+            self._store.promotes = not self._memory.short
+            if self._memory.short:
+                self._relieve()
             self._tend_sessions()
 
     def _all(self) -> list[Generation]:
@@ -223,11 +231,21 @@ class Engine:
     def _plan(self) -> Plan:
         """What to admit and run; contexts make way for a request that finds no room beside them."""
         self._scheduler.pause({g.job for g in self._generations.values() if g.unread})
+        if self._memory.short and self._scheduler.running:
+            return self._scheduler.plan(NO_ROOM)
         while self._scheduler.starved(self._room) and self._make_way():
             continue
         if self._scheduler.full:
             self._preempt()
         return self._scheduler.plan(self._room)
+
+    def _relieve(self) -> None:
+        """Memory is short: give some back, all of it soon if it stays short."""
+        self._runner.rest()
+        self._store.settle()
+        if (idle := self.contexts.oldest()) is not None:
+            self._discard(idle)
+        self._store.relieve()
 
     def _make_way(self) -> bool:
         """Give up something for the request that is next; False if it is to wait for running ones."""
@@ -295,7 +313,8 @@ class Engine:
 
     @property
     def _room(self) -> Room:
-        return Room(windows=self._arena.free, blocks=self._store.unpromised)
+        windows = min(self._arena.free, 1) if self._memory.short else self._arena.free
+        return Room(windows, self._store.unpromised)
 
     def _step(self, plan: Plan) -> None:
         began = time.monotonic()

@@ -48,6 +48,7 @@ GAUGES: tuple[Row, ...] = (
     ("requests_running", "requests_running", "Requests that are computed together."),
     ("requests_waiting", "requests_waiting", "Requests that wait for room, or for another on their session."),
     ("requests_paused", "requests_paused", "Requests whose clients do not take what was produced."),
+    ("memory_short", "memory_short", "1 while the kernel has less memory left than memory_floor."),
     ("contexts_idle", "contexts_idle", "Contexts in memory on which no request runs."),
 )
 

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import BudgetTooSmall, TierFull
-from .system import Bytes, page_aligned
+from .system import Bytes, give_back, page_aligned
 
 Rows = npt.NDArray[np.int64]
 
@@ -70,6 +70,14 @@ class HostSlab:
         self._taken[given] = False
         self._free[self._n_free : self._n_free + len(given)] = given[::-1]
         self._n_free += len(given)
+
+    def give_back(self) -> None:
+        """Let the kernel have the memory of free rows, as far as it is whole pages."""
+        free = np.sort(self._free[: self._n_free])
+        for span in np.split(free, np.flatnonzero(np.diff(free) > 1) + 1):
+            if len(span):
+                begin, end = int(span[0]), int(span[-1]) + 1
+                give_back(self.records, begin * self.record_bytes, end * self.record_bytes)
 
     def check_integrity(self) -> None:
         """Free and taken rows partition the slab. AssertionError says otherwise."""

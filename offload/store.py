@@ -141,6 +141,8 @@ class Store:
         self.layers = layers
         self.run_blocks = run_blocks
         self.spill_failure: WriteFailed | None = None
+        self.promotes = True
+        """Runs may be copied back from disk while host memory is free."""
         self.arriving_bytes = 0
         self._slab = slab
         self._disk = disk
@@ -258,6 +260,12 @@ class Store:
             except WriteFailed as failure:
                 self._give_up_spilling(failure)
                 return
+
+    def relieve(self) -> None:
+        """Give host memory back to the kernel: copies of what is on disk, and what was written since the last
+        call. Begin to write one more run."""
+        self.make_room(self._slab.free_slots // self.layers + self.run_blocks)
+        self._slab.give_back()
 
     def _drop_copies(self, columns: int) -> None:
         """Free rows of blocks that are also on disk, whole runs, the oldest of idle sequences first."""
@@ -543,7 +551,7 @@ class Store:
         """Of a run of a sequence that lies on disk only, or several short ones, if host memory is free beyond
         what growth and spills want. To be ended before anything else is asked of the store."""
         spare = self._slab.free_slots // self.layers - 2 * self.run_blocks - PROMOTION_MARGIN
-        return Promotion(self._slab, self.layers, table, min(spare, self.run_blocks))
+        return Promotion(self._slab, self.layers, table, min(spare, self.run_blocks) if self.promotes else 0)
 
     # Accounts.
 

@@ -30,6 +30,19 @@ def page_aligned(nbytes: int, *, huge: bool = False) -> Bytes:
     return np.frombuffer(memory, dtype=np.uint8)[:nbytes]
 
 
+def give_back(memory: Bytes, start: int, stop: int) -> None:
+    """Let the kernel have the whole pages within bytes [start, stop) of page_aligned memory: they read as
+    zeros from now on, and are backed again once touched."""
+    first, last = round_up(start, PAGE), stop // PAGE * PAGE
+    if first < last:
+        mapping: object = memory
+        while isinstance(mapping, np.ndarray):
+            mapping = mapping.base
+        assert isinstance(mapping, memoryview), "not page_aligned memory"
+        assert isinstance(mapping.obj, mmap.mmap), "not page_aligned memory"
+        mapping.obj.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
 class SystemCalls:
     """What the disk tier asks of the kernel. Each raises OSError as `os` does."""
 
