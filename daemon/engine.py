@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from spilld.cuda_ext.window import WindowArena
-from spilld.offload.errors import ExtentCorrupt, IndexDamaged, OffloadError, ReadFailed
+from spilld.offload.errors import ExtentCorrupt, IndexDamaged, OffloadError
 from spilld.offload.extent import RunKey
 from spilld.offload.store import Store
 
@@ -24,6 +24,7 @@ from . import tail
 from .config import Config
 from .contexts import Contexts, Key, new_handle
 from .courier import Courier
+from .desk import SessionDesk
 from .errors import (
     Cancelled,
     DeadlineExceeded,
@@ -50,21 +51,19 @@ from .protocol import (
     ListSessions,
     PromptLogprob,
     Release,
-    Released,
     Reply,
     Resume,
-    Sessions,
 )
 from .runner import Runner
 from .sampler import logprobs
 from .scheduler import Job, Plan, Room, Scheduler
 from .sequence import Sequence
+from .sequences import Sequences
 from .sessions import Session, SessionBook
 from .slices import Slice
 from .tally import Tally
 from .transfers import Transfers
 from .visibility import BLOCK, CELL, highest_block, longest_with, sealed_by
-from .warm import warm_up
 
 log = logging.getLogger(__name__)
 
@@ -111,11 +110,12 @@ class Engine:
     ) -> None:
         self.model = model
         self.contexts = Contexts()
+        self._sequences = Sequences(arena, store, runner)
         self._keeper = SessionKeeper(book, store, model, context_ttl_s)
+        self._desk = SessionDesk(self._keeper, self.contexts, self._sequences, self._all)
         self._journal = journal
         self._retention_s = retention_s
-        self.courier = Courier(transfers, self._keeper, store, model, self._refuse_if_busy)
-        self._arena = arena
+        self.courier = Courier(transfers, self._keeper, store, model, self._desk.refuse_if_busy)
         self._store = store
         self._runner = runner
         self._metrics = metrics
@@ -165,25 +165,19 @@ class Engine:
             "requests_waiting": self._scheduler.waiting + len(self._away) + behind,
             "memory_short": int(self._memory.short),
             "contexts_idle": len(self.contexts),
-            "device_used_bytes": self._arena.used_bytes,
-            "device_budget_bytes": self._arena.budget_bytes,
             "workspace_bytes": self._runner.workspace_bytes,
             **self._tally.stats(),
-            **self._store.stats(),
+            **self._sequences.stats(),
         }
 
     def check_integrity(self) -> None:
         """Windows, rows and runs belong to running requests and idle contexts, and to nothing else."""
         running = [g.sequence for g in self._generations.values() if g.sequence is not None]
-        sequences = [*running, *self.contexts]
-        taken = sorted(sequence.window for sequence in sequences)
-        assert len(set(taken)) == len(taken), "two sequences share a window"
-        assert len(taken) + self._arena.free == self._arena.capacity, "a window is lost"
-        self._store.check_integrity([sequence.table for sequence in sequences])
+        self._sequences.check_integrity([*running, *self.contexts])
 
     def warm_up(self) -> None:
         """Compute something before the first request, so that it need not wait for what comes only once."""
-        warm_up(self._arena, self._store, self._runner, self._chunk_tokens)
+        self._sequences.warm_up(self._chunk_tokens)
         self.check_integrity()
 
     # The loop is the table of contents.
@@ -222,7 +216,8 @@ class Engine:
             self._store.promotes = not self._memory.short
             if self._memory.short:
                 self._relieve()
-            self._tend_sessions()
+            self._desk.tend()
+            self._journal.sweep(self._retention_s)
 
     def _all(self) -> list[Generation]:
         """Requests that wait for another on their session first, so that to end one begins no other."""
@@ -244,14 +239,14 @@ class Engine:
         self._runner.rest()
         self._store.settle()
         if (idle := self.contexts.oldest()) is not None:
-            self._discard(idle)
+            self._sequences.discard(idle)
         self._store.relieve()
 
     def _make_way(self) -> bool:
         """Give up something for the request that is next; False if it is to wait for running ones."""
         if (idle := self.contexts.oldest()) is not None:
             log.info("an idle context makes room")
-            self._discard(idle)
+            self._sequences.discard(idle)
             return True
         if self._scheduler.running:
             return self._preempt()
@@ -270,7 +265,7 @@ class Engine:
         """Take the context of a waiting request: another needs its room. It comes back from disk."""
         sequence = _sequence(generation)
         generation.history = list(sequence.tokens)
-        self._discard(sequence)
+        self._sequences.discard(sequence)
         generation.sequence = None
         self._scheduler.replace(self._job(generation))
 
@@ -282,9 +277,9 @@ class Engine:
             return False
         generation = self._generations[job]
         sequence = _sequence(generation)
-        saved = self._save(sequence, generation.milestone)
+        saved = self._sequences.save(sequence, generation.milestone)
         generation.milestone = saved if generation.produced else None
-        if not self._store.holds(sequence.table) or (saved is None and sequence.computed >= CELL):
+        if not self._sequences.saved(sequence, saved):
             self._scheduler.fix(job)  # its KV would be lost
             return True
         log.info("request %s makes way for another", generation.request.request_id)
@@ -292,7 +287,7 @@ class Engine:
         self._runner.rest()
         generation.history = sequence.tokens[: generation.first]
         generation.sequence = None
-        self._discard(sequence)
+        self._sequences.discard(sequence)
         self._scheduler.remove(job)
         self._away[job] = saved
         return True
@@ -313,8 +308,8 @@ class Engine:
 
     @property
     def _room(self) -> Room:
-        windows = min(self._arena.free, 1) if self._memory.short else self._arena.free
-        return Room(windows, self._store.unpromised)
+        windows = self._sequences.windows
+        return Room(min(windows, 1) if self._memory.short else windows, self._store.unpromised)
 
     def _step(self, plan: Plan) -> None:
         began = time.monotonic()
@@ -460,17 +455,18 @@ class Engine:
     def _admit(self, generation: Generation) -> None:
         sequence, token_s = generation.sequence, self._token_s()
         if sequence is None:
-            sequence = generation.sequence = Sequence(
-                self._store.open(), self._arena.take(), self._keeper.root(generation.request.tenant)
-            )
-            sequence.tokens.extend(generation.history)
+            root = self._keeper.root(generation.request.tenant)
+            sequence = generation.sequence = self._sequences.open(root, generation.history)
         first = len(sequence.tokens)
         sequence.tokens.extend(generation.prompt)
         sequence.table.idle = False
         self._store.promise(sequence.table, highest_block(len(sequence.tokens) + generation.max_tokens))
         sequence.tokens.extend(generation.answer)
         if not sequence.computed and generation.request.prompt_logprobs is None:
-            self._find(generation, sequence)
+            found = self._sequences.find(sequence)
+            self._tally.prefix_hits += found
+            self._tally.prefix_misses += not found
+            self._scheduler.resume(generation.job, sequence.computed)
         first_token_s = self._scheduler.first_token_s(generation.job)
         for event in generation.begin(first, sequence, first_token_s, token_s):
             self._tell(generation, event)
@@ -494,23 +490,6 @@ class Engine:
         return DeadlineExceeded(
             f"its prompt alone would take about {alone:.1f} s, {left:.1f} are left; give it more"
         )
-
-    def _find(self, generation: Generation, sequence: Sequence) -> None:
-        """Take over what an earlier request computed of the same beginning, if it is still there."""
-        resume = tail.find(self._store, sequence.root, sequence.tokens)
-        self._tally.prefix_hits += resume is not None
-        self._tally.prefix_misses += resume is None
-        if resume is None:
-            return
-        self._runner.rest()
-        try:
-            tail.restore(self._store, self._arena, sequence.window, resume)
-        except ReadFailed as failure:
-            log.warning("request %s begins anew: %s", generation.request.request_id, failure)
-            return
-        self._store.attach(sequence.table, resume.refs, resume.hashes)
-        sequence.computed = resume.position
-        self._scheduler.resume(generation.job, resume.position)
 
     def _slices(self, plan: Plan) -> tuple[list[Slice], list[Generation]]:
         """The plan as slices, with room for the blocks that they will seal."""
@@ -556,7 +535,7 @@ class Engine:
             self._finish(generation)
             return
         if self._is_milestone(generation, sequence, complete):
-            saved = self._save(sequence, generation.milestone)
+            saved = self._sequences.save(sequence, generation.milestone)
             generation.milestone = saved if generation.produced else None
         if complete:
             self._sample(generation, sequence, logits[-1])
@@ -652,7 +631,7 @@ class Engine:
             if not generation.number:
                 self._abort(generation, Draining("the daemon has stopped, and could not save this request"))
             elif generation.started and generation.sequence is not None:
-                self._save(generation.sequence, generation.milestone)
+                self._sequences.save(generation.sequence, generation.milestone)
         left = frozenset(generation.request.request_id for generation in self._all())
         if left:
             log.info("%d requests are saved: they go on at the next start", len(left))
@@ -672,7 +651,7 @@ class Engine:
 
     def _finish(self, generation: Generation) -> None:
         sequence, session = _sequence(generation), generation.session
-        self._save(sequence, generation.milestone)
+        self._sequences.save(sequence, generation.milestone)
         form, handle = str(self._store.layout.format), session.name if session else None
         event = generation.done(self._keeper.kv_bytes(sequence), form, handle)
         self._note(generation, event, session)
@@ -687,7 +666,7 @@ class Engine:
         harmless = isinstance(error, Cancelled | DeadlineExceeded | Draining)
         appended = harmless and generation.started
         if appended and generation.sequence is not None:
-            self._save(generation.sequence, generation.milestone)
+            self._sequences.save(generation.sequence, generation.milestone)
         event = generation.failed(error)
         self._note(generation, event, session if appended and known else None)
         self._remove(generation, keep=known and (harmless or not generation.started))
@@ -720,7 +699,7 @@ class Engine:
             self._store.promise(sequence.table, sequence.table.stop - 1)
             self.contexts.keep(sequence, session.key)
         elif sequence is not None:
-            self._discard(sequence)
+            self._sequences.discard(sequence)
         if waiting:
             self._follow(waiting.popleft())
 
@@ -734,80 +713,11 @@ class Engine:
             if waiting:
                 self._follow(waiting.popleft())
 
-    # Sessions.
+    # The rest.
 
     def manage(self, request: Release | ListSessions | ChangeSession) -> Reply:
         """List or change sessions. Raises ContextNotFound or InvalidRequest."""
-        if isinstance(request, Release):
-            key = (request.tenant, request.context)
-            self._refuse_if_busy(key)
-            if self._keeper.book.get(*key).listed:  # only `delete` ends what its user gave a name
-                self._drop(key)
-            else:
-                self._release(key)
-            return Released(request_id=request.request_id, context=request.context)
-        if isinstance(request, ListSessions):
-            sessions = self._keeper.book.of(request.tenant)
-        else:
-            sessions = self._change(request)
-        infos = tuple(self._keeper.info(session, self._in_use(session.key)) for session in sessions)
-        return Sessions(request_id=request.request_id, sessions=infos)
-
-    def _change(self, request: ChangeSession) -> list[Session]:
-        key = (request.tenant, request.session)
-        if request.action in ("rename", "delete"):
-            self._refuse_if_busy(key)
-        if request.action == "delete":
-            self._release(key)
-            return []
-        changed = self._keeper.change(request)
-        if request.action == "rename" and (sequence := self.contexts.claim(key)) is not None:
-            self.contexts.keep(sequence, changed.key)
-        return [changed]
-
-    def _refuse_if_busy(self, key: Key) -> None:
-        if any(generation.key == key for generation in self._all()):
-            raise InvalidRequest(f"a request runs on session {key[1]!r}: wait for it, or cancel it first")
-
-    def _release(self, key: Key) -> None:
-        self._keeper.forget(key)
-        self._drop(key)
-
-    def _drop(self, key: Key) -> None:
-        """Give up what a session has in memory."""
-        if (sequence := self.contexts.claim(key)) is not None:
-            self._discard(sequence)
-
-    def _in_use(self, key: Key) -> tuple[Sequence | None, bool]:
-        """The sequence of a session, if it is in memory, and whether a request runs on it."""
-        running = next((g for g in self._generations.values() if g.session and g.session.key == key), None)
-        if running is not None:
-            return running.sequence, True
-        return self.contexts.get(key), False
-
-    def _tend_sessions(self) -> None:
-        busy = {generation.key for generation in self._all()}
-        for key in self._keeper.book.expired():
-            if key not in busy:
-                log.info("session %s has expired", key[1][:8])
-                self._release(key)
-        self._keeper.keep_what_waits()
-        self._journal.sweep(self._retention_s)
-
-    # The rest.
-
-    def _save(self, sequence: Sequence, instead_of: RunKey | None) -> RunKey | None:
-        """Between steps: what was computed outlives the sequence, for whoever begins alike. The tail of it,
-        if there is one; instead_of goes then."""
-        if sequence.computed < CELL:
-            return None
-        self._store.settle()
-        self._store.save(sequence.table)
-        return tail.save(self._store, self._arena, sequence, instead_of)
-
-    def _discard(self, sequence: Sequence) -> None:
-        self._store.forget(sequence.table)
-        self._arena.give_back(sequence.window)
+        return self._desk.manage(request)
 
     def _tell(self, generation: Generation, event: Event) -> None:
         self._note(generation, event)

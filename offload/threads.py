@@ -27,6 +27,10 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .kernel_cache import guard
+
+guard()  # every kernel's module imports this one
+
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 BODY = ir.FunctionType(I64, [I8.as_pointer(), I64])
 """(context, unit) to 0, or 1 if it failed."""

@@ -1,0 +1,91 @@
+"""Where sequences have their KV: a window on the device, records in host memory and on disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from spilld.cuda_ext.window import WindowArena
+from spilld.offload.errors import ReadFailed
+from spilld.offload.extent import RunKey
+from spilld.offload.store import Store
+
+from . import tail
+from .runner import Runner
+from .sequence import Sequence
+from .visibility import CELL
+from .warm import warm_up
+
+log = logging.getLogger(__name__)
+
+
+class Sequences:
+    """Opens them, finds again what was computed before, saves it, gives it up."""
+
+    def __init__(self, arena: WindowArena, store: Store, runner: Runner) -> None:
+        self._arena = arena
+        self._store = store
+        self._runner = runner
+
+    @property
+    def windows(self) -> int:
+        """How many more can be opened."""
+        return self._arena.free
+
+    def open(self, root: bytes, tokens: Iterable[int]) -> Sequence:
+        """One of which nothing is computed. root: of its chain. Raises IndexError without a window."""
+        sequence = Sequence(self._store.open(), self._arena.take(), root)
+        sequence.tokens.extend(tokens)
+        return sequence
+
+    def find(self, sequence: Sequence) -> bool:
+        """Take over what an earlier request computed of the same beginning, if it is still there: `computed`
+        says how much. False if nothing was stored."""
+        resume = tail.find(self._store, sequence.root, sequence.tokens)
+        if resume is None:
+            return False
+        self._runner.rest()
+        try:
+            tail.restore(self._store, self._arena, sequence.window, resume)
+        except ReadFailed as failure:
+            log.warning("a sequence of %d tokens begins anew: %s", len(sequence.tokens), failure)
+            return True
+        self._store.attach(sequence.table, resume.refs, resume.hashes)
+        sequence.computed = resume.position
+        return True
+
+    def save(self, sequence: Sequence, instead_of: RunKey | None) -> RunKey | None:
+        """Between steps: what was computed outlives the sequence, for whoever begins alike. The tail of it,
+        if there is one; instead_of goes then."""
+        if sequence.computed < CELL:
+            return None
+        self._store.settle()
+        self._store.save(sequence.table)
+        return tail.save(self._store, self._arena, sequence, instead_of)
+
+    def saved(self, sequence: Sequence, tail_run: RunKey | None) -> bool:
+        """Whether `save`, which has returned this tail, could save all that is worth it."""
+        return self._store.holds(sequence.table) and (tail_run is not None or sequence.computed < CELL)
+
+    def discard(self, sequence: Sequence) -> None:
+        self._store.forget(sequence.table)
+        self._arena.give_back(sequence.window)
+
+    def warm_up(self, chunk_tokens: int) -> None:
+        """Compute something before the first request, so that it need not wait for what comes only once."""
+        warm_up(self._arena, self._store, self._runner, chunk_tokens)
+
+    def stats(self) -> dict[str, object]:
+        return {
+            "device_used_bytes": self._arena.used_bytes,
+            "device_budget_bytes": self._arena.budget_bytes,
+            **self._store.stats(),
+        }
+
+    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+        """These are all: windows, rows and runs belong to them, and to nothing else."""
+        mine = list(sequences)
+        taken = sorted(sequence.window for sequence in mine)
+        assert len(set(taken)) == len(taken), "two sequences share a window"
+        assert len(taken) + self._arena.free == self._arena.capacity, "a window is lost"
+        self._store.check_integrity([sequence.table for sequence in mine])
