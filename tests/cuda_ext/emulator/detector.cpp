@@ -38,8 +38,8 @@ void prepare() {
   if (heap) return;
   heap = reserve<unsigned char>(HEAP_BYTES);
   heap_cells = reserve<Cell>(HEAP_BYTES);
-  shared = reserve<unsigned char>(SHARED_BYTES);
-  shared_cells = reserve<Cell>(SHARED_BYTES);
+  shared = reserve<unsigned char>(MOST_SHARED);
+  shared_cells = reserve<Cell>(MOST_SHARED);
 }
 
 const char* verb(Access access) { return access == Access::READ ? "read" : "write"; }
@@ -113,7 +113,7 @@ unsigned char* shared_memory() { return shared; }
 void touch(const void* address, size_t bytes, size_t align, Access access) {
   if (!running) return;
   auto* byte = (const unsigned char*)address;
-  const bool is_shared = byte >= shared - RED_ZONE && byte < shared + SHARED_BYTES + RED_ZONE;
+  const bool is_shared = byte >= shared - RED_ZONE && byte < shared + MOST_SHARED + RED_ZONE;
   const bool is_global = byte >= heap && byte < heap + HEAP_BYTES;
   if ((uintptr_t)address < 1 << 16) fail("%s through a null pointer", verb(access));
   if (!is_shared && !is_global) return;  // a thread's own variables

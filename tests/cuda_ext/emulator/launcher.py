@@ -96,7 +96,11 @@ class Emulated:
         return address
 
 
-_SCALARS = {(float, -4): ctypes.c_float, (int, 4): ctypes.c_int32, (int, 8): ctypes.c_int64}
+_SCALARS: dict[tuple[type, int], Any] = {
+    (float, -4): ctypes.c_float,
+    (int, 4): ctypes.c_int32,
+    (int, 8): ctypes.c_int64,
+}
 
 
 def _value(kernel: str, number: int, argument: Argument, kind: int, address: int | None) -> Any:

@@ -284,7 +284,7 @@ using namespace emulator;
 extern "C" const char* emulator_launch(void (*entry)(void**), const unsigned* grid, const unsigned* size, size_t shared_bytes, void** arguments, int order, int landing_mode, uint64_t seed_) {
   threads = size[0] * size[1] * size[2];
   if (threads < 1 || threads > MAX_THREADS || threads % WARP) return "a block must be of 32 to 1024 threads, whole warps";
-  if (shared_bytes > SHARED_BYTES) return "a block cannot have so much shared memory";
+  if (shared_bytes > MOST_SHARED) return "a block cannot have so much shared memory";
   if (!fibers) {
     const auto reserve = [](size_t n) { return mmap(nullptr, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0); };
     fibers = (Fiber*)reserve(sizeof(Fiber) * MAX_THREADS);

@@ -7,7 +7,7 @@ namespace emulator {
 
 constexpr int WARP = 32;
 constexpr int MAX_THREADS = 1024;
-constexpr size_t SHARED_BYTES = 99 << 10;  // what a block may have on every architecture that is compiled for
+constexpr size_t MOST_SHARED = 99 << 10;  // what a block may have on every architecture that is compiled for
 
 struct Index {
   unsigned x, y, z;
