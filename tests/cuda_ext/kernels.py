@@ -41,8 +41,8 @@ class Way:
     seed: int = 0
 
     def launch(self, kernel: Emulated, variant: Variant, grid: tuple[int, int, int], *arguments: Any) -> None:
-        how = {"order": self.order, "landing": self.landing, "seed": self.seed}
-        kernel.launch(variant.name, grid, variant.threads, variant.shared_bytes, *arguments, **how)
+        needs = (variant.name, grid, variant.threads, variant.shared_bytes)
+        kernel.launch(*needs, *arguments, order=self.order, landing=self.landing, seed=self.seed)
 
 
 def elements(numbers: F32, element: Element) -> NDArray[Any]:
@@ -81,12 +81,11 @@ class Records:
         out = np.full((parts, heads, rows, self.layout.head_dim), np.nan, np.float32)
         lse = np.full((parts, heads, rows), np.nan, np.float32)
         q = reference.rotate(self.q) if self.layout.format is Format.INT4 else self.q
-        given = (np.ascontiguousarray(q), self.pool, self.places, self.positions, self.low, self.high)
+        arrays = (np.ascontiguousarray(q), self.pool, self.places, self.positions, self.low, self.high)
+        given = [frozen(array) for array in arrays]
         sizes = (len(self.places), per_part, self.queries, self.group)
         grid = (parts, heads, -(-rows // ROWS))
-        way.launch(
-            kernel, made, grid, out, lse, *map(frozen, given), *sizes, float(self.scale), float(self.softcap)
-        )
+        way.launch(kernel, made, grid, out, lse, *given, *sizes, float(self.scale), float(self.softcap))
         return out, lse
 
     def values(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -116,7 +115,8 @@ class Window:
     @property
     def seen(self) -> NDArray[np.bool_]:
         slot = np.arange(self.slots)
-        return ((slot >= self.ranges[..., :1]) & (slot < self.ranges[..., 1:])).any(axis=1)
+        inside = (slot >= self.ranges[..., :1]) & (slot < self.ranges[..., 1:])
+        return np.asarray(inside.any(axis=1))
 
     def attend(self, kernel: Emulated, per_part: int, way: Way) -> Sums:
         """As Records.attend, with parts of so many tiles."""
@@ -126,7 +126,7 @@ class Window:
         out = np.full((parts, self.kv_heads, rows, head_dim), np.nan, np.float32)
         lse = np.full((parts, self.kv_heads, rows), np.nan, np.float32)
         sizes = (self.ranges.shape[1], self.slots, per_part, self.queries, self.group)
-        given = map(frozen, (self.q, self.planes, self.ranges))
+        given = [frozen(array) for array in (self.q, self.planes, self.ranges)]
         grid = (parts, self.kv_heads, -(-rows // ROWS))
         way.launch(kernel, made, grid, out, lse, *given, *sizes, float(self.scale), float(self.softcap))
         return out, lse
