@@ -22,8 +22,9 @@ struct Cell {
   bool many_warps, many_blocks, pending;
 };
 
-unsigned char *heap, *shared;
-Cell *heap_cells, *shared_cells;
+unsigned char *own_heap, *heap, *shared;
+Cell *own_cells, *heap_cells, *shared_cells;
+size_t heap_bytes;
 Allocation allocations[MAX_ALLOCATIONS];
 int allocated;
 size_t heap_used, launch_shared;
@@ -35,9 +36,10 @@ T* reserve(size_t count) {
 }
 
 void prepare() {
-  if (heap) return;
-  heap = reserve<unsigned char>(HEAP_BYTES);
-  heap_cells = reserve<Cell>(HEAP_BYTES);
+  if (own_heap) return;
+  heap_bytes = HEAP_BYTES;
+  heap = own_heap = reserve<unsigned char>(HEAP_BYTES);
+  heap_cells = own_cells = reserve<Cell>(HEAP_BYTES);
   shared = reserve<unsigned char>(MOST_SHARED);
   shared_cells = reserve<Cell>(MOST_SHARED);
 }
@@ -114,7 +116,7 @@ void touch(const void* address, size_t bytes, size_t align, Access access) {
   if (!running) return;
   auto* byte = (const unsigned char*)address;
   const bool is_shared = byte >= shared - RED_ZONE && byte < shared + MOST_SHARED + RED_ZONE;
-  const bool is_global = byte >= heap && byte < heap + HEAP_BYTES;
+  const bool is_global = byte >= heap && byte < heap + heap_bytes;
   if ((uintptr_t)address < 1 << 16) fail("%s through a null pointer", verb(access));
   if (!is_shared && !is_global) return;  // a thread's own variables
   const char* kind = is_shared ? "shared" : "global";
@@ -154,7 +156,7 @@ extern "C" {
 void* emulator_allocate(size_t bytes) {
   prepare();
   const size_t start = (heap_used + RED_ZONE + 255) / 256 * 256;
-  if (allocated == MAX_ALLOCATIONS || start + bytes + RED_ZONE > HEAP_BYTES) return nullptr;
+  if (allocated == MAX_ALLOCATIONS || start + bytes + RED_ZONE > heap_bytes) return nullptr;
   allocations[allocated++] = {start, bytes};
   heap_used = start + bytes;
   memset(heap + start, 0xff, bytes);
@@ -164,6 +166,24 @@ void* emulator_allocate(size_t bytes) {
 void emulator_free_all() {
   heap_used = 0;
   allocated = 0;
+}
+
+// From now on launches work on this memory of the caller's, of which they may touch what is allowed; null: on the
+// emulator's own.
+void emulator_use(unsigned char* memory, size_t bytes) {
+  prepare();
+  emulator_free_all();
+  if (heap != own_heap) munmap(heap_cells, heap_bytes * sizeof(Cell));
+  heap = memory ? memory : own_heap;
+  heap_bytes = memory ? bytes : HEAP_BYTES;
+  heap_cells = memory ? reserve<Cell>(bytes) : own_cells;
+}
+
+// Ranges come in ascending order. False when there are too many.
+bool emulator_allow(unsigned char* start, size_t bytes) {
+  if (allocated == MAX_ALLOCATIONS) return false;
+  allocations[allocated++] = {(size_t)(start - heap), bytes};
+  return true;
 }
 
 #define HOOKS(N)                                                                              \

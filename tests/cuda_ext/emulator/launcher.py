@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Emulated:
         self._library.emulator_allocate.restype = ctypes.c_void_p
         self._library.emulator_allocate.argtypes = [ctypes.c_size_t]
         self._library.emulator_launch.restype = ctypes.c_char_p
+        self._library.emulator_allow.restype = ctypes.c_bool
 
     def launch(
         self,
@@ -63,6 +65,62 @@ class Emulated:
         self._library.emulator_free_all()
         arrays = {i: self._put(x) for i, x in enumerate(arguments) if isinstance(x, np.ndarray)}
         values = [_value(kernel, i, x, kinds[i], arrays.get(i)) for i, x in enumerate(arguments)]
+        self._run(kernel, grid, threads, shared_bytes, values, order, landing, seed)
+        for i, address in arrays.items():
+            array = arguments[i]
+            assert isinstance(array, np.ndarray)
+            if array.flags.writeable:
+                ctypes.memmove(array.ctypes.data, address, array.nbytes)
+
+    def __contains__(self, kernel: str) -> bool:
+        return hasattr(self._library, f"enter_{kernel}")
+
+    def values(self, kernel: str, arguments: Sequence[int | float]) -> list[Any]:
+        """Arguments, addresses among them, as `launch_on` takes them. Raises TypeError if they do not fit."""
+        kinds = self._kinds(kernel)
+        if len(kinds) != len(arguments):
+            raise TypeError(f"{kernel} takes {len(kinds)} arguments, not {len(arguments)}")
+        addresses = [
+            x if kind == 0 and isinstance(x, int) else None for x, kind in zip(arguments, kinds, strict=True)
+        ]
+        return [_value(kernel, i, x, kinds[i], addresses[i]) for i, x in enumerate(arguments)]
+
+    def launch_on(
+        self,
+        memory: tuple[int, int],
+        allowed: Iterable[tuple[int, int]],
+        kernel: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        values: list[Any],
+        seed: int,
+    ) -> None:
+        """Run a grid over memory of the caller's, (address, bytes). Raises EmulatorError.
+
+        allowed: what of it the kernel may touch, in ascending order.
+        """
+        address, nbytes = memory
+        self._library.emulator_use(ctypes.c_void_p(address), ctypes.c_size_t(nbytes))
+        try:
+            for start, size in allowed:
+                if not self._library.emulator_allow(ctypes.c_void_p(start), ctypes.c_size_t(size)):
+                    raise MemoryError("the emulator knows no more ranges")
+            self._run(kernel, grid, threads, shared_bytes, values, Order.RANDOM, Landing.RANDOM, seed)
+        finally:
+            self._library.emulator_use(None, ctypes.c_size_t(0))
+
+    def _run(
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        values: list[Any],
+        order: Order,
+        landing: Landing,
+        seed: int,
+    ) -> None:
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         wrong = self._library.emulator_launch(
             ctypes.cast(getattr(self._library, f"enter_{kernel}"), ctypes.c_void_p),
@@ -76,11 +134,6 @@ class Emulated:
         )
         if wrong is not None:
             raise EmulatorError(wrong.decode())
-        for i, address in arrays.items():
-            array = arguments[i]
-            assert isinstance(array, np.ndarray)
-            if array.flags.writeable:
-                ctypes.memmove(array.ctypes.data, address, array.nbytes)
 
     def _kinds(self, kernel: str) -> list[int]:
         count = ctypes.c_int.in_dll(self._library, f"kinds_{kernel}").value
