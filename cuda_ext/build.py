@@ -1,4 +1,4 @@
-"""Compiles kernels to CUBIN with NVRTC, through cuda.core: no toolkit, no GPU and no driver is needed for that.
+"""Compiles kernels to CUBIN with NVRTC, through cuda.core: without a toolkit, a GPU or a driver.
 
 NVRTC and cuda.core come with the extra `cuda`. A CUBIN is kept in a folder under a name made of everything
 that it depends on.
@@ -74,9 +74,9 @@ def check_driver() -> None:
     """Raises DriverMissing and DriverTooOld."""
     needed, present = _compiler_major(), _driver_version()
     if present // 1000 < needed:
+        has = f"{present // 1000}.{present % 1000 // 10}"
         raise DriverTooOld(
-            f"the NVIDIA driver is of CUDA {present // 1000}.{present % 1000 // 10}; kernels that NVRTC of CUDA"
-            f" {needed} compiled need a driver of CUDA {needed}.0 or newer: update it"
+            f"the NVIDIA driver is of CUDA {has}; kernels need one of CUDA {needed}.0 or newer: update it"
         )
 
 

@@ -3,13 +3,15 @@
 // A warp merges one row of one KV head; it reads every part once, and those bytes bound it. KV_HEADS, HEAD_DIM.
 #include "numbers.cuh"
 
+constexpr int PER_LANE = (HEAD_DIM + WARP - 1) / WARP;
+
 // part_out: float32 [parts, KV_HEADS, M * group, HEAD_DIM], part_lse: float32 [parts, KV_HEADS, M * group], as
 // attention leaves them. out: float32 [M, KV_HEADS * group, HEAD_DIM], lse: float32 [M, KV_HEADS * group]. A part
 // with lse = -inf changes nothing; if all have, out = 0 and lse = -inf. Grid (M * group, KV_HEADS).
 extern "C" __global__ void __launch_bounds__(32) merge(float* out, float* lse, const float* part_out, const float* part_lse, int parts, int group) {
   const int lane = threadIdx.x, row = blockIdx.x, rows = gridDim.x, head = blockIdx.y;
   const i64 to = (i64)(row / group * KV_HEADS + head) * group + row % group;
-  float top = -INFINITE, total = 0, sum[(HEAD_DIM + WARP - 1) / WARP] = {};
+  float top = -INFINITE, total = 0, sum[PER_LANE] = {};
   for (int part = 0; part < parts; part++) top = fmaxf(top, part_lse[((i64)part * KV_HEADS + head) * rows + row]);
   for (int part = 0; part < parts; part++) {
     const i64 from = ((i64)part * KV_HEADS + head) * rows + row;
@@ -18,9 +20,12 @@ extern "C" __global__ void __launch_bounds__(32) merge(float* out, float* lse, c
     const float weight = exp2_approximate((one - top) * LOG2_E);
     total += weight;
 #pragma unroll
-    for (int c = lane; c < HEAD_DIM; c += WARP) sum[c / WARP] += weight * part_out[from * HEAD_DIM + c];
+    for (int i = 0; i < PER_LANE; i++)
+      if (lane + i * WARP < HEAD_DIM) sum[i] += weight * part_out[from * HEAD_DIM + lane + i * WARP];
   }
+  const float inverse = total == 0 ? 0 : 1 / total;
 #pragma unroll
-  for (int c = lane; c < HEAD_DIM; c += WARP) out[to * HEAD_DIM + c] = total == 0 ? 0 : sum[c / WARP] / total;
+  for (int i = 0; i < PER_LANE; i++)
+    if (lane + i * WARP < HEAD_DIM) out[to * HEAD_DIM + lane + i * WARP] = sum[i] * inverse;
   if (lane == 0) lse[to] = total == 0 ? -INFINITE : top + logf(total);
 }
