@@ -9,6 +9,9 @@ from pathlib import Path
 
 import nvidia
 
+from spilld.cuda_ext import build
+from spilld.cuda_ext.variant import KERNELS
+
 RESOURCES = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
 
@@ -34,3 +37,12 @@ def instructions(cubin: Path) -> Counter[str]:
 def _run(program: str, option: str, cubin: Path) -> str:
     command = [str(tool(program)), option, str(cubin)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def compiled(source: Path, architecture: str) -> bytes:
+    """A test's own kernels, as build.py compiles spilld's."""
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(arch=architecture, std=build.OPTIONS[0], include_path=str(KERNELS))
+    code: bytes = Program(source.read_text(), "c++", options).compile("cubin").code
+    return code

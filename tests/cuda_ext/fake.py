@@ -2,8 +2,8 @@
 
 Work waits in its stream until an event makes it due, or a seed lets it run before. Copies of a batch happen
 in any order, and so does the work of streams that no event orders. What was not written is NaN, and so is
-what was given back. Two pieces of work of which one writes what the other touches must be ordered by a stream, an
-event, or the host's waiting for one; if they are not it is a Fault, however they happen to run.
+what was given back. Two pieces of work of which one writes what the other touches must be ordered by a
+stream, an event, or the host's waiting for one; if they are not it is a Fault, however they happen to run.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ SPACE_BYTES = 64 << 20
 GAP = 512
 """Bytes between two allocations that belong to nobody."""
 POISON = 0xFF
+MAY_RUN_OUT = ("allocate", "register", "copy", "record", "reserve", "map", "create")
 
 Span = tuple[int, int]
 """(address, nbytes)"""
@@ -117,6 +118,7 @@ class FakeDevice:
         self.memory_bytes = memory_bytes
         self.fail_at, self.lose_at = fail_at, lose_at
         self.calls = 0
+        self.held_bytes = 0  # memory that a driver has promised for mapping
         self.lost: LaunchFailed | None = None
         self.allocated, self.reserved, self.mapped, self.registered = (Ranges() for _ in range(4))
         self.clocks: dict[Stream, Clock] = {stream: dict.fromkeys(Stream, 0) for stream in Stream}
@@ -129,7 +131,7 @@ class FakeDevice:
 
     @property
     def used_bytes(self) -> int:
-        return self.allocated.nbytes + self.mapped.nbytes
+        return self.allocated.nbytes + self.mapped.nbytes + self.held_bytes
 
     def load(self, image: Emulated, name: str, *, threads: int = 32, shared_bytes: int = 0) -> FakeKernel:
         if name not in image:
@@ -140,7 +142,7 @@ class FakeDevice:
         self.call("allocate")
         if nbytes < 1:
             raise ValueError("no bytes")
-        self._charge(nbytes)
+        self.charge(nbytes)
         address = self._place(nbytes, 256)
         self.allocated.add(address, nbytes)
         _poison(address, nbytes)
@@ -207,7 +209,7 @@ class FakeDevice:
         if self.mapped.touched(address, nbytes):
             raise ValueError("mapped already")
         self.call("map")
-        self._charge(nbytes)
+        self.charge(nbytes)
         self.mapped.add(address, nbytes)
         _poison(address, nbytes)
 
@@ -219,13 +221,16 @@ class FakeDevice:
         self.mapped.remove(address)
         _poison(address, nbytes)
 
-    def close(self) -> None:
-        while any(self._queues.values()) and self.lost is None:
+    def synchronise(self) -> None:
+        while any(self._queues.values()):
             self.run(1)
+        self._open.clear()
+
+    def close(self) -> None:
+        self.synchronise()
         for ranges in (self.allocated, self.mapped, self.reserved, self.registered):
             for start, _ in list(ranges):
                 ranges.remove(start)
-        self._open.clear()
 
     # What follows is for tests, events and kernels.
 
@@ -237,7 +242,7 @@ class FakeDevice:
         if self.calls == self.lose_at:
             self.lose(f"the device was lost before the call of {name}")
         if self.calls == self.fail_at:
-            if name in ("allocate", "register", "copy", "record", "reserve", "map"):
+            if name in MAY_RUN_OUT:
                 raise OutOfMemory(f"no memory for {name}, as the test wants it")
             self.lose(f"the call of {name} failed, as the test wants it")
         if self.chance.random() < 0.3:
@@ -322,7 +327,7 @@ class FakeDevice:
     def _ordered(self, work: Work, other: Work) -> bool:
         return work is other or work.precedes(other.clock) or other.precedes(work.clock)
 
-    def _charge(self, nbytes: int) -> None:
+    def charge(self, nbytes: int) -> None:
         if self.used_bytes + nbytes > self.memory_bytes:
             raise OutOfMemory(f"{self.memory_bytes - self.used_bytes} bytes are left, not {nbytes}")
 

@@ -1,3 +1,5 @@
+#include "intrinsics.cuh"
+
 // out[i] = in[i] + by, i < count: what the contract of a device launches.
 extern "C" __global__ void __launch_bounds__(32) shift(float* out, const float* in, int count, float by) {
   const int i = blockIdx.x * 32 + threadIdx.x;

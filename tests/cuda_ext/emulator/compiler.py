@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from spilld.cuda_ext.variant import KERNELS
+
 HERE = Path(__file__).parent
 MACHINE = ("machine.cpp", "detector.cpp")
 KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\(\w+\)\s+)?(\w+)\(")
@@ -71,13 +73,14 @@ def _build(source: Path, options: list[str], folder: Path, zig_cache: Path) -> P
     entries = "".join(f"EMULATOR_ENTRY({name})\n" for name in KERNEL.findall(source.read_text()))
     unit = folder / "unit.cpp"
     unit.write_text(f'#include "cuda.h"\n#include "{source}"\n{entries}')
-    _zig(
+    zig(
         zig_cache,
         "c++",
         *FLAGS,
         "-O1",
         "-fsanitize=thread",
         f"-I{HERE}",
+        f"-I{KERNELS}",
         *options,
         "-c",
         str(unit),
@@ -85,15 +88,15 @@ def _build(source: Path, options: list[str], folder: Path, zig_cache: Path) -> P
         str(folder / "unit.o"),
     )
     for name in MACHINE:
-        _zig(zig_cache, "c++", *FLAGS, "-O2", "-c", str(HERE / name), "-o", str(folder / f"{name}.o"))
+        zig(zig_cache, "c++", *FLAGS, "-O2", "-c", str(HERE / name), "-o", str(folder / f"{name}.o"))
     library = folder / "library.so"
     objects = [str(folder / f"{name}.o") for name in ("unit", *MACHINE)]
     # The linker alone: the compiler's driver would first build a run-time library for a minute.
-    _zig(zig_cache, "ld.lld", "-shared", "-Bsymbolic", *objects, "-o", str(library))
+    zig(zig_cache, "ld.lld", "-shared", "-Bsymbolic", *objects, "-o", str(library))
     return library
 
 
-def _zig(cache: Path, *arguments: str) -> None:
+def zig(cache: Path, *arguments: str) -> None:
     folders = {"ZIG_GLOBAL_CACHE_DIR": str(cache), "ZIG_LOCAL_CACHE_DIR": str(cache)}
     command = [sys.executable, "-m", "ziglang", *arguments]
     subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | folders)

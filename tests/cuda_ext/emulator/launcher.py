@@ -59,7 +59,7 @@ class Emulated:
 
         Raises EmulatorError, and TypeError where the arguments are not what the kernel takes.
         """
-        kinds = self._kinds(kernel)
+        kinds = self.kinds(kernel)
         if len(kinds) != len(arguments):
             raise TypeError(f"{kernel} takes {len(kinds)} arguments, not {len(arguments)}")
         self._library.emulator_free_all()
@@ -77,7 +77,7 @@ class Emulated:
 
     def values(self, kernel: str, arguments: Sequence[int | float]) -> list[Any]:
         """Arguments, addresses among them, as `launch_on` takes them. Raises TypeError if they do not fit."""
-        kinds = self._kinds(kernel)
+        kinds = self.kinds(kernel)
         if len(kinds) != len(arguments):
             raise TypeError(f"{kernel} takes {len(kinds)} arguments, not {len(arguments)}")
         addresses = [
@@ -135,7 +135,7 @@ class Emulated:
         if wrong is not None:
             raise EmulatorError(wrong.decode())
 
-    def _kinds(self, kernel: str) -> list[int]:
+    def kinds(self, kernel: str) -> list[int]:
         count = ctypes.c_int.in_dll(self._library, f"kinds_{kernel}").value
         return list((ctypes.c_int * (count + 1)).in_dll(self._library, f"kinds_{kernel}"))[1:]
 
