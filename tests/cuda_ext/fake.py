@@ -98,8 +98,9 @@ class FakeKernel:
 class FakeDevice:
     """Satisfies spilld.cuda_ext.device.Device.
 
-    memory_bytes: what can be allocated and mapped in all. fail_at: the number of the call, the first being 1,
-    that fails: with OutOfMemory where that may happen, else with LaunchFailed, and after that every call.
+    memory_bytes: what can be allocated and mapped in all. Calls have numbers, the first being 1. fail_at: the
+    first from this on that may raise OutOfMemory does, and none after it. lose_at: this one and all after it
+    raise LaunchFailed.
     """
 
     name = "fake"
@@ -241,10 +242,9 @@ class FakeDevice:
         self.calls += 1
         if self.calls == self.lose_at:
             self.lose(f"the device was lost before the call of {name}")
-        if self.calls == self.fail_at:
-            if name in MAY_RUN_OUT:
-                raise OutOfMemory(f"no memory for {name}, as the test wants it")
-            self.lose(f"the call of {name} failed, as the test wants it")
+        if 0 < self.fail_at <= self.calls and name in MAY_RUN_OUT:
+            self.fail_at = 0
+            raise OutOfMemory(f"no memory for {name}, as the test wants it")
         if self.chance.random() < 0.3:
             self.run(self.chance.randrange(4))
 

@@ -212,18 +212,13 @@ def test_any_call_of_the_driver_can_find_no_memory(connect: Connect, cubin: byte
                 failed.add(step.__name__)
                 step()
 
-        try:
-            program.run(take)
-        except LaunchFailed:  # of a call that needs no memory
-            program.close()
-            continue
+        program.run(take)
         program.close()
         driver.assert_empty()
         numbers = program.memory[8000:12000].view(np.float32)
         np.testing.assert_array_equal(numbers, np.arange(1, 1001, dtype=np.float32))
-    assert failed == set(
-        ["open", "pin", "allocate", "reserve", "map", "bring", "mark", "launch", "take", "finish"]
-    )
+    takers = {"open", "pin", "allocate", "reserve", "map", "bring", "mark", "launch", "take"}
+    assert failed == takers | {"finish"}  # which records an event
 
 
 def test_a_device_can_be_lost_at_any_call(connect: Connect, cubin: bytes) -> None:
