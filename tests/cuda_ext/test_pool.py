@@ -17,7 +17,7 @@ from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
 from spilld.cuda_ext.pool import PoolFull, RecordPool
 
 from .device_contract import Host, fill
-from .fake import FakeDevice
+from .fake import FakeDevice, Fault
 
 RECORD = 320
 SLOTS = 6
@@ -186,6 +186,20 @@ def test_an_error_in_a_scope_leaves_nothing_in_what_it_writes() -> None:
     pool.close()
     pool.close()
     assert device.used_bytes == 0
+
+
+def test_an_event_passes_before_what_is_given_later() -> None:
+    device = FakeDevice()
+    host = Host(device, 4096)
+    pool = RecordPool(device, RECORD, RECORD)
+    slots = pool.take(1)
+    pool.fill(slots, [host.address])
+    first = pool.drain(slots, [host.address + 1024])
+    pool.drain(slots, [host.address + 2048])
+    first.synchronise()
+    assert device.read(host.address + 1024, RECORD) == host.bytes[:RECORD].tobytes()
+    with pytest.raises(Fault, match="pending work"):
+        device.read(host.address + 2048, RECORD)
 
 
 def test_the_cpu_holds_records_too() -> None:
