@@ -40,6 +40,7 @@ class CudaDevice:
         self._register_bytes = register_bytes
         self._allocated, self._reserved, self._mapped, self._registered = (Ranges() for _ in range(4))
         self._parts = Ranges()  # of registered memory, as the driver knows them
+        self._events: list[Any] = []  # all that were made
         self._idle_events: list[Any] = []
         self._libraries: list[Any] = []
         self._streams: dict[Stream, Any] = {}
@@ -127,10 +128,8 @@ class CudaDevice:
         )
 
     def record(self, stream: Stream) -> CudaEvent:
-        flag = self.driver.api.CUevent_flags.CU_EVENT_DISABLE_TIMING
-        handle = self._idle_events.pop() if self._idle_events else self.driver("cuEventCreate", flag)
-        event = CudaEvent(self, handle)
-        self.driver("cuEventRecord", handle, self._streams[stream])
+        event = CudaEvent(self, self._idle_events.pop() if self._idle_events else self._new_event())
+        self.driver("cuEventRecord", event.handle, self._streams[stream])
         return event
 
     def reserve(self, nbytes: int) -> int:
@@ -186,9 +185,15 @@ class CudaDevice:
         yield from (("cuMemFree", (address,)) for address, _ in self._allocated)
         yield from (("cuMemHostUnregister", (address,)) for address, _ in self._parts)
         yield from (("cuLibraryUnload", (library,)) for library in self._libraries)
-        yield from (("cuEventDestroy", (event,)) for event in self._idle_events)
+        yield from (("cuEventDestroy", (event,)) for event in self._events)
         yield from (("cuStreamDestroy", (stream,)) for stream in self._streams.values())
         yield "cuDevicePrimaryCtxRelease", (self._device,)
+
+    def _new_event(self) -> Any:
+        self._events.append(
+            self.driver("cuEventCreate", self.driver.api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        )
+        return self._events[-1]
 
     def _attribute(self, name: str) -> int:
         attribute = getattr(self.driver.api.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
@@ -247,17 +252,17 @@ class CudaDevice:
 
 class CudaEvent:
     def __init__(self, device: CudaDevice, handle: Any) -> None:
-        self._device, self._handle = device, handle
+        self._device, self.handle = device, handle
 
     def __del__(self) -> None:
-        self._device._idle_events.append(self._handle)
+        self._device._idle_events.append(self.handle)
 
     def before(self, stream: Stream) -> None:
-        self._device.driver("cuStreamWaitEvent", self._device._streams[stream], self._handle, 0)
+        self._device.driver("cuStreamWaitEvent", self._device._streams[stream], self.handle, 0)
 
     def passed(self) -> bool:
         try:
-            self._device.driver("cuEventQuery", self._handle)
+            self._device.driver("cuEventQuery", self.handle)
         except Refused as refused:
             if refused.status != "NOT_READY":
                 raise
@@ -265,7 +270,7 @@ class CudaEvent:
         return True
 
     def synchronise(self) -> None:
-        self._device.driver("cuEventSynchronize", self._handle)
+        self._device.driver("cuEventSynchronize", self.handle)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from spilld.cuda_ext import build
 from spilld.cuda_ext.cuda import CudaDevice
 from spilld.cuda_ext.device import Kernel
 
 from .cubins import compiled
 from .device_contract import TURN_BYTES, DeviceContract
+from .kernels import assert_close
+from .tier import ATTEND, TOLERANCE, Step, problem
 
 SHIFT = Path(__file__).parent / "shift.cu"
 
@@ -32,3 +35,10 @@ class TestGpu(DeviceContract):
     @pytest.fixture
     def turn(self, device: CudaDevice) -> Kernel:
         return device.load(compiled(SHIFT, device.architecture), "turn", shared_bytes=TURN_BYTES)
+
+    def test_attention_over_the_pool(self, device: CudaDevice, cache_folder: Path) -> None:
+        image = build.cubin(ATTEND, device.architecture, cache_folder / "cubins")
+        shape = {"threads": ATTEND.threads, "shared_bytes": ATTEND.shared_bytes}
+        step, records = Step(device, device.load(image, ATTEND.name, **shape)), problem()
+        assert_close(step.attend(records), records.oracle(), TOLERANCE)
+        step.close()

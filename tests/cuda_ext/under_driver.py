@@ -21,6 +21,8 @@ from .device_contract import TURN_BYTES, DeviceContract, Host, fill
 from .driver import FakeDriver
 from .emulator import Emulated
 from .fake import FakeDevice
+from .kernels import assert_close
+from .tier import ATTEND, TOLERANCE, Step, problem
 
 SHIFT = Path(__file__).parent / "shift.cu"
 Connect = Callable[[FakeDevice], FakeDriver]
@@ -34,7 +36,8 @@ def cubin() -> bytes:
 @pytest.fixture(scope="session")
 def kernels(emulate: Emulate) -> Mapping[str, Emulated]:
     image = emulate(SHIFT, {})
-    return {"shift": image, "turn": image}
+    attend = emulate(ATTEND.source, dict(ATTEND.defines))
+    return {"shift": image, "turn": image, ATTEND.name: attend}
 
 
 @pytest.fixture
@@ -63,6 +66,19 @@ class TestCuda(DeviceContract):
     @pytest.fixture
     def turn(self, device: CudaDevice, cubin: bytes) -> Kernel:
         return device.load(cubin, "turn", shared_bytes=TURN_BYTES)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_attention_over_the_pool(connect: Connect, cache_folder: Path, seed: int) -> None:
+    driver = connect(FakeDevice(seed))
+    device = CudaDevice()
+    image = build.cubin(ATTEND, device.architecture, cache_folder / "cubins")
+    shape = {"threads": ATTEND.threads, "shared_bytes": ATTEND.shared_bytes}
+    step, records = Step(device, device.load(image, ATTEND.name, **shape)), problem()
+    assert_close(step.attend(records), records.oracle(), TOLERANCE)
+    step.close()
+    device.close()
+    driver.assert_empty()
 
 
 def test_what_is_no_kernel_of_this_gpu(connect: Connect, cubin: bytes) -> None:
