@@ -2,7 +2,7 @@
 #pragma once
 #include "queries.cuh"
 
-constexpr int UNROLLED_GROUPS = HEAD_DIM > 128 ? 1 : 4;  // there are no registers for more
+constexpr int UNROLLED_GROUPS = HEAD_DIM > 128 ? 1 : HEAD_DIM % 32 ? GROUPS : 2;  // there are no registers for more
 constexpr int LOGITS_STRIDE = BLOCK + 8;  // of float32, so that rows begin in different banks
 
 // Columns 32 * half .. + 31 as four products of 8 columns; a lane has rows lane / 4 and + 8, columns lane % 4 * 2 and + 1.

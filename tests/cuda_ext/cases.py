@@ -96,10 +96,11 @@ def _records() -> Iterator[Case]:
 
 
 def plain(layout: Layout, kernel: Emulated) -> None:
-    """In every order and landing, and in any split, the numbers of the softmax."""
+    """In every order and landing, and in any split, the numbers of the softmax; every plane is read once."""
     records = Records(layout, blocks=5, queries=3, group=2)
     for way, per_part in zip(WAYS, (2, 5, 3), strict=True):
         out = records.attend(kernel, per_part, way)
+        assert kernel.copied_bytes == 5 * layout.kv_heads * sum(variant.plane_bytes(integers(layout)))
         assert_close(merged(*out, records.group), records.oracle(), CLOSE)
 
 
