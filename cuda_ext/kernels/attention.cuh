@@ -57,7 +57,9 @@ __device__ __forceinline__ void attend(const Source& source, const Queries& quer
     const u64 seen = source.seen(tile);
     output.shrink(softmax.weigh(logits, seen, scale, lane), lane);
     u8* values = ring.take();
-    if constexpr (TENSOR_CORES) softmax.guard(values, lane / 2 < rows_here ? seen : ~0ull, lane);
+    if constexpr (TENSOR_CORES) {
+      softmax.guard(values, lane / 2 < rows_here ? seen : ~0ull, lane);
+    }
     output.add(logits, values, seen, lane);
     __syncwarp();
   }

@@ -11,7 +11,8 @@ constexpr int PER_LANE = (HEAD_DIM + WARP - 1) / WARP;
 extern "C" __global__ void __launch_bounds__(32) merge(float* out, float* lse, const float* part_out, const float* part_lse, int parts, int group) {
   const int lane = threadIdx.x, row = blockIdx.x, rows = gridDim.x, head = blockIdx.y;
   const i64 to = (i64)(row / group * KV_HEADS + head) * group + row % group;
-  float top = -INFINITE, total = 0, sum[PER_LANE] = {};
+  float sum[PER_LANE] = {};
+  float top = -INFINITE, total = 0;
   for (int part = 0; part < parts; part++) top = fmaxf(top, part_lse[((i64)part * KV_HEADS + head) * rows + row]);
   for (int part = 0; part < parts; part++) {
     const i64 from = ((i64)part * KV_HEADS + head) * rows + row;

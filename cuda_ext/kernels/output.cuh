@@ -25,15 +25,11 @@ struct Output {
 
   // seen: of this lane's row of the softmax.
   __device__ __forceinline__ void add(const float* weights, const u8* values, u64 seen, int lane) {
-    if constexpr (!TENSOR_CORES) return add_numbers(weights, values, seen, lane);
+    if constexpr (TENSOR_CORES) {
 #pragma unroll 1
-    for (int step = 0; step < (TENSOR_CORES ? BLOCK / 16 : 0); step++) {
-      float2 weight[4];  // as the registers of a: both rows, then both rows 8 columns on
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        weight[i] = *(const float2*)(weights + (lane / 4 + i % 2 * 8) * LOGITS_STRIDE + 16 * step + lane % 4 * 2 + i / 2 * 8);
-      if constexpr (V_BITS == 16) add_bf16(weight, values, step, lane);
-      else add_codes(weight, values, step, lane);
+      for (int step = 0; step < BLOCK / 16; step++) add_step(weights, values, step, lane);
+    } else {
+      add_numbers(weights, values, seen, lane);
     }
   }
 
@@ -44,6 +40,16 @@ struct Output {
   }
 
  private:
+  // Sixteen columns of the weights.
+  __device__ __forceinline__ void add_step(const float* weights, const u8* values, int step, int lane) {
+    float2 weight[4];  // as the registers of a: both rows, then both rows 8 columns on
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      weight[i] = *(const float2*)(weights + (lane / 4 + i % 2 * 8) * LOGITS_STRIDE + 16 * step + lane % 4 * 2 + i / 2 * 8);
+    if constexpr (V_BITS == 16) add_bf16(weight, values, step, lane);
+    else add_codes(weight, values, step, lane);
+  }
+
   // float32 goes number by number, to the rows that see it.
   __device__ __forceinline__ void add_numbers(const float* weights, const u8* values, u64 seen, int lane) {
     const u64 mine[2] = {__shfl_sync(ALL, seen, lane / 4 * 2), __shfl_sync(ALL, seen, lane / 4 * 2 + 16)};

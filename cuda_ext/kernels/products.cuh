@@ -2,7 +2,8 @@
 #pragma once
 #include "queries.cuh"
 
-constexpr int UNROLLED_GROUPS = HEAD_DIM > 128 ? 1 : 4;  // there are no registers for more
+// So that nothing spills on any architecture; 16 channels at the end want every group unrolled.
+constexpr int UNROLLED_GROUPS = HEAD_DIM > 128 ? 1 : HEAD_DIM == 96 ? 2 : 4;
 constexpr int LOGITS_STRIDE = BLOCK + 8;  // of float32, so that rows begin in different banks
 
 // Columns 32 * half .. + 31 as four products of 8 columns; a lane has rows lane / 4 and + 8, columns lane % 4 * 2 and + 1.

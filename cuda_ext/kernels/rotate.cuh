@@ -3,14 +3,14 @@
 #include "numbers.cuh"
 
 // One number to the power of two that fits: 80 = 64 + 16, 96 = 64 + 32, others are one block.
-__device__ constexpr int rotated_block(int channels) {
+__device__ __forceinline__ int rotated_block(int channels) {
   int size = 1;
   while (2 * size <= channels) size *= 2;
   return size;
 }
 
 // The float32 nearest 1 / sqrt(size).
-__device__ constexpr float rotated_factor(int size) {
+__device__ __forceinline__ float rotated_factor(int size) {
   float factor = 1;
   for (; size >= 4; size /= 4) factor *= 0.5f;
   return size == 2 ? factor * 0.707106781f : factor;

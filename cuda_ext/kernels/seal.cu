@@ -98,12 +98,14 @@ __device__ __forceinline__ float mean_of_tokens(const float* x, int channel) {
 // A token's norm against a centre.
 __device__ __forceinline__ float distance(const float* x, const float* centre) {
   Norm norm;
+#pragma unroll 4
   for (int c = 0; c < HEAD_DIM; c++) norm.add(x[c] - centre[c]);
   return norm.value();
 }
 
 __device__ __forceinline__ float norm_of(const float* x) {
   Norm norm;
+#pragma unroll 4
   for (int c = 0; c < HEAD_DIM; c++) norm.add(x[c]);
   return norm.value();
 }
@@ -127,6 +129,7 @@ __device__ __forceinline__ void seal_keys(const Place& to, float* x, const Eleme
   const float* own = x + to.token * STRIDE;
 #if K_BITS > 8
   Element* codes = (Element*)(to.record + K_CODES) + to.head * HEAD_DIM * BLOCK + to.token;
+#pragma unroll 4
   for (int c = 0; c < HEAD_DIM; c++) codes[c * BLOCK] = source[to.token * token_stride + c];
   *to.norm(0) = 0;
 #elif K_BITS == 8
@@ -139,6 +142,7 @@ __device__ __forceinline__ void seal_keys(const Place& to, float* x, const Eleme
   quantise4(x + to.token * STRIDE, codes, BLOCK, scales, BLOCK);
   rotate_tokens(x);
   Norm residual;
+#pragma unroll 4
   for (int c = 0; c < HEAD_DIM; c++) residual.add(number(source[to.token * token_stride + c]) - own[c]);
   *to.norm(0) = bf16_up(residual.value());
 #endif
@@ -165,6 +169,7 @@ __device__ __forceinline__ void seal_values(const Place& to, float* x, const Ele
   }
 #if V_BITS > 8
   Element* codes = (Element*)(to.record + V_CODES) + (to.head * BLOCK + to.token) * HEAD_DIM;
+#pragma unroll 4
   for (int c = 0; c < HEAD_DIM; c++) codes[c] = source[to.token * token_stride + c];
   *to.norm(1) = 0;
 #elif V_BITS == 8

@@ -9,7 +9,7 @@ constexpr int BLOCK = 64;
 constexpr int GROUPS = (HEAD_DIM + 31) / 32;
 
 // A group of channels shares the scale of four bits; a head_dim of 80 ends in a group of 16.
-__device__ constexpr int group_width(int group) { return HEAD_DIM % 32 && group == HEAD_DIM / 32 ? 16 : 32; }
+__device__ __forceinline__ int group_width(int group) { return HEAD_DIM % 32 && group == HEAD_DIM / 32 ? 16 : 32; }
 
 // Rows of codes, then scales. Rows are 16 bytes apart, so that the lanes of a fragment read from different banks;
 // rows that are no whole vectors are copied as one.
@@ -33,18 +33,18 @@ using Keys = Plane<K_BITS == 4 ? HEAD_DIM / 2 : HEAD_DIM, K_BITS == 4 ? BLOCK : 
 // A lane reads the codes of four neighbouring tokens at once, and they become its columns in four products. So
 // the column of a token in the logits is not its number, and its values' row is that column.
 constexpr bool REORDERED = K_BITS <= 8;
-__device__ __forceinline__ constexpr int column_of(int token) {
+__device__ __forceinline__ int column_of(int token) {
   return REORDERED ? (token & 32) | (token & 3) << 3 | (token >> 2 & 7) : token;
 }
-__device__ __forceinline__ constexpr int token_of(int column) {
+__device__ __forceinline__ int token_of(int column) {
   return REORDERED ? (column & 32) | (column & 7) << 2 | (column >> 3 & 3) : column;
 }
-__device__ __forceinline__ constexpr int value_row(int column) {
+__device__ __forceinline__ int value_row(int column) {
   return (Values::SPACED ? column : token_of(column)) * Values::STRIDE;
 }
 
 // The channel that a column (0..7) of a product with values is; likewise, it is 8 * tile + column only for bfloat16.
-__device__ __forceinline__ constexpr int channel_of(int tile, int column) {
+__device__ __forceinline__ int channel_of(int tile, int column) {
   const int group = tile / 4, i = tile % 4;
   const bool wide = group_width(group) == 32;
   if (V_BITS > 8) return 8 * tile + column;

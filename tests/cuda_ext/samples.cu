@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(32) reverse(float* out, const float
 }
 
 // Each warp finds its largest number. Bugs: 1 a diverged shuffle, 2 lanes that exit first, 3 all blocks write one
-// byte, 4 a null pointer, 5 a misaligned vector, 6 lanes at different collectives.
+// byte, 4 a null pointer, 5 a misaligned vector, 6 lanes at different collectives, 7 an index outside of an array.
 extern "C" __global__ void __launch_bounds__(32) largest(float* out, const float* in, int bug) {
   const int t = threadIdx.x;
   float x = in[blockIdx.x * 32 + t];
@@ -47,6 +47,8 @@ extern "C" __global__ void __launch_bounds__(32) largest(float* out, const float
   if (bug == 4 && t == 3) x = *(const float*)(size_t)gridDim.x;
   if (bug == 5) x = ((const float2*)(in + 1))[t / 4].x;
   if (bug == 6 && t > 20) x += __ballot_sync(ALL, x > 0);
+  float own[2] = {x, x};
+  x = own[bug == 7 ? 2 : t % 2];
   for (int bits = 16; bits; bits /= 2) {
     if (bug == 1 && t < 16) x = fmaxf(x, __shfl_xor_sync(ALL, x, bits));
     else x = fmaxf(x, __shfl_xor_sync(ALL, x, bits));

@@ -65,6 +65,7 @@ def test_what_is_right_runs_in_every_order(
         ("largest", 4, "null pointer"),
         ("largest", 5, "misaligned global read of 8 bytes"),
         ("largest", 6, "diverged"),
+        ("largest", 7, "index 2 outside of an array"),
     ],
 )
 def test_a_bug_is_caught_in_every_order(

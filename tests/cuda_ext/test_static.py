@@ -16,7 +16,7 @@ from .cases import cases
 from .cubins import instructions, resources
 from .kernels import integers
 
-BUDGETS = {"merge": 64, "rotate": 48, "seal": 112, "block_scores": 64, "move_records": 48}
+BUDGETS = {"merge": 72, "rotate": 48, "seal": 160, "block_scores": 64, "move_records": 48}
 """Registers of a thread. Of attention: 8 warps of 32 threads fit into an SM's 65,536 at 255 each."""
 ATTENTION_BUDGETS = {64: 224, 80: 224, 96: 224, 128: 224, 256: 255}
 

@@ -25,6 +25,10 @@ FLAGS = (
     *("-mcpu=baseline", "-fno-vectorize", "-fno-slp-vectorize", "-Wall", "-Wno-unused-function"),
 )
 
+# Of these sanitizers only the calls are wanted: detector.cpp answers them.
+KERNEL_FLAGS = ("-O1", "-fsanitize=thread", "-fsanitize=array-bounds")
+MACHINE_FLAGS = ("-O2",)
+
 
 class Unavailable(Exception):
     """The emulator cannot run on this machine; the message says why."""
@@ -43,7 +47,8 @@ def compile_kernel(source: Path, defines: Mapping[str, int | str], cache: Path) 
     except PackageNotFoundError:
         raise Unavailable("the emulator is compiled by the package ziglang, which is not installed") from None
     options = [f"-D{name}={value}" for name, value in sorted(defines.items())]
-    recipe = [compiler, *FLAGS, *options, *(_text(path) for path in _parts(source))]
+    recipe = [compiler, *FLAGS, *KERNEL_FLAGS, *MACHINE_FLAGS, *options]
+    recipe += [path.read_text() for path in _parts(source)]
     target = (
         cache
         / f"{source.stem}-{hashlib.blake2b(chr(0).join(recipe).encode(), digest_size=16).hexdigest()}.so"
@@ -65,30 +70,14 @@ def _parts(source: Path) -> list[Path]:
     ]
 
 
-def _text(path: Path) -> str:
-    return path.read_text()
-
-
 def _build(source: Path, options: list[str], folder: Path, zig_cache: Path) -> Path:
     entries = "".join(f"EMULATOR_ENTRY({name})\n" for name in KERNEL.findall(source.read_text()))
     unit = folder / "unit.cpp"
     unit.write_text(f'#include "cuda.h"\n#include "{source}"\n{entries}')
-    zig(
-        zig_cache,
-        "c++",
-        *FLAGS,
-        "-O1",
-        "-fsanitize=thread",
-        f"-I{HERE}",
-        f"-I{KERNELS}",
-        *options,
-        "-c",
-        str(unit),
-        "-o",
-        str(folder / "unit.o"),
-    )
+    unit_object = ["-c", str(unit), "-o", str(folder / "unit.o")]
+    zig(zig_cache, "c++", *FLAGS, *KERNEL_FLAGS, f"-I{HERE}", f"-I{KERNELS}", *options, *unit_object)
     for name in MACHINE:
-        zig(zig_cache, "c++", *FLAGS, "-O2", "-c", str(HERE / name), "-o", str(folder / f"{name}.o"))
+        zig(zig_cache, "c++", *FLAGS, *MACHINE_FLAGS, "-c", str(HERE / name), "-o", str(folder / f"{name}.o"))
     library = folder / "library.so"
     objects = [str(folder / f"{name}.o") for name in ("unit", *MACHINE)]
     # The linker alone: the compiler's driver would first build a run-time library for a minute.

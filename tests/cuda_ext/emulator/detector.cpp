@@ -210,6 +210,7 @@ void* __tsan_memmove(void* to, const void* from, size_t bytes) {
   touch(to, bytes, 1, Access::WRITE);
   return memmove(to, from, bytes);
 }
+void __ubsan_handle_out_of_bounds(void*, void* index) { fail("index %td outside of an array", (ptrdiff_t)index); }
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_init() {}

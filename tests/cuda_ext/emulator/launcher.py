@@ -135,6 +135,13 @@ class Emulated:
         if wrong is not None:
             raise EmulatorError(wrong.decode())
 
+    @property
+    def copied_bytes(self) -> int:
+        """What the async copies of the last launch have read of device memory."""
+        read = self._library.emulator_copied_bytes
+        read.restype = ctypes.c_uint64
+        return int(read())
+
     def kinds(self, kernel: str) -> list[int]:
         count = ctypes.c_int.in_dll(self._library, f"kinds_{kernel}").value
         return list((ctypes.c_int * (count + 1)).in_dll(self._library, f"kinds_{kernel}"))[1:]

@@ -47,7 +47,7 @@ void* scheduler;
 void (*kernel)(void**);
 void** kernel_arguments;
 int threads, ready[MAX_THREADS], ready_count;
-uint64_t seed;
+uint64_t seed, copied_bytes;
 Landing landing;
 bool failed;
 char message[512];
@@ -254,6 +254,7 @@ void copy_async(void* to, const void* from, int bytes, int source_bytes) {
   if (source_bytes) touch(from, source_bytes, 1, Access::READ);
   touch(to, bytes, 1, Access::COPY_ISSUED);
   if (me->copies == MAX_COPIES) fail("more than %d async copies are under way", MAX_COPIES);
+  copied_bytes += source_bytes;
   Copy& copy = me->copy[me->copies++] = {to, from, bytes, source_bytes, me->groups, false};
   if (landing == EAGER || (landing == RANDOM && draw() % 2)) land(copy);
 }
@@ -292,7 +293,7 @@ extern "C" const char* emulator_launch(void (*entry)(void**), const unsigned* gr
   }
   kernel = entry, kernel_arguments = arguments;
   block_size = {size[0], size[1], size[2]}, grid_size = {grid[0], grid[1], grid[2]};
-  landing = (Landing)landing_mode, seed = seed_ * 0x9e3779b97f4a7c15 + 88172645463325252, failed = false;
+  landing = (Landing)landing_mode, seed = seed_ * 0x9e3779b97f4a7c15 + 88172645463325252, copied_bytes = 0, failed = false;
   begin_launch(shared_bytes);
   for (block.z = 0; block.z < grid_size.z; block.z++)
     for (block.y = 0; block.y < grid_size.y; block.y++)
@@ -300,3 +301,6 @@ extern "C" const char* emulator_launch(void (*entry)(void**), const unsigned* gr
   running = nullptr;
   return failed ? message : nullptr;
 }
+
+// Bytes that the async copies of the last launch have read.
+extern "C" uint64_t emulator_copied_bytes() { return copied_bytes; }
