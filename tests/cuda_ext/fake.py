@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 from spilld.cuda_ext.device import Copy, Stream
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
@@ -297,13 +298,13 @@ class FakeDevice:
         _join(self.host, work.clock)
         self._open = [other for other in self._open if not other.precedes(self.host)]
 
-    def emulate(
-        self, kernel: FakeKernel, work: Work, grid: tuple[int, int, int], values: list[object]
-    ) -> None:
-        """Run a kernel; it may touch live device memory, but nothing that unordered work writes."""
-        taken = [span for other in self._open if not self._ordered(work, other) for span in other.writes]
+    def emulate(self, kernel: FakeKernel, work: Work, grid: tuple[int, int, int], values: list[Any]) -> None:
+        """Run a kernel over live device memory, but not over what unordered work writes."""
+        others = [other for other in self._open if not self._ordered(work, other)]
+        written = [span for other in others for span in other.writes]
         live = sorted(chain(self.allocated, self.mapped))
-        allowed = [part for span in live for part in _without(span, taken)]
+        allowed = [part for span in live for part in _without(span, written)]
+        read = [(span, ctypes.string_at(*span)) for other in others for span in other.reads]
         memory, seed = (self._base, SPACE_BYTES), self.chance.randrange(1 << 30)
         try:
             kernel.image.launch_on(
@@ -311,6 +312,8 @@ class FakeDevice:
             )
         except EmulatorError as error:
             raise Fault(f"{kernel.name}: {error}") from error
+        if any(ctypes.string_at(*span) != before for span, before in read):
+            raise Fault(f"{kernel.name} writes what other work reads")
 
     def read(self, address: int, nbytes: int) -> bytes:
         """What the host sees in its own memory. Raises Fault if pending work writes there."""

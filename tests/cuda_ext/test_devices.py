@@ -174,6 +174,20 @@ def test_kernels_stay_in_live_memory_and_off_what_is_written(fake: FakeDevice, i
         run(fake.load(image, "shift"), fake, target, source, 100)
 
 
+def test_kernels_do_not_write_what_copies_read(fake: FakeDevice, image: Emulated, host: Host) -> None:
+    fill(host)
+    source, target = fake.allocate(400), fake.allocate(400)
+    fake.copy(Stream.COMPUTE, [Copy(source, host.address, 400)])
+    fake.copy(Stream.COPY_OUT, [Copy(host.address + 4096, target, 400)])
+
+    def run() -> None:
+        fake.load(image, "shift").launch(Stream.COMPUTE, (4, 1, 1), target, source, 100, 1.0)
+        fake.record(Stream.COMPUTE).synchronise()
+
+    with pytest.raises(Fault, match="writes what other work reads"):
+        run()
+
+
 def test_what_was_not_written_is_nan(fake: FakeDevice, host: Host) -> None:
     address = fake.allocate(400)
     fake.copy(Stream.COPY_OUT, [Copy(host.address, address, 400)])
