@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from spilld.cuda_ext.arena import Arena, ArenaFull
 from spilld.cuda_ext.cpu_device import CpuDevice
-from spilld.cuda_ext.device import Copy, Event, Stream
+from spilld.cuda_ext.device import Copy, Device, Event, Stream
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
 
 from .device_contract import Host, fill
@@ -27,6 +28,10 @@ MARKS = 16
 class Windows(RuleBasedStateMachine):
     """What was written to both ends of a window is there until it is written again or given back."""
 
+    def over(self, fake: FakeDevice) -> Device[Any]:
+        """The device that is used: the fake itself, or one that drives it."""
+        return fake
+
     @initialize(
         seed=st.integers(0, 1 << 20),
         window_bytes=st.sampled_from([PAGE // 4, PAGE - 64, PAGE, 3 * PAGE // 2, 3 * PAGE]),
@@ -34,7 +39,8 @@ class Windows(RuleBasedStateMachine):
         memory_pages=st.integers(6, 20),
     )
     def start(self, seed: int, window_bytes: int, pages: int, memory_pages: int) -> None:
-        self.device = FakeDevice(seed, page_bytes=PAGE, memory_bytes=memory_pages * PAGE)
+        self.fake = FakeDevice(seed, page_bytes=PAGE, memory_bytes=memory_pages * PAGE)
+        self.device = self.over(self.fake)
         self.host = Host(self.device, 64 << 10)
         self.sent = fill(self.host)
         self.bytes, self.budget = window_bytes, pages * PAGE + 17
@@ -94,7 +100,7 @@ class Windows(RuleBasedStateMachine):
         event, to, at = self.looks[0]
         with contextlib.suppress(OutOfMemory):
             event.synchronise()
-            found = self.device.read(self.host.address + to, 2 * MARKS)
+            found = self.fake.read(self.host.address + to, 2 * MARKS)
             assert found == self.sent[at : at + 2 * MARKS].tobytes()
             self.looks.pop(0)
 
@@ -105,25 +111,26 @@ class Windows(RuleBasedStateMachine):
 
     @rule(soon=st.integers(1, 12))
     def memory_ends(self, soon: int) -> None:
-        self.device.fail_at = self.device.calls + soon
+        self.fake.fail_at = self.fake.calls + soon
 
     @invariant()
     def books(self) -> None:
         if hasattr(self, "arena"):
             self.arena.check_integrity()
-            assert self.arena.mapped_bytes == self.device.used_bytes <= self.budget
+            assert self.arena.mapped_bytes == self.fake.used_bytes <= self.budget
 
     def ends(self, window: int) -> tuple[int, int]:
         return self.arena.address(window), self.arena.address(window) + self.bytes - MARKS
 
     def teardown(self) -> None:
         if hasattr(self, "arena"):
-            self.device.fail_at = 0
+            self.fake.fail_at = 0
             while self.looks:
                 self.look()
             self.arena.close()
             self.device.unregister(self.host.address)
-            self.device.assert_empty()
+            self.fake.assert_empty()
+            self.device.close()
 
 
 TestWindows = Windows.TestCase

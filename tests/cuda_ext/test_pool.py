@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from spilld.cuda_ext.cpu_device import CpuDevice
-from spilld.cuda_ext.device import Copy, Event, Stream
+from spilld.cuda_ext.device import Copy, Device, Event, Stream
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
 from spilld.cuda_ext.pool import PoolFull, RecordPool
 
@@ -27,9 +28,14 @@ SOURCES, TARGETS = 8, 8
 class Records(RuleBasedStateMachine):
     """What each slot holds is what was put there last, in every legal order of the device's work."""
 
+    def over(self, fake: FakeDevice) -> Device[Any]:
+        """The device that is used: the fake itself, or one that drives it."""
+        return fake
+
     @initialize(seed=st.integers(0, 1 << 20))
     def start(self, seed: int) -> None:
-        self.device = FakeDevice(seed)
+        self.fake = FakeDevice(seed)
+        self.device = self.over(self.fake)
         self.host = Host(self.device, RECORD * (SOURCES + TARGETS))
         self.sent = fill(self.host)
         self.pool = RecordPool(self.device, SLOTS * RECORD + RECORD - 1, RECORD)
@@ -99,13 +105,13 @@ class Records(RuleBasedStateMachine):
             if poll and not event.passed():
                 return
             event.synchronise()
-            found = self.device.read(self.source(SOURCES + target), RECORD)
+            found = self.fake.read(self.source(SOURCES + target), RECORD)
             assert found == self.sent[number * RECORD :][:RECORD].tobytes()
             del self.drained[target]
 
     @rule(soon=st.integers(1, 12))
     def memory_ends(self, soon: int) -> None:
-        self.device.fail_at = self.device.calls + soon
+        self.fake.fail_at = self.fake.calls + soon
 
     @rule(data=st.data())
     def what_holds_nothing_is_not_read(self, data: st.DataObject) -> None:
@@ -119,7 +125,7 @@ class Records(RuleBasedStateMachine):
         if hasattr(self, "pool"):
             self.pool.check_integrity()
             assert self.pool.used_bytes == RECORD * len(self.slots)
-            assert self.device.used_bytes == RECORD * SLOTS
+            assert self.fake.used_bytes == RECORD * SLOTS
 
     def some_slots(self, data: st.DataObject) -> list[int]:
         return data.draw(st.lists(st.sampled_from(sorted(self.slots)), unique=True)) if self.slots else []
@@ -130,12 +136,13 @@ class Records(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "pool"):
-            self.device.fail_at = 0
+            self.fake.fail_at = 0
             self.pool.close()
             for event, _ in self.drained.values():
                 event.synchronise()
             self.device.unregister(self.host.address)
-            self.device.assert_empty()
+            self.fake.assert_empty()
+            self.device.close()
 
 
 TestRecords = Records.TestCase

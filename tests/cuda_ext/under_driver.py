@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from spilld.cuda_ext import build
 from spilld.cuda_ext.cuda import CudaDevice
@@ -22,6 +24,8 @@ from .driver import FakeDriver
 from .emulator import Emulated
 from .fake import FakeDevice
 from .kernels import assert_close
+from .test_arena import Windows
+from .test_pool import Records
 from .tier import ATTEND, TOLERANCE, Step, problem
 
 SHIFT = Path(__file__).parent / "shift.cu"
@@ -247,3 +251,33 @@ def test_a_device_can_be_lost_at_any_call(connect: Connect, cubin: bytes) -> Non
         assert driver.contexts == 0
         assert not driver.streams
         assert driver.faults == []
+
+
+class Driven(RuleBasedStateMachine):
+    """For state machines of the pool and the arena: what they use is CudaDevice."""
+
+    driver: FakeDriver | None = None
+
+    def over(self, fake: FakeDevice) -> CudaDevice:
+        self.driver = FakeDriver(fake, {})
+        self.driver.connect()
+        return CudaDevice()
+
+    def teardown(self) -> None:
+        super().teardown()
+        if self.driver:
+            self.driver.assert_empty()
+
+
+class CudaRecords(Driven, Records):
+    pass
+
+
+class CudaWindows(Driven, Windows):
+    pass
+
+
+@pytest.mark.parametrize("machine", [CudaRecords, CudaWindows])
+def test_the_tier_over_cuda(machine: type[RuleBasedStateMachine]) -> None:
+    few = settings(max_examples=40, stateful_step_count=40, deadline=None)
+    run_state_machine_as_test(machine, settings=few)
