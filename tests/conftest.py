@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import spilld.offload.threads  # noqa: F401 (kernels are cached under its lock, those of other folders, too)
 from spilld.daemon.catalog import default_cache, resolve
 
 

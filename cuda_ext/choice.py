@@ -1,0 +1,45 @@
+"""Where records in host memory are attended to: fetched to the device, or where they lie, by the CPU.
+
+Both go on at once and their partials merge, so the records of one layer and step are divided so that the
+later of the two ends as soon as it can. Which rates there are is measured on the machine, not assumed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What was measured: bytes of records a second, and seconds that a call takes whatever its bytes."""
+
+    fetch_bytes: float
+    """Over PCIe and through the device's attention, of which copies are the slower part."""
+    fetch_s: float
+    cpu_bytes: float
+    """Through the CPU's attention, for as many queries as the step has."""
+    cpu_s: float
+    """With handing the queries over and the partials back."""
+
+    def __post_init__(self) -> None:
+        if min(self.fetch_bytes, self.cpu_bytes) <= 0 or min(self.fetch_s, self.cpu_s) < 0:
+            raise ValueError(f"{self} are no rates")
+
+
+def to_fetch(records: int, record_bytes: int, rates: Rates, room: int) -> int:
+    """How many of these records to fetch; the rest is the CPU's. room: how many the device has slots for."""
+    most = min(records, room)
+    # Where both end at once: fetch_s + n * fetch = cpu_s + (records - n) * cpu.
+    fetch, cpu = record_bytes / rates.fetch_bytes, record_bytes / rates.cpu_bytes
+    even = (rates.cpu_s - rates.fetch_s + records * cpu) / (fetch + cpu)
+    near = {min(max(n, 0), most) for n in (math.floor(even), math.ceil(even))}
+    return min({0, most} | near, key=lambda n: (seconds(records, n, record_bytes, rates), n))
+
+
+def seconds(records: int, fetched: int, record_bytes: int, rates: Rates) -> float:
+    """The estimate: until all records are attended to, so many of which are fetched."""
+    fetch = rates.fetch_s + fetched * record_bytes / rates.fetch_bytes if fetched else 0.0
+    rest = records - fetched
+    cpu = rates.cpu_s + rest * record_bytes / rates.cpu_bytes if rest else 0.0
+    return max(fetch, cpu)

@@ -1,0 +1,116 @@
+"""Kernels, and the constants that each is compiled with.
+
+A record's layout comes as integers from who knows it: HEAD_DIM, KV_HEADS, K_BITS and V_BITS (32 and 16:
+float32 and bfloat16; 8 and 4: codes), ELEMENT_BYTES (of the compute dtype), and the byte offsets K_CODES,
+K_SCALES, V_CODES, V_SCALES, NORMS, SUMMARY, RADIUS and RECORD_BYTES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+KERNELS = Path(__file__).parent / "kernels"
+
+BLOCK = 64
+ROWS = 16
+"""Query rows that a warp of attention has."""
+SCALAR_BITS = 32
+"""Numbers that go one by one, not through tensor cores."""
+
+SHARED_WITHOUT_ASKING = 48 << 10
+"""Dynamic shared memory that a block may have; for more, a kernel's attribute must be raised first."""
+MOST_SHARED = 99 << 10
+"""What it may have on every architecture that is compiled for (sm_86, sm_89 and sm_120 have the least)."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with its constants: what is compiled, and what each launch of it needs."""
+
+    name: str
+    """Of the kernel, and of its file."""
+    defines: tuple[tuple[str, int], ...]
+    threads: int = 32
+    shared_bytes: int = 0
+
+    @property
+    def source(self) -> Path:
+        return KERNELS / f"{self.name}.cu"
+
+
+def attend_records(layout: Mapping[str, int]) -> Variant:
+    names = ("HEAD_DIM", "KV_HEADS", "K_BITS", "V_BITS", "K_CODES", "K_SCALES", "V_CODES", "V_SCALES")
+    return _attention("attend_records", {name: layout[name] for name in names}, keys_by_token=False)
+
+
+def attend_window(bits: int, head_dim: int) -> Variant:
+    """bits: 32 or 16, of the window's numbers."""
+    defines = {"HEAD_DIM": head_dim, "K_BITS": bits, "V_BITS": bits}
+    return _attention("attend_window", defines, keys_by_token=True)
+
+
+def merge(head_dim: int, kv_heads: int) -> Variant:
+    return _variant("merge", {"HEAD_DIM": head_dim, "KV_HEADS": kv_heads})
+
+
+def rotate(head_dim: int) -> Variant:
+    return _variant("rotate", {"HEAD_DIM": head_dim}, shared_bytes=4 * head_dim)
+
+
+def seal(layout: Mapping[str, int]) -> Variant:
+    shared = 4 * (BLOCK * (layout["HEAD_DIM"] + 1) + layout["HEAD_DIM"] + 2)
+    return _variant("seal", {**layout, "SHARED_BYTES": shared}, threads=BLOCK, shared_bytes=shared)
+
+
+def block_scores(layout: Mapping[str, int]) -> Variant:
+    return _variant("block_scores", {name: layout[name] for name in ("HEAD_DIM", "KV_HEADS", "SUMMARY")})
+
+
+def move_records(record_bytes: int) -> Variant:
+    return _variant("move_records", {"RECORD_BYTES": record_bytes}, threads=128)
+
+
+def plane_bytes(layout: Mapping[str, int]) -> tuple[int, int]:
+    """Bytes of codes and scales of K and of V of one KV head in a record: what attention reads of it."""
+    keys, values = (layout["HEAD_DIM"] * BLOCK * layout[bits] // 8 for bits in ("K_BITS", "V_BITS"))
+    groups = -(-layout["HEAD_DIM"] // 32)
+    return keys + _scale_bytes(layout["K_BITS"], groups), values + _scale_bytes(layout["V_BITS"], groups)
+
+
+def _variant(name: str, defines: Mapping[str, int], *, threads: int = 32, shared_bytes: int = 0) -> Variant:
+    return Variant(name, tuple(sorted(defines.items())), threads, shared_bytes)
+
+
+def _attention(name: str, defines: Mapping[str, int], *, keys_by_token: bool) -> Variant:
+    """As many planes ahead as fit beside queries and logits."""
+    fixed = _query_bytes(defines) + 4 * ROWS * (BLOCK + 8)
+    plane = max(_shared_plane(defines, "K_BITS", keys_by_token), _shared_plane(defines, "V_BITS", True))
+    fits = [n for n in (4, 3, 2) if fixed + n * plane <= SHARED_WITHOUT_ASKING]
+    stages = max(fits, default=2 if fixed + 2 * plane <= MOST_SHARED else 1)
+    shared = fixed + stages * plane
+    return _variant(name, {**defines, "STAGES": stages, "SHARED_BYTES": shared}, shared_bytes=shared)
+
+
+def _query_bytes(defines: Mapping[str, int]) -> int:
+    dim = defines["HEAD_DIM"]
+    if defines["K_BITS"] == SCALAR_BITS:
+        return 4 * ROWS * dim
+    sums = 4 * ROWS * -(-dim // 32) if defines["K_BITS"] == 4 else 0
+    return 2 * 2 * ROWS * (dim + 8) + sums
+
+
+def _shared_plane(defines: Mapping[str, int], side: str, by_token: bool) -> int:
+    """Rows of whole vectors are 16 bytes apart (tile.cuh)."""
+    dim, bits = defines["HEAD_DIM"], defines[side]
+    if by_token:
+        rows, row = BLOCK, dim * bits // 8
+    else:
+        rows, row = (dim // 2, BLOCK) if bits == 4 else (dim, BLOCK * bits // 8)
+    stride = row + 16 if row % 16 == 0 else row
+    return rows * stride + _scale_bytes(bits, -(-dim // 32))
+
+
+def _scale_bytes(bits: int, groups: int) -> int:
+    return {8: 2 * BLOCK, 4: 4 * BLOCK * groups}.get(bits, 0)

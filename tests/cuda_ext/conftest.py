@@ -1,0 +1,28 @@
+"""The emulator, compiled once for each kernel and its constants, and kept between runs."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from .emulator import Emulated, Unavailable, compile_kernel
+
+Emulate = Callable[[Path, Mapping[str, int | str]], Emulated]
+
+
+@pytest.fixture(scope="session")
+def emulate(cache_folder: Path) -> Emulate:
+    """A kernel file and what it is compiled with, ready to launch on the CPU."""
+    return lambda source, defines: emulated(source, defines, cache_folder / "emulator")
+
+
+def emulated(source: Path, defines: Mapping[str, int | str], cache: Path) -> Emulated:
+    try:
+        return Emulated(compile_kernel(source, defines, cache))
+    except Unavailable as error:
+        pytest.skip(str(error))
+    except subprocess.CalledProcessError as error:
+        pytest.fail(error.stderr)

@@ -1,0 +1,186 @@
+"""The kernels over numpy arrays, as a backend launches them, and what they must compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spilld.cuda_ext import variant
+from spilld.cuda_ext.variant import BLOCK, ROWS, Variant
+from spilld.offload import reference
+from spilld.offload.record import Element, Format, Layout
+
+from .emulator import Emulated, Landing, Order
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+Sums = tuple[NDArray[Any], NDArray[Any]]
+
+BITS = {Format.INT8: (8, 8), Format.K8V4: (8, 4), Format.INT4: (4, 4)}
+PLANES = ("k_codes", "k_scales", "v_codes", "v_scales", "norms", "summary", "radius")
+
+
+def integers(layout: Layout) -> dict[str, int]:
+    """A record's layout as variant.py takes it."""
+    exact = 8 * layout.element.nbytes
+    k, v = BITS.get(layout.format, (exact, exact))
+    sizes = {"HEAD_DIM": layout.head_dim, "KV_HEADS": layout.kv_heads, "K_BITS": k, "V_BITS": v}
+    sizes |= {"ELEMENT_BYTES": layout.element.nbytes, "RECORD_BYTES": layout.record_bytes}
+    return sizes | {name.upper(): layout.offset(name) for name in PLANES}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the emulator runs what a GPU may run in any way."""
+
+    order: Order = Order.RANDOM
+    landing: Landing = Landing.RANDOM
+    seed: int = 0
+
+    def launch(self, kernel: Emulated, variant: Variant, grid: tuple[int, int, int], *arguments: Any) -> None:
+        needs = (variant.name, grid, variant.threads, variant.shared_bytes)
+        kernel.launch(*needs, *arguments, order=self.order, landing=self.landing, seed=self.seed)
+
+
+def elements(numbers: F32, element: Element) -> NDArray[Any]:
+    return numbers if element is Element.FLOAT32 else reference.bf16_nearest(numbers)
+
+
+class Records:
+    """Sealed blocks in shuffled places of a pool, the rest of which is NaN, and queries over them."""
+
+    def __init__(self, layout: Layout, *, blocks: int, queries: int, group: int, seed: int = 0) -> None:
+        rng = np.random.default_rng([layout.head_dim, blocks, queries, group, seed])
+        self.layout, self.group, self.queries = layout, group, queries
+        shape = (layout.kv_heads, blocks * BLOCK, layout.head_dim)
+        self.k, self.v = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+        self.v += np.linspace(-2, 2, layout.head_dim, dtype=np.float32)
+        self.pool = np.full((blocks + 2, layout.record_bytes), 0xFF, np.uint8)
+        self.rows = rng.permutation(blocks + 2)[:blocks].astype(np.int64)
+        self.seal()
+        self.places: I64 = self.rows * layout.record_bytes
+        self.positions: I64 = BLOCK * (1 + np.arange(blocks, dtype=np.int64))
+        heads = group * layout.kv_heads
+        self.q = rng.standard_normal((queries, heads, layout.head_dim)).astype(np.float32)
+        self.low = np.zeros(queries, np.int64)
+        self.high = np.full(queries, BLOCK * (1 + blocks), np.int64)
+        self.scale, self.softcap = layout.head_dim**-0.5, 0.0
+
+    def seal(self) -> None:
+        k, v = (elements(x, self.layout.element) for x in (self.k, self.v))
+        reference.seal(self.layout, k, v, self.pool, self.rows)
+
+    def attend(self, kernel: Emulated, per_part: int, way: Way) -> Sums:
+        """Partial outputs [parts, kv_heads, rows, head_dim] and lse [parts, kv_heads, rows]."""
+        made = variant.attend_records(integers(self.layout))
+        parts, heads = max(1, -(-len(self.places) // per_part)), self.layout.kv_heads
+        rows = self.queries * self.group
+        out = np.full((parts, heads, rows, self.layout.head_dim), np.nan, np.float32)
+        lse = np.full((parts, heads, rows), np.nan, np.float32)
+        q = reference.rotate(self.q) if self.layout.format is Format.INT4 else self.q
+        arrays = (np.ascontiguousarray(q), self.pool, self.places, self.positions, self.low, self.high)
+        given = [frozen(array) for array in arrays]
+        sizes = (len(self.places), per_part, self.queries, self.group)
+        grid = (parts, heads, -(-rows // ROWS))
+        way.launch(kernel, made, grid, out, lse, *given, *sizes, float(self.scale), float(self.softcap))
+        return out, lse
+
+    def values(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        both = [reference.values(self.layout, self.pool[row]) for row in self.rows]
+        k, v = (np.concatenate(x, axis=1).astype(np.float64) for x in zip(*both, strict=True))
+        return k, v
+
+    def oracle(self) -> Sums:
+        t = (self.positions[:, None] + np.arange(BLOCK)).reshape(-1)
+        seen = (t >= self.low[:, None]) & (t < self.high[:, None])
+        return softmax_attention(self.q, *self.values(), seen, self.scale, self.softcap)
+
+
+class Window:
+    """Exact numbers by slot, NaN where no query looks, and queries over ranges of slots."""
+
+    def __init__(self, element: Element, head_dim: int, *, slots: int, queries: int, group: int) -> None:
+        rng = np.random.default_rng([head_dim, slots, queries, group])
+        self.element, self.slots, self.group, self.queries, self.kv_heads = element, slots, group, queries, 2
+        numbers = rng.standard_normal((2, self.kv_heads, slots, head_dim)).astype(np.float32)
+        self.planes = elements(numbers, element)
+        heads = group * self.kv_heads
+        self.q = rng.standard_normal((queries, heads, head_dim)).astype(np.float32)
+        self.ranges: I64 = np.tile(np.array([[0, slots]], np.int64), (queries, 1, 1))
+        self.scale, self.softcap = head_dim**-0.5, 0.0
+
+    @property
+    def seen(self) -> NDArray[np.bool_]:
+        slot = np.arange(self.slots)
+        inside = (slot >= self.ranges[..., :1]) & (slot < self.ranges[..., 1:])
+        return np.asarray(inside.any(axis=1))
+
+    def attend(self, kernel: Emulated, per_part: int, way: Way) -> Sums:
+        """As Records.attend, with parts of so many tiles."""
+        head_dim = self.q.shape[2]
+        made = variant.attend_window(8 * self.element.nbytes, head_dim)
+        rows, parts = self.queries * self.group, -(-self.slots // (BLOCK * per_part))
+        out = np.full((parts, self.kv_heads, rows, head_dim), np.nan, np.float32)
+        lse = np.full((parts, self.kv_heads, rows), np.nan, np.float32)
+        sizes = (self.ranges.shape[1], self.slots, per_part, self.queries, self.group)
+        given = [frozen(array) for array in (self.q, self.planes, self.ranges)]
+        grid = (parts, self.kv_heads, -(-rows // ROWS))
+        way.launch(kernel, made, grid, out, lse, *given, *sizes, float(self.scale), float(self.softcap))
+        return out, lse
+
+    def oracle(self) -> Sums:
+        k, v = reference.widen(self.planes).astype(np.float64)
+        return softmax_attention(self.q, k, v, self.seen, self.scale, self.softcap)
+
+
+def frozen(array: NDArray[Any]) -> NDArray[Any]:
+    """A view that a kernel does not write: it is not copied back."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def softmax_attention(
+    q: F32, k: NDArray[Any], v: NDArray[Any], seen: NDArray[np.bool_], scale: float, softcap: float
+) -> Sums:
+    """Output [M, heads, head_dim] and lse [M, heads] in float64; seen: [M, tokens]."""
+    queries, heads, _ = q.shape
+    group = heads // len(k)
+    out, lse = np.zeros(q.shape), np.full((queries, heads), -np.inf)
+    for m in range(queries):
+        for h in range(heads if seen[m].any() else 0):
+            logits = scale * (k[h // group][seen[m]] @ q[m, h].astype(np.float64))
+            if softcap:
+                logits = softcap * np.tanh(logits / softcap)
+            top = logits.max()
+            weights = np.exp(logits - top)
+            out[m, h] = weights @ v[h // group][seen[m]] / weights.sum()
+            lse[m, h] = top + np.log(weights.sum())
+    return out, lse
+
+
+def merged(out: NDArray[Any], lse: NDArray[Any], group: int) -> Sums:
+    """Parts, as attention leaves them, merged in float64: [M, heads, head_dim] and [M, heads]."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        top = lse.max(axis=0).astype(np.float64)
+        centre = np.where(np.isneginf(top), 0, top)
+        weights = np.exp(lse - centre)
+        total = weights.sum(axis=0)
+        mean = (out * weights[..., None]).sum(axis=0) / np.where(total == 0, 1, total)[..., None]
+        whole = np.where(total == 0, -np.inf, centre + np.log(total))
+    return by_query(mean, group), by_query(whole, group)
+
+
+def by_query(rows: NDArray[Any], group: int) -> NDArray[Any]:
+    """[kv_heads, M * group, ...] as [M, kv_heads * group, ...]."""
+    heads, count = rows.shape[:2]
+    split = rows.reshape(heads, count // group, group, *rows.shape[2:]).swapaxes(0, 1)
+    return split.reshape(count // group, heads * group, *rows.shape[2:])
+
+
+def assert_close(given: Sums, wanted: Sums, tolerance: float) -> None:
+    np.testing.assert_allclose(given[0], wanted[0], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(given[1], wanted[1], rtol=0, atol=tolerance)

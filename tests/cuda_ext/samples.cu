@@ -1,0 +1,80 @@
+// Small kernels, each right with bug = 0 and wrong in one way with another: what the emulator must tell apart.
+
+#define ALL 0xffffffffu
+
+// Sums 64 numbers. Bugs: 1 no barrier before the sum, 2 none within it, 3 one number too many,
+// 4 one past the shared memory, 5 a barrier that not all threads reach, 6 threads that exit before it.
+extern "C" __global__ void __launch_bounds__(64) total(float* out, const float* in, int bug) {
+  SHARED_MEMORY(memory);
+  float* s = (float*)memory;
+  const int t = threadIdx.x;
+  if (bug == 6 && t > 40) return;
+  s[t + (bug == 4)] = in[t + (bug == 3)];
+  if (bug != 1) __syncthreads();
+  for (int span = 32; span; span /= 2) {
+    if (t < span) s[t] += s[t + span];
+    if (bug == 5) {
+      if (t < span) __syncthreads();
+    } else if (bug != 2) __syncthreads();
+  }
+  if (t == 0) *out = s[0];
+}
+
+// Reverses 64 numbers through async copies of 16 bytes. Bugs: 1 no wait, 2 the wait leaves one group, 3 no warp
+// sync after it, 4 a misaligned source, 5 no commit, 6 the next copy overwrites what others still read.
+extern "C" __global__ void __launch_bounds__(32) reverse(float* out, const float* in, int bug) {
+  SHARED_MEMORY(memory);
+  float* s = (float*)memory;
+  const int t = threadIdx.x;
+  for (int half = 0; half < 2; half++) {
+    if (t < 8) copy_async16(s + 4 * t, in + 32 * half + 4 * t - (bug == 4), true);
+    if (bug != 5) commit_copies();
+    if (bug == 2) wait_copies<1>();
+    else if (bug != 1) wait_copies<0>();
+    if (bug != 3) __syncwarp();
+    out[63 - 32 * half - t] = s[t];
+    if (bug != 6) __syncwarp();
+  }
+  wait_copies<0>();
+}
+
+// Each warp finds its largest number. Bugs: 1 a diverged shuffle, 2 lanes that exit first, 3 all blocks write one
+// byte, 4 a null pointer, 5 a misaligned vector, 6 lanes at different collectives, 7 an index outside of an array.
+extern "C" __global__ void __launch_bounds__(32) largest(float* out, const float* in, int bug) {
+  const int t = threadIdx.x;
+  float x = in[blockIdx.x * 32 + t];
+  if (bug == 2 && t > 20) return;
+  if (bug == 4 && t == 3) x = *(const float*)(size_t)gridDim.x;
+  if (bug == 5) x = ((const float2*)(in + 1))[t / 4].x;
+  if (bug == 6 && t > 20) x += __ballot_sync(ALL, x > 0);
+  float own[2] = {x, x};
+  x = own[bug == 7 ? 2 : t % 2];
+  for (int bits = 16; bits; bits /= 2) {
+    if (bug == 1 && t < 16) x = fmaxf(x, __shfl_xor_sync(ALL, x, bits));
+    else x = fmaxf(x, __shfl_xor_sync(ALL, x, bits));
+  }
+  if (t == 0) out[bug == 3 ? 0 : blockIdx.x] = x;
+}
+
+// c [16, 8] = a [16, 16] b [16, 8], bf16; b comes by rows or, transposed = 1, by columns.
+extern "C" __global__ void __launch_bounds__(32) product(float* c, const uint4* a, const uint4* b, int transposed) {
+  SHARED_MEMORY(memory);
+  uint4* s = (uint4*)memory;
+  const int t = threadIdx.x;
+  s[t] = a[t];
+  if (t < 16) s[32 + t] = b[t];
+  __syncwarp();
+  unsigned left[4], right[4];
+  float sums[4] = {0, 0, 0, 0};
+  load_matrices(left, s + (t & 15) * 2 + (t >> 4));
+  if (transposed) load_matrices(right, s + 32 + (t & 7) * 2 + (t >> 3 & 1));
+  else load_matrices_transposed(right, s + 32 + (t & 15));
+  mma_bf16(sums, left, right);
+  for (int i = 0; i < 4; i++) c[(t / 4 + i / 2 * 8) * 8 + t % 4 * 2 + i % 2] = sums[i];
+}
+
+// A block writes what the next one reads: only with bug = 1.
+extern "C" __global__ void __launch_bounds__(32) chain(float* data, int bug) {
+  const int at = blockIdx.x * 32 + threadIdx.x;
+  data[at] = bug && blockIdx.x ? data[at - 32] : 1;
+}

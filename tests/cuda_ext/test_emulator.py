@@ -1,0 +1,106 @@
+"""The emulator itself: it runs what is right in every order, and refuses what is wrong in some."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from spilld.offload.reference import bf16_nearest, widen
+
+from .conftest import Emulate
+from .emulator import Emulated, EmulatorError, Landing, Order
+
+SAMPLES = Path(__file__).parent / "samples.cu"
+WAYS = list(product(Order, Landing, range(3)))
+
+
+@pytest.fixture(scope="module")
+def samples(emulate: Emulate) -> Emulated:
+    return emulate(SAMPLES, {})
+
+
+@pytest.fixture
+def numbers() -> NDArray[np.float32]:
+    return np.random.default_rng(5).standard_normal(64).astype(np.float32)
+
+
+@pytest.mark.parametrize(("order", "landing", "seed"), WAYS)
+def test_what_is_right_runs_in_every_order(
+    samples: Emulated, numbers: NDArray[np.float32], order: Order, landing: Landing, seed: int
+) -> None:
+    out = np.full(1, np.nan, np.float32)
+    samples.launch("total", (1, 1, 1), 64, 256, out, numbers, 0, order=order, landing=landing, seed=seed)
+    np.testing.assert_allclose(out, numbers.sum(), rtol=1e-5)
+    turned = np.full(64, np.nan, np.float32)
+    samples.launch("reverse", (1, 1, 1), 32, 128, turned, numbers, 0, order=order, landing=landing, seed=seed)
+    np.testing.assert_array_equal(turned, numbers[::-1])
+    tops = np.full(2, np.nan, np.float32)
+    samples.launch("largest", (2, 1, 1), 32, 0, tops, numbers, 0, order=order, landing=landing, seed=seed)
+    np.testing.assert_array_equal(tops, numbers.reshape(2, 32).max(axis=1))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bug", "words"),
+    [
+        ("total", 1, "races with"),
+        ("total", 2, "races with"),
+        ("total", 3, "out of bounds"),
+        ("total", 4, "shared write at byte 256 of 256"),
+        ("total", 5, "__syncthreads"),
+        ("total", 6, "after some threads have exited"),
+        ("reverse", 1, "async copy still fills"),
+        ("reverse", 2, "async copy still fills"),
+        ("reverse", 3, "races with"),
+        ("reverse", 4, "misaligned async copy"),
+        ("reverse", 5, "async copy still fills"),
+        ("reverse", 6, "races with|async copy still fills"),
+        ("largest", 1, "diverged"),
+        ("largest", 2, "has exited|never come"),
+        ("largest", 3, "another block writes"),
+        ("largest", 4, "null pointer"),
+        ("largest", 5, "misaligned global read of 8 bytes"),
+        ("largest", 6, "diverged"),
+        ("largest", 7, "index 2 outside of an array"),
+    ],
+)
+def test_a_bug_is_caught_in_every_order(
+    samples: Emulated, numbers: NDArray[np.float32], kernel: str, bug: int, words: str
+) -> None:
+    grid, threads, shared = {"total": (1, 64, 256), "reverse": (1, 32, 128), "largest": (2, 32, 0)}[kernel]
+    for order, landing, seed in WAYS:
+        out = np.full(64, np.nan, np.float32)
+        launch = partial(samples.launch, order=order, landing=landing, seed=seed)
+        with pytest.raises(EmulatorError, match=words):
+            launch(kernel, (grid, 1, 1), threads, shared, out, numbers, bug)
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_tensor_core_product(samples: Emulated, transposed: int) -> None:
+    rng = np.random.default_rng(1)
+    a, b = (bf16_nearest(rng.standard_normal(shape).astype(np.float32)) for shape in ((16, 16), (16, 8)))
+    c = np.full((16, 8), np.nan, np.float32)
+    given = np.ascontiguousarray(b.T) if transposed else b
+    samples.launch("product", (1, 1, 1), 32, 1024, c, a, given, transposed)
+    np.testing.assert_allclose(c, widen(a) @ widen(b), rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_that_depend_on_each_other(samples: Emulated) -> None:
+    data = np.zeros(96, np.float32)
+    samples.launch("chain", (3, 1, 1), 32, 0, data, 0)
+    assert data.tolist() == [1] * 96
+    with pytest.raises(EmulatorError, match="another block writes"):
+        samples.launch("chain", (3, 1, 1), 32, 0, data, 1)
+
+
+def test_arguments_must_fit(samples: Emulated) -> None:
+    with pytest.raises(TypeError, match="takes 2 arguments"):
+        samples.launch("chain", (1, 1, 1), 32, 0, np.zeros(32, np.float32))
+    with pytest.raises(TypeError, match="argument 1"):
+        samples.launch("chain", (1, 1, 1), 32, 0, np.zeros(32, np.float32), 0.5)
+    with pytest.raises(EmulatorError, match="whole warps"):
+        samples.launch("chain", (1, 1, 1), 33, 0, np.zeros(64, np.float32), 0)

@@ -1,0 +1,85 @@
+"""What can be said of machine code without a GPU, on every architecture that kernels are compiled for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from _pytest.mark import ParameterSet
+
+from spilld.cuda_ext import variant
+from spilld.cuda_ext.build import ARCHITECTURES, cubin, recipe
+from spilld.cuda_ext.variant import MOST_SHARED, Variant
+from spilld.offload.record import Element, Format, Layout
+
+from .cases import cases
+from .cubins import instructions, resources
+from .kernels import integers
+
+BUDGETS = {"merge": 72, "rotate": 48, "seal": 160, "block_scores": 64, "move_records": 48}
+"""Registers of a thread. Of attention: 8 warps of 32 threads fit into an SM's 65,536 at 255 each."""
+ATTENTION_BUDGETS = {64: 224, 80: 224, 96: 224, 128: 224, 256: 255}
+
+
+def budget(made: Variant) -> int:
+    return BUDGETS.get(made.name) or ATTENTION_BUDGETS[dict(made.defines)["HEAD_DIM"]]
+
+
+def title(made: Variant) -> str:
+    given = dict(made.defines)
+    words = [
+        f"{short}{given[name]}"
+        for short, name in (("d", "HEAD_DIM"), ("k", "K_BITS"), ("v", "V_BITS"))
+        if name in given
+    ]
+    return "-".join([made.name, *words])
+
+
+ALWAYS = {
+    variant.attend_records(integers(Layout(Format.K8V4, Element.BFLOAT16, 2, 128))),
+    variant.attend_records(integers(Layout(Format.INT4, Element.BFLOAT16, 2, 256))),
+    variant.attend_records(integers(Layout(Format.EXACT, Element.BFLOAT16, 2, 64))),
+    variant.attend_window(16, 64),
+    variant.seal(integers(Layout(Format.INT4, Element.BFLOAT16, 2, 80))),
+    variant.merge(256, 2),
+    variant.rotate(96),
+    variant.block_scores(integers(Layout(Format.INT8, Element.BFLOAT16, 2, 80))),
+    variant.move_records(4160),
+}
+EVERY = sorted({case.variant for case in cases()}, key=lambda made: (made.name, made.defines))
+
+
+def builds() -> list[ParameterSet]:
+    return [
+        pytest.param(
+            made,
+            architecture,
+            id=f"{title(made)}-{architecture}",
+            marks=() if made in ALWAYS else pytest.mark.slow,
+        )
+        for made in EVERY
+        for architecture in ARCHITECTURES
+    ]
+
+
+def test_all_that_is_always_compiled_is_in_the_matrix() -> None:
+    assert set(EVERY) >= ALWAYS
+
+
+@pytest.mark.parametrize(("made", "architecture"), builds())
+def test_machine_code(cache_folder: Path, made: Variant, architecture: str) -> None:
+    folder = cache_folder / "cubins"
+    cubin(made, architecture, folder)
+    path = folder / f"{made.name}-{architecture}-{recipe(made, architecture)}.cubin"
+    used = resources(path)
+    assert used["stack"] == used["local"] == 0, "registers spill to memory"
+    assert used["registers"] <= budget(made)
+    assert made.shared_bytes + used["shared"] <= MOST_SHARED
+    if made.name.startswith("attend"):
+        opcodes = instructions(path)
+        copies = {opcode for opcode in opcodes if opcode.startswith("LDGSTS")}
+        assert copies
+        assert all("128" in opcode for opcode in copies), "keys and values come in 16 bytes, asynchronously"
+        tensor = any(opcode.startswith("HMMA.16816") for opcode in opcodes)
+        assert tensor == (dict(made.defines)["K_BITS"] <= 16)
+        assert not any(opcode.startswith(("LDL", "STL")) for opcode in opcodes)
