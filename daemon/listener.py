@@ -32,20 +32,23 @@ def listen(
     """A bound ROUTER that keeps at most send_queue messages for a client; without a gate all may connect who
     can reach the address. ConfigError if it cannot be had.
 
-    An ipc socket is its owner's alone, or its group's, too.
+    An ipc socket is its owner's alone, or its group's, too: by the modes of its file, and by what the kernel
+    says of who connects.
     """
     ipc = check_address(address, keyed=gate is not None).startswith("ipc://")
     if gate is None and not ipc:
         log.warning("every user of this machine can connect to %s; to change that: `spilld keys`", address)
     with (
         SocketFile(socket_path(address)) if ipc else nullcontext(),
-        _router(address, send_queue, gate, 0o117 if open_to_group else 0o177) as router,
+        _router(address, send_queue, gate, open_to_group) as router,
     ):
         yield router
 
 
 @contextmanager
-def _router(address: str, send_queue: int, gate: Gate | None, mask: int) -> Iterator[zmq.Socket[bytes]]:
+def _router(
+    address: str, send_queue: int, gate: Gate | None, open_to_group: bool
+) -> Iterator[zmq.Socket[bytes]]:
     with ExitStack() as stack:
         context = stack.enter_context(zmq.Context())
         if gate is not None:
@@ -58,7 +61,11 @@ def _router(address: str, send_queue: int, gate: Gate | None, mask: int) -> Iter
         router.setsockopt(zmq.SNDHWM, send_queue)
         router.setsockopt(zmq.LINGER, LINGER_MS)
         router.setsockopt(zmq.IPV6, int("[" in address))
-        before = os.umask(mask)  # the socket is never open to others, not even between bind and a chmod
+        if address.startswith("ipc://"):
+            _look_at_peers(router, _group(socket_path(address).parent) if open_to_group else None)
+        before = os.umask(
+            0o117 if open_to_group else 0o177
+        )  # the socket is never open to others, not even between bind and a chmod
         try:
             router.bind(address)
         except zmq.ZMQError as error:
@@ -66,6 +73,34 @@ def _router(address: str, send_queue: int, gate: Gate | None, mask: int) -> Iter
         finally:
             os.umask(before)
         yield router
+
+
+def _look_at_peers(router: zmq.Socket[bytes], group: int | None) -> None:
+    """Let in only the daemon's user, root, and members of the group, whatever the file's modes become."""
+    if not _sees_all_users():
+        log.info("in a user namespace only the modes of the socket's file say who may connect")
+        return
+    try:
+        for user in {os.geteuid(), 0}:
+            router.setsockopt(zmq.IPC_FILTER_UID, user)
+        if group is not None:
+            router.setsockopt(zmq.IPC_FILTER_GID, group)
+    except zmq.ZMQError as error:  # they may be gone from a later libzmq
+        log.warning("only the modes of the socket's file say who may connect: %s", error)
+
+
+def _sees_all_users(users: Path = Path("/proc/self/uid_map")) -> bool:
+    """Whether the kernel shows this process every user as who it is."""
+    try:
+        return users.read_text().split() == ["0", "0", "4294967295"]
+    except OSError:
+        return False
+
+
+def _group(folder: Path) -> int:
+    """Of a file that is made there."""
+    status = folder.stat()
+    return status.st_gid if status.st_mode & stat.S_ISGID else os.getegid()
 
 
 class SocketFile:

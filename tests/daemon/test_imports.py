@@ -20,13 +20,11 @@ ALLOWED = {"daemon": {"offload", "cuda_ext"}, "offload": set[str](), "cuda_ext":
 @pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_load_nothing_heavy(module: str) -> None:
     script = (
-        f"import json, sys, time; began = time.perf_counter(); import spilld.daemon.{module};"
-        f"print(json.dumps([time.perf_counter() - began, [m for m in {HEAVY} if m in sys.modules]]))"
+        f"import json, sys; import spilld.daemon.{module};"
+        f"print(json.dumps([m for m in {HEAVY} if m in sys.modules]))"
     )
     out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    seconds, heavy = json.loads(out)
-    assert heavy == []
-    assert seconds < 1, "a light import takes about 0.1 s"
+    assert json.loads(out) == []
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -241,6 +241,38 @@ def test_resume_of_what_is_not_known(running: Running) -> None:
         assert isinstance(dealer.to_the_end()[-1], Done)
 
 
+STRANGER = """
+import os, sys, zmq
+address, group, *frames = sys.argv[1:]
+os.setgroups([])
+os.setgid(int(group))
+os.setuid(65534)
+socket = zmq.Context().socket(zmq.DEALER)
+socket.setsockopt(zmq.LINGER, 0)
+socket.connect(address)
+socket.send_multipart([bytes.fromhex(frame) for frame in frames])
+print(bool(socket.poll(1500)))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize(("to_group", "member"), [(False, False), (False, True), (True, False), (True, True)])
+def test_who_connects_is_looked_at(start: Start, to_group: bool, member: bool) -> None:
+    """A user whom the modes of the file let in, because somebody has loosened them."""
+    with tempfile.TemporaryDirectory(prefix="spilld-open-") as folder:
+        Path(folder).chmod(0o755)
+        running = start(f"ipc://{folder}/s", open_to_group=to_group)
+        Path(folder, "s").chmod(0o777)
+        frames = [frame.hex() for frame in encode(Hello(request_id="x"))]
+        group = str(os.getegid() if member else 65534)
+        command = [sys.executable, "-c", STRANGER, running.address, group, *frames]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        assert said == str(to_group and member)
+        with Dealer(running.address) as mine:
+            mine.send(*encode(Hello(request_id="y")))
+            assert isinstance(mine.reply(), Welcome)
+
+
 def test_a_slow_client_is_cancelled_and_told(start: Start) -> None:
     running = start(send_queue=8)
     running.echo.piece = "x" * 100_000  # so that the kernel's buffers are soon full
