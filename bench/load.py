@@ -1,8 +1,13 @@
-"""Sixteen requests at once: how long until all have their answers, against vLLM on the same weights and CPU?
+"""Many requests at once: how long do all take, against vLLM, and does a greedy client leave another its half?
 
 SmolLM2-135M in bfloat16, two threads, format k8v4, all KV in host memory; prompts of 512 tokens, each with
-another beginning, answers of 64. All requests are there at the start. Two processes that take turns, medians
-of 3. `make bench-peers` builds vLLM; without it there is no baseline, and the case says why.
+another beginning, answers of 64.
+
+- 16 requests: all are there at the start; seconds until the last answer is whole. Against vLLM on the same
+  weights and CPU, two processes that take turns, medians of 3. `make bench-peers` builds vLLM; without it
+  there is no baseline, and the case says why.
+- a greedy client: it has 40 requests open at all times, another has 4, for a minute; four are computed at a
+  time. By how much the other's share of the engine's seconds, as `usage.engine_ms` has them, is off a half.
 """
 
 from __future__ import annotations
@@ -11,21 +16,27 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from pathlib import Path
 
-from harness import Goal, Result, document, main, medians
+from harness import Goal, Result, document, main, medians, say
 from ours import THREADS, Prompts, daemon
 from peers import PEERS
 from systems.child import Child, NotRun
 
 from spilld.daemon.catalog import default_cache, resolve
 from spilld.daemon.client import AsyncClient
-from spilld.daemon.demo import MODEL
+from spilld.daemon.demo import MODEL, Shape
 from spilld.offload.record import Element
 
 BENCH = "load"
 REQUESTS, PROMPT, ANSWER = 16, 512, 64
-TEXT_TOKENS = 60_000
+TEXT_TOKENS = 120_000
 CONTEXT = 8192
+
+GREEDY, MODEST, WINDOWS = 40, 4, 4
+FAIR_S = 60.0
+UNFAIR = 10.0
+"""Percent."""
 
 Batch = Sequence[Sequence[int]]
 
@@ -49,6 +60,45 @@ def ours(address: str, prompts: Batch) -> dict[str, float]:
 def theirs(child: Child, prompts: Batch) -> dict[str, float]:
     """Raises NotRun."""
     return {"s": max(child.generate(prompts, ANSWER))}
+
+
+async def engine_s(address: str, prompts: Prompts, requests: int) -> float:
+    """That a client with so many requests open at all times takes in FAIR_S seconds, of those that ended."""
+    until, taken = time.monotonic() + FAIR_S, 0.0
+
+    async def one_after_another(client: AsyncClient) -> None:
+        nonlocal taken
+        while time.monotonic() < until:
+            stream = client.generate(prompts.next(PROMPT), max_tokens=ANSWER, ignore_eos=True)
+            await stream.text()
+            if time.monotonic() < until:
+                taken += stream.result.usage.engine_ms / 1e3
+
+    async with AsyncClient(address) as client:
+        await asyncio.gather(*(one_after_another(client) for _ in range(requests)))
+    return taken
+
+
+async def greedy(address: str, prompts: Prompts) -> dict[str, float]:
+    one, other = await asyncio.gather(*(engine_s(address, prompts, count) for count in (GREEDY, MODEST)))
+    say(f"a client with {GREEDY} requests took {one:.1f} s of the engine, one with {MODEST} {other:.1f} s")
+    return {"off": abs(100 * (2 * other / (one + other) - 1))}
+
+
+def fairness(folder: Path, prompts: Prompts) -> Result:
+    """Percent by which the share of the client with fewer requests is off a half."""
+    with ExitStack() as stack:
+        budget = Shape.of(folder).window_bytes(Element.BFLOAT16) * WINDOWS
+        address = daemon(stack, folder, device_budget=budget, max_open=2 * GREEDY, max_queue=2 * GREEDY)
+        found = medians({"greedy": lambda: asyncio.run(greedy(address, prompts))}, repeats=1)
+    return Result(
+        bench=BENCH,
+        metric="a greedy client",
+        case=f"{GREEDY} requests against {MODEST}: the share of these, off a half",
+        unit="%",
+        ours=found["greedy"]["off"],
+        goal=Goal("ours", UNFAIR),
+    )
 
 
 def measure() -> tuple[dict[str, float], list[Result]]:
@@ -79,7 +129,8 @@ def measure() -> tuple[dict[str, float], list[Result]]:
             ours=found["ours"]["s"],
             baseline=None if reason else found["vLLM"]["s"],
             goal=None if reason else Goal("ratio", 1.0),
-        )
+        ),
+        fairness(folder, prompts),
     ]
 
 

@@ -347,6 +347,7 @@ class Engine:
         reads = [part.read_bytes["disk"] for part in slices]
         for generation, share in zip(generations, shares(seconds, stalled, costs, reads), strict=True):
             self._scheduler.charge(generation.job, share)
+            generation.engine_s += share
 
     def _note_first_steps(self, generations: list[Generation]) -> None:
         for generation in generations:

@@ -52,6 +52,7 @@ class Generation:
         self.prefetch_hits = 0
         self.prefetch_stalls = 0
         self.stall_s = 0.0
+        self.engine_s = 0.0
         self.queue_s: float | None = None
         self.prefill_s = 0.0
         self.decode_s = 0.0
@@ -276,6 +277,7 @@ class Generation:
             format=form,
             prefetch_hits=self.prefetch_hits,
             prefetch_stalls=self.prefetch_stalls,
+            engine_ms=self.engine_s * 1e3,
         )
 
     def _next(self) -> int:

@@ -250,6 +250,8 @@ class Usage:
     """Extents from disk that were in memory when attention came to them."""
     prefetch_stalls: Annotated[int, COUNT] = 0
     """Extents that attention had to wait for: stall_ms in all."""
+    engine_ms: Annotated[float, Real(0)] = 0.0
+    """Its share of the steps that it was part of: what its client was charged."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,6 +108,7 @@ usage = st.builds(
     prefill_ms=millis,
     decode_ms=millis,
     queue_ms=millis,
+    engine_ms=millis,
     format=text,
     prefetch_hits=count,
     prefetch_stalls=count,

@@ -204,6 +204,7 @@ def test_a_request_says_how_long_it_was_queued(model: Model, tmp_path: Path) -> 
         first, second = opened.end("first"), opened.end("second")
         took = 1e3 * (time.monotonic() - began)
         assert first.usage.queue_ms < first.usage.prefill_ms + first.usage.decode_ms < second.usage.queue_ms
+        assert 0 < first.usage.engine_ms <= first.usage.prefill_ms + first.usage.decode_ms
         assert second.usage.queue_ms + second.usage.prefill_ms + second.usage.decode_ms < took
 
 
