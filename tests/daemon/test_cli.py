@@ -178,19 +178,32 @@ def test_top_once(running: Spawned, model: Model) -> None:
     assert str(model.folder) in shown.stdout.replace("\n", "")
 
 
+# What runs in the background inherits that interrupts are ignored.
+IN_THE_FOREGROUND = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from spilld.daemon.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_top_goes_on_until_it_is_interrupted(running: Spawned) -> None:
     leader, follower = pty.openpty()
-    command = [sys.executable, "-m", "spilld.daemon", "top", "--every=0.1", f"--address={running.address}"]
+    arguments = ["top", "--every=0.1", f"--address={running.address}"]
+    command = [sys.executable, "-c", IN_THE_FOREGROUND, *arguments]
     with subprocess.Popen(command, stdout=follower, env=os.environ | {"TERM": "xterm"}) as watching:
         os.close(follower)
-        seen = b""
-        while seen.count(b"running") < 3:
-            seen += os.read(leader, 4096)
-        watching.send_signal(signal.SIGINT)
-        with suppress(OSError):  # it has ended, and its end of the terminal with it
-            while os.read(leader, 4096):  # a full terminal would hold it up
-                continue
-        assert watching.wait(10) == 0
+        try:
+            seen = b""
+            while seen.count(b"running") < 3:
+                seen += os.read(leader, 4096)
+            watching.send_signal(signal.SIGINT)
+            with suppress(OSError):  # it has ended, and its end of the terminal with it
+                while os.read(leader, 4096):  # a full terminal would hold it up
+                    continue
+            assert watching.wait(10) == 0
+        finally:
+            watching.kill()
     os.close(leader)
 
 
