@@ -54,11 +54,18 @@ def oracle(logits: NDArray[np.float32], sampling: Sampling, position: int, histo
                 chosen.append(i)
             mass += math.exp(scores[i])
         kept = chosen
-    kept = [i for i in kept if math.exp(scores[i]) >= sampling.min_p]
+    if sampling.min_p:  # not of exp(score), which is 1 for the smallest differences
+        kept = [i for i in kept if scores[i] >= math.log(sampling.min_p)]
     assert sampling.seed is not None
     words = philox_words((sampling.seed, position), len(scores))
     noise = [-math.log(-math.log(((w >> 11) + 0.5) / 2**53)) for w in words]
     return max(kept, key=lambda i: scores[i] + noise[i])
+
+
+def test_min_p_of_1_leaves_the_largest_alone() -> None:
+    logits = np.array([0.0, -1.1754944e-38], np.float32)
+    sampling = Sampling(temperature=0.3, min_p=1.0, seed=0)
+    assert {Sampler(sampling).choose(logits, position, []).token for position in range(20)} == {0}
 
 
 @given(
