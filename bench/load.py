@@ -30,7 +30,7 @@ from spilld.offload.record import Element
 
 BENCH = "load"
 REQUESTS, PROMPT, ANSWER = 16, 512, 64
-TEXT_TOKENS = 120_000
+TEXT_TOKENS = 110_000
 CONTEXT = 8192
 
 GREEDY, MODEST, WINDOWS = 40, 4, 4
