@@ -10,7 +10,7 @@ import zmq
 from .calls import Calls
 from .errors import ConfigError
 from .keys import ClientKey
-from .protocol import MAX_FRAME_BYTES
+from .protocol import HEARTBEAT_MS, MAX_FRAME_BYTES, SILENT_MS
 
 BATCH = 256
 """Messages taken at once, so that an event loop gets its turn."""
@@ -45,6 +45,8 @@ class Link:
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, LINGER_MS)
         self.socket.setsockopt(zmq.SNDHWM, 0)  # a send never blocks
+        self.socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_FRAME_BYTES)
         self.socket.setsockopt(zmq.IPV6, int("[" in calls.address))
         if key is not None:

@@ -17,7 +17,7 @@ import zmq
 from .address import check_address, socket_path
 from .errors import ConfigError
 from .gate import Gate
-from .protocol import MAX_FRAME_BYTES
+from .protocol import HEARTBEAT_MS, MAX_FRAME_BYTES, SILENT_MS
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ def _router(
         router.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_FRAME_BYTES)
         router.setsockopt(zmq.SNDHWM, send_queue)
         router.setsockopt(zmq.LINGER, LINGER_MS)
+        router.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        router.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
         router.setsockopt(zmq.IPV6, int("[" in address))
         if address.startswith("ipc://"):
             _look_at_peers(router, _group(socket_path(address).parent) if open_to_group else None)

@@ -22,6 +22,12 @@ MAGIC = b"spilld\x00"
 
 MAX_FRAME_BYTES = 16 * 2**20
 
+HEARTBEAT_MS = 5_000
+"""Both sides ask each other so often whether they are there, within ZMTP."""
+
+SILENT_MS = 15_000
+"""A peer that has not answered for so long is gone."""
+
 PIECE_BYTES = 4 * 2**20
 """The most that one message carries of an archive."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +19,7 @@ import msgpack
 import pytest
 import zmq
 
-from spilld.daemon import calls
+from spilld.daemon import calls, link, listener
 from spilld.daemon import client as client_module
 from spilld.daemon.calls import ACKNOWLEDGED, AHEAD
 from spilld.daemon.client import Accepted, AsyncClient, Client, Done, Message, SessionInfo, Token
@@ -330,6 +332,56 @@ def test_a_killed_daemon_is_noticed(tmp_path: Path) -> None:
     finally:
         daemon.kill()
         daemon.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+def test_a_daemon_that_is_stopped_is_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    """It holds its connections and answers nothing, as does a machine that has lost its power."""
+    monkeypatch.setattr(link, "HEARTBEAT_MS", 100)
+    monkeypatch.setattr(link, "SILENT_MS", 500)
+    address = f"ipc://{tmp_path}/s" if transport == "ipc" else f"tcp://127.0.0.1:{free_port()}"
+    conftest = Path(__file__).with_name("conftest.py")
+    with subprocess.Popen([sys.executable, str(conftest), address, "9", "0.01"]) as daemon:
+        try:
+            with Client(address, connect_timeout=20, reconnect_s=0.5) as client:
+                generation = client.generate("a", max_tokens=10**6)
+                next(iter(generation))
+                daemon.send_signal(signal.SIGSTOP)
+                with pytest.raises(Unreachable, match=r"within 0\.5 s"):
+                    generation.text()
+        finally:
+            daemon.kill()
+
+
+STOPS = """
+import os, signal, sys
+from spilld.daemon.client import Client
+with Client(sys.argv[1], connect_timeout=20) as client:
+    next(iter(client.generate("a", max_tokens=10**6)))
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_client_that_is_stopped_is_missed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By then it has few events under way: the queue for it is not full."""
+    monkeypatch.setattr(listener, "HEARTBEAT_MS", 100)
+    monkeypatch.setattr(listener, "SILENT_MS", 500)
+    running = start()
+    running.echo.pace_s = 0.05
+    with subprocess.Popen([sys.executable, "-c", STOPS, running.address]) as client:
+        try:
+            until(lambda: running.echo.left, 30)
+        finally:
+            client.kill()
+    assert running.echo.cancelled == []
 
 
 @pytest.mark.parametrize("arrived", [True, False])
