@@ -365,7 +365,8 @@ STOPS = """
 import os, signal, sys
 from spilld.daemon.client import Client
 with Client(sys.argv[1], connect_timeout=20) as client:
-    next(iter(client.generate("a", max_tokens=10**6)))
+    generation = client.generate("a", max_tokens=10**6)  # dropped, it would be cancelled
+    next(generation)
     os.kill(os.getpid(), signal.SIGSTOP)
 """
 
