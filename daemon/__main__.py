@@ -84,7 +84,8 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from .doctor import examine
+    with engine():
+        from .doctor import examine
 
     for finding in examine(Config.load(options.config, {})):
         print(f"{finding.what}: {finding.found}", flush=True)

@@ -226,8 +226,8 @@ class Engine:
     def _plan(self) -> Plan:
         """What to admit and run; contexts make way for a request that finds no room beside them."""
         self._scheduler.pause({g.job for g in self._generations.values() if g.unread})
-        if self._memory.short and self._scheduler.running:
-            return self._scheduler.plan(NO_ROOM)
+        if self._memory.short and (going_on := self._scheduler.plan(NO_ROOM)).run:
+            return going_on
         while self._scheduler.starved(self._room) and self._make_way():
             continue
         if self._scheduler.full:

@@ -14,7 +14,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-WEIGHTS = {"low": 1 / 8, "normal": 1.0, "high": 8.0}
+from .protocol import PRIORITIES
+
+WEIGHTS = {priority: 8.0**rank for rank, priority in enumerate(PRIORITIES, -PRIORITIES.index("normal"))}
 """By priority: of two flows that always want more, each has so much of the engine."""
 
 

@@ -65,9 +65,8 @@ def _router(
         router.setsockopt(zmq.IPV6, int("[" in address))
         if address.startswith("ipc://"):
             _look_at_peers(router, _group(socket_path(address).parent) if open_to_group else None)
-        before = os.umask(
-            0o117 if open_to_group else 0o177
-        )  # the socket is never open to others, not even between bind and a chmod
+        mask = 0o117 if open_to_group else 0o177
+        before = os.umask(mask)  # the socket is never open to others, not even between bind and a chmod
         try:
             router.bind(address)
         except zmq.ZMQError as error:

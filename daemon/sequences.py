@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Iterable
 
 from spilld.cuda_ext.window import WindowArena
+from spilld.offload.chain import CHAIN_BYTES
 from spilld.offload.errors import ReadFailed
 from spilld.offload.extent import RunKey
 from spilld.offload.store import Store
@@ -13,10 +15,16 @@ from spilld.offload.store import Store
 from . import tail
 from .runner import Runner
 from .sequence import Sequence
-from .visibility import CELL
-from .warm import warm_up
+from .slices import Slice
+from .visibility import CELL, highest_block, sealed_by
 
 log = logging.getLogger(__name__)
+
+WARM_CHUNK = 16
+"""Prompt tokens: enough for the kernels of many rows."""
+
+SEALS = 2 * CELL
+"""The first position that seals a cell."""
 
 
 class Sequences:
@@ -72,8 +80,25 @@ class Sequences:
         self._arena.give_back(sequence.window)
 
     def warm_up(self, chunk_tokens: int) -> None:
-        """Compute something before the first request, so that it need not wait for what comes only once."""
-        warm_up(self._arena, self._store, self._runner, chunk_tokens)
+        """Compute a chunk of a prompt and a token behind it, and give back all that they took: weights are in
+        memory then, and kernels loaded.
+
+        They are deep in a sequence that does not exist, its window zeros, so that the chunk seals blocks and
+        the token attends to records. Its chain begins with random bytes: no request can find any of it.
+        """
+        sequence = self.open(secrets.token_bytes(CHAIN_BYTES), [0] * (SEALS + 2))
+        chunk = min(WARM_CHUNK, chunk_tokens)
+        sequence.computed = SEALS + 1 - chunk
+        try:
+            self._arena.tensor[sequence.window].zero_()
+            self._store.promise(sequence.table, highest_block(len(sequence.tokens)))
+            self._store.grow(sequence.table, sequence.hashes(0, sealed_by(SEALS)))
+            for count in (chunk, 1):
+                self._runner.run([Slice(sequence, count, sequence.computed)], [[count - 1]])
+                sequence.computed += count
+        finally:
+            self._runner.rest()
+            self.discard(sequence)
 
     def stats(self) -> dict[str, object]:
         return {

@@ -29,7 +29,7 @@ from numba.extending import intrinsic
 
 from .kernel_cache import guard
 
-guard()  # every kernel's module imports this one
+guard()  # in this process, for every module's kernels
 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 BODY = ir.FunctionType(I64, [I8.as_pointer(), I64])

@@ -153,7 +153,7 @@ def test_its_commands_work(light: Light, running: Spawned, model: Model) -> None
     assert (light.folder / "keys/server.key").exists()
 
 
-@pytest.mark.parametrize("command", ["serve", "demo", "check"])
+@pytest.mark.parametrize("command", ["serve", "demo", "check", "doctor"])
 def test_what_runs_models_says_what_to_install(light: Light, command: str) -> None:
     ended = light.run("spilld", command)
     assert (ended.returncode, ended.stdout) == (1, "")

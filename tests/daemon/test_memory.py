@@ -131,6 +131,18 @@ def test_nothing_is_admitted_beside_what_runs(
         assert harness.tokens("a") == harness.tokens("b"), "one that is alone runs all the same"
 
 
+def test_who_does_not_read_holds_up_nobody(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine(model, tmp_path / "s", disk_budget=0) as harness:
+        harness.add("slow", some_tokens(1, 300), max_tokens=30, ignore_eos=True, ahead=8)
+        while harness.engine.turn():
+            pass
+        Kernel(harness, monkeypatch).left = 0
+        assert len(harness.ask(some_tokens(2, 300), "other", max_tokens=6, ignore_eos=True)) == 6
+        assert said(harness, "slow") < 30
+
+
 def test_what_lies_in_host_memory_goes_to_disk(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
