@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spilld.cuda_ext.build import ARCHITECTURES, BuildError, recipe
+from spilld.cuda_ext.build import ARCHITECTURES, BuildError, cubin
 from spilld.cuda_ext.cuda import CudaDevice
 from spilld.cuda_ext.device import Copy, Device, Stream
 from spilld.cuda_ext.errors import DeviceError
@@ -47,9 +47,11 @@ def examine(config: Config) -> Iterator[Finding]:
 
 
 def compiler() -> Finding:
-    """Whether kernels can be compiled here."""
+    """Whether kernels can be compiled here: one is, for each architecture."""
     try:
-        recipe(move_records(64), ARCHITECTURES[0])
+        with tempfile.TemporaryDirectory(prefix="spilld-doctor-") as cache:
+            for architecture in ARCHITECTURES:
+                cubin(move_records(64), architecture, Path(cache))
     except BuildError as error:
         return Finding("kernels", "cannot be compiled", str(error))
     return Finding("kernels", f"can be compiled for {', '.join(ARCHITECTURES)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rates(found: str) -> list[float]:
     return [float(number) for number in re.findall(r"([\d.]+) GB/s", found)]
+
+
+def test_kernels_are_compiled_before_it_says_that_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.core")
+    assert doctor.compiler().advice == ""
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    finding = doctor.compiler()
+    assert finding.found == "cannot be compiled"
+    assert "spilld[cuda]" in finding.advice
 
 
 def test_without_a_gpu_it_says_what_is_missing() -> None:
