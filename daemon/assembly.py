@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from spilld.cuda_ext.cpu import CpuBackend
-from spilld.cuda_ext.window import WindowArena, WindowShape
+from spilld.cuda_ext.cpu import CpuWindows
+from spilld.cuda_ext.window import WindowShape
 from spilld.offload import residency, threads
 from spilld.offload.cache import RunCache
 from spilld.offload.compaction import Compaction
@@ -150,7 +150,7 @@ def build_engine(
     """The tiers within their budgets and the engine over them. Raises BudgetError or StateFolderError."""
     metrics = metrics or Metrics()
     try:
-        arena = _arena(config, model.geometry)
+        windows = _windows(config, model.geometry)
         config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         store = build_store(config, model, planner, metrics)
         book = _book(config.state / "sessions.sqlite")
@@ -160,10 +160,11 @@ def build_engine(
         raise BudgetError(f"{error}; raise it") from error
     except (FolderInUse, FolderUnusable, OSError) as error:
         raise StateFolderError(f"{error}; name another folder with `state`") from error
-    runner = Runner(model, TieredAttention(CpuBackend(), arena, store), store, config.chunk_tokens)
+    attention = TieredAttention(windows, store, model.geometry.heads)
+    runner = Runner(model, attention, store, config.chunk_tokens)
     return Engine(
         model,
-        arena,
+        windows,
         store,
         runner,
         SessionBook(book),
@@ -194,7 +195,7 @@ def _book(path: Path) -> Database:
     return Database.open(path, 2, sessions.CREATE + journal.CREATE, {1: journal.CREATE})
 
 
-def _arena(config: Config, geometry: Geometry) -> WindowArena:
+def _windows(config: Config, geometry: Geometry) -> CpuWindows:
     shape = WindowShape(
         slots=WINDOW_SLOTS,
         layers=geometry.layers,
@@ -203,7 +204,7 @@ def _arena(config: Config, geometry: Geometry) -> WindowArena:
         dtype=getattr(torch, config.dtype),
     )
     budget = DEFAULT_WINDOWS * shape.nbytes if config.device_budget is None else config.device_budget
-    return CpuBackend().windows(shape, budget)
+    return CpuWindows(shape, budget)
 
 
 def record_layout(config: Config, geometry: Geometry) -> Layout:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from spilld.cuda_ext.window import WindowArena
+from spilld.cuda_ext.window import Windows
 from spilld.offload.errors import ExtentCorrupt, IndexDamaged, OffloadError
 from spilld.offload.extent import RunKey
 from spilld.offload.store import Store
@@ -92,7 +92,7 @@ class Engine:
     def __init__(
         self,
         model: Model,
-        arena: WindowArena,
+        windows: Windows,
         store: Store,
         runner: Runner,
         book: SessionBook,
@@ -110,7 +110,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.contexts = Contexts()
-        self._sequences = Sequences(arena, store, runner)
+        self._sequences = Sequences(windows, store, runner)
         self._keeper = SessionKeeper(book, store, model, context_ttl_s)
         self._desk = SessionDesk(self._keeper, self.contexts, self._sequences, self._all)
         self._journal = journal
@@ -581,10 +581,7 @@ class Engine:
         self._tally.recomputations += 1
         generation.recomputed += 1
         generation.restart()
-        sequence = _sequence(generation)
-        self._runner.rest()
-        self._store.reset(sequence.table, damaged=isinstance(failure, ExtentCorrupt))
-        sequence.computed = 0
+        self._sequences.restart(_sequence(generation), damaged=isinstance(failure, ExtentCorrupt))
         self._scheduler.rewind(generation.job)
 
     # Ends.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Many
 from itertools import accumulate
 
 import torch
@@ -11,12 +11,13 @@ from spilld.offload.prefetch import Read, Ticket
 from spilld.offload.store import Store
 from spilld.offload.table import RunRef
 
-from .attention import TieredAttention
+from .attention import Attention
 from .decoder import Decoder
 from .interface import Step
 from .linear import wide_bytes
 from .model import Model
 from .scheduler import MAX_RUNNING
+from .sequence import Sequence
 from .slices import Slice
 from .visibility import stored_blocks
 
@@ -27,7 +28,7 @@ class Runner:
     """Runs the model. The reads of the next step are queued behind this one's, for a decode step's next
     scan is almost always the same: the disk goes on while the sampler works."""
 
-    def __init__(self, model: Model, attention: TieredAttention, store: Store, chunk_tokens: int) -> None:
+    def __init__(self, model: Model, attention: Attention, store: Store, chunk_tokens: int) -> None:
         self._model = model
         self._chunk_tokens = chunk_tokens
         self._attention = attention
@@ -65,7 +66,7 @@ class Runner:
         wide = wide_bytes(self._model.module.base_model, self._chunk_tokens)
         return chunk + wide + geometry.vocab * (4 + size)
 
-    def run(self, slices: list[Slice], keep: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def run(self, slices: list[Slice], keep: Many[Many[int]]) -> list[torch.Tensor]:
         """Compute the slices' tokens; returns float32 logits [len(keep[i]), vocab] for those of their rows.
 
         A slice whose KV did not come back carries its `failure` afterwards; its logits mean nothing.
@@ -105,6 +106,10 @@ class Runner:
         if not any(self._model.geometry.sliding_windows):
             for part in (part for part in slices if part.count == 1):
                 part.promotion = self._store.promotion(part.sequence.table)
+
+    def forget(self, sequence: Sequence) -> None:
+        """As Attention.forget."""
+        self._attention.forget(sequence)
 
     def rest(self) -> None:
         """Drop what was read ahead: the next step will be another, or there is none."""

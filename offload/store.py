@@ -34,7 +34,7 @@ from .promotion import Promotion
 from .record import Layout, round_up
 from .residency import Holding, Spill
 from .spill import CLOSE_S, Spilled, Spiller
-from .system import Bytes
+from .system import PAGE, Bytes
 from .table import ABSENT, BlockTable, RunRef
 from .wear import WriteBudget
 
@@ -507,6 +507,11 @@ class Store:
     def records(self) -> Bytes:
         """The host slab: uint8[rows, record_bytes]."""
         return self._slab.records
+
+    def pin_memory(self, register: Callable[[int, int], None]) -> None:
+        """Have a device register the host slab: it is given the address and the bytes, whole pages."""
+        register(self.records.ctypes.data, round_up(self.records.nbytes, PAGE))
+        self._slab.pinned = True
 
     @property
     def memory(self) -> Bytes:
