@@ -111,6 +111,20 @@ class Runner:
         """As Attention.forget."""
         self._attention.forget(sequence)
 
+    def close(self) -> None:
+        """As Attention.close."""
+        self._attention.close()
+
+    @property
+    def device_bytes(self) -> int:
+        """As Attention.device_bytes."""
+        return self._attention.device_bytes
+
+    @property
+    def device_used_bytes(self) -> int:
+        """As Attention.device_used_bytes."""
+        return self._attention.device_used_bytes
+
     def rest(self) -> None:
         """Drop what was read ahead: the next step will be another, or there is none."""
         self._store.cancel(self._ahead)

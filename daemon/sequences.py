@@ -6,6 +6,7 @@ import logging
 import secrets
 from collections.abc import Iterable
 
+from spilld.cuda_ext.errors import OutOfMemory
 from spilld.cuda_ext.window import Windows
 from spilld.offload.chain import CHAIN_BYTES
 from spilld.offload.errors import ReadFailed
@@ -58,7 +59,7 @@ class Sequences:
         try:
             with self._windows.written(sequence.window) as window:
                 tail.restore(self._store, window, resume)
-        except ReadFailed as failure:
+        except (ReadFailed, OutOfMemory) as failure:
             log.warning("a sequence of %d tokens begins anew: %s", len(sequence.tokens), failure)
             return True
         self._store.attach(sequence.table, resume.refs, resume.hashes)
@@ -72,7 +73,12 @@ class Sequences:
             return None
         self._store.settle()
         self._store.save(sequence.table)
-        return tail.save(self._store, self._windows.read(sequence.window), sequence, instead_of)
+        try:
+            window = self._windows.read(sequence.window)
+        except OutOfMemory as failure:
+            log.warning("the end of a sequence of %d tokens is not saved: %s", len(sequence.tokens), failure)
+            return None
+        return tail.save(self._store, window, sequence, instead_of)
 
     def saved(self, sequence: Sequence, tail_run: RunKey | None) -> bool:
         """Whether `save`, which has returned this tail, could save all that is worth it."""
@@ -114,8 +120,8 @@ class Sequences:
 
     def stats(self) -> dict[str, object]:
         return {
-            "device_used_bytes": self._windows.used_bytes,
-            "device_budget_bytes": self._windows.budget_bytes,
+            "device_used_bytes": self._windows.used_bytes + self._runner.device_used_bytes,
+            "device_budget_bytes": self._windows.budget_bytes + self._runner.device_bytes,
             **self._store.stats(),
         }
 

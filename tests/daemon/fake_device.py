@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from spilld.cuda_ext.choice import Costs, Rates
 from spilld.cuda_ext.device import Kernel
 from spilld.cuda_ext.ops import Ops
 from spilld.cuda_ext.variant import Variant
-from spilld.cuda_ext.window import Windows, WindowShape
+from spilld.cuda_ext.window import WindowShape
 from spilld.daemon import device_tier
-from spilld.daemon.device_attention import DeviceAttention
+from spilld.daemon.config import Config
+from spilld.daemon.device_tier import DeviceTier, Tier, window_shape
+from spilld.daemon.geometry import Geometry
 from spilld.daemon.hot import SPARE
 from spilld.daemon.visibility import highest_block
 from spilld.offload.store import Store
@@ -33,6 +36,16 @@ def loader(device: FakeDevice, emulate: Emulate) -> Callable[[Variant], Kernel]:
     return load
 
 
+def tier_of(device: FakeDevice, emulate: Emulate, **options: Any) -> Tier:
+    """As an engine takes it; options: those of fake_tier."""
+
+    def tier(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
+        shape = window_shape(config, geometry)
+        return fake_tier(device, emulate, store, shape, geometry.heads, **options)
+
+    return tier
+
+
 def fake_tier(
     device: FakeDevice,
     emulate: Emulate,
@@ -43,7 +56,7 @@ def fake_tier(
     hot: int = 12,
     windows: int = 1,
     costs: Costs = EVEN,
-) -> tuple[Windows, DeviceAttention]:
+) -> DeviceTier:
     """hot: records that may stay on the device."""
     ops = Ops(loader(device, emulate), store.layout.constants, shape, heads, warps=WARPS)
     landing = device_tier.crossing(ops, highest_block(MAX_CONTEXT))
