@@ -48,7 +48,7 @@ def test_the_tokens_are_the_cpus(driver: FakeDriver, model: Model, tmp_path: Pat
 def test_a_budget_that_is_too_small(driver: FakeDriver, model: Model, tmp_path: Path) -> None:
     for budget, error in ((None, ConfigError), ("1 MiB", BudgetError)):
         with (
-            pytest.raises(error, match="device.budget"),
+            pytest.raises(error, match=r"device.budget"),
             engine(model, tmp_path, device="cuda", device_budget=budget, **SETTINGS),
         ):
             pass

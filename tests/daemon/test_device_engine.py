@@ -100,5 +100,12 @@ def test_a_lost_device_loses_no_request(
         assert harness.tokens("long") == wanted("exact")["long"]
 
 
+@pytest.mark.gpu
+def test_the_tokens_on_a_gpu_are_the_cpus(model: Model, wanted: Wanted, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "format": "exact", "device": "cuda", "device_budget": "256 MiB"}
+    with engine(model, tmp_path, **settings) as harness:
+        assert answers(harness) == wanted("exact")
+
+
 def test_the_engine_over_the_fake_driver(cache_folder: Path) -> None:
     run_tests(Path(__file__).with_name("engine_under_driver.py"), cache_folder)
