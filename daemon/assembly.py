@@ -29,7 +29,7 @@ from . import journal, sessions
 from .config import Config
 from .device_tier import TIERS, DeviceTier, Tier
 from .engine import Engine, Post
-from .errors import BudgetError, DeviceUnusable, InternalError, ModelError, StateFolderError
+from .errors import BudgetError, ConfigError, DeviceUnusable, InternalError, ModelError, StateFolderError
 from .geometry import Geometry
 from .journal import Journal
 from .kernels import prepare
@@ -163,7 +163,11 @@ def build_engine(
         raise BudgetError(f"{error}; raise it") from error
     except (FolderInUse, FolderUnusable, OSError) as error:
         raise StateFolderError(f"{error}; name another folder with `state`") from error
-    windows, attention = _device_tier(tier or TIERS[config.device], config, store, model.geometry)
+    try:
+        windows, attention = _device_tier(tier or TIERS[config.device], config, store, model.geometry)
+    except ConfigError:
+        store.close()
+        raise
     runner = Runner(model, attention, store, config.chunk_tokens)
     return Engine(
         model,
@@ -201,10 +205,9 @@ def _book(path: Path) -> Database:
 def _device_tier(make: Tier, config: Config, store: Store, geometry: Geometry) -> DeviceTier:
     try:
         return make(config, store, geometry)
-    except (ValueError, DeviceError, BuildError) as error:
-        store.close()
-        if isinstance(error, ValueError):
-            raise BudgetError(f"{error}; raise it") from error
+    except ValueError as error:
+        raise BudgetError(f"{error}; raise it") from error
+    except (DeviceError, BuildError) as error:
         raise DeviceUnusable(f'device = "{config.device}": {error}') from error
 
 

@@ -63,6 +63,9 @@ class Attention(Protocol):
         A row whose slice has failed means nothing.
         """
 
+    def reads(self, part: Slice, layer: int, blocks: Blocks) -> bool:
+        """Whether attention will want some of these blocks, which do not lie in host memory, from disk."""
+
     def forget(self, sequence: Sequence) -> None:
         """A sequence ends or is computed anew: what the device has of it, beside its window, goes."""
 
@@ -98,6 +101,9 @@ class TieredAttention:
     def device_used_bytes(self) -> int:
         return 0
 
+    def reads(self, part: Slice, layer: int, blocks: Blocks) -> bool:
+        return True
+
     def forget(self, sequence: Sequence) -> None:
         pass
 
@@ -131,7 +137,7 @@ class TieredAttention:
             if part.failure is None and part.tickets.get(call.layer):
                 one = slice(row, row + 1)
                 with self._stored.failing(part):
-                    self._stored.merge(heads[one, : out.shape[1]], call, NOTHING, out[one], lse[one])
+                    self._stored.merge(heads[one, : out.shape[1]], call, NOTHING, NOTHING, out[one], lse[one])
 
     def _row(self, part: Slice, window: int | None) -> Row:
         low, high = part.bounds(window)
@@ -157,7 +163,7 @@ class TieredAttention:
         query = q[:, 0].float().contiguous()
         out, lse = self._backend.attend_one(query, planes, seen, call.scale, call.softcap)
         here = part.in_host(call.window)
-        self._stored.merge(query[None].numpy(), call, here, out[None].numpy(), lse[None].numpy())
+        self._stored.merge(query[None].numpy(), call, here, NOTHING, out[None].numpy(), lse[None].numpy())
         return out[None]
 
     def _many(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
@@ -173,7 +179,7 @@ class TieredAttention:
             out[these], lse[these] = exact.permute(2, 0, 1, 3), exact_lse.permute(2, 0, 1)
         queries, out = q.transpose(0, 1).float().contiguous(), out.view(m, heads, dim)
         here = call.part.in_host(call.window)
-        self._stored.merge(queries.numpy(), call, here, out.numpy(), lse.view(m, heads).numpy())
+        self._stored.merge(queries.numpy(), call, here, NOTHING, out.numpy(), lse.view(m, heads).numpy())
         return out
 
     def _exact_tile(self, queries: torch.Tensor, call: Call, start: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,7 +34,7 @@ from .hot import PASSING, HotBlocks, Slots
 from .sequence import Sequence
 from .slices import Blocks, Call, Slice
 from .stored import Floats, StoredAttention
-from .visibility import BLOCKS_PER_CELL, CELL, SINKS, sealed_by, segments, slot
+from .visibility import BLOCKS_PER_CELL, CELL, SINKS, sealed_by, segments, slot, stored_blocks
 
 TRIES, PAUSE_S = 100, 0.05
 """For an event behind what must be over."""
@@ -83,6 +83,9 @@ class DeviceAttention:
     def device_used_bytes(self) -> int:
         return self._pool.used_bytes + self._landing.nbytes
 
+    def reads(self, part: Slice, layer: int, blocks: Blocks) -> bool:
+        return bool((self._hot.slots(part.sequence, layer, blocks) < 0).any())
+
     def forget(self, sequence: Sequence) -> None:
         self._hot.drop(sequence)
 
@@ -121,12 +124,12 @@ class DeviceAttention:
             for start, stop in segments(part.position, part.last + 1):
                 these = slice(start - part.position, stop - part.position)
                 self._seal_before(start, call)
-                held = self._held(call, here, passing)
+                held = self._held(call, passing)
                 found = self._launch(queries[these], keys[:, these], values[:, these], call, start, held)
                 if stop > part.last:
                     self._settle()
                     rest = here[~np.isin(here, held.blocks)]
-                    self._stored.merge(queries, call, rest, out, lse)
+                    self._stored.merge(queries, call, rest, held.blocks, out, lse)
                 self._landing.settle()
                 merge(out[these], lse[these], *found)
         return torch.from_numpy(out)
@@ -239,10 +242,14 @@ class DeviceAttention:
         finally:
             self._pool.give_back(slots[slots >= 0].tolist())
 
-    def _held(self, call: Call, here: Blocks, passing: Held) -> Held:
-        slots = self._hot.slots(call.part.sequence, call.layer, here)
+    def _held(self, call: Call, passing: Held) -> Held:
+        """What is visible to the call and lies on the device, wherever else it lies."""
+        part = call.part
+        stored = stored_blocks(part.position, part.last, call.window)
+        visible = np.arange(stored.start, stored.stop)
+        slots = self._hot.slots(part.sequence, call.layer, visible)
         hot = slots >= 0
-        blocks = np.concatenate([here[hot], passing.blocks])
+        blocks = np.concatenate([visible[hot], passing.blocks])
         return Held(blocks, np.concatenate([slots[hot], passing.slots]))
 
     def _host(self, call: Call, blocks: Blocks) -> list[int]:

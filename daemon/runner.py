@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Many
 from itertools import accumulate
 
@@ -102,10 +103,15 @@ class Runner:
 
     def _begin_promotions(self, slices: list[Slice]) -> None:
         """Let decode scans bring back what host memory has room for, a run each: fresh memory is slow, and a
-        first token shall not wait for it. Where layers slide, no scan passes all layers of a run."""
-        if not any(self._model.geometry.sliding_windows):
-            for part in (part for part in slices if part.count == 1):
-                part.promotion = self._store.promotion(part.sequence.table)
+        first token shall not wait for it. Where layers slide no scan passes all layers of a run, nor where
+        the device has blocks of it."""
+        layers = self._model.geometry.layers
+        if any(self._model.geometry.sliding_windows):
+            return
+        for part in (part for part in slices if part.count == 1):
+            passed = Counter(ref for reads in part.tickets.values() for ref, _ in reads)
+            whole = [ref for ref in part.sequence.table.runs if passed[ref] == layers]
+            part.promotion = self._store.promotion(part.sequence.table, whole)
 
     def forget(self, sequence: Sequence) -> None:
         """As Attention.forget."""
@@ -157,6 +163,7 @@ class Runner:
             for layer, window in enumerate(windows)
             for index, part in enumerate(slices)
             for ref in runs[index, window]
+            if self._attention.reads(part, layer, part.on_disk(ref, window))
         ]
 
 

@@ -38,26 +38,26 @@ class StoredAttention:
             part.failure = failure
             self.store.cancel(ticket for layer in part.tickets.values() for _, ticket in layer)
 
-    def merge(self, q: Floats, call: Call, here: Blocks, out: Floats, lse: Floats) -> None:
-        """Merge the partials over these blocks in host memory, and over all on disk, into out
-        [M, heads, head_dim], like q, and lse [M, heads]. Raises ReadFailed."""
+    def merge(self, q: Floats, call: Call, here: Blocks, seen: Blocks, out: Floats, lse: Floats) -> None:
+        """Merge the partials over the blocks `here` in host memory, and over all on disk that are not `seen`
+        already, into out [M, heads, head_dim], like q, and lse [M, heads]. Raises ReadFailed."""
         low, high = call.part.bounds(call.window)
         other, other_lse = np.empty_like(q), np.empty(q.shape[:2], np.float32)
         scale, softcap = call.scale, call.softcap
-        for memory, offsets, blocks in self._records(call, here):
+        for memory, offsets, blocks in self._records(call, here, seen):
             at = blocks * BLOCK
             self._partial.attend(q, memory, offsets, at, low, high, scale, softcap, other, other_lse)
             merge(out, lse, other, other_lse)
 
-    def _records(self, call: Call, here: Blocks) -> Records:
+    def _records(self, call: Call, here: Blocks, seen: Blocks) -> Records:
         """Host memory first, then extents as they land."""
         if len(here):
             record_bytes = self.layout.record_bytes
             call.part.read_bytes["host"] += len(here) * record_bytes
             yield self.store.memory, call.part.sequence.table.rows[call.layer, here] * record_bytes, here
-        yield from self._on_disk(call)
+        yield from self._on_disk(call, seen)
 
-    def _on_disk(self, call: Call) -> Records:
+    def _on_disk(self, call: Call, seen: Blocks) -> Records:
         part, record_bytes = call.part, self.layout.record_bytes
         waiting = part.tickets.get(call.layer, [])
         while waiting:
@@ -66,6 +66,8 @@ class StoredAttention:
                 stalls = sum(ticket.stalled for _, ticket in batch)
                 part.stalls, part.hits = part.stalls + stalls, part.hits + len(batch) - stalls
                 blocks = [part.on_disk(ref, call.window) for ref, _ in batch]
+                if len(seen):
+                    blocks = [found[~np.isin(found, seen)] for found in blocks]
                 if part.promotion is not None:
                     for (ref, _), offset in zip(batch, offsets, strict=True):
                         part.promotion.copy(ref, call.layer, memory, offset)

@@ -552,11 +552,12 @@ class Store:
         for ticket in tickets:
             prefetch.release(ticket)
 
-    def promotion(self, table: BlockTable) -> Promotion:
-        """Of a run of a sequence that lies on disk only, or several short ones, if host memory is free beyond
-        what growth and spills want. To be ended before anything else is asked of the store."""
+    def promotion(self, table: BlockTable, runs: Iterable[RunRef]) -> Promotion:
+        """Of one of these runs of a sequence that lies on disk only, or several short ones, if host memory is
+        free beyond what growth and spills want. To be ended before anything else is asked of the store."""
         spare = self._slab.free_slots // self.layers - 2 * self.run_blocks - PROMOTION_MARGIN
-        return Promotion(self._slab, self.layers, table, min(spare, self.run_blocks) if self.promotes else 0)
+        columns = min(spare, self.run_blocks) if self.promotes else 0
+        return Promotion(self._slab, self.layers, table, runs, columns)
 
     # Accounts.
 

@@ -146,8 +146,13 @@ class Setup:
         table = self.sequence.table
         self.store.grow(table, self.sequence.hashes(len(table.chain), sealed_by(position + count - 1)))
         part = Slice(self.sequence, count, position)
-        tickets = self.store.submit([Read(ref.run, 0) for ref in self._runs(part)])
-        part.tickets[0] = list(zip(self._runs(part), tickets, strict=True))
+        runs = [
+            ref
+            for ref in self._runs(part)
+            if self.attention.reads(part, 0, part.on_disk(ref, self.case.window))
+        ]
+        tickets = self.store.submit([Read(ref.run, 0) for ref in runs])
+        part.tickets[0] = list(zip(runs, tickets, strict=True))
         return part
 
     def attend(self, part: Slice) -> torch.Tensor:
