@@ -22,6 +22,11 @@ BF16_NAN = 0x7FC0
 device = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """A function that only kernels call. No fastmath: IEEE operations as written, no FMA, no reassociation."""
 
+inlined = njit(
+    nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True
+)
+"""The same, which LLVM copies to where it is called; inside.py says why numba does not."""
+
 
 @intrinsic
 def f32_bits(_context: Any, _x: Any) -> Any:
