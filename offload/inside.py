@@ -42,6 +42,11 @@ def inside(function_for: Callable[..., Any], literals: int = 0) -> Any:
     return call
 
 
+def joined(function: Any) -> Any:
+    """`inside` for a function that is always the same one."""
+    return inside(lambda: function)
+
+
 def compile_inside(context: Any, dispatcher: Any, kinds: Any) -> Any:
     """What a dispatcher's function is for these types, as a part of the kernel that is being compiled."""
     flags = compiler.Flags()
