@@ -2,8 +2,7 @@
 
 A bfloat16 is the uint16 of its bits; numpy has none. A NaN becomes the one quiet NaN 0x7FC0, whatever
 its sign and payload: what a CPU or a GPU makes of `inf - inf` differs, the stored bytes must not.
-reference.py has the same roundings for numpy arrays. numba's on-disk cache notices edits of the file a
-kernel is in, not of this one: after editing, clear __pycache__.
+reference.py has the same roundings for numpy arrays.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from . import kernel_cache  # noqa: F401
 from .record import BLOCK
 
 BF16_NAN = 0x7FC0

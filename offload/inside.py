@@ -4,8 +4,6 @@ What numba compiles as a function of its own is optimised and made machine code,
 calls it, once more. Its inline="always" avoids that, but copies every variable of the caller for every block
 of the callee: putting a large kernel together takes seconds. A function of this kind is typed by itself, and
 joins the kernel's module before that is optimised.
-
-As of bits.py: clear __pycache__ after editing.
 """
 
 from __future__ import annotations

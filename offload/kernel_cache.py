@@ -6,22 +6,28 @@ and the file has the other, and whoever loads it runs code for other shapes, ove
 Here each holds a lock on the function's index meanwhile.
 
 And both would compile the same kernel. Here the second waits for what the first compiles, and loads it.
+
+numba compiles a kernel again when the file that it is in has changed; here also when what it may have inlined
+has, so that an update does not go on with the old machine code.
+
+Importing this is enough; whatever decorates a kernel that is cached imports it before.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from numba.core.caching import IndexDataCacheFile, NullCache
+from numba.core.caching import IndexDataCacheFile, NullCache, _SourceFileBackedLocatorMixin
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.dispatcher import Dispatcher
 from numba.core.sigutils import normalize_signature
@@ -30,6 +36,35 @@ PATIENCE_S = 60.0
 """For another process's compiler, which may have been stopped: after that a kernel is compiled here, too."""
 
 LOOK_S = 0.02
+
+
+HERE = Path(__file__).parent
+INLINING = (HERE, HERE.parent / "daemon")
+"""Folders whose kernels inline what lies here; those of cuda_ext are whole."""
+
+COMPILED = re.compile(rb"^(?:from|import) (?:numba|llvmlite)\b", re.MULTILINE)
+CONSTANTS = ("record.py", "packed.py")
+"""Files whose numbers are compiled into kernels."""
+
+
+@cache
+def sources(folder: Path) -> bytes:
+    """A hash of the files in a folder that kernels are made of."""
+    digest = sha256()
+    for path in sorted(folder.glob("*.py")):
+        content = path.read_bytes()
+        if path.name in CONSTANTS or COMPILED.search(content):
+            digest.update(sha256(content).digest())
+    return digest.digest()
+
+
+def _whole(stamp: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(stamp)
+    def whole(self: Any) -> Any:
+        folder = Path(self._py_file).parent
+        return (stamp(self), sources(folder), sources(HERE)) if folder in INLINING else stamp(self)
+
+    return whole
 
 
 @contextmanager
@@ -91,9 +126,8 @@ def _wait(lock: int, key: object) -> None:
             return
 
 
-def guard() -> None:
-    """Have numba hold the locks, in this process, from now on. To be called once."""
-    IndexDataCacheFile.save = _guarded(IndexDataCacheFile.save, fcntl.LOCK_EX)
-    IndexDataCacheFile.load = _guarded(IndexDataCacheFile.load, fcntl.LOCK_SH)
-    IndexDataCacheFile.flush = _guarded(IndexDataCacheFile.flush, fcntl.LOCK_EX)
-    Dispatcher.compile = _once(Dispatcher.compile)  # type: ignore[method-assign]
+IndexDataCacheFile.save = _guarded(IndexDataCacheFile.save, fcntl.LOCK_EX)
+IndexDataCacheFile.load = _guarded(IndexDataCacheFile.load, fcntl.LOCK_SH)
+IndexDataCacheFile.flush = _guarded(IndexDataCacheFile.flush, fcntl.LOCK_EX)
+Dispatcher.compile = _once(Dispatcher.compile)  # type: ignore[method-assign]
+_SourceFileBackedLocatorMixin.get_source_stamp = _whole(_SourceFileBackedLocatorMixin.get_source_stamp)

@@ -8,8 +8,6 @@ of a unit. A thread without work spins for microseconds and then sleeps.
 A word holds the number of the loop and that of the next unit. A claim is a compare-and-swap of it: if it
 succeeds the loop had not ended when its description was read, so that this was whole. Loops of two callers do
 not meet: the second one runs its units itself.
-
-numba's on-disk cache does not notice edits of this file: clear __pycache__ after one.
 """
 
 from __future__ import annotations
@@ -27,10 +25,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from . import kernel_cache  # noqa: F401
 from .inside import call_compiled, compile_inside
-from .kernel_cache import guard
-
-guard()  # in this process, for every module's kernels
 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 BODY = ir.FunctionType(I64, [I8.as_pointer(), I64])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from numba.core.caching import IndexDataCacheFile
 
-import spilld.offload.threads  # noqa: F401 (it guards the cache)
+from spilld.offload import kernel_cache, softmax
 
 
 def in_order(
@@ -78,7 +78,7 @@ def kernel(x):
 COMPILE = """
 import sys
 import numba
-import spilld.offload.threads
+import spilld.offload.kernel_cache
 from kernel import kernel
 
 print("ready", flush=True)
@@ -111,3 +111,22 @@ def test_of_two_processes_one_compiles(tmp_path: Path) -> None:
         process.stdin.flush()
     missed_and_hit = [process.communicate(timeout=60)[0].split() for process in both]
     assert sorted(missed_and_hit) == [["0", "1"], ["1", "0"]]
+
+
+def test_an_update_of_what_is_inlined_is_noticed(tmp_path: Path) -> None:
+    _, *made_of = softmax.join._cache._cache_file._source_stamp
+    assert made_of == [kernel_cache.sources(Path(softmax.__file__).parent)] * 2
+    for name, text in (
+        ("inlined.py", "from numba import njit"),
+        ("record.py", "BLOCK = 64"),
+        ("other.py", ""),
+    ):
+        (tmp_path / name).write_text(text)
+    stamps = []
+    for edited in ("none", "inlined.py", "record.py", "other.py"):
+        if (path := tmp_path / edited).exists():
+            path.write_text(path.read_text() + "\nX = 1")
+        kernel_cache.sources.cache_clear()
+        stamps.append(kernel_cache.sources(tmp_path))
+    assert len(set(stamps)) == 3
+    assert stamps[2] == stamps[3], "no kernel has anything of it"
