@@ -46,7 +46,7 @@ struct Output {
 #pragma unroll
     for (int i = 0; i < 4; i++)
       weight[i] = *(const float2*)(weights + (lane / 4 + i % 2 * 8) * LOGITS_STRIDE + 16 * step + lane % 4 * 2 + i / 2 * 8);
-    if constexpr (V_BITS == 16) add_bf16(weight, values, step, lane);
+    if constexpr (V_BITS == 16) add_exact(weight, values, step, lane);
     else add_codes(weight, values, step, lane);
   }
 
@@ -68,10 +68,10 @@ struct Output {
   }
 
   __device__ __forceinline__ void multiply(int tile, const u32 (&weights)[2][4], const u32* values) {
-    for (int part = 0; part < 2; part++) mma_bf16(sum[tile], weights[part], values);
+    for (int part = 0; part < 2; part++) mma(sum[tile], weights[part], values);
   }
 
-  __device__ __forceinline__ void add_bf16(const float2* weight, const u8* values, int step, int lane) {
+  __device__ __forceinline__ void add_exact(const float2* weight, const u8* values, int step, int lane) {
     u32 a[2][4];
     for (int i = 0; i < 4; i++) split(weight[i].x, weight[i].y, a[0][i], a[1][i]);
 #pragma unroll
@@ -136,7 +136,7 @@ struct Output {
 #pragma unroll
       for (int i = 0; i < 4; i++)
         b[i / 2] |= (u32)((const u16*)scales)[(token_of(column[i]) * GROUPS + group) * 2 + 1] << i % 2 * 16;
-    for (int part = 0; part < 2; part++) mma_bf16(minima, a[part], b);
+    for (int part = 0; part < 2; part++) mma(minima, a[part], b);
   }
 
   __device__ __forceinline__ void add_minima(int lane) {

@@ -4,9 +4,9 @@
 
 constexpr int ROWS = 16;
 constexpr bool TENSOR_CORES = K_BITS <= 16;
-constexpr int QUERY_STRIDE = HEAD_DIM + 8;  // of bfloat16, so that rows begin in different banks
+constexpr int QUERY_STRIDE = HEAD_DIM + 8;  // of 16 bits, so that rows begin in different banks
 
-// Tensor cores take each number as two bfloat16; keys of four bits also want the sums of each group's channels.
+// Tensor cores take each number as two of 16 bits; keys of four bits also want the sums of each group's channels.
 struct Queries {
   static constexpr int PART = TENSOR_CORES ? 2 * ROWS * QUERY_STRIDE : 4 * ROWS * HEAD_DIM;
   static constexpr int PARTS = TENSOR_CORES ? 2 : 1;

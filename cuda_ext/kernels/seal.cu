@@ -2,8 +2,8 @@
 //
 // Every product is __fmul_rn, which no compiler fuses with a sum. 64 threads, a token each, pack K (blockIdx.z 0) or V (1)
 // of one KV head of one block; the order of the norm's sum makes a thread go through its channels one by one, which
-// bounds it. HEAD_DIM, K_BITS, V_BITS, ELEMENT_BYTES, KV_HEADS and where planes begin: K_CODES, K_SCALES, V_CODES,
-// V_SCALES, NORMS, SUMMARY, RADIUS, RECORD_BYTES.
+// bounds it. HEAD_DIM, K_BITS, V_BITS, ELEMENT_BYTES, FLOAT16, KV_HEADS and where planes begin: K_CODES, K_SCALES,
+// V_CODES, V_SCALES, NORMS, SUMMARY, RADIUS, RECORD_BYTES.
 #include "rotate.cuh"
 #include "rounding.cuh"
 
@@ -16,7 +16,7 @@ typedef u32 Element;
 __device__ __forceinline__ float number(Element bits) { return __uint_as_float(bits); }
 #else
 typedef u16 Element;
-__device__ __forceinline__ float number(Element bits) { return widen(bits); }
+__device__ __forceinline__ float number(Element bits) { return low_half(bits); }
 #endif
 
 // |r|, never below the true one.

@@ -1,6 +1,6 @@
 // Keys and values of one KV head and 64 tokens in shared memory, as a record or a window has them.
 //
-// HEAD_DIM; K_BITS, V_BITS: 32 (float32), 16 (bfloat16), 8 or 4 (codes, as offload/FORMAT.md has them);
+// HEAD_DIM; K_BITS, V_BITS: 32 (float32), 16 (bfloat16, or float16 if FLOAT16), 8 or 4 (codes, as offload/FORMAT.md has them);
 // KEYS_BY_TOKEN: rows of keys are tokens (a window), not channels (a record).
 #pragma once
 #include "numbers.cuh"
@@ -43,7 +43,7 @@ __device__ __forceinline__ int value_row(int column) {
   return (Values::SPACED ? column : token_of(column)) * Values::STRIDE;
 }
 
-// The channel that a column (0..7) of a product with values is; likewise, it is 8 * tile + column only for bfloat16.
+// The channel that a column (0..7) of a product with values is; likewise, it is 8 * tile + column only for exact numbers.
 __device__ __forceinline__ int channel_of(int tile, int column) {
   const int group = tile / 4, i = tile % 4;
   const bool wide = group_width(group) == 32;
@@ -64,7 +64,7 @@ __device__ __forceinline__ void copy_plane(u8* shared, const u8* codes, const u8
 }
 
 __device__ __forceinline__ bool finite_pair(u32 pair) {
-  return (pair & 0x7f80) != 0x7f80 && (pair & 0x7f800000) != 0x7f800000;
+  return (pair & EXPONENT) != EXPONENT && (pair & EXPONENT << 16) != EXPONENT << 16;
 }
 
 // Clears the values of a token if one is infinite or NaN; whether it did. Of codes, only scales can be.

@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(32) largest(float* out, const float
   if (t == 0) out[bug == 3 ? 0 : blockIdx.x] = x;
 }
 
-// c [16, 8] = a [16, 16] b [16, 8], bf16; b comes by rows or, transposed = 1, by columns.
+// c [16, 8] = a [16, 16] b [16, 8], of 16 bits; b comes by rows or, transposed = 1, by columns.
 extern "C" __global__ void __launch_bounds__(32) product(float* c, const uint4* a, const uint4* b, int transposed) {
   SHARED_MEMORY(memory);
   uint4* s = (uint4*)memory;
@@ -69,8 +69,15 @@ extern "C" __global__ void __launch_bounds__(32) product(float* c, const uint4* 
   load_matrices(left, s + (t & 15) * 2 + (t >> 4));
   if (transposed) load_matrices(right, s + 32 + (t & 7) * 2 + (t >> 3 & 1));
   else load_matrices_transposed(right, s + 32 + (t & 15));
-  mma_bf16(sums, left, right);
+  mma(sums, left, right);
   for (int i = 0; i < 4; i++) c[(t / 4 + i / 2 * 8) * 8 + t % 4 * 2 + i % 2] = sums[i];
+}
+
+// Pairs of numbers as words of two of 16 bits, and float16 as float32.
+extern "C" __global__ void __launch_bounds__(32) halves(unsigned* packed, float* widened, const float* x, const unsigned short* numbers) {
+  const int at = blockIdx.x * 32 + threadIdx.x;
+  packed[at] = pack(x[2 * at], x[2 * at + 1]);
+  widened[at] = widen_f16(numbers[at]);
 }
 
 // A block writes what the next one reads: only with bug = 1.

@@ -10,11 +10,11 @@ from _pytest.mark import ParameterSet
 from spilld.cuda_ext import variant
 from spilld.cuda_ext.build import ARCHITECTURES, cubin, recipe
 from spilld.cuda_ext.variant import MOST_SHARED, Variant
-from spilld.offload.record import Element, Format, Layout
+from spilld.offload.record import Format
 
 from .cases import cases
 from .cubins import instructions, resources
-from .kernels import integers
+from .numbers import Number, integers, layout_of
 
 BUDGETS = {"merge": 72, "rotate": 48, "seal": 160, "block_scores": 64, "move_records": 48}
 """Registers of a thread. Of attention: 8 warps of 32 threads fit into an SM's 65,536 at 255 each."""
@@ -32,18 +32,19 @@ def title(made: Variant) -> str:
         for short, name in (("d", "HEAD_DIM"), ("k", "K_BITS"), ("v", "V_BITS"))
         if name in given
     ]
-    return "-".join([made.name, *words])
+    return "-".join([made.name, *words, *(["f16"] if given.get("FLOAT16") else [])])
 
 
 ALWAYS = {
-    variant.attend_records(integers(Layout(Format.K8V4, Element.BFLOAT16, 2, 128))),
-    variant.attend_records(integers(Layout(Format.INT4, Element.BFLOAT16, 2, 256))),
-    variant.attend_records(integers(Layout(Format.EXACT, Element.BFLOAT16, 2, 64))),
+    variant.attend_records(integers(layout_of(Format.K8V4, Number.BFLOAT16, 128))),
+    variant.attend_records(integers(layout_of(Format.INT4, Number.BFLOAT16, 256))),
+    variant.attend_records(integers(layout_of(Format.EXACT, Number.BFLOAT16, 64))),
+    variant.attend_records(integers(layout_of(Format.EXACT, Number.FLOAT16, 64))),
     variant.attend_window(16, 64),
-    variant.seal(integers(Layout(Format.INT4, Element.BFLOAT16, 2, 80))),
+    variant.seal(integers(layout_of(Format.INT4, Number.BFLOAT16, 80))),
     variant.merge(256, 2),
     variant.rotate(96),
-    variant.block_scores(integers(Layout(Format.INT8, Element.BFLOAT16, 2, 80))),
+    variant.block_scores(integers(layout_of(Format.INT8, Number.BFLOAT16, 80))),
     variant.move_records(4160),
 }
 EVERY = sorted({case.variant for case in cases()}, key=lambda made: (made.name, made.defines))

@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "half.h"
 #include "machine.h"
 
 #define SPILLD_EMULATOR 1
@@ -122,17 +123,25 @@ inline unsigned nearest_bf16(float x) {
   const unsigned bits = __float_as_uint(x);
   return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fff;
 }
-inline unsigned pack_bf16(float low, float high) { return nearest_bf16(low) | nearest_bf16(high) << 16; }
 inline unsigned add_bf16x2(unsigned a, unsigned b) {
-  return pack_bf16(__uint_as_float(a << 16) + __uint_as_float(b << 16),
-                   __uint_as_float(a & 0xffff0000) + __uint_as_float(b & 0xffff0000));
+  return nearest_bf16(__uint_as_float(a << 16) + __uint_as_float(b << 16)) |
+         nearest_bf16(__uint_as_float(a & 0xffff0000) + __uint_as_float(b & 0xffff0000)) << 16;
 }
+inline float widen_f16(unsigned short number) { return emulator::widen_half(number); }
 
-#define mma_bf16(c, a, b)                                                             \
+#if FLOAT16
+#define PAIRED_MMA emulator::Collective::MMA_F16
+inline unsigned pack(float low, float high) { return emulator::nearest_half(low) | emulator::nearest_half(high) << 16; }
+#else
+#define PAIRED_MMA emulator::Collective::MMA_BF16
+inline unsigned pack(float low, float high) { return nearest_bf16(low) | nearest_bf16(high) << 16; }
+#endif
+
+#define mma(c, a, b)                                                                  \
   do {                                                                                \
     uint32_t registers[10];                                                           \
     memcpy(registers, a, 16), memcpy(registers + 4, b, 8), memcpy(registers + 6, c, 16); \
-    emulator::meet(emulator::Collective::MMA, __LINE__, 0, 0, registers);             \
+    emulator::meet(PAIRED_MMA, __LINE__, 0, 0, registers);                            \
     memcpy(c, registers + 6, 16);                                                     \
   } while (0)
 #define load_matrices(r, address) \
