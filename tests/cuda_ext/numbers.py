@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spilld.daemon import cubins
+from spilld.daemon.cubins import PLANES
 from spilld.offload import reference
 from spilld.offload.record import BLOCK, Element, Format, Layout
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
-
-BITS = {Format.INT8: (8, 8), Format.K8V4: (8, 4), Format.INT4: (4, 4)}
-PLANES = ("k_codes", "k_scales", "v_codes", "v_scales", "norms", "summary", "radius")
 
 
 class Number(enum.StrEnum):
@@ -47,12 +46,7 @@ def number_of(layout: Layout) -> Number:
 
 def integers(layout: Layout) -> dict[str, int]:
     """A record's layout as variant.py takes it."""
-    exact = 8 * layout.element.nbytes
-    k, v = BITS.get(layout.format, (exact, exact))
-    sizes = {"HEAD_DIM": layout.head_dim, "KV_HEADS": layout.kv_heads, "K_BITS": k, "V_BITS": v}
-    sizes |= {"ELEMENT_BYTES": layout.element.nbytes, "RECORD_BYTES": layout.record_bytes}
-    sizes |= {"FLOAT16": int(isinstance(layout, HalfLayout))}
-    return sizes | {name.upper(): layout.offset(name) for name in PLANES}
+    return cubins.integers(layout) | {"FLOAT16": int(isinstance(layout, HalfLayout))}
 
 
 def narrow(x: F32, number: Number) -> Array:

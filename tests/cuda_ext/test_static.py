@@ -8,7 +8,7 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from spilld.cuda_ext import variant
-from spilld.cuda_ext.build import ARCHITECTURES, cubin, recipe
+from spilld.cuda_ext.build import ARCHITECTURES, cubin, name_of
 from spilld.cuda_ext.variant import MOST_SHARED, Variant
 from spilld.offload.record import Format
 
@@ -71,7 +71,7 @@ def test_all_that_is_always_compiled_is_in_the_matrix() -> None:
 def test_machine_code(cache_folder: Path, made: Variant, architecture: str) -> None:
     folder = cache_folder / "cubins"
     cubin(made, architecture, folder)
-    path = folder / f"{made.name}-{architecture}-{recipe(made, architecture)}.cubin"
+    path = folder / name_of(made, architecture)
     used = resources(path)
     assert used["stack"] == used["local"] == 0, "registers spill to memory"
     assert used["registers"] <= budget(made)
