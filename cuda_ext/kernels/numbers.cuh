@@ -13,12 +13,11 @@ __device__ __forceinline__ float widen(u32 bf16) { return __uint_as_float(bf16 <
 #if FLOAT16
 constexpr u32 EXPONENT = 0x7c00;
 __device__ __forceinline__ float low_half(u32 pair) { return widen_f16((u16)pair); }
-__device__ __forceinline__ float high_half(u32 pair) { return widen_f16((u16)(pair >> 16)); }
 #else
 constexpr u32 EXPONENT = 0x7f80;
-__device__ __forceinline__ float low_half(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_half(u32 pair) { return __uint_as_float(pair & 0xffff0000); }
+__device__ __forceinline__ float low_half(u32 pair) { return widen(pair); }
 #endif
+__device__ __forceinline__ float high_half(u32 pair) { return low_half(pair >> 16); }
 
 // Two numbers as the sum of two halves each: of bfloat16 16 bits of their mantissas are left; of float16 22, down to
 // 2^-25, and none beyond 65504.

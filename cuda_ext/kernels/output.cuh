@@ -15,7 +15,7 @@ struct Output {
 
   // fade: of this lane's row of the softmax.
   __device__ __forceinline__ void shrink(float fade, int lane) {
-    const float factor[2] = {__shfl_sync(ALL, fade, lane / 4 * 2), __shfl_sync(ALL, fade, lane / 4 * 2 + 16)};
+    const float factor[2] = {__shfl_sync(ALL, fade, lane / 4 * 2), __shfl_sync(ALL, fade, (lane / 4 + 8) * 2)};
 #pragma unroll
     for (int tile = 0; tile < HEAD_DIM / 8; tile++)
       for (int i = 0; i < 4; i++) sum[tile][i] *= factor[i / 2];
@@ -52,7 +52,7 @@ struct Output {
 
   // float32 goes number by number, to the rows that see it.
   __device__ __forceinline__ void add_numbers(const float* weights, const u8* values, u64 seen, int lane) {
-    const u64 mine[2] = {__shfl_sync(ALL, seen, lane / 4 * 2), __shfl_sync(ALL, seen, lane / 4 * 2 + 16)};
+    const u64 mine[2] = {__shfl_sync(ALL, seen, lane / 4 * 2), __shfl_sync(ALL, seen, (lane / 4 + 8) * 2)};
 #pragma unroll 1
     for (int token = 0; token < BLOCK; token++) {
       const float* row = (const float*)(values + value_row(token));

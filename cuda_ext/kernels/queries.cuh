@@ -37,11 +37,14 @@ struct Queries {
     if (K_BITS != 4) return;
     __syncwarp();
     for (int i = lane; i < ROWS * GROUPS; i += WARP) {
-      const int row = i / GROUPS, first = i % GROUPS * 32;
+      const int row = i / GROUPS, group = i % GROUPS;
       float sum = 0;
-      for (int c = first; c < first + group_width(i % GROUPS); c += 2)
-        for (int part = 0; part < 2; part++) sum += low_half(*pair(part, row, c)) + high_half(*pair(part, row, c));
-      sums(row)[i % GROUPS] = sum;
+      for (int part = 0; part < 2; part++)
+        for (int c = 0; c < group_width(group) / 2; c++) {
+          const u32 both = pair(part, row, 32 * group)[c];
+          sum += low_half(both) + high_half(both);
+        }
+      sums(row)[group] = sum;
     }
   }
 };

@@ -87,9 +87,17 @@ class Records:
 class Window:
     """Exact numbers by slot, NaN where no query looks, and queries over ranges of slots."""
 
-    def __init__(self, number: Number, head_dim: int, *, slots: int, queries: int, group: int) -> None:
+    def __init__(
+        self, number: Number, head_dim: int, *, slots: int, queries: int, group: int, kv_heads: int = 2
+    ) -> None:
         rng = np.random.default_rng([head_dim, slots, queries, group])
-        self.number, self.slots, self.group, self.queries, self.kv_heads = number, slots, group, queries, 2
+        self.number, self.slots, self.group, self.queries, self.kv_heads = (
+            number,
+            slots,
+            group,
+            queries,
+            kv_heads,
+        )
         numbers = rng.standard_normal((2, self.kv_heads, slots, head_dim)).astype(np.float32)
         self.planes = narrow(numbers, number)
         heads = group * self.kv_heads

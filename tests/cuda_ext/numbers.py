@@ -33,11 +33,10 @@ class HalfLayout(Layout):
     """A layout of bfloat16, the 16 bits of which are float16."""
 
 
-def layout_of(form: Format, number: Number, head_dim: int) -> Layout:
-    """Of two KV heads."""
+def layout_of(form: Format, number: Number, head_dim: int, kv_heads: int = 2) -> Layout:
     if number is Number.FLOAT16:
-        return HalfLayout(form, Element.BFLOAT16, 2, head_dim)
-    return Layout(form, Element(number), 2, head_dim)
+        return HalfLayout(form, Element.BFLOAT16, kv_heads, head_dim)
+    return Layout(form, Element(number), kv_heads, head_dim)
 
 
 def number_of(layout: Layout) -> Number:
@@ -50,11 +49,15 @@ def integers(layout: Layout) -> dict[str, int]:
 
 
 def narrow(x: F32, number: Number) -> Array:
-    """The nearest numbers; bfloat16 as the uint16 of its bits."""
-    if number is Number.FLOAT16:
-        with np.errstate(over="ignore"):
-            return x.astype(np.float16)
-    return x if number is Number.FLOAT32 else reference.bf16_nearest(x)
+    """The nearest numbers; bfloat16 as the uint16 of its bits. A NaN of 16 bits has a mantissa of ones."""
+    if number is Number.FLOAT32:
+        return x
+    if number is Number.BFLOAT16:
+        return np.where(np.isnan(x), np.uint16(0x7FFF), reference.bf16_nearest(x))
+    with np.errstate(over="ignore"):
+        halves = x.astype(np.float16)
+    bits = halves.view(np.uint16)
+    return np.where(np.isnan(x), bits | np.uint16(0x01FF), bits).view(np.float16)
 
 
 def widen(x: Array) -> F32:

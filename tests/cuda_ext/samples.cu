@@ -39,7 +39,8 @@ extern "C" __global__ void __launch_bounds__(32) reverse(float* out, const float
 }
 
 // Each warp finds its largest number. Bugs: 1 a diverged shuffle, 2 lanes that exit first, 3 all blocks write one
-// byte, 4 a null pointer, 5 a misaligned vector, 6 lanes at different collectives, 7 an index outside of an array.
+// byte, 4 a null pointer, 5 a misaligned vector, 6 lanes at different collectives, 7 an index outside of an array,
+// 8 one outside of the last array of a struct, 9 a shift out of a word.
 extern "C" __global__ void __launch_bounds__(32) largest(float* out, const float* in, int bug) {
   const int t = threadIdx.x;
   float x = in[blockIdx.x * 32 + t];
@@ -49,6 +50,9 @@ extern "C" __global__ void __launch_bounds__(32) largest(float* out, const float
   if (bug == 6 && t > 20) x += __ballot_sync(ALL, x > 0);
   float own[2] = {x, x};
   x = own[bug == 7 ? 2 : t % 2];
+  const struct { float own[2]; } last = {{x, x}};
+  x = last.own[bug == 8 ? 2 : t % 2];
+  if (bug == 9) x = 1 << (t + 1);
   for (int bits = 16; bits; bits /= 2) {
     if (bug == 1 && t < 16) x = fmaxf(x, __shfl_xor_sync(ALL, x, bits));
     else x = fmaxf(x, __shfl_xor_sync(ALL, x, bits));

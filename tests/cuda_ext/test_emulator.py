@@ -65,6 +65,8 @@ def test_what_is_right_runs_in_every_order(
         ("largest", 5, "misaligned global read of 8 bytes"),
         ("largest", 6, "diverged"),
         ("largest", 7, "index 2 outside of an array"),
+        ("largest", 8, "index 2 outside of an array"),
+        ("largest", 9, "a shift by 32 bits"),
     ],
 )
 def test_a_bug_is_caught_in_every_order(
