@@ -4,7 +4,8 @@
 # make soak   sixty-four clients on one daemon for ten minutes: read, cancelled, abandoned; a million frames that are no
 #             messages against a server, a million that atheris makes up against what reads them
 # make mutants  seeds bugs into every line of every CUDA kernel: the tests must catch each (MUTANTS_ARGS="--sample 100")
-# make cubins  compiles the CUDA kernels of known models for every architecture, for `make wheel` to take along
+# make cubins  compiles the CUDA kernels of known models for every architecture, for `make wheel` to take along, and
+#             estimates the instructions that attention issues per byte of KV
 # make lint   ruff and mypy
 # make bench  every benchmark, as tables, and the goals of all in one (after what the next one builds; with REPEATS=1
 #             an hour, one run of each instead of medians of three)
@@ -66,6 +67,7 @@ mutants: $(VENV)/.ready
 
 cubins: $(VENV)/.ready
 	$(VENV)/bin/python -m spilld.daemon.cubins
+	$(VENV)/bin/python -m tests.cuda_ext.instructions
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check .
