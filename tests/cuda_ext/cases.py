@@ -75,7 +75,7 @@ WINDOWS = (
 SEALS = (
     [
         *[(Format.INT8, BF16, 64), (Format.K8V4, BF16, 80), (Format.INT4, BF16, 80), (Format.INT4, F32, 96)],
-        *[(Format.EXACT, number, 64) for number in Number],
+        *[(Format.EXACT, number, 64) for number in (F32, F16)],
     ],
     [
         *[(form, BF16, dim) for form in (Format.INT8, Format.K8V4) for dim in (96, 128, 256)],
@@ -84,6 +84,7 @@ SEALS = (
             (Format.INT8, F32, 80),
             (Format.K8V4, F32, 64),
             *[(form, F16, 64) for form in QUANTISED],
+            (Format.EXACT, BF16, 64),
             *[(Format.EXACT, number, 256) for number in Number],
         ],
     ],

@@ -20,7 +20,7 @@ WAYS = list(product(Order, Landing, range(3)))
 
 @pytest.fixture(scope="module")
 def samples(emulate: Emulate) -> Emulated:
-    return emulate(SAMPLES, {})
+    return emulate(SAMPLES, {"FLOAT16": 0})
 
 
 @pytest.fixture
