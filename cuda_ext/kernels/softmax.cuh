@@ -57,9 +57,11 @@ struct Softmax {
   // see whole leaves the values, and rows that see it become NaN. seen: every bit if this lane's row is none.
   __device__ __forceinline__ void guard(u8* values, u64 seen, int lane) {
     if (__all_sync(ALL, seen == ~0ull)) return;
-    const u32 first = __ballot_sync(ALL, clear_unless_finite(values, lane));
-    const u32 second = __ballot_sync(ALL, clear_unless_finite(values, lane + WARP));
-    if (seen & ((u64)second << 32 | first)) total = NOT_A_NUMBER;
+    u64 cleared = 0;
+#pragma unroll 1  // or registers spill on sm_100
+    for (int half = 0; half < 2; half++)
+      cleared |= (u64)__ballot_sync(ALL, clear_unless_finite(values, WARP * half + lane)) << WARP * half;
+    if (seen & cleared) total = NOT_A_NUMBER;
     __syncwarp();
   }
 

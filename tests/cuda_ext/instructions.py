@@ -31,7 +31,7 @@ class Gpu:
     name: str
     multiprocessors: int
     gigahertz: float
-    """Its boost clock."""
+    """Its boost clock; of H100 and B200 the one that their stated rates of products come to."""
     gigabytes_s: float
 
     @property
@@ -45,7 +45,7 @@ GPUS = {
     "sm_86": Gpu("RTX 3090", 82, 1.70, 936),
     "sm_89": Gpu("RTX 4090", 128, 2.52, 1008),
     "sm_90": Gpu("H100 SXM", 132, 1.83, 3350),
-    "sm_100": Gpu("B200", 148, 1.84, 8000),
+    "sm_100": Gpu("B200", 148, 1.85, 8000),
     "sm_120": Gpu("RTX 5090", 170, 2.41, 1792),
 }
 
