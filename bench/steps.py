@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from spilld.cuda_ext.cpu import CpuBackend
+from spilld.cuda_ext.cpu import CpuWindows
 from spilld.cuda_ext.window import WindowShape
 from spilld.daemon.attention import TieredAttention
 from spilld.daemon.model import Model
@@ -30,12 +30,12 @@ class Steps:
             head_dim=g.head_dim,
             dtype=getattr(torch, store.layout.element),
         )
-        arena = CpuBackend().windows(shape, shape.nbytes)
-        arena.tensor.zero_()
+        windows = CpuWindows(shape, shape.nbytes)
         self._store = store
-        self._sequence = Sequence(store.open(), arena.take(), bytes(32))
+        self._sequence = Sequence(store.open(), windows.take(), bytes(32))
+        windows.tensor.zero_()
         store.promise(self._sequence.table, blocks_of(tokens))
-        self._runner = Runner(model, TieredAttention(CpuBackend(), arena, store), store, chunk)
+        self._runner = Runner(model, TieredAttention(windows, store, g.heads), store, chunk)
 
     @property
     def computed(self) -> int:

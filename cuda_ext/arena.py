@@ -20,7 +20,8 @@ class ArenaFull(Exception):
 
 
 class Arena:
-    """`windows` windows of window_bytes side by side; pages between two neighbours are shared.
+    """`windows` windows of window_bytes side by side; pages between two neighbours are shared. A window of
+    whole pages is mapped as one.
 
     Pages stay mapped when their windows are given back, for the next one, until `trim` is called.
     Owned by one thread.
@@ -29,7 +30,8 @@ class Arena:
     def __init__(self, device: Device[Any], window_bytes: int, windows: int, budget_bytes: int) -> None:
         """Raises ValueError if the budget backs not even one window, and OutOfMemory."""
         self.window_bytes, self.windows, self.budget_bytes = window_bytes, windows, budget_bytes
-        self._device, self._page = device, device.page_bytes
+        self._device = device
+        self._page = device.page_bytes if window_bytes % device.page_bytes else max(1, window_bytes)
         self._taken: set[int] = set()
         self._mapped: set[int] = set()
         self._fences = Fences(device)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from .variant import ROWS
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,21 @@ class Rates:
     def __post_init__(self) -> None:
         if min(self.fetch_bytes, self.cpu_bytes) <= 0 or min(self.fetch_s, self.cpu_s) < 0:
             raise ValueError(f"{self} are no rates")
+
+
+class Costs(NamedTuple):
+    """Rates as they depend on the number of queries, measured with one and with ROWS of them."""
+
+    one: Rates
+    many: Rates
+
+    def rates(self, queries: int) -> Rates:
+        """Of the CPU, seconds a byte grow in a line with the queries; the device takes up to ROWS at once."""
+        more = max(0, queries - 1) / (ROWS - 1)
+        cpu = 1 / self.one.cpu_bytes + more * max(0, 1 / self.many.cpu_bytes - 1 / self.one.cpu_bytes)
+        tiles = -(-queries // ROWS)
+        fetch_bytes = self.one.fetch_bytes if queries == 1 else self.many.fetch_bytes / tiles
+        return Rates(fetch_bytes, self.one.fetch_s, 1 / cpu, self.one.cpu_s)
 
 
 def to_fetch(records: int, record_bytes: int, rates: Rates, room: int) -> int:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 import torch
+
+from .arena import Arena
+from .device import Device
+
+Numbers = npt.NDArray[Any]
+"""K and V of one window, [layers, 2, kv_heads, slots, head_dim], float32 or bf16 bits (uint16)."""
 
 
 @dataclass(frozen=True)
@@ -18,44 +28,67 @@ class WindowShape:
     dtype: torch.dtype
 
     @property
+    def layer_bytes(self) -> int:
+        return 2 * self.kv_heads * self.slots * self.head_dim * self.dtype.itemsize
+
+    @property
     def nbytes(self) -> int:
-        return self.layers * 2 * self.kv_heads * self.slots * self.head_dim * self.dtype.itemsize
+        return self.layers * self.layer_bytes
+
+    @property
+    def dims(self) -> tuple[int, int, int, int, int]:
+        """Of Numbers: token-major, so that stock attention kernels run over a layer."""
+        return self.layers, 2, self.kv_heads, self.slots, self.head_dim
 
 
-class WindowArena:
-    """A fixed number of windows within a budget of device bytes, allocated once.
+class Windows(ABC):
+    """As many windows as a budget of device bytes holds; memory stands behind those that were taken."""
 
-    `tensor` is [windows, layers, 2, kv_heads, slots, head_dim]: token-major, so that stock
-    attention kernels run over a layer of it.
-    """
-
-    def __init__(self, shape: WindowShape, budget_bytes: int, device: torch.device) -> None:
-        """Raises ValueError if the budget does not hold one window."""
+    def __init__(self, device: Device[Any], shape: WindowShape, budget_bytes: int) -> None:
+        """Raises ValueError if the budget does not hold one window, and OutOfMemory."""
         self.shape = shape
         self.budget_bytes = budget_bytes
-        self.capacity = budget_bytes // shape.nbytes
+        self.capacity = budget_bytes // device.page_bytes * device.page_bytes // shape.nbytes
         if self.capacity < 1:
             raise ValueError(
                 f"a device budget of {budget_bytes} bytes holds no window of {shape.nbytes} bytes"
             )
-        dims = (self.capacity, shape.layers, 2, shape.kv_heads, shape.slots, shape.head_dim)
-        self.tensor = torch.empty(dims, dtype=shape.dtype, device=device)
-        self._free = list(range(self.capacity))
+        self.arena = Arena(device, shape.nbytes, self.capacity, budget_bytes)
+        self._free = self.capacity
 
     @property
     def free(self) -> int:
         """Windows that can be taken now."""
-        return len(self._free)
+        return self._free
 
     @property
     def used_bytes(self) -> int:
-        return (self.capacity - len(self._free)) * self.shape.nbytes
+        return (self.capacity - self._free) * self.shape.nbytes
 
     def take(self) -> int:
-        """The index of a window that is now the caller's. Raises IndexError when none is free."""
-        return self._free.pop()
+        """The number of a window that is now the caller's, and holds anything. Raises ArenaFull."""
+        window = self.arena.take()
+        self._free -= 1
+        return window
 
-    def give_back(self, index: int) -> None:
-        if index in self._free or not 0 <= index < self.capacity:
-            raise ValueError(f"window {index} is not taken")
-        self._free.append(index)
+    def give_back(self, window: int) -> None:
+        """Raises ValueError if it is not taken."""
+        self.arena.give_back(window)
+        self._free += 1
+
+    def address(self, window: int, layer: int) -> int:
+        """Of the layer's planes, [2, kv_heads, slots, head_dim]."""
+        return self.arena.address(window) + layer * self.shape.layer_bytes
+
+    @abstractmethod
+    def read(self, window: int) -> Numbers:
+        """What a window holds, to be looked at before anything else is asked of the device."""
+
+    @abstractmethod
+    def written(self, window: int) -> AbstractContextManager[Numbers]:
+        """Memory for what a window is to hold from the end of the scope on; what is not written there may be
+        anything."""
+
+    def trim(self) -> None:
+        """Give back the memory behind windows that nobody has."""
+        self.arena.trim()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from spilld.cuda_ext.cpu import CpuBackend
-from spilld.cuda_ext.window import WindowArena, WindowShape
+from spilld.cuda_ext.build import BuildError
+from spilld.cuda_ext.errors import DeviceError
 from spilld.offload import residency, threads
 from spilld.offload.cache import RunCache
 from spilld.offload.compaction import Compaction
@@ -26,10 +26,10 @@ from spilld.offload.store import DiskPath, Planner, Store, run_length
 from spilld.offload.wear import WriteBudget
 
 from . import journal, sessions
-from .attention import TieredAttention
 from .config import Config
+from .device_tier import TIERS, DeviceTier, Tier
 from .engine import Engine, Post
-from .errors import BudgetError, ModelError, StateFolderError
+from .errors import BudgetError, ConfigError, DeviceUnusable, InternalError, ModelError, StateFolderError
 from .geometry import Geometry
 from .journal import Journal
 from .kernels import prepare
@@ -45,15 +45,12 @@ from .service import EngineService
 from .sessions import SessionBook
 from .tail import TAIL_BLOCKS
 from .transfers import Transfers
-from .visibility import WINDOW_SLOTS
 
 STAGING_BUFFERS = 16
 """Extents on their way from disk or being attended to: how far reads run ahead."""
 
 READERS = 4
 """Threads that read: a disk gives its rate only to several reads at a time."""
-
-DEFAULT_WINDOWS = 4
 
 STARTING_S = 1800.0
 """What systemd is to allow for each part of a start: converting a large model, or compiling."""
@@ -88,6 +85,7 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
             server.post,
             welcome(config, model),
             config.max_queue,
+            server.stop,
         )
         server.notifier.starting("preparing kernels, which are compiled the first time", STARTING_S)
         layout, packed = record_layout(config, model.geometry), model.packed is not None
@@ -103,6 +101,8 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
             service.adjust(changed)
 
         server.run(service, Reload(config, again, apply) if again else None)
+        if service.lost is not None:
+            raise InternalError(f"the device is lost: {service.lost}")
 
 
 def use_threads(count: int | None) -> None:
@@ -146,11 +146,14 @@ def build_engine(
     post: Post,
     planner: Planner = residency.plan,
     metrics: Metrics | None = None,
+    tier: Tier | None = None,
 ) -> Engine:
-    """The tiers within their budgets and the engine over them. Raises BudgetError or StateFolderError."""
+    """The tiers within their budgets and the engine over them. tier: the device's, instead of the configured.
+
+    Raises BudgetError, StateFolderError or DeviceUnusable.
+    """
     metrics = metrics or Metrics()
     try:
-        arena = _arena(config, model.geometry)
         config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         store = build_store(config, model, planner, metrics)
         book = _book(config.state / "sessions.sqlite")
@@ -160,10 +163,15 @@ def build_engine(
         raise BudgetError(f"{error}; raise it") from error
     except (FolderInUse, FolderUnusable, OSError) as error:
         raise StateFolderError(f"{error}; name another folder with `state`") from error
-    runner = Runner(model, TieredAttention(CpuBackend(), arena, store), store, config.chunk_tokens)
+    try:
+        windows, attention = _device_tier(tier or TIERS[config.device], config, store, model.geometry)
+    except ConfigError:
+        store.close()
+        raise
+    runner = Runner(model, attention, store, config.chunk_tokens)
     return Engine(
         model,
-        arena,
+        windows,
         store,
         runner,
         SessionBook(book),
@@ -194,16 +202,13 @@ def _book(path: Path) -> Database:
     return Database.open(path, 2, sessions.CREATE + journal.CREATE, {1: journal.CREATE})
 
 
-def _arena(config: Config, geometry: Geometry) -> WindowArena:
-    shape = WindowShape(
-        slots=WINDOW_SLOTS,
-        layers=geometry.layers,
-        kv_heads=geometry.kv_heads,
-        head_dim=geometry.head_dim,
-        dtype=getattr(torch, config.dtype),
-    )
-    budget = DEFAULT_WINDOWS * shape.nbytes if config.device_budget is None else config.device_budget
-    return CpuBackend().windows(shape, budget)
+def _device_tier(make: Tier, config: Config, store: Store, geometry: Geometry) -> DeviceTier:
+    try:
+        return make(config, store, geometry)
+    except ValueError as error:
+        raise BudgetError(f"{error}; raise it") from error
+    except (DeviceError, BuildError) as error:
+        raise DeviceUnusable(f'device = "{config.device}": {error}') from error
 
 
 def record_layout(config: Config, geometry: Geometry) -> Layout:

@@ -6,92 +6,129 @@ a partial (output, log-sum-exp) and the partials merge exactly. Records are read
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from spilld.cuda_ext.backend import Backend
-from spilld.cuda_ext.cpu import element_view
-from spilld.cuda_ext.window import WindowArena
+from spilld.cuda_ext.cpu import CpuBackend, CpuWindows, element_view
 from spilld.offload.codec import Codec
-from spilld.offload.errors import ReadFailed
-from spilld.offload.partial import Partial, merge
 from spilld.offload.record import BLOCK, Layout
 from spilld.offload.store import Store
 
 from .scan import Row, RowAttention, Scan
 from .sequence import Sequence
 from .slices import Blocks, Call, Slice, places, slots
+from .stored import Floats, StoredAttention
 from .visibility import BLOCKS_PER_CELL, CELL, SINKS, segments, slot
 
-Floats = npt.NDArray[np.float32]
-Records = Iterator[tuple[npt.NDArray[np.uint8], Blocks, Blocks]]
-"""(memory, byte offsets, block numbers)"""
+Scans = dict[int | None, Scan]
+NOTHING: Blocks = np.empty(0, np.int64)
+
+
+class Attention(Protocol):
+    """attend(queries[M], sequence), wherever windows and records lie."""
+
+    calls: int
+    """How many times a layer has attended so far."""
+
+    @property
+    def layout(self) -> Layout:
+        """Of the records."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory beside the windows: how much there is."""
+
+    @property
+    def device_used_bytes(self) -> int:
+        """Of device_bytes."""
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+        """Append K/V of the newest M tokens of a sequence and attend over everything they see.
+
+        q [heads, M, head_dim], k, v [kv_heads, M, head_dim], in the compute dtype or float32. Returns float32
+        [M, heads, head_dim]: zeros once the slice has failed, whose results the engine discards.
+        """
+
+    def scans(self, slices: Many[Slice], windows: Many[int | None]) -> Scans:
+        """What slices of one token each see in layers with these sliding windows, for `attend_rows`."""
+
+    def attend_rows(self, heads: Floats, scans: Scans, calls: Many[Call], out: Floats, lse: Floats) -> None:
+        """`attend` for slices of one token each, whose calls these are, of one layer.
+
+        scans: what `scans` gave for the slices. heads: float32 [rows, heads + 2 kv_heads, head_dim], each
+        row's query, key and value heads. Writes out [rows, heads, head_dim], and may use lse [rows, heads].
+        A row whose slice has failed means nothing.
+        """
+
+    def reads(self, part: Slice, layer: int, blocks: Blocks) -> bool:
+        """Whether attention will want some of these blocks, which do not lie in host memory, from disk."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """A sequence ends or is computed anew: what the device has of it, beside its window, goes."""
+
+    def close(self) -> None:
+        """Give back what is not the process's own memory; windows are gone, too."""
 
 
 class TieredAttention:
-    """Composes the partials of every tier."""
+    """Composes the partials of every tier where the CPU is the device."""
 
-    def __init__(self, backend: Backend, arena: WindowArena, store: Store) -> None:
-        self._backend = backend
-        self._arena = arena
+    def __init__(self, windows: CpuWindows, store: Store, heads: int) -> None:
+        """heads: of queries."""
+        self._windows = windows
         self._store = store
+        self._stored = StoredAttention(store)
+        self._backend = CpuBackend()
         self._codec = Codec(store.layout)
-        self._partial = Partial(store.layout)
-        shape = arena.shape
-        self._planes = element_view(arena.tensor)
+        self._rows = RowAttention(store.layout, heads // store.layout.kv_heads)
+        shape = windows.shape
+        self._planes = element_view(windows.tensor)
         self._token_bytes = 2 * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
         self.calls = 0
 
     @property
     def layout(self) -> Layout:
-        """Of the records."""
         return self._store.layout
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
-        """Append K/V of the newest M tokens of a sequence and attend over everything they see.
+    @property
+    def device_bytes(self) -> int:
+        return 0
 
-        q [heads, M, head_dim], k, v [kv_heads, M, head_dim], in the compute dtype. Returns float32
-        [M, heads, head_dim]: zeros once the slice has failed, whose results the engine discards.
-        """
+    @property
+    def device_used_bytes(self) -> int:
+        return 0
+
+    def reads(self, part: Slice, layer: int, blocks: Blocks) -> bool:
+        return True
+
+    def forget(self, sequence: Sequence) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
         part = call.part
         self.calls += 1
         if part.failure is None:
-            with self._failing(part):
+            with self._stored.failing(part):
                 return (self._one if part.count == 1 else self._many)(q, k, v, call)
         return torch.zeros(part.count, q.shape[0], q.shape[2])
 
-    @contextmanager
-    def _failing(self, part: Slice) -> Iterator[None]:
-        """A read that fails ends the slice."""
-        try:
-            yield
-        except ReadFailed as failure:
-            part.failure = failure
-            self._store.cancel(ticket for layer in part.tickets.values() for _, ticket in layer)
-
-    def scans(self, slices: Many[Slice], windows: Many[int | None]) -> dict[int | None, Scan]:
-        """What slices of one token each see in layers with these sliding windows, for `attend_rows`."""
+    def scans(self, slices: Many[Slice], windows: Many[int | None]) -> Scans:
         return {window: Scan.of([self._row(part, window) for part in slices]) for window in set(windows)}
 
-    def attend_rows(
-        self, rows: RowAttention, heads: Floats, scan: Scan, calls: Many[Call], out: Floats, lse: Floats
-    ) -> None:
-        """`attend` for slices of one token each, whose calls these are, of one layer; scan: one of `scans`.
-
-        heads: float32 [rows, heads + 2 kv_heads, head_dim], each row's query, key and value heads. Writes out
-        [rows, heads, head_dim], and lse [rows, heads]. A row whose slice has failed means nothing.
-        """
+    def attend_rows(self, heads: Floats, scans: Scans, calls: Many[Call], out: Floats, lse: Floats) -> None:
         any_call = calls[0]
         self.calls += 1
         for call in calls:
             self._seal_before(call.part.position, call)
         memory, scale, softcap = self._store.memory, any_call.scale, any_call.softcap
-        rows.attend(heads, self._planes, any_call.layer, scan, memory, scale, softcap, out, lse)
+        scan = scans[any_call.window]
+        self._rows.attend(heads, self._planes, any_call.layer, scan, memory, scale, softcap, out, lse)
         record_bytes = self.layout.record_bytes
         for row, call in enumerate(calls):
             part = call.part
@@ -99,8 +136,8 @@ class TieredAttention:
             part.read_bytes["host"] += len(part.in_host(call.window)) * record_bytes
             if part.failure is None and part.tickets.get(call.layer):
                 one = slice(row, row + 1)
-                with self._failing(part):
-                    self._merge(heads[one, : out.shape[1]], call, self._on_disk(call), out[one], lse[one])
+                with self._stored.failing(part):
+                    self._stored.merge(heads[one, : out.shape[1]], call, NOTHING, NOTHING, out[one], lse[one])
 
     def _row(self, part: Slice, window: int | None) -> Row:
         low, high = part.bounds(window)
@@ -120,12 +157,13 @@ class TieredAttention:
         part = call.part
         seen, tokens = part.exact(call.window)
         self._seal_before(part.position, call)
-        planes = self._arena.tensor[part.sequence.window, call.layer]
+        planes = self._windows.tensor[part.sequence.window, call.layer]
         self._backend.append_one(planes, k[:, 0], v[:, 0], places(part.position))
         part.read_bytes["device"] += tokens * self._token_bytes
         query = q[:, 0].float().contiguous()
         out, lse = self._backend.attend_one(query, planes, seen, call.scale, call.softcap)
-        self._merge(query[None].numpy(), call, self._records(call), out[None].numpy(), lse[None].numpy())
+        here = part.in_host(call.window)
+        self._stored.merge(query[None].numpy(), call, here, NOTHING, out[None].numpy(), lse[None].numpy())
         return out[None]
 
     def _many(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
@@ -140,13 +178,14 @@ class TieredAttention:
             exact, exact_lse = self._exact_tile(tile[:, :, these], call, start)
             out[these], lse[these] = exact.permute(2, 0, 1, 3), exact_lse.permute(2, 0, 1)
         queries, out = q.transpose(0, 1).float().contiguous(), out.view(m, heads, dim)
-        self._merge(queries.numpy(), call, self._records(call), out.numpy(), lse.view(m, heads).numpy())
+        here = call.part.in_host(call.window)
+        self._stored.merge(queries.numpy(), call, here, NOTHING, out.numpy(), lse.view(m, heads).numpy())
         return out
 
     def _exact_tile(self, queries: torch.Tensor, call: Call, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries of one cell, the first at position `start`, over what they see exactly."""
         _, group, m, _ = queries.shape
-        keys, values = self._arena.tensor[call.part.sequence.window, call.layer]
+        keys, values = self._windows.tensor[call.part.sequence.window, call.layer]
         seen = [slice(a, b) for a, b in slots(start, call.window)]
         seen[-1] = slice(seen[-1].start, seen[-1].stop + m - 1)
         mask = call.part.mask(start, start + m, call.window, group, self._backend)
@@ -160,21 +199,13 @@ class TieredAttention:
             call.softcap,
         )
 
-    def _merge(self, q: Floats, call: Call, records: Records, out: Floats, lse: Floats) -> None:
-        """Merge the partials over records into out [M, heads, head_dim], like q, and lse [M, heads]."""
-        low, high = call.part.bounds(call.window)
-        other, other_lse = np.empty_like(q), np.empty(q.shape[:2], np.float32)
-        scale, softcap = call.scale, call.softcap
-        for memory, offsets, blocks in records:
-            at = blocks * BLOCK
-            self._partial.attend(q, memory, offsets, at, low, high, scale, softcap, other, other_lse)
-            merge(out, lse, other, other_lse)
-
     def _append(self, k: torch.Tensor, v: torch.Tensor, call: Call, position: int) -> None:
         """Put exact K/V of tokens within one cell into the window, sealing the cell whose half they take."""
         at = slot(position)
         self._seal_before(position, call)
-        for plane, new in zip(self._arena.tensor[call.part.sequence.window, call.layer], (k, v), strict=True):
+        for plane, new in zip(
+            self._windows.tensor[call.part.sequence.window, call.layer], (k, v), strict=True
+        ):
             plane[:, at : at + new.shape[1]] = new
             if position < SINKS:
                 count = min(SINKS - position, new.shape[1])
@@ -187,35 +218,8 @@ class TieredAttention:
 
     def _seal(self, layer: int, sequence: Sequence, cell: int) -> None:
         first = max(1, cell * BLOCKS_PER_CELL)
-        keys, values = self._arena.tensor[
+        keys, values = self._windows.tensor[
             sequence.window, layer, :, :, slot(first * BLOCK) : slot(cell * CELL) + CELL
         ]
         rows = sequence.table.rows[layer, first : (cell + 1) * BLOCKS_PER_CELL]
         self._codec.seal(element_view(keys), element_view(values), self._store.records, rows)
-
-    def _records(self, call: Call) -> Records:
-        """Visible records: host memory first, then extents as they land."""
-        here, record_bytes = call.part.in_host(call.window), self.layout.record_bytes
-        if len(here):
-            call.part.read_bytes["host"] += len(here) * record_bytes
-            yield self._store.memory, call.part.sequence.table.rows[call.layer, here] * record_bytes, here
-        yield from self._on_disk(call)
-
-    def _on_disk(self, call: Call) -> Records:
-        part, record_bytes = call.part, self.layout.record_bytes
-        waiting = part.tickets.get(call.layer, [])
-        while waiting:
-            batch, waiting = waiting[: self._store.staging_batch], waiting[self._store.staging_batch :]
-            with self._store.staged([ticket for _, ticket in batch]) as (memory, offsets):
-                stalls = sum(ticket.stalled for _, ticket in batch)
-                part.stalls, part.hits = part.stalls + stalls, part.hits + len(batch) - stalls
-                blocks = [part.on_disk(ref, call.window) for ref, _ in batch]
-                if part.promotion is not None:
-                    for (ref, _), offset in zip(batch, offsets, strict=True):
-                        part.promotion.copy(ref, call.layer, memory, offset)
-                begins = [
-                    offset + (found - ref.base) * record_bytes
-                    for (ref, _), offset, found in zip(batch, offsets, blocks, strict=True)
-                ]
-                part.read_bytes["disk"] += sum(map(len, blocks)) * record_bytes
-                yield memory, np.concatenate(begins), np.concatenate(blocks)

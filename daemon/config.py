@@ -23,6 +23,10 @@ GIB = 2**30
 WEIGHTS = ("auto", "bf16", "int8", "int4")
 """What steps read. auto: the codes of a quantised GGUF file in bfloat16, else bf16, which
 is no copy: what `dtype` says."""
+
+DEVICES = ("cpu", "cuda")
+"""What has windows and the hottest records."""
+
 _BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _DECIMAL = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS = {"": 1, "B": 1} | _BINARY | _DECIMAL
@@ -89,8 +93,9 @@ class Config:
     format: Annotated[str, Choice(SEALED)] = "k8v4"
     dtype: Annotated[str, Choice(tuple(Element))] = "bfloat16"
     weights: Annotated[str, Choice(WEIGHTS)] = "auto"
+    device: Annotated[str, Choice(DEVICES)] = "cpu"
     device_budget: Annotated[int | None, Maybe(Size())] = None
-    """For windows and staging; None is room for a few windows."""
+    """For windows and, on a GPU, hot records and what a step takes; None is room for a few windows."""
     host_budget: Annotated[int, Size()] = 2 * GIB
     disk_budget: Annotated[int, Size()] = 16 * GIB
     disk_floor: Annotated[int, Size()] = GIB

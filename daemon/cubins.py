@@ -32,28 +32,13 @@ SHAPES = (
 )
 """(KV heads, head_dim) of models in bfloat16."""
 
-PLANES = ("k_codes", "k_scales", "v_codes", "v_scales", "norms", "summary", "radius")
-BITS = {Format.INT8: (8, 8), Format.K8V4: (8, 4), Format.INT4: (4, 4)}
-
-
-def integers(layout: Layout) -> dict[str, int]:
-    """A sealed record's layout as cuda_ext.variant takes it."""
-    exact = 8 * layout.element.nbytes
-    k, v = BITS.get(layout.format, (exact, exact))
-    sizes = {"HEAD_DIM": layout.head_dim, "KV_HEADS": layout.kv_heads, "K_BITS": k, "V_BITS": v}
-    sizes |= {"ELEMENT_BYTES": layout.element.nbytes, "RECORD_BYTES": layout.record_bytes}
-    return sizes | {name.upper(): layout.offset(name) for name in PLANES}
-
 
 def kernels(layout: Layout) -> Iterator[Variant]:
     """All that a model with records of this layout launches."""
-    given = integers(layout)
-    yield variant.attend_records(given)
+    yield variant.attend_records(layout.constants)
     yield variant.attend_window(8 * layout.element.nbytes, layout.head_dim)
     yield variant.merge(layout.head_dim, layout.kv_heads)
-    yield variant.seal(given)
-    yield variant.block_scores(given)
-    yield variant.move_records(layout.record_bytes)
+    yield variant.seal(layout.constants)
     if layout.format is Format.INT4:
         yield variant.rotate(layout.head_dim)
 

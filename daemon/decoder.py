@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .attention import TieredAttention
+from .attention import Attention
 from .geometry import Geometry
 from .layer import Activations, Layer, after_attention, before_attention
 from .model import Model
@@ -22,7 +22,6 @@ from .packed import Packed
 from .packing import ACTIVATIONS, activation, attention_inputs
 from .products import Matrix, multiply_rows
 from .rows import NOTHING, padded, take_normed
-from .scan import RowAttention
 from .slices import Call, Slice
 
 Floats = NDArray[np.float32]
@@ -42,9 +41,7 @@ class _Kind:
 class Decoder:
     """Its memory is every activation of as many rows as a step may have."""
 
-    def __init__(
-        self, model: Model, weights: Mapping[str, Packed], attention: TieredAttention, rows: int
-    ) -> None:
+    def __init__(self, model: Model, weights: Mapping[str, Packed], attention: Attention, rows: int) -> None:
         """weights: as packing.py names them; rows: the most tokens of a step.
 
         Raises ValueError if the weights do not fit the model: kernels check nothing.
@@ -55,7 +52,6 @@ class Decoder:
         self._rotary = base.rotary_emb
         self._vocab = geometry.vocab
         self._attention = attention
-        self._row_attention = RowAttention(attention.layout, geometry.heads // geometry.kv_heads)
         self._eps = np.float32(config.rms_norm_eps)
         self._gelu = ACTIVATIONS[activation(config)]
         self._layers = [_layer(i, layer, weights, gemma) for i, layer in enumerate(base.layers)]
@@ -95,10 +91,8 @@ class Decoder:
             before_attention(layer, rows, *angles[kind.rope], self._eps)
             calls = [Call(index, part, kind.scale, kind.softcap, kind.window) for part in slices]
             if singles:
-                self._attention.attend_rows(
-                    *(self._row_attention, rows.heads, scans[kind.window], calls[: len(singles)]),
-                    *(rows.attended, rows.lse),
-                )
+                ours = calls[: len(singles)]
+                self._attention.attend_rows(rows.heads, scans, ours, rows.attended, rows.lse)
             for call in calls[len(singles) :]:
                 self._attend(call)
             after_attention(layer, rows, count, self._eps, self._gelu)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spilld.cuda_ext.build import ARCHITECTURES, BuildError, cubin
+from spilld.cuda_ext.choice import Rates, to_fetch
 from spilld.cuda_ext.cuda import CudaDevice
 from spilld.cuda_ext.device import Copy, Device, Stream
 from spilld.cuda_ext.errors import DeviceError
@@ -22,7 +23,7 @@ from spilld.offload.system import SystemCalls, page_aligned, read_fully, write_f
 
 from .config import Config
 
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 COPIED, READ = 256 * MIB, 128 * MIB
 """Bytes that the rates of memory and PCIe, and of the disk, are measured with."""
 PIECE = 4 * MIB
@@ -34,16 +35,38 @@ class Finding(NamedTuple):
     found: str
     advice: str = ""
     """What to change; nothing where all is well."""
+    bytes_s: float = 0.0
+    """What was measured of it, where that decides how the tiers are used."""
 
 
 def examine(config: Config) -> Iterator[Finding]:
     """One after another, as they are found: measuring takes seconds."""
     yield compiler()
-    yield from gpu(CudaDevice)
+    *device, link = gpu(CudaDevice)
+    yield from (*device, link)
     yield locked_memory(config.host_budget, resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
     yield huge_pages(HUGE_PAGES.read_text() if HUGE_PAGES.exists() else "")
-    yield memory(len(os.sched_getaffinity(0)))
-    yield from disk(config.state)
+    yield (host := memory(len(os.sched_getaffinity(0))))
+    *_, stored = disk(config.state)
+    yield stored
+    yield choices(host.bytes_s, stored.bytes_s, link.bytes_s)
+
+
+def choices(host: float, disk: float, link: float) -> Finding:
+    """What follows for KV outside the window, at best: estimates from these rates, bytes/s; 0: there is none.
+
+    host: of copies in memory, as many bytes as are read and written; attention reads only.
+    """
+    found = f"a GiB of it takes each token {1e3 * GIB / host:.0f} ms in host memory"
+    if link:
+        fetched = to_fetch(100, MIB, Rates(link, 0.0, host, 0.0), 100)
+        found += f", of which the GPU fetches {fetched} % and the CPU attends to the rest"
+    if not disk:
+        return Finding("cold KV", found)
+    advice = f"what lies on disk costs {host / disk:.0f} times as much: give host_budget what can be spared"
+    return Finding(
+        "cold KV", f"{found}; {1e3 * GIB / disk:.0f} ms on disk", advice if host > 2 * disk else ""
+    )
 
 
 def compiler() -> Finding:
@@ -67,7 +90,7 @@ def gpu(find: Callable[[], Device[Any]]) -> Iterator[Finding]:
     try:
         yield Finding("GPU", device.name)
         to, back = copy_rates(device)
-        yield Finding("host to GPU and back", f"{_rate(to)}, {_rate(back)}")
+        yield Finding("host to GPU and back", f"{_rate(to)}, {_rate(back)}", bytes_s=to)
     except DeviceError as error:
         yield Finding("host to GPU and back", "not measured", str(error))
     finally:
@@ -118,10 +141,8 @@ def memory(threads: int) -> Finding:
             began = time.perf_counter()
             list(pool.map(np.copyto, target, source))
             seconds.append(time.perf_counter() - began)
-    # Each byte is read and written.
-    return Finding(
-        "memory", f"{_rate(2 * threads * COPIED / min(seconds))} read and written, {threads} threads"
-    )
+    rate = 2 * threads * COPIED / min(seconds)  # each byte is read and written
+    return Finding("memory", f"{_rate(rate)} read and written, {threads} threads", bytes_s=rate)
 
 
 def disk(state: Path) -> Iterator[Finding]:
@@ -158,7 +179,7 @@ def _measure(path: Path, folder: Path) -> Finding:
     finally:
         system.close(file)
     found = f"{folder}: {_rate(READ / read)} read, {_rate(READ / wrote)} written"
-    return Finding("disk", found + (", O_DIRECT" if direct else ""), advice)
+    return Finding("disk", found + (", O_DIRECT" if direct else ""), advice, READ / read)
 
 
 def _rate(bytes_s: float) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from spilld.cuda_ext.window import WindowArena
+from spilld.cuda_ext.errors import OutOfMemory
+from spilld.cuda_ext.window import Windows
 from spilld.offload.errors import ExtentCorrupt, IndexDamaged, OffloadError
 from spilld.offload.extent import RunKey
 from spilld.offload.store import Store
@@ -30,6 +31,7 @@ from .errors import (
     DeadlineExceeded,
     Draining,
     InvalidRequest,
+    Overloaded,
     PromptTooLong,
     RequestNotFound,
     SpilldError,
@@ -92,7 +94,7 @@ class Engine:
     def __init__(
         self,
         model: Model,
-        arena: WindowArena,
+        windows: Windows,
         store: Store,
         runner: Runner,
         book: SessionBook,
@@ -110,7 +112,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.contexts = Contexts()
-        self._sequences = Sequences(arena, store, runner)
+        self._sequences = Sequences(windows, store, runner)
         self._keeper = SessionKeeper(book, store, model, context_ttl_s)
         self._desk = SessionDesk(self._keeper, self.contexts, self._sequences, self._all)
         self._journal = journal
@@ -457,7 +459,11 @@ class Engine:
         sequence, token_s = generation.sequence, self._token_s()
         if sequence is None:
             root = self._keeper.root(generation.request.tenant)
-            sequence = generation.sequence = self._sequences.open(root, generation.history)
+            try:
+                sequence = generation.sequence = self._sequences.open(root, generation.history)
+            except OutOfMemory as error:
+                self._abort(generation, Overloaded(f"the device has no room for it now: {error}"))
+                return
         first = len(sequence.tokens)
         sequence.tokens.extend(generation.prompt)
         sequence.table.idle = False
@@ -581,10 +587,7 @@ class Engine:
         self._tally.recomputations += 1
         generation.recomputed += 1
         generation.restart()
-        sequence = _sequence(generation)
-        self._runner.rest()
-        self._store.reset(sequence.table, damaged=isinstance(failure, ExtentCorrupt))
-        sequence.computed = 0
+        self._sequences.restart(_sequence(generation), damaged=isinstance(failure, ExtentCorrupt))
         self._scheduler.rewind(generation.job)
 
     # Ends.
@@ -625,13 +628,13 @@ class Engine:
     def _running(self, request_id: str) -> Generation | None:
         return next((g for g in self._all() if g.request.request_id == request_id), None)
 
-    def suspend(self) -> frozenset[str]:
+    def suspend(self, *, saving: bool = True) -> frozenset[str]:
         """The process is about to end: save what runs. The ids of the requests that go on at the next start;
-        the others fail."""
+        the others fail. saving: False where the device is lost, and they are to be computed again."""
         for generation in self._all():
             if not generation.number:
                 self._abort(generation, Draining("the daemon has stopped, and could not save this request"))
-            elif generation.started and generation.sequence is not None:
+            elif saving and generation.started and generation.sequence is not None:
                 self._sequences.save(generation.sequence, generation.milestone)
         left = frozenset(generation.request.request_id for generation in self._all())
         if left:
@@ -646,6 +649,7 @@ class Engine:
 
     def close(self) -> None:
         self._runner.rest()
+        self._runner.close()
         self.courier.close()
         self._store.close()
         self._journal.close()

@@ -20,6 +20,7 @@ SpilldError                   code (stable, on the wire), message, retryable
 ├── InternalError             internal             a bug in spilld
 ├── ConfigError               config               the daemon cannot start like this
 │   ├── BudgetError           budget               a budget cannot hold one window or one run
+│   ├── DeviceUnusable    device               there is no such device, or it cannot be used
 │   ├── StateFolderError      state_folder         missing, read-only, or in use by another daemon
 │   └── ModelError            model
 │       ├── UnknownModel      unknown_model
@@ -124,6 +125,10 @@ class ConfigError(SpilldError):
 
 class BudgetError(ConfigError):
     code = "budget"
+
+
+class DeviceUnusable(ConfigError):
+    code = "device"
 
 
 class StateFolderError(ConfigError):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .attention import TieredAttention
+from .attention import Attention
 from .slices import Call, Slice
 
 IMPLEMENTATION = "spilld"
@@ -18,7 +18,7 @@ IMPLEMENTATION = "spilld"
 class Step:
     """What one forward pass carries to every attention call: a packed batch [1, total] cut into slices."""
 
-    attention: TieredAttention
+    attention: Attention
     slices: list[Slice]
 
 

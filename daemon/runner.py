@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Sequence as Many
 from itertools import accumulate
 
 import torch
@@ -11,12 +12,13 @@ from spilld.offload.prefetch import Read, Ticket
 from spilld.offload.store import Store
 from spilld.offload.table import RunRef
 
-from .attention import TieredAttention
+from .attention import Attention
 from .decoder import Decoder
 from .interface import Step
 from .linear import wide_bytes
 from .model import Model
 from .scheduler import MAX_RUNNING
+from .sequence import Sequence
 from .slices import Slice
 from .visibility import stored_blocks
 
@@ -27,7 +29,7 @@ class Runner:
     """Runs the model. The reads of the next step are queued behind this one's, for a decode step's next
     scan is almost always the same: the disk goes on while the sampler works."""
 
-    def __init__(self, model: Model, attention: TieredAttention, store: Store, chunk_tokens: int) -> None:
+    def __init__(self, model: Model, attention: Attention, store: Store, chunk_tokens: int) -> None:
         self._model = model
         self._chunk_tokens = chunk_tokens
         self._attention = attention
@@ -65,7 +67,7 @@ class Runner:
         wide = wide_bytes(self._model.module.base_model, self._chunk_tokens)
         return chunk + wide + geometry.vocab * (4 + size)
 
-    def run(self, slices: list[Slice], keep: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def run(self, slices: list[Slice], keep: Many[Many[int]]) -> list[torch.Tensor]:
         """Compute the slices' tokens; returns float32 logits [len(keep[i]), vocab] for those of their rows.
 
         A slice whose KV did not come back carries its `failure` afterwards; its logits mean nothing.
@@ -101,10 +103,33 @@ class Runner:
 
     def _begin_promotions(self, slices: list[Slice]) -> None:
         """Let decode scans bring back what host memory has room for, a run each: fresh memory is slow, and a
-        first token shall not wait for it. Where layers slide, no scan passes all layers of a run."""
-        if not any(self._model.geometry.sliding_windows):
-            for part in (part for part in slices if part.count == 1):
-                part.promotion = self._store.promotion(part.sequence.table)
+        first token shall not wait for it. Where layers slide no scan passes all layers of a run, nor where
+        the device has blocks of it."""
+        layers = self._model.geometry.layers
+        if any(self._model.geometry.sliding_windows):
+            return
+        for part in (part for part in slices if part.count == 1):
+            passed = Counter(ref for reads in part.tickets.values() for ref, _ in reads)
+            whole = [ref for ref in part.sequence.table.runs if passed[ref] == layers]
+            part.promotion = self._store.promotion(part.sequence.table, whole)
+
+    def forget(self, sequence: Sequence) -> None:
+        """As Attention.forget."""
+        self._attention.forget(sequence)
+
+    def close(self) -> None:
+        """As Attention.close."""
+        self._attention.close()
+
+    @property
+    def device_bytes(self) -> int:
+        """As Attention.device_bytes."""
+        return self._attention.device_bytes
+
+    @property
+    def device_used_bytes(self) -> int:
+        """As Attention.device_used_bytes."""
+        return self._attention.device_used_bytes
 
     def rest(self) -> None:
         """Drop what was read ahead: the next step will be another, or there is none."""
@@ -138,6 +163,7 @@ class Runner:
             for layer, window in enumerate(windows)
             for index, part in enumerate(slices)
             for ref in runs[index, window]
+            if self._attention.reads(part, layer, part.on_disk(ref, window))
         ]
 
 

@@ -6,7 +6,8 @@ import logging
 import secrets
 from collections.abc import Iterable
 
-from spilld.cuda_ext.window import WindowArena
+from spilld.cuda_ext.errors import OutOfMemory
+from spilld.cuda_ext.window import Windows
 from spilld.offload.chain import CHAIN_BYTES
 from spilld.offload.errors import ReadFailed
 from spilld.offload.extent import RunKey
@@ -30,19 +31,21 @@ SEALS = 2 * CELL
 class Sequences:
     """Opens them, finds again what was computed before, saves it, gives it up."""
 
-    def __init__(self, arena: WindowArena, store: Store, runner: Runner) -> None:
-        self._arena = arena
+    def __init__(self, windows: Windows, store: Store, runner: Runner) -> None:
+        self._windows = windows
         self._store = store
         self._runner = runner
 
     @property
     def windows(self) -> int:
         """How many more can be opened."""
-        return self._arena.free
+        return self._windows.free
 
     def open(self, root: bytes, tokens: Iterable[int]) -> Sequence:
-        """One of which nothing is computed. root: of its chain. Raises IndexError without a window."""
-        sequence = Sequence(self._store.open(), self._arena.take(), root)
+        """One of which nothing is computed. root: of its chain. Raises ArenaFull without a window, and
+        OutOfMemory."""
+        window = self._windows.take()
+        sequence = Sequence(self._store.open(), window, root)
         sequence.tokens.extend(tokens)
         return sequence
 
@@ -54,8 +57,9 @@ class Sequences:
             return False
         self._runner.rest()
         try:
-            tail.restore(self._store, self._arena, sequence.window, resume)
-        except ReadFailed as failure:
+            with self._windows.written(sequence.window) as window:
+                tail.restore(self._store, window, resume)
+        except (ReadFailed, OutOfMemory) as failure:
             log.warning("a sequence of %d tokens begins anew: %s", len(sequence.tokens), failure)
             return True
         self._store.attach(sequence.table, resume.refs, resume.hashes)
@@ -69,15 +73,28 @@ class Sequences:
             return None
         self._store.settle()
         self._store.save(sequence.table)
-        return tail.save(self._store, self._arena, sequence, instead_of)
+        try:
+            window = self._windows.read(sequence.window)
+        except OutOfMemory as failure:
+            log.warning("the end of a sequence of %d tokens is not saved: %s", len(sequence.tokens), failure)
+            return None
+        return tail.save(self._store, window, sequence, instead_of)
 
     def saved(self, sequence: Sequence, tail_run: RunKey | None) -> bool:
         """Whether `save`, which has returned this tail, could save all that is worth it."""
         return self._store.holds(sequence.table) and (tail_run is not None or sequence.computed < CELL)
 
+    def restart(self, sequence: Sequence, *, damaged: bool) -> None:
+        """Give up what is computed of a sequence; damaged: what is stored of it, too."""
+        self._runner.rest()
+        self._runner.forget(sequence)
+        self._store.reset(sequence.table, damaged=damaged)
+        sequence.computed = 0
+
     def discard(self, sequence: Sequence) -> None:
+        self._runner.forget(sequence)
         self._store.forget(sequence.table)
-        self._arena.give_back(sequence.window)
+        self._windows.give_back(sequence.window)
 
     def warm_up(self, chunk_tokens: int) -> None:
         """Compute a chunk of a prompt and a token behind it, and give back all that they took: weights are in
@@ -90,7 +107,8 @@ class Sequences:
         chunk = min(WARM_CHUNK, chunk_tokens)
         sequence.computed = SEALS + 1 - chunk
         try:
-            self._arena.tensor[sequence.window].zero_()
+            with self._windows.written(sequence.window) as window:
+                window[...] = 0
             self._store.promise(sequence.table, highest_block(len(sequence.tokens)))
             self._store.grow(sequence.table, sequence.hashes(0, sealed_by(SEALS)))
             for count in (chunk, 1):
@@ -102,8 +120,8 @@ class Sequences:
 
     def stats(self) -> dict[str, object]:
         return {
-            "device_used_bytes": self._arena.used_bytes,
-            "device_budget_bytes": self._arena.budget_bytes,
+            "device_used_bytes": self._windows.used_bytes + self._runner.device_used_bytes,
+            "device_budget_bytes": self._windows.budget_bytes + self._runner.device_bytes,
             **self._store.stats(),
         }
 
@@ -112,5 +130,5 @@ class Sequences:
         mine = list(sequences)
         taken = sorted(sequence.window for sequence in mine)
         assert len(set(taken)) == len(taken), "two sequences share a window"
-        assert len(taken) + self._arena.free == self._arena.capacity, "a window is lost"
+        assert len(taken) + self._windows.free == self._windows.capacity, "a window is lost"
         self._store.check_integrity([sequence.table for sequence in mine])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from spilld.cuda_ext.errors import LaunchFailed
 from spilld.offload.errors import OffloadError
 
 from .config import Config
@@ -45,8 +46,18 @@ class EngineService:
     """Implements server.Service. An intake thread turns text into tokens, the engine's thread does the rest,
     so that neither a long text nor a long step makes the server wait."""
 
-    def __init__(self, build: Callable[[Post], Engine], post: Post, welcome: Welcome, max_queue: int) -> None:
-        """build makes the engine, given where its events go."""
+    def __init__(
+        self,
+        build: Callable[[Post], Engine],
+        post: Post,
+        welcome: Welcome,
+        max_queue: int,
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
+        """build makes the engine, given where its events go. on_lost: called in its thread when the device is
+        lost: the engine computes nothing any more, and `lost` says why."""
+        self.lost: str | None = None
+        self._on_lost = on_lost
         self._welcome = welcome
         self._max_queue = max_queue
         self._post = post
@@ -178,19 +189,23 @@ class EngineService:
     # The engine's thread.
 
     def _loop(self) -> None:
-        while not self._stopping:
+        while not self._stopping and self.lost is None:
             self._turns += 1
             try:
                 self._take_messages()
                 if not self._engine.turn():
                     self._wait()
+            except LaunchFailed as error:
+                log.critical("the device is lost: %s", error)
+                self.lost = str(error)
+                self._on_lost()
             except Exception as error:
                 log.exception("a step failed")
                 self._engine.fail_running(
                     InternalError(f"a step failed: {error!r}; the daemon's log says where")
                 )
         self._take_messages()
-        self._suspended = self._engine.suspend()
+        self._suspended = self._engine.suspend(saving=self.lost is None)
         self._engine.close()
 
     def _take_messages(self) -> None:

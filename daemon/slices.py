@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spilld.cuda_ext.backend import Backend
-from spilld.offload.errors import ReadFailed
+from spilld.cuda_ext.cpu import CpuBackend
 from spilld.offload.prefetch import Ticket
 from spilld.offload.promotion import Promotion
 from spilld.offload.table import RunRef
@@ -36,9 +35,11 @@ class Slice:
     hits: int = 0
     stalls: int = 0
     """Extents that were in memory when attention came to them, and those it had to wait for."""
-    failure: ReadFailed | None = None
+    failure: Exception | None = None
+    """Why some of its KV could not be had."""
     _bounds: dict[int | None, tuple[Positions, Positions]] = field(default_factory=dict)
     _exact: dict[int | None, tuple[Positions, int]] = field(default_factory=dict)
+    _ranges: dict[tuple[int, int | None], Positions] = field(default_factory=dict)
     _in_host: dict[int | None, Blocks] = field(default_factory=dict)
     _on_disk: dict[tuple[RunRef, int | None], Blocks] = field(default_factory=dict)
     _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
@@ -57,6 +58,16 @@ class Slice:
             self._exact[window] = seen, int(np.diff(seen).sum())
         return self._exact[window]
 
+    def ranges(self, start: int, stop: int, window: int | None) -> Positions:
+        """The window slots that each query at [start, stop) of one cell sees: int64 [queries, n, 2], where an
+        empty range counts nothing."""
+        if (start, window) not in self._ranges:
+            seen = [slots(position, window) for position in range(start, stop)]
+            most = max(map(len, seen))
+            padded = [[*ranges, *[(0, 0)] * (most - len(ranges))] for ranges in seen]
+            self._ranges[start, window] = np.array(padded)
+        return self._ranges[start, window]
+
     def in_host(self, window: int | None) -> Blocks:
         """Blocks that some query sees in stored form and that lie in host memory: the same in every layer."""
         if window not in self._in_host:
@@ -73,7 +84,9 @@ class Slice:
             self._on_disk[ref, window] = self.sequence.table.extent_blocks(ref, visible)
         return self._on_disk[ref, window]
 
-    def mask(self, start: int, stop: int, window: int | None, group: int, backend: Backend) -> torch.Tensor:
+    def mask(
+        self, start: int, stop: int, window: int | None, group: int, backend: CpuBackend
+    ) -> torch.Tensor:
         """For queries at [start, stop) of one cell, over the exact tokens any of them sees, oldest first."""
         if (start, window) not in self._masks:
             ranges = [*exact_ranges(start, window), (start + 1, stop)]

@@ -11,12 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
-from spilld.cuda_ext.cpu import element_view
-from spilld.cuda_ext.window import WindowArena
+from spilld.cuda_ext.window import Numbers
 from spilld.offload.chain import chain
 from spilld.offload.extent import RunKey
 from spilld.offload.store import Store
@@ -67,42 +62,39 @@ def find(store: Store, root: bytes, tokens: Sequence[int]) -> Resume | None:
 
 
 def save(
-    store: Store, arena: WindowArena, sequence: TokenSequence, instead_of: RunKey | None = None
+    store: Store, window: Numbers, sequence: TokenSequence, instead_of: RunKey | None = None
 ) -> RunKey | None:
-    """Begin to write the tail of what is computed of a sequence, which is a cell at the least. As
-    Store.save_tail."""
+    """Begin to write the tail of what is computed of a sequence, a cell at the least. window: what its window
+    holds. As Store.save_tail."""
     n, sealed = sequence.computed, sequence.table.chain
     cell = (n - 1) // CELL
     above = sequence.hashes(len(sealed), cell * BLOCKS_PER_CELL)
     anchor = [sequence.root, *sealed, *above][cell * BLOCKS_PER_CELL]
-    window = arena.tensor[sequence.window]
     blocks = -(-sum(b - a for a, b in _slots(n)) // BLOCK)
     width = store.tail_layout.record_bytes
     numbers = page_aligned(len(window) * blocks * width).reshape(len(window), blocks, width)
     for layer, planes in enumerate(window):
-        tokens, source = _tokens(numbers[layer], planes), element_view(planes)
-        at = 0
+        tokens, at = _tokens(numbers[layer], planes), 0
         for a, b in _slots(n):
-            tokens[:, :, at : at + b - a] = source[:, :, a:b]
+            tokens[:, :, at : at + b - a] = planes[:, :, a:b]
             at += b - a
     tokens_after = sequence.tokens[cell * CELL : n]
     return store.save_tail(anchor, tokens_after, boundary(n - 1) // BLOCK, numbers, instead_of)
 
 
-def restore(store: Store, arena: WindowArena, window: int, resume: Resume) -> None:
+def restore(store: Store, window: Numbers, resume: Resume) -> None:
     """Fill a window with what a sequence of resume.position tokens sees exactly. Raises ReadFailed."""
-    for planes, numbers in zip(arena.tensor[window], store.read_tail(resume.tail), strict=True):
-        tokens, into = _tokens(numbers, planes), element_view(planes)
-        at = 0
+    for planes, numbers in zip(window, store.read_tail(resume.tail), strict=True):
+        tokens, at = _tokens(numbers, planes), 0
         for a, b in _slots(resume.position):
-            into[:, :, a:b] = tokens[:, :, at : at + b - a]
+            planes[:, :, a:b] = tokens[:, :, at : at + b - a]
             at += b - a
 
 
-def _tokens(numbers: Bytes, planes: torch.Tensor) -> npt.NDArray[np.generic]:
+def _tokens(numbers: Bytes, planes: Numbers) -> Numbers:
     """Records of a tail as [2, kv_heads, tokens, head_dim]: a view."""
     _, kv_heads, _, head_dim = planes.shape
-    rows = numbers.reshape(-1).view(element_view(planes).dtype).reshape(-1, 2, kv_heads, head_dim)
+    rows = numbers.reshape(-1).view(planes.dtype).reshape(-1, 2, kv_heads, head_dim)
     return rows.transpose(1, 2, 0, 3)
 
 

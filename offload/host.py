@@ -33,6 +33,7 @@ class HostSlab:
         self._free: Rows = np.arange(n_slots, dtype=np.int64)[::-1].copy()
         self._n_free = n_slots
         self._taken = np.zeros(n_slots, dtype=np.bool_)
+        self.pinned = False
 
     @property
     def free_slots(self) -> int:
@@ -72,7 +73,10 @@ class HostSlab:
         self._n_free += len(given)
 
     def give_back(self) -> None:
-        """Let the kernel have the memory of free rows, as far as it is whole pages."""
+        """Let the kernel have the memory of free rows, as far as it is whole pages; of a pinned slab it gets
+        nothing, for a device would go on using the pages that were there."""
+        if self.pinned:
+            return
         free = np.sort(self._free[: self._n_free])
         for span in np.split(free, np.flatnonzero(np.diff(free) > 1) + 1):
             if len(span):

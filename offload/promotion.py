@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 from .host import HostSlab, Rows
 from .system import Bytes
@@ -12,14 +13,16 @@ from .table import BlockTable, RunRef
 class Promotion:
     """Takes rows for whole runs at once; what was not copied in every layer by the end gives them back."""
 
-    def __init__(self, slab: HostSlab, layers: int, table: BlockTable, columns: int) -> None:
-        """Of the runs of `table` that lie on disk only, the oldest that fit `columns` block columns."""
+    def __init__(
+        self, slab: HostSlab, layers: int, table: BlockTable, runs: Iterable[RunRef], columns: int
+    ) -> None:
+        """Of those of these runs of `table` that lie on disk only, the first that fit `columns` columns."""
         self._slab = slab
         self._layers = layers
         self._table = table
         self._rows: dict[RunRef, Rows] = {}
         self._copied: Counter[RunRef] = Counter()
-        for ref in table.runs:
+        for ref in runs:
             if ref.count > columns:
                 return
             if (table.rows[0, ref.first : ref.first + ref.count] < 0).all():

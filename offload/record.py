@@ -134,6 +134,17 @@ class Layout:
         """Size of one record: a multiple of 64."""
         return self.offset("end")
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """What kernels in other languages are compiled with: the bits of a key's and a value's number, sizes,
+        and where planes begin. Of the sealed formats only."""
+        exact = 8 * self.element.nbytes
+        codes = {Format.INT8: (8, 8), Format.K8V4: (8, 4), Format.INT4: (4, 4)}
+        k, v = codes.get(self.format, (exact, exact))
+        sizes = {"HEAD_DIM": self.head_dim, "KV_HEADS": self.kv_heads, "K_BITS": k, "V_BITS": v}
+        sizes |= {"ELEMENT_BYTES": self.element.nbytes, "RECORD_BYTES": self.record_bytes}
+        return sizes | {name.upper(): offset for name, (offset, _) in self._planes.items() if name != "end"}
+
 
 def check_places(memory: npt.NDArray[np.uint8], places: npt.NDArray[np.int64], layout: Layout) -> None:
     """Kernels check no bounds: this keeps them inside memory, uint8 [bytes], at byte offsets int64 [n].

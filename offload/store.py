@@ -34,7 +34,7 @@ from .promotion import Promotion
 from .record import Layout, round_up
 from .residency import Holding, Spill
 from .spill import CLOSE_S, Spilled, Spiller
-from .system import Bytes
+from .system import PAGE, Bytes
 from .table import ABSENT, BlockTable, RunRef
 from .wear import WriteBudget
 
@@ -508,6 +508,11 @@ class Store:
         """The host slab: uint8[rows, record_bytes]."""
         return self._slab.records
 
+    def pin_memory(self, register: Callable[[int, int], None]) -> None:
+        """Have a device register the host slab: it is given the address and the bytes, whole pages."""
+        register(self.records.ctypes.data, round_up(self.records.nbytes, PAGE))
+        self._slab.pinned = True
+
     @property
     def memory(self) -> Bytes:
         """The host slab as bytes; a row lies at row * record_bytes."""
@@ -547,11 +552,12 @@ class Store:
         for ticket in tickets:
             prefetch.release(ticket)
 
-    def promotion(self, table: BlockTable) -> Promotion:
-        """Of a run of a sequence that lies on disk only, or several short ones, if host memory is free beyond
-        what growth and spills want. To be ended before anything else is asked of the store."""
+    def promotion(self, table: BlockTable, runs: Iterable[RunRef]) -> Promotion:
+        """Of one of these runs of a sequence that lies on disk only, or several short ones, if host memory is
+        free beyond what growth and spills want. To be ended before anything else is asked of the store."""
         spare = self._slab.free_slots // self.layers - 2 * self.run_blocks - PROMOTION_MARGIN
-        return Promotion(self._slab, self.layers, table, min(spare, self.run_blocks) if self.promotes else 0)
+        columns = min(spare, self.run_blocks) if self.promotes else 0
+        return Promotion(self._slab, self.layers, table, runs, columns)
 
     # Accounts.
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from spilld.cuda_ext import variant
 from spilld.cuda_ext.variant import BLOCK, Variant, plane_bytes
 from spilld.daemon.catalog import default_cache
-from spilld.daemon.cubins import integers
 from spilld.offload.record import SEALED, Element, Layout
 
 from .cubins import disassembly, path_of
@@ -107,7 +106,7 @@ def main() -> None:
     folder = default_cache() / "cubins"
     for form in SEALED:
         for head_dim in (64, 128, 256):
-            made = variant.attend_records(integers(Layout(form, Element.BFLOAT16, 8, head_dim)))
+            made = variant.attend_records(Layout(form, Element.BFLOAT16, 8, head_dim).constants)
             words = [f"{form} {head_dim}".ljust(12)]
             for architecture, gpu in GPUS.items():
                 ratio = per_byte(made, path_of(made, architecture, folder))

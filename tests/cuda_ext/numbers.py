@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spilld.daemon import cubins
-from spilld.daemon.cubins import PLANES
 from spilld.offload import reference
 from spilld.offload.record import BLOCK, Element, Format, Layout
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
+
+
+PLANES = ("k_codes", "k_scales", "v_codes", "v_scales", "norms", "summary", "radius")
 
 
 class Number(enum.StrEnum):
@@ -45,7 +46,7 @@ def number_of(layout: Layout) -> Number:
 
 def integers(layout: Layout) -> dict[str, int]:
     """A record's layout as variant.py takes it."""
-    return cubins.integers(layout) | {"FLOAT16": int(isinstance(layout, HalfLayout))}
+    return layout.constants | {"FLOAT16": int(isinstance(layout, HalfLayout))}
 
 
 def narrow(x: F32, number: Number) -> Array:

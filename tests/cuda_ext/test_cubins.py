@@ -5,13 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from spilld.cuda_ext import build
+from spilld.cuda_ext.device import Stream
+from spilld.cuda_ext.ops import Ops
+from spilld.cuda_ext.variant import Variant
+from spilld.cuda_ext.window import WindowShape
 from spilld.daemon import cubins
 from spilld.offload.record import SEALED, Element, Format, Layout
 
 
-def test_shipped_kernels_are_all_that_a_model_launches(
+class Unused:
+    def launch(self, stream: Stream, grid: tuple[int, int, int], *arguments: int | float) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("form", SEALED)
+def test_shipped_kernels_are_those_that_a_model_launches(form: Format) -> None:
+    layout = Layout(form, Element.BFLOAT16, 3, 64)
+    shape = WindowShape(slots=576, layers=2, kv_heads=3, head_dim=64, dtype=torch.bfloat16)
+    loaded: set[Variant] = set()
+
+    def load(kernel: Variant) -> Unused:
+        loaded.add(kernel)
+        return Unused()
+
+    Ops(load, layout.constants, shape, 9)
+    assert set(cubins.kernels(layout)) == loaded
+
+
+def test_what_is_shipped_is_found_and_nothing_else_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "cubins"
@@ -21,7 +45,7 @@ def test_shipped_kernels_are_all_that_a_model_launches(
     (folder / "of yesterday").touch()
     layout = Layout(Format.INT4, Element.BFLOAT16, 3, 64)
     paths = cubins.ship([layout], ["sm_80", "sm_90"])
-    assert len(set(paths)) == 14
+    assert len(set(paths)) == 10
     assert set(folder.iterdir()) == set(paths)
     monkeypatch.setattr(build, "_compile", None)
     for kernel in cubins.kernels(layout):

@@ -1,10 +1,7 @@
-"""CudaDevice over the fake driver, in a process of its own: once loaded, a driver stays."""
+"""CudaDevice over the fake driver, and without any."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,23 +9,11 @@ import pytest
 from spilld.cuda_ext import build
 from spilld.cuda_ext.cuda import CudaDevice
 
-from .driver import compile_driver
-from .emulator import Unavailable
-
-UNDER_DRIVER = Path(__file__).parent / "under_driver.py"
+from .driver.process import run_tests
 
 
 def test_cuda_over_the_fake_driver(cache_folder: Path) -> None:
-    pytest.importorskip("cuda.core")
-    try:
-        folder = compile_driver(cache_folder / "emulator")
-    except Unavailable as error:
-        pytest.skip(str(error))
-    environment = os.environ | {"LD_LIBRARY_PATH": str(folder)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(UNDER_DRIVER)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout
+    run_tests(Path(__file__).with_name("under_driver.py"), cache_folder)
 
 
 def test_without_a_driver() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from spilld.cuda_ext import variant
-from spilld.daemon.cubins import integers
 from spilld.offload.record import Element, Format, Layout
 
 from .instructions import per_tile
@@ -86,7 +85,7 @@ def test_turns_of_a_tile(products: int) -> None:
         ["        /*0080*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;"] * products
     )
     kernel = loops_of(TILES.format(values=values))
-    made = variant.attend_records(integers(Layout(Format.EXACT, Element.BFLOAT16, 8, 64)))
+    made = variant.attend_records(Layout(Format.EXACT, Element.BFLOAT16, 8, 64).constants)
     if products != 16:
         with pytest.raises(ValueError, match="15 products in 4 turns are not 64"):
             per_tile(made, kernel)

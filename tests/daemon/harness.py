@@ -17,6 +17,7 @@ import transformers
 
 from spilld.daemon.assembly import build_engine, use_threads
 from spilld.daemon.config import Config
+from spilld.daemon.device_tier import Tier
 from spilld.daemon.engine import Engine
 from spilld.daemon.generation import NOBODY
 from spilld.daemon.model import Model, load
@@ -38,11 +39,13 @@ CLIENT = b"test"
 class Harness:
     """An engine and what it has said, by request id."""
 
-    def __init__(self, config: Config, model: Model, planner: Planner = residency.plan) -> None:
+    def __init__(
+        self, config: Config, model: Model, planner: Planner = residency.plan, tier: Tier | None = None
+    ) -> None:
         self.events: dict[str, list[Event]] = {}
         self.config = config
         self._from: dict[str, int] = {}
-        self.engine: Engine = build_engine(config, model, self._post, planner)
+        self.engine: Engine = build_engine(config, model, self._post, planner, tier=tier)
 
     def _post(self, client: bytes, event: Reply) -> None:
         if client == NOBODY:
@@ -101,7 +104,12 @@ class Harness:
 
 @contextmanager
 def engine(
-    model: Model, state: Path, planner: Planner = residency.plan, keep_state: bool = False, **settings: Any
+    model: Model,
+    state: Path,
+    planner: Planner = residency.plan,
+    keep_state: bool = False,
+    tier: Tier | None = None,
+    **settings: Any,
 ) -> Iterator[Harness]:
     """An engine over a model in a state folder that goes with it unless it is to be kept.
 
@@ -111,7 +119,7 @@ def engine(
     dtype = str(model.module.dtype).removeprefix("torch.")
     config = Config.load(None, {"dtype": dtype, "state": str(state), **settings})
     with one_thread():
-        harness = Harness(config, model, planner)
+        harness = Harness(config, model, planner, tier)
         try:
             yield harness
         finally:

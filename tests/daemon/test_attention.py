@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from spilld.cuda_ext.cpu import CpuBackend, element_view
-from spilld.cuda_ext.window import WindowShape
-from spilld.daemon.attention import TieredAttention
+from spilld.cuda_ext.cpu import CpuWindows, element_view
+from spilld.cuda_ext.window import Windows, WindowShape
+from spilld.daemon.attention import Attention, TieredAttention
 from spilld.daemon.sequence import Sequence
 from spilld.daemon.slices import Call, Slice
 from spilld.daemon.visibility import BLOCK, SINKS, WINDOW_SLOTS, boundary, sealed_by, stored_blocks
@@ -100,26 +100,34 @@ CASES = [
 ]
 
 
+Tier = Callable[[Store, WindowShape, int], tuple[Windows, Attention]]
+"""What attends, for so many query heads."""
+
+
+def cpu_tier(store: Store, shape: WindowShape, heads: int) -> tuple[Windows, Attention]:
+    windows = CpuWindows(shape, 2 * shape.nbytes)
+    return windows, TieredAttention(windows, store, heads)
+
+
 class Setup:
     """One sequence with one layer of random K/V, and every tier that it can lie in."""
 
-    def __init__(self, case: Case, folder: Path) -> None:
+    def __init__(self, case: Case, folder: Path, tier: Tier = cpu_tier) -> None:
         self.case = case
         layout = case.layout
-        backend = CpuBackend()
         shape = WindowShape(WINDOW_SLOTS, 1, case.kv_heads, case.head_dim, case.dtype)
-        arena = backend.windows(shape, 2 * shape.nbytes)
-        arena.tensor.fill_(float("nan"))  # a slot that was never written must never be looked at
-        tier = DiskTier(folder / "kv", 64 << 20, layout, 1, bytes(32))
+        disk = DiskTier(folder / "kv", 64 << 20, layout, 1, bytes(32))
         self.disk = DiskPath(
-            tier,
-            RunCache(tier, extent_bytes(layout, RUN)),
-            Spiller(tier, extent_bytes(layout, RUN)),
-            Prefetcher(tier, 4, extent_bytes(layout, RUN)),
+            disk,
+            RunCache(disk, extent_bytes(layout, RUN)),
+            Spiller(disk, extent_bytes(layout, RUN)),
+            Prefetcher(disk, 4, extent_bytes(layout, RUN)),
         )
         self.store = Store(layout, 1, HostSlab(64 * layout.record_bytes, layout.record_bytes), RUN, self.disk)
-        self.attention = TieredAttention(backend, arena, self.store)
-        self.sequence = Sequence(self.store.open(), arena.take(), bytes(32))
+        windows, self.attention = tier(self.store, shape, case.group * case.kv_heads)
+        self.sequence = Sequence(self.store.open(), windows.take(), bytes(32))
+        with windows.written(self.sequence.window) as numbers:  # what was never written is never looked at
+            numbers.view(np.uint8)[...] = 0xFF
         self.store.promise(self.sequence.table, 60)
         stop = case.start + case.m
         draw = np.random.default_rng(case.start * 1000 + case.m)
@@ -138,8 +146,13 @@ class Setup:
         table = self.sequence.table
         self.store.grow(table, self.sequence.hashes(len(table.chain), sealed_by(position + count - 1)))
         part = Slice(self.sequence, count, position)
-        tickets = self.store.submit([Read(ref.run, 0) for ref in self._runs(part)])
-        part.tickets[0] = list(zip(self._runs(part), tickets, strict=True))
+        runs = [
+            ref
+            for ref in self._runs(part)
+            if self.attention.reads(part, 0, part.on_disk(ref, self.case.window))
+        ]
+        tickets = self.store.submit([Read(ref.run, 0) for ref in runs])
+        part.tickets[0] = list(zip(runs, tickets, strict=True))
         return part
 
     def attend(self, part: Slice) -> torch.Tensor:
@@ -206,15 +219,16 @@ def widen(x: torch.Tensor) -> F64:
 
 
 @contextmanager
-def prepared(case: Case, folder: Path) -> Iterator[Setup]:
+def prepared(case: Case, folder: Path, tier: Tier = cpu_tier) -> Iterator[Setup]:
     with one_thread():
-        setup = Setup(case, folder)
+        setup = Setup(case, folder, tier)
         try:
             setup.fill()
             yield setup
             setup.store.check_integrity([setup.sequence.table])
             setup.disk.prefetch.check_integrity()
         finally:
+            setup.attention.close()
             setup.store.close()
 
 

@@ -99,10 +99,27 @@ def test_a_folder_that_cannot_be_written() -> None:
     assert "`state`" in finding.advice
 
 
+def test_what_follows_for_cold_kv() -> None:
+    without = doctor.choices(host=20e9, disk=2e9, link=0.0)
+    assert without.found == "a GiB of it takes each token 54 ms in host memory; 537 ms on disk"
+    assert "10 times as much" in without.advice
+    with_gpu = doctor.choices(host=20e9, disk=0.0, link=60e9)
+    assert "the GPU fetches 75 %" in with_gpu.found
+    assert with_gpu.advice == ""
+
+
 def test_the_command_prints_each_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "spilld.toml"
     file.write_text(f'state = "{tmp_path}"\n')
     assert main(["doctor", "--config", str(file)]) == 0
     printed = capsys.readouterr().out
-    for finding in ("kernels", "GPU", "locked memory", "huge pages", "memory", f"disk: {tmp_path}"):
+    for finding in (
+        "kernels",
+        "GPU",
+        "locked memory",
+        "huge pages",
+        "memory",
+        f"disk: {tmp_path}",
+        "cold KV",
+    ):
         assert re.search(f"^{finding}", printed, re.MULTILINE), finding

@@ -226,7 +226,7 @@ def test_very_many(running: Running, caplog: pytest.LogCaptureFixture) -> None:
             if batch % 200 == 199:
                 sizes.append(resident_bytes())
     print(f"resident MiB after each 100,000: {[size >> 20 for size in sizes]}")
-    assert max(sizes[5:]) - sizes[2] < 16 << 20
+    assert max(sizes[5:]) - sizes[4] < 8 << 20  # what libraries hold on to grows until about 400,000
     assert not caplog.records
     assert running.thread.is_alive()
 

@@ -1,0 +1,220 @@
+"""How far are the CUDA kernels from what bounds them on this GPU?
+
+Attention of M queries over 65,536 tokens of one layer, 32 heads on 8 of head_dim 128, records in GPU memory;
+the same records fetched from pinned host memory; and sealing 256 blocks. The baseline is the CPU's kernel
+over the same records in host memory, a process of its own that takes turns with ours, medians of 3.
+
+What bounds the result: bytes over the rate of a copy within GPU memory, measured in the same run; the rate of
+copies from host memory is a limit itself. Needs an NVIDIA GPU; nobody has seen its figures: it has no goal.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from harness import Result, in_child, main, medians
+
+from spilld.cuda_ext.build import BuildError, cubin
+from spilld.cuda_ext.cuda import CudaDevice
+from spilld.cuda_ext.device import Copy, Device, Kernel, Stream
+from spilld.cuda_ext.errors import DeviceError
+from spilld.cuda_ext.landing import Landing
+from spilld.cuda_ext.ops import Load, Ops, Parts, Queries, Records
+from spilld.cuda_ext.variant import Variant, plane_bytes
+from spilld.cuda_ext.window import WindowShape
+from spilld.daemon.catalog import default_cache
+from spilld.daemon.visibility import WINDOW_SLOTS
+from spilld.offload.partial import Partial
+from spilld.offload.record import BLOCK, Element, Format, Layout
+from spilld.offload.system import PAGE, page_aligned
+
+BENCH = "gpu"
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+TOKENS = 65536
+SEALED = 256
+QUERIES = (1, 4, 16)
+CALLS = 15
+
+Numbers = dict[str, float]
+
+
+class Size(NamedTuple):
+    """What is measured; smaller where an emulator computes."""
+
+    blocks: int = TOKENS // BLOCK
+    sealed: int = SEALED
+    calls: int = CALLS
+
+
+def layouts() -> dict[Format, Layout]:
+    forms = (Format.EXACT, Format.INT8, Format.K8V4, Format.INT4)
+    return {form: Layout(form, Element.BFLOAT16, KV_HEADS, HEAD_DIM) for form in forms}
+
+
+def milliseconds(run: Callable[[], object], calls: int) -> float:
+    """Of one call, the median of some after two that warm up."""
+    times = []
+    for _ in range(calls + 2):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(times[2:])
+
+
+@contextmanager
+def pinned(device: Device[Any], nbytes: int) -> Iterator[int]:
+    """The address of registered host memory of at least so many zeros."""
+    memory = page_aligned(-(-nbytes // PAGE) * PAGE)
+    memory[:] = 0
+    device.register(memory.ctypes.data, memory.nbytes)
+    yield memory.ctypes.data
+    device.unregister(memory.ctypes.data)
+
+
+@contextmanager
+def allocated(device: Device[Any], nbytes: int) -> Iterator[int]:
+    address = device.allocate(nbytes)
+    yield address
+    device.free(address)
+
+
+def done(device: Device[Any], stream: Stream, work: Callable[[], object]) -> None:
+    work()
+    device.record(stream).synchronise()
+
+
+def measured(device: Device[Any], load: Load, form: Layout, size: Size) -> Numbers:
+    """Milliseconds, and the rates of copies, bytes/s, of one format."""
+    shape = WindowShape(WINDOW_SLOTS, 1, form.kv_heads, form.head_dim, torch.bfloat16)
+    ops, nbytes = Ops(load, form.constants, shape, HEADS), size.blocks * form.record_bytes
+    rows = 3 * max(QUERIES) * HEADS + ops.partial_rows(max(QUERIES))
+    landing = Landing(device, 4 * rows * (HEAD_DIM + 1) + 32 * size.blocks + PAGE)
+    found: Numbers = {}
+    with (
+        pinned(device, nbytes) as host,
+        allocated(device, nbytes) as pool,
+        allocated(device, max(nbytes, shape.layer_bytes)) as other,
+    ):
+        fetch = partial(device.copy, Stream.COPY_IN, [Copy(pool, host, nbytes)])
+        within = partial(device.copy, Stream.COMPUTE, [Copy(other, pool, nbytes)])
+        found["fetch"] = milliseconds(partial(done, device, Stream.COPY_IN, fetch), size.calls)
+        found["copy"] = milliseconds(partial(done, device, Stream.COMPUTE, within), size.calls)
+        for m in QUERIES:
+            with landing.turn():
+                attend = attention(ops, landing, form, pool, size.blocks, m)
+                found[f"M={m}"] = milliseconds(partial(done, device, Stream.COMPUTE, attend), size.calls)
+        with landing.turn():
+            seal = sealing(ops, landing, form, pool, other, size.sealed)
+            found["seal"] = milliseconds(partial(done, device, Stream.COMPUTE, seal), size.calls)
+    landing.close()
+    return found
+
+
+def attention(ops: Ops, landing: Landing, form: Layout, pool: int, blocks: int, m: int) -> Callable[[], None]:
+    numbers = np.arange(blocks)
+    q = np.zeros((m, HEADS, HEAD_DIM), np.float32)
+    low, high = np.zeros(m, np.int64), np.full(m, (blocks + 1) * BLOCK)
+    at = landing.bring(q, numbers * form.record_bytes, (numbers + 1) * BLOCK, low, high)
+    parts = ops.parts(blocks, m)
+    sums = (parts, form.kv_heads, m * ops.group)
+    to = Parts(landing.room((*sums, HEAD_DIM)), landing.room(sums), parts)
+    records = Records(pool, at[1], at[2], blocks)
+    return partial(ops.attend_records, to, Queries(at[0], m), records, at[3], at[4], HEAD_DIM**-0.5, 0.0)
+
+
+def sealing(
+    ops: Ops, landing: Landing, form: Layout, pool: int, planes: int, blocks: int
+) -> Callable[[], None]:
+    """Of blocks that all lie in one window's first slots: where does not matter."""
+    places, firsts = landing.bring(np.arange(blocks) * form.record_bytes, np.zeros(blocks, np.int64))
+    return partial(ops.seal, pool, places, planes, firsts, blocks)
+
+
+def loader(device: CudaDevice) -> Load:
+    def load(kernel: Variant) -> Kernel:
+        image = cubin(kernel, device.architecture, default_cache() / "cubins")
+        return device.load(image, kernel.name, threads=kernel.threads, shared_bytes=kernel.shared_bytes)
+
+    return load
+
+
+def ours() -> Numbers:
+    device = CudaDevice()
+    try:
+        found: Numbers = {}
+        for form, layout in layouts().items():
+            numbers = measured(device, loader(device), layout, Size())
+            found |= {f"{form} {name}": number for name, number in numbers.items()}
+        return found
+    finally:
+        device.close()
+
+
+def on_cpu() -> Numbers:
+    """The same attention where records lie in host memory."""
+    found: Numbers = {}
+    blocks = TOKENS // BLOCK
+    for form, layout in layouts().items():
+        memory = page_aligned(blocks * layout.record_bytes, huge=True)
+        memory[:] = 0
+        kernel, numbers = Partial(layout), np.arange(blocks)
+        for m in QUERIES:
+            q = np.zeros((m, HEADS, HEAD_DIM), np.float32)
+            out, lse = np.empty_like(q), np.empty((m, HEADS), np.float32)
+            low, high = np.zeros(m, np.int64), np.full(m, (blocks + 1) * BLOCK)
+            places, positions = numbers * layout.record_bytes, (numbers + 1) * BLOCK
+            call = partial(kernel.attend, q, memory, places, positions, low, high)
+            found[f"{form} M={m}"] = milliseconds(partial(call, HEAD_DIM**-0.5, 0.0, out, lse), CALLS)
+    return found
+
+
+def measure() -> tuple[Mapping[str, float], list[Result]]:
+    found = medians({"GPU": partial(in_child, ours), "CPU": partial(in_child, on_cpu)})
+    gpu, cpu = found["GPU"], found["CPU"]
+    exact = layouts()[Format.EXACT].record_bytes * TOKENS // BLOCK
+    dram = 2e3 * exact / gpu["exact copy"]  # each byte is read and written
+    limits = {"gpu_memory_bytes_s": dram, "fetch_bytes_s": 1e3 * exact / gpu["exact fetch"]}
+    return limits, [
+        line for form, layout in layouts().items() for line in results(form, layout, gpu, cpu, dram)
+    ]
+
+
+def results(form: Format, layout: Layout, gpu: Numbers, cpu: Numbers, dram: float) -> Iterator[Result]:
+    blocks = TOKENS // BLOCK
+    read = sum(plane_bytes(layout.constants)) * layout.kv_heads * blocks
+    for m in QUERIES:
+        case = f"{form} M={m}"
+        yield Result(
+            bench=BENCH,
+            metric="attention at 65,536 tokens",
+            case=case,
+            unit="ms",
+            ours=gpu[case],
+            baseline=cpu[case],
+            limit=1e3 * read / dram,
+        )
+    sealed = SEALED * (layout.record_bytes + 2 * 2 * layout.kv_heads * layout.head_dim * BLOCK)
+    for name, metric, nbytes in (
+        ("seal", f"seal {SEALED} blocks", sealed),
+        ("fetch", "fetch all records", None),
+    ):
+        limit = None if nbytes is None else 1e3 * nbytes / dram
+        yield Result(
+            bench=BENCH, metric=metric, case=str(form), unit="ms", ours=gpu[f"{form} {name}"], limit=limit
+        )
+
+
+if __name__ == "__main__":
+    try:
+        CudaDevice().close()
+    except (BuildError, DeviceError) as error:
+        sys.exit(f"no GPU to measure: {error}")
+    main(__doc__ or "", measure)

@@ -1,0 +1,103 @@
+"""What attending to a record costs here, measured at start: by the device that fetches it, or by the CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from spilld.cuda_ext.choice import Costs, Rates
+from spilld.cuda_ext.device import Device, Stream
+from spilld.cuda_ext.landing import Landing
+from spilld.cuda_ext.ops import Ops, Parts, Queries, Records
+from spilld.cuda_ext.pool import RecordPool
+from spilld.cuda_ext.variant import ROWS
+from spilld.offload.partial import Partial
+from spilld.offload.record import BLOCK, Layout
+from spilld.offload.system import PAGE, page_aligned
+
+MEASURED = 256
+"""Records: megabytes, so that what a call takes whatever its bytes is little of it."""
+
+ROUNDS = 3
+LEAST_S = 1e-9
+
+
+def measure(device: Device[Any], ops: Ops, layout: Layout, records: int = MEASURED) -> Costs:
+    """Time both with one query and with ROWS of them. Raises OutOfMemory and RegistrationRefused."""
+    trial = _Trial(device, ops, layout, records)
+    try:
+        return Costs(*(_rates(trial, records, queries) for queries in (1, ROWS)))
+    finally:
+        trial.close()
+
+
+def _rates(trial: _Trial, records: int, queries: int) -> Rates:
+    fetched, fetch_s = _line(trial.fetch, records, queries)
+    attended, cpu_s = _line(trial.attend, records, queries)
+    return Rates(fetched * trial.record_bytes, fetch_s, attended * trial.record_bytes, cpu_s)
+
+
+def _line(work: Callable[[int, int], None], records: int, queries: int) -> tuple[float, float]:
+    """Records a second, and seconds of a call with one of them: the best of some rounds."""
+    seconds = []
+    for count in (1, records):
+        rounds = []
+        for _ in range(ROUNDS):
+            began = time.perf_counter()
+            work(count, queries)
+            rounds.append(time.perf_counter() - began)
+        seconds.append(min(rounds))
+    return (records - 1) / max(LEAST_S, seconds[1] - seconds[0]), seconds[0]
+
+
+class _Trial:
+    """Records of zeros in registered host memory."""
+
+    def __init__(self, device: Device[Any], ops: Ops, layout: Layout, records: int) -> None:
+        self._device, self._ops, self._layout = device, ops, layout
+        self.record_bytes = layout.record_bytes
+        self._host = page_aligned(-(-records * layout.record_bytes // PAGE) * PAGE)
+        self._host[:] = 0
+        self._positions = np.arange(1, records + 1) * BLOCK
+        self._places = np.arange(records) * layout.record_bytes
+        self._bounds = np.zeros(ROWS, np.int64), np.full(ROWS, (records + 1) * BLOCK)
+        self._partial = Partial(layout)
+        rows = 3 * ROWS * ops.heads + ops.partial_rows(ROWS)
+        self._landing = Landing(device, 4 * rows * (layout.head_dim + 1) + 16 * records + PAGE)
+        self._pool = RecordPool(device, records * layout.record_bytes, layout.record_bytes)
+        self._slots = self._pool.take(records)
+        device.register(self._host.ctypes.data, self._host.nbytes)
+
+    def fetch(self, count: int, queries: int) -> None:
+        ops, landing, pool, slots = self._ops, self._landing, self._pool, self._slots[:count]
+        pool.fill(slots, (self._host.ctypes.data + self._places[:count]).tolist())
+        with landing.turn(), pool.use(Stream.COMPUTE, reads=slots):
+            low, high = (bound[:queries] for bound in self._bounds)
+            places = np.array(slots) * self._layout.record_bytes
+            q = self._queries(queries)
+            at = landing.bring(q, low, high, places, self._positions[:count])
+            parts = ops.parts(count, queries)
+            sums = (parts, self._layout.kv_heads, queries * ops.group)
+            to = Parts(landing.room((*sums, self._layout.head_dim)), landing.room(sums), parts)
+            records = Records(pool.address(0), at[3], at[4], count)
+            ops.attend_records(to, Queries(at[0], queries), records, at[1], at[2], 1.0, 0.0)
+            landing.fetch(to.out, q.shape)
+        landing.settle()
+
+    def attend(self, count: int, queries: int) -> None:
+        low, high = (bound[:queries] for bound in self._bounds)
+        q = self._queries(queries)
+        out, lse = np.empty_like(q), np.empty(q.shape[:2], np.float32)
+        places, positions = self._places[:count], self._positions[:count]
+        self._partial.attend(q, self._host, places, positions, low, high, 1.0, 0.0, out, lse)
+
+    def close(self) -> None:
+        self._pool.close()
+        self._landing.close()
+        self._device.unregister(self._host.ctypes.data)
+
+    def _queries(self, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        return np.zeros((count, self._ops.heads, self._layout.head_dim), np.float32)

@@ -1,0 +1,125 @@
+"""The device tier: windows, and attention over them and the store, within the device's budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from spilld.cuda_ext.build import cubin
+from spilld.cuda_ext.choice import Costs
+from spilld.cuda_ext.cpu import CpuWindows
+from spilld.cuda_ext.cuda import CudaDevice, CudaKernel
+from spilld.cuda_ext.device import Device
+from spilld.cuda_ext.device_windows import DeviceWindows
+from spilld.cuda_ext.landing import ALIGNMENT, Landing
+from spilld.cuda_ext.ops import Ops
+from spilld.cuda_ext.pool import RecordPool
+from spilld.cuda_ext.variant import Variant
+from spilld.cuda_ext.window import Windows, WindowShape
+from spilld.offload.store import Store
+
+from .attention import Attention, TieredAttention
+from .config import Config
+from .costs import measure
+from .device_attention import DeviceAttention
+from .errors import ConfigError
+from .geometry import Geometry
+from .hot import SPARE
+from .visibility import CELL, WINDOW_SLOTS, highest_block
+
+WINDOWS_SHARE = 4
+"""Windows have at most one part in so many of what is left beside landing."""
+
+
+DEFAULT_WINDOWS = 4
+"""Where the CPU is the device."""
+
+
+class DeviceTier(NamedTuple):
+    windows: Windows
+    attention: Attention
+
+
+def on_cpu(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
+    """Raises ValueError if the budget holds no window."""
+    shape = window_shape(config, geometry)
+    budget = DEFAULT_WINDOWS * shape.nbytes if config.device_budget is None else config.device_budget
+    windows = CpuWindows(shape, budget)
+    return DeviceTier(windows, TieredAttention(windows, store, geometry.heads))
+
+
+def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
+    """On the first GPU.
+
+    Raises ConfigError without a budget, ValueError if it is too small, DeviceError and BuildError.
+    """
+    if config.device_budget is None:
+        raise ConfigError('device = "cuda" takes a device_budget: memory of the GPU that is for spilld alone')
+    device = CudaDevice()
+    try:
+        load = partial(_load, device, config.cache / "cubins")
+        ops = Ops(load, store.layout.constants, window_shape(config, geometry), geometry.heads)
+        longest = config.max_context or geometry.max_positions
+        return build(device, ops, store, config.device_budget, longest, measure(device, ops, store.layout))
+    except BaseException:
+        device.close()
+        raise
+
+
+def _load(device: CudaDevice, cache: Path, kernel: Variant) -> CudaKernel:
+    image = cubin(kernel, device.architecture, cache)
+    return device.load(image, kernel.name, threads=kernel.threads, shared_bytes=kernel.shared_bytes)
+
+
+Tier = Callable[[Config, Store, Geometry], DeviceTier]
+
+TIERS: dict[str, Tier] = {"cpu": on_cpu, "cuda": on_cuda}
+"""By the configured device."""
+
+
+def window_shape(config: Config, geometry: Geometry) -> WindowShape:
+    return WindowShape(
+        slots=WINDOW_SLOTS,
+        layers=geometry.layers,
+        kv_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
+        dtype=getattr(torch, config.dtype),
+    )
+
+
+def build(
+    device: Device[Any], ops: Ops, store: Store, budget_bytes: int, max_context: int, costs: Costs
+) -> DeviceTier:
+    """max_context: tokens of the longest sequence. The store's records are pinned.
+
+    Raises ValueError if the budget is too small, OutOfMemory and RegistrationRefused.
+    """
+    shape, record_bytes = ops.shape, store.layout.record_bytes
+    landing_bytes = crossing(ops, highest_block(max_context))
+    page = device.page_bytes
+    one = -(-shape.nbytes // page) * page
+    least = landing_bytes + one + SPARE * record_bytes
+    if budget_bytes < least:
+        raise ValueError(f"a device budget of {budget_bytes} bytes is less than the least, {least}")
+    for_windows = max(one, (budget_bytes - landing_bytes) // WINDOWS_SHARE)
+    landing = Landing(device, landing_bytes)
+    windows = DeviceWindows(device, landing, shape, min(for_windows, budget_bytes - least + one))
+    pool = RecordPool(device, budget_bytes - landing_bytes - windows.budget_bytes, record_bytes)
+    store.pin_memory(device.register)
+    return DeviceTier(windows, DeviceAttention(device, ops, windows, pool, landing, store, costs))
+
+
+def crossing(ops: Ops, blocks: int) -> int:
+    """The most bytes of landing that a call takes, over at most so many stored blocks."""
+    shape = ops.shape
+    row = 4 * (shape.head_dim + 1)  # of a result, with its lse
+    queries = 5 * CELL * ops.heads * row  # given, rotated, merged, and fetched
+    partial = 2 * ops.partial_rows(CELL) * row  # over the window and over records
+    kv = 2 * CELL * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
+    seen = CELL * 8 * 8 + 16 * blocks  # ranges and bounds; places and positions
+    call = queries + partial + kv + seen + 16 * ALIGNMENT
+    return -(-max(call, shape.layer_bytes) // 4096) * 4096

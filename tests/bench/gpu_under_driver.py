@@ -1,0 +1,35 @@
+"""bench/gpu.py over the fake driver, whose times mean nothing: that it runs. Run by test_gpu.py."""
+
+from __future__ import annotations
+
+import gpu
+
+from spilld.cuda_ext import variant
+from spilld.cuda_ext.cuda import CudaDevice
+from spilld.offload.record import Format
+
+from ..cuda_ext.conftest import Emulate, emulate
+from ..cuda_ext.driver import FakeDriver
+from ..cuda_ext.fake import FakeDevice
+
+__all__ = ["emulate"]
+
+
+def test_every_figure_comes(emulate: Emulate) -> None:
+    layout = gpu.layouts()[Format.K8V4]
+    kernels = [
+        variant.attend_records(layout.constants),
+        variant.attend_window(16, layout.head_dim),
+        variant.merge(layout.head_dim, layout.kv_heads),
+        variant.seal(layout.constants),
+    ]
+    driver = FakeDriver(FakeDevice(2), {k.name: emulate(k.source, dict(k.defines)) for k in kernels})
+    driver.connect()
+    device = CudaDevice()
+    found = gpu.measured(device, gpu.loader(device), layout, gpu.Size(blocks=4, sealed=2, calls=1))
+    device.close()
+    driver.assert_empty()
+    numbers = {f"{form} {name}": number for form in gpu.layouts() for name, number in found.items()}
+    lines = list(gpu.results(Format.K8V4, layout, numbers, numbers, 1e12))
+    assert [line.case for line in lines] == ["k8v4 M=1", "k8v4 M=4", "k8v4 M=16", "k8v4", "k8v4"]
+    assert all(line.ours > 0 for line in lines)

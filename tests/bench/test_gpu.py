@@ -1,0 +1,24 @@
+"""The benchmark that nobody here can run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu
+import pytest
+
+from ..cuda_ext.driver.process import run_tests
+
+
+def test_over_the_fake_driver(cache_folder: Path) -> None:
+    run_tests(Path(__file__).with_name("gpu_under_driver.py"), cache_folder)
+
+
+def test_without_a_gpu() -> None:
+    if Path("/proc/driver/nvidia").exists():
+        pytest.skip("there is a driver here")
+    done = subprocess.run([sys.executable, gpu.__file__], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("no GPU to measure: ")

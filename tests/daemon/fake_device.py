@@ -1,0 +1,65 @@
+"""A device tier on the fake device, whose kernels the emulator runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from spilld.cuda_ext.choice import Costs, Rates
+from spilld.cuda_ext.device import Kernel
+from spilld.cuda_ext.ops import Ops
+from spilld.cuda_ext.variant import Variant
+from spilld.cuda_ext.window import WindowShape
+from spilld.daemon import device_tier
+from spilld.daemon.config import Config
+from spilld.daemon.device_tier import DeviceTier, Tier, window_shape
+from spilld.daemon.geometry import Geometry
+from spilld.daemon.hot import SPARE
+from spilld.daemon.visibility import highest_block
+from spilld.offload.store import Store
+
+from ..cuda_ext.conftest import Emulate
+from ..cuda_ext.fake import FakeDevice
+
+EVEN = Costs(*[Rates(fetch_bytes=1e9, fetch_s=0, cpu_bytes=1e9, cpu_s=0)] * 2)
+"""Half of the cold records are fetched."""
+
+WARPS = 8
+MAX_CONTEXT = 4096
+
+
+def loader(device: FakeDevice, emulate: Emulate) -> Callable[[Variant], Kernel]:
+    def load(variant: Variant) -> Kernel:
+        image = emulate(variant.source, dict(variant.defines))
+        return device.load(image, variant.name, threads=variant.threads, shared_bytes=variant.shared_bytes)
+
+    return load
+
+
+def tier_of(device: FakeDevice, emulate: Emulate, **options: Any) -> Tier:
+    """As an engine takes it; options: those of fake_tier."""
+
+    def tier(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
+        shape = window_shape(config, geometry)
+        return fake_tier(device, emulate, store, shape, geometry.heads, **options)
+
+    return tier
+
+
+def fake_tier(
+    device: FakeDevice,
+    emulate: Emulate,
+    store: Store,
+    shape: WindowShape,
+    heads: int,
+    *,
+    hot: int = 12,
+    windows: int = 1,
+    costs: Costs = EVEN,
+) -> DeviceTier:
+    """hot: records that may stay on the device."""
+    ops = Ops(loader(device, emulate), store.layout.constants, shape, heads, warps=WARPS)
+    landing = device_tier.crossing(ops, highest_block(MAX_CONTEXT))
+    records = (SPARE + hot) * store.layout.record_bytes
+    budget = landing + records + windows * -(-shape.nbytes // device.page_bytes) * device.page_bytes
+    return device_tier.build(device, ops, store, budget, MAX_CONTEXT, costs)

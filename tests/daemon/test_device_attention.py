@@ -1,0 +1,89 @@
+"""Attention with the device tier on the fake device, in many orders of its work, against the same oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
+from spilld.cuda_ext.window import Windows, WindowShape
+from spilld.daemon.attention import Attention
+from spilld.offload.record import Element, Format
+from spilld.offload.store import Store
+
+from ..cuda_ext.conftest import Emulate, emulate
+from ..cuda_ext.fake import FakeDevice
+from .fake_device import fake_tier
+from .test_attention import Case, Tier, prepared
+
+__all__ = ["emulate"]
+
+CASES = [
+    Case(777, 1, Format.EXACT, kv_heads=1, group=2),
+    Case(777, 1, Format.K8V4, kv_heads=1, group=3, softcap=3.0),
+    Case(777, 1, Format.INT4, kv_heads=1, group=2, window=300),
+    Case(767, 3, Format.INT8, group=1, head_dim=80),
+    Case(640, 200, Format.K8V4, kv_heads=1, group=2, element=Element.BFLOAT16),
+    Case(500, 300, Format.EXACT, kv_heads=1, group=1, element=Element.BFLOAT16, disk=False),
+]
+
+
+def on(device: FakeDevice, emulate: Emulate, hot: int = 12) -> Tier:
+    def tier(store: Store, shape: WindowShape, heads: int) -> tuple[Windows, Attention]:
+        return fake_tier(device, emulate, store, shape, heads, hot=hot)
+
+    return tier
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_is_the_oracles(case: Case, tmp_path: Path, emulate: Emulate) -> None:
+    device = FakeDevice(case.start + case.m)
+    with prepared(case, tmp_path, on(device, emulate)) as setup:
+        part = setup.part(case.start, case.m)
+        found = setup.attend(part).double().numpy()
+        tolerance = 2e-5 if case.element is Element.FLOAT32 and case.format is Format.EXACT else 2e-2
+        assert np.abs(found - setup.expected()).max() < tolerance
+    device.assert_empty()
+
+
+def test_what_the_device_has_is_not_read_from_disk(tmp_path: Path, emulate: Emulate) -> None:
+    case, device = Case(777, 1, Format.EXACT, kv_heads=1), FakeDevice(4)
+    with prepared(case, tmp_path, on(device, emulate, hot=5)) as setup:
+        on_disk = {block for ref in setup.sequence.table.runs for block in ref.blocks}
+        part = setup.part(case.start, case.m)
+        found = setup.attend(part).double().numpy()
+        assert np.abs(found - setup.expected()).max() < 2e-5
+        size = case.layout.record_bytes
+        assert on_disk == {2, 3, 4, 5, 6, 7}
+        assert part.read_bytes["disk"] == 2 * size  # 1 to 5 are hot
+        assert part.read_bytes["host"] == 0
+    device.assert_empty()
+
+
+@pytest.mark.parametrize("hot", [0, 3, 100])
+def test_memory_that_ends_fails_a_call_or_changes_nothing(hot: int, tmp_path: Path, emulate: Emulate) -> None:
+    """A slice that fails leaves nothing behind: the same call gives the same later."""
+    case, device = Case(640, 100, Format.K8V4, kv_heads=1, disk=False), FakeDevice(hot)
+    with prepared(case, tmp_path, on(device, emulate, hot)) as setup:
+        wanted, failed = setup.expected(), 0
+        for n in range(1, 60, 3):
+            part, device.fail_at = setup.part(case.start, case.m), device.calls + n
+            found, device.fail_at = setup.attend(part).double().numpy(), 0
+            if part.failure is not None:
+                assert isinstance(part.failure, OutOfMemory)
+                assert not found.any()
+                failed += 1
+            else:
+                assert np.abs(found - wanted).max() < 2e-2
+        assert failed
+    device.assert_empty()
+
+
+def test_a_lost_device_is_no_wrong_number(tmp_path: Path, emulate: Emulate) -> None:
+    case, device = Case(500, 30, Format.K8V4, kv_heads=1, disk=False), FakeDevice(1)
+    with prepared(case, tmp_path, on(device, emulate)) as setup:
+        device.lose_at = device.calls + 9
+        with pytest.raises(LaunchFailed):
+            setup.attend(setup.part(case.start, case.m))
