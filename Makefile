@@ -4,6 +4,8 @@
 # make soak   sixty-four clients on one daemon for ten minutes: read, cancelled, abandoned; a million frames that are no
 #             messages against a server, a million that atheris makes up against what reads them
 # make mutants  seeds bugs into every line of every CUDA kernel: the tests must catch each (MUTANTS_ARGS="--sample 100")
+# make cubins  compiles the CUDA kernels of known models for every architecture, for `make wheel` to take along, and
+#             estimates the instructions that attention issues per byte of KV
 # make lint   ruff and mypy
 # make bench  every benchmark, as tables, and the goals of all in one (after what the next one builds; with REPEATS=1
 #             an hour, one run of each instead of medians of three)
@@ -38,7 +40,7 @@ COMMAND := $(DESTDIR)$(bindir)/spilld
 CONFIG := $(DESTDIR)$(sysconfdir)/spilld.toml
 INSTALLED_PIP := $(prefix)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-slow torture soak mutants lint bench bench-peers wheel install install-venv install-files uninstall clean
+.PHONY: demo test test-slow torture soak mutants cubins lint bench bench-peers wheel install install-venv install-files uninstall clean
 
 demo: $(VENV)/.ready
 	@echo "== spilld demo: the first run also converts the model and compiles kernels, about two minutes"
@@ -62,6 +64,10 @@ soak: $(VENV)/.ready
 
 mutants: $(VENV)/.ready
 	$(VENV)/bin/python -m tests.cuda_ext.mutants $(MUTANTS_ARGS)
+
+cubins: $(VENV)/.ready
+	$(VENV)/bin/python -m spilld.daemon.cubins
+	$(VENV)/bin/python -m tests.cuda_ext.instructions
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check .
@@ -133,4 +139,4 @@ uninstall:
 	@echo "== left: $(CONFIG), what was stored (/var/lib/spilld, /var/cache/spilld), keys (/etc/spilld), the user spilld"
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) build dist cuda_ext/cubins *.egg-info

@@ -1,7 +1,7 @@
 """Compiles kernels to CUBIN with NVRTC, through cuda.core: without a toolkit, a GPU or a driver.
 
-NVRTC and cuda.core come with the extra `cuda`. A CUBIN is kept in a folder under a name made of everything
-that it depends on.
+NVRTC and cuda.core come with the extra `cuda`. A CUBIN lies in a folder under a name made of everything that
+it depends on: in one that came with spilld, or in a cache.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from .variant import KERNELS, Variant
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+SHIPPED = Path(__file__).parent / "cubins"
+"""What `make cubins` compiled before the wheel was made; it need not be there."""
 OPTIONS = ("c++17",)
 """What kernels are compiled with, beside their constants."""
 
@@ -41,19 +43,25 @@ class KernelRejected(BuildError):
 
 
 def cubin(variant: Variant, architecture: str, cache: Path) -> bytes:
-    """The machine code of a kernel for one architecture, such as sm_90; from the cache folder if it is there.
+    """The machine code of a kernel for one architecture, such as sm_90; compiled unless it is there already.
 
     Raises CompilerMissing and KernelRejected; on any error the cache is as it was.
     """
-    kept = cache / f"{variant.name}-{architecture}-{recipe(variant, architecture)}.cubin"
-    if kept.exists():
-        return kept.read_bytes()
+    name = name_of(variant, architecture)
+    for folder in (SHIPPED, cache):
+        if (folder / name).exists():
+            return (folder / name).read_bytes()
     code = _compile(variant, architecture)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
         file.write(code)
-    Path(file.name).replace(kept)
+    Path(file.name).replace(cache / name)
     return code
+
+
+def name_of(variant: Variant, architecture: str) -> str:
+    """The file that the machine code lies in. Raises CompilerMissing."""
+    return f"{variant.name}-{architecture}-{recipe(variant, architecture)}.cubin"
 
 
 def recipe(variant: Variant, architecture: str) -> str:

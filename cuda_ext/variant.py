@@ -1,8 +1,9 @@
 """Kernels, and the constants that each is compiled with.
 
 A record's layout comes as integers from who knows it: HEAD_DIM, KV_HEADS, K_BITS and V_BITS (32 and 16:
-float32 and bfloat16; 8 and 4: codes), ELEMENT_BYTES (of the compute dtype), and the byte offsets K_CODES,
-K_SCALES, V_CODES, V_SCALES, NORMS, SUMMARY, RADIUS and RECORD_BYTES.
+float32 and bfloat16; 8 and 4: codes), ELEMENT_BYTES (of the compute dtype), FLOAT16 (1 where its 16 bits are
+float16; it may be left out), and the byte offsets K_CODES, K_SCALES, V_CODES, V_SCALES, NORMS, SUMMARY,
+RADIUS and RECORD_BYTES.
 """
 
 from __future__ import annotations
@@ -42,12 +43,15 @@ class Variant:
 
 def attend_records(layout: Mapping[str, int]) -> Variant:
     names = ("HEAD_DIM", "KV_HEADS", "K_BITS", "V_BITS", "K_CODES", "K_SCALES", "V_CODES", "V_SCALES")
-    return _attention("attend_records", {name: layout[name] for name in names}, keys_by_token=False)
+    defines = {name: layout[name] for name in names}
+    if layout["K_BITS"] == 16:
+        defines["FLOAT16"] = layout.get("FLOAT16", 0)
+    return _attention("attend_records", defines, keys_by_token=False)
 
 
-def attend_window(bits: int, head_dim: int) -> Variant:
+def attend_window(bits: int, head_dim: int, *, float16: bool = False) -> Variant:
     """bits: 32 or 16, of the window's numbers."""
-    defines = {"HEAD_DIM": head_dim, "K_BITS": bits, "V_BITS": bits}
+    defines = {"HEAD_DIM": head_dim, "K_BITS": bits, "V_BITS": bits, "FLOAT16": int(float16)}
     return _attention("attend_window", defines, keys_by_token=True)
 
 

@@ -40,9 +40,9 @@ struct Records {
 };
 
 // out: float32 [parts, KV_HEADS, M * group, HEAD_DIM], lse: float32 [parts, KV_HEADS, M * group].
-// q: float32 [M, KV_HEADS * group, HEAD_DIM], rotated if keys have four bits. places: byte offsets of the records in
-// pool, multiples of 64; positions: their first tokens; both int64 [blocks], in any order. Query m sees position t
-// iff low[m] <= t < high[m]; int64 [M]. Where nothing is seen, out = 0 and lse = -inf.
+// q: float32 [M, KV_HEADS * group, HEAD_DIM], rotated if keys have four bits, within +-65504 if they are float16.
+// places: byte offsets of the records in pool, multiples of 64; positions: their first tokens; both int64 [blocks], in
+// any order. Query m sees position t iff low[m] <= t < high[m]; int64 [M]. Where nothing is seen, out = 0 and lse = -inf.
 extern "C" __global__ void __launch_bounds__(32) attend_records(
     float* out, float* lse, const float* q, const u8* pool, const i64* places, const i64* positions, const i64* low,
     const i64* high, int blocks, int blocks_per_part, int queries, int group, float scale, float softcap) {

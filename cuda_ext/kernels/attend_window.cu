@@ -37,9 +37,9 @@ struct Window {
 };
 
 // out: float32 [parts, kv_heads, M * group, HEAD_DIM], lse: float32 [parts, kv_heads, M * group].
-// q: float32 [M, kv_heads * group, HEAD_DIM]. planes: [2, kv_heads, slots, HEAD_DIM], float32 or bfloat16. ranges: int64
-// [M, ranges_each, 2], the slots [start, stop) that each query sees; an empty one counts nothing, none leaves the
-// window. Where nothing is seen, out = 0 and lse = -inf.
+// q: float32 [M, kv_heads * group, HEAD_DIM], within +-65504 if planes are float16. planes: [2, kv_heads, slots, HEAD_DIM],
+// float32, bfloat16 or float16. ranges: int64 [M, ranges_each, 2], the slots [start, stop) that each query sees; an
+// empty one counts nothing, none leaves the window. Where nothing is seen, out = 0 and lse = -inf.
 extern "C" __global__ void __launch_bounds__(32) attend_window(
     float* out, float* lse, const float* q, const u8* planes, const i64* ranges, int ranges_each, int slots,
     int tiles_per_part, int queries, int group, float scale, float softcap) {

@@ -65,7 +65,7 @@ __device__ __forceinline__ void attend(const Source& source, const Queries& quer
   }
   const float total = softmax.whole();
   output.finish(total, lane);
-  if (lane % 2 == 0 && lane / 2 < rows_here) lse[lane / 2] = total == 0 ? -INFINITE : softmax.top * LN_2 + logf(total);
+  if (lane % 2 == 0 && lane / 2 < rows_here) lse[lane / 2] = softmax.top * LN_2 + logf(total);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int row = lane / 4 + 8 * half;

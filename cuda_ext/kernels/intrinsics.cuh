@@ -25,10 +25,17 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GroupsLeft) : "memory");
 }
 
+// What tensor cores take: float16 where the numbers of 16 bits are (numbers.cuh), else bfloat16.
+#if FLOAT16
+#define PAIRED "f16"
+#else
+#define PAIRED "bf16"
+#endif
+
 // c [16, 8] += a [16, 16] b [16, 8]; fragments as the PTX manual lays them over the lanes.
-__device__ __forceinline__ void mma_bf16(float* c, const u32* a, const u32* b) {
+__device__ __forceinline__ void mma(float* c, const u32* a, const u32* b) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32." PAIRED "." PAIRED ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -42,12 +49,18 @@ __device__ __forceinline__ void load_matrices_transposed(u32* r, const void* row
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 
-// Two bfloat16 in a word: nearest to (low, high); exact sums where they are representable.
-__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+// Two numbers in a word, each the nearest.
+__device__ __forceinline__ u32 pack(float low, float high) {
   u32 pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  asm("cvt.rn." PAIRED "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
+__device__ __forceinline__ float widen_f16(u16 number) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(number));
+  return x;
+}
+// Exact sums of two bfloat16 in a word, where they are representable.
 __device__ __forceinline__ u32 add_bf16x2(u32 a, u32 b) {
   u32 sum;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));

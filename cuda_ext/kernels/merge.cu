@@ -28,5 +28,5 @@ extern "C" __global__ void __launch_bounds__(32) merge(float* out, float* lse, c
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++)
     if (lane + i * WARP < HEAD_DIM) out[to * HEAD_DIM + lane + i * WARP] = sum[i] * inverse;
-  if (lane == 0) lse[to] = total == 0 ? -INFINITE : top + logf(total);
+  if (lane == 0) lse[to] = top + logf(total);
 }

@@ -15,7 +15,7 @@ struct Output {
 
   // fade: of this lane's row of the softmax.
   __device__ __forceinline__ void shrink(float fade, int lane) {
-    const float factor[2] = {__shfl_sync(ALL, fade, lane / 4 * 2), __shfl_sync(ALL, fade, lane / 4 * 2 + 16)};
+    const float factor[2] = {__shfl_sync(ALL, fade, lane / 4 * 2), __shfl_sync(ALL, fade, (lane / 4 + 8) * 2)};
 #pragma unroll
     for (int tile = 0; tile < HEAD_DIM / 8; tile++)
       for (int i = 0; i < 4; i++) sum[tile][i] *= factor[i / 2];
@@ -46,13 +46,13 @@ struct Output {
 #pragma unroll
     for (int i = 0; i < 4; i++)
       weight[i] = *(const float2*)(weights + (lane / 4 + i % 2 * 8) * LOGITS_STRIDE + 16 * step + lane % 4 * 2 + i / 2 * 8);
-    if constexpr (V_BITS == 16) add_bf16(weight, values, step, lane);
+    if constexpr (V_BITS == 16) add_exact(weight, values, step, lane);
     else add_codes(weight, values, step, lane);
   }
 
   // float32 goes number by number, to the rows that see it.
   __device__ __forceinline__ void add_numbers(const float* weights, const u8* values, u64 seen, int lane) {
-    const u64 mine[2] = {__shfl_sync(ALL, seen, lane / 4 * 2), __shfl_sync(ALL, seen, lane / 4 * 2 + 16)};
+    const u64 mine[2] = {__shfl_sync(ALL, seen, lane / 4 * 2), __shfl_sync(ALL, seen, (lane / 4 + 8) * 2)};
 #pragma unroll 1
     for (int token = 0; token < BLOCK; token++) {
       const float* row = (const float*)(values + value_row(token));
@@ -68,10 +68,10 @@ struct Output {
   }
 
   __device__ __forceinline__ void multiply(int tile, const u32 (&weights)[2][4], const u32* values) {
-    for (int part = 0; part < 2; part++) mma_bf16(sum[tile], weights[part], values);
+    for (int part = 0; part < 2; part++) mma(sum[tile], weights[part], values);
   }
 
-  __device__ __forceinline__ void add_bf16(const float2* weight, const u8* values, int step, int lane) {
+  __device__ __forceinline__ void add_exact(const float2* weight, const u8* values, int step, int lane) {
     u32 a[2][4];
     for (int i = 0; i < 4; i++) split(weight[i].x, weight[i].y, a[0][i], a[1][i]);
 #pragma unroll
@@ -136,7 +136,7 @@ struct Output {
 #pragma unroll
       for (int i = 0; i < 4; i++)
         b[i / 2] |= (u32)((const u16*)scales)[(token_of(column[i]) * GROUPS + group) * 2 + 1] << i % 2 * 16;
-    for (int part = 0; part < 2; part++) mma_bf16(minima, a[part], b);
+    for (int part = 0; part < 2; part++) mma(minima, a[part], b);
   }
 
   __device__ __forceinline__ void add_minima(int lane) {

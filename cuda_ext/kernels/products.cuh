@@ -22,7 +22,7 @@ struct Products {
       u32 a[4];
       load_matrices(a, queries.pair(part, lane % 16, 16 * step + lane / 16 * 8));
 #pragma unroll
-      for (int tile = 0; tile < 4; tile++) mma_bf16(sum[tile], a, keys[tile]);
+      for (int tile = 0; tile < 4; tile++) mma(sum[tile], a, keys[tile]);
     }
   }
 
@@ -36,7 +36,7 @@ struct Products {
   }
 };
 
-__device__ __forceinline__ void bf16_keys(u32 (&fragment)[4][2], const u8* keys, int half, int step, int lane) {
+__device__ __forceinline__ void exact_keys(u32 (&fragment)[4][2], const u8* keys, int half, int step, int lane) {
   for (int pair = 0; pair < 2; pair++) {
     const int token = 32 * half + 16 * pair;
     u32 r[4];
@@ -57,7 +57,7 @@ __device__ __forceinline__ u32 key_codes(const u8* keys, int row, int half, int 
 __device__ __forceinline__ void multiply_keys(Products& products, const Queries& queries, const u8* keys, int half, int lane) {
   u32 fragment[4][2];
   for (int step = 0; step < HEAD_DIM / 16; step++) {
-    if (K_BITS == 16) bf16_keys(fragment, keys, half, step, lane);
+    if (K_BITS == 16) exact_keys(fragment, keys, half, step, lane);
     else {
       u32 codes[4];
       for (int i = 0; i < 4; i++) codes[i] = key_codes(keys, 16 * step + lane % 4 * 2 + i % 2 + i / 2 * 8, half, lane);

@@ -4,9 +4,9 @@
 
 constexpr int ROWS = 16;
 constexpr bool TENSOR_CORES = K_BITS <= 16;
-constexpr int QUERY_STRIDE = HEAD_DIM + 8;  // of bfloat16, so that rows begin in different banks
+constexpr int QUERY_STRIDE = HEAD_DIM + 8;  // of 16 bits, so that rows begin in different banks
 
-// Tensor cores take each number as two bfloat16; keys of four bits also want the sums of each group's channels.
+// Tensor cores take each number as two of 16 bits; keys of four bits also want the sums of each group's channels.
 struct Queries {
   static constexpr int PART = TENSOR_CORES ? 2 * ROWS * QUERY_STRIDE : 4 * ROWS * HEAD_DIM;
   static constexpr int PARTS = TENSOR_CORES ? 2 : 1;
@@ -37,11 +37,14 @@ struct Queries {
     if (K_BITS != 4) return;
     __syncwarp();
     for (int i = lane; i < ROWS * GROUPS; i += WARP) {
-      const int row = i / GROUPS, first = i % GROUPS * 32;
+      const int row = i / GROUPS, group = i % GROUPS;
       float sum = 0;
-      for (int c = first; c < first + group_width(i % GROUPS); c += 2)
-        for (int part = 0; part < 2; part++) sum += low_half(*pair(part, row, c)) + high_half(*pair(part, row, c));
-      sums(row)[i % GROUPS] = sum;
+      for (int part = 0; part < 2; part++)
+        for (int c = 0; c < group_width(group) / 2; c++) {
+          const u32 both = pair(part, row, 32 * group)[c];
+          sum += low_half(both) + high_half(both);
+        }
+      sums(row)[group] = sum;
     }
   }
 };

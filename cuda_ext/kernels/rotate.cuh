@@ -2,21 +2,17 @@
 #pragma once
 #include "numbers.cuh"
 
-// One number to the power of two that fits: 80 = 64 + 16, 96 = 64 + 32, others are one block.
-__device__ __forceinline__ int rotated_block(int channels) {
-  int size = 1;
-  while (2 * size <= channels) size *= 2;
-  return size;
-}
+// Of so many channels the first block: 80 = 64 + 16, 96 = 64 + 32, others are one.
+__device__ __forceinline__ int rotated_block(int channels) { return 1 << (31 - __clz(channels)); }
 
-// The float32 nearest 1 / sqrt(size).
+// The float32 nearest 1 / sqrt(size), where size is a power of two.
 __device__ __forceinline__ float rotated_factor(int size) {
   float factor = 1;
   for (; size >= 4; size /= 4) factor *= 0.5f;
   return size == 2 ? factor * 0.707106781f : factor;
 }
 
-// x: float32 [HEAD_DIM] in shared memory, by one warp; every lane may read it afterwards.
+// x: float32 [HEAD_DIM] in shared memory, by one warp; what other lanes than c % 32 read of it needs a sync.
 __device__ __forceinline__ void rotate_row(float* x, int lane) {
   for (int first = 0, size; first < HEAD_DIM; first += size) {
     size = rotated_block(HEAD_DIM - first);
@@ -34,6 +30,5 @@ __device__ __forceinline__ void rotate_row(float* x, int lane) {
       const float y = x[first + i] * factor;
       x[first + i] = y == y ? y : NOT_A_NUMBER;
     }
-    __syncwarp();
   }
 }

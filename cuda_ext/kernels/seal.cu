@@ -2,8 +2,8 @@
 //
 // Every product is __fmul_rn, which no compiler fuses with a sum. 64 threads, a token each, pack K (blockIdx.z 0) or V (1)
 // of one KV head of one block; the order of the norm's sum makes a thread go through its channels one by one, which
-// bounds it. HEAD_DIM, K_BITS, V_BITS, ELEMENT_BYTES, KV_HEADS and where planes begin: K_CODES, K_SCALES, V_CODES,
-// V_SCALES, NORMS, SUMMARY, RADIUS, RECORD_BYTES.
+// bounds it. HEAD_DIM, K_BITS, V_BITS, ELEMENT_BYTES, FLOAT16, KV_HEADS and where planes begin: K_CODES, K_SCALES,
+// V_CODES, V_SCALES, NORMS, SUMMARY, RADIUS, RECORD_BYTES.
 #include "rotate.cuh"
 #include "rounding.cuh"
 
@@ -16,7 +16,7 @@ typedef u32 Element;
 __device__ __forceinline__ float number(Element bits) { return __uint_as_float(bits); }
 #else
 typedef u16 Element;
-__device__ __forceinline__ float number(Element bits) { return widen(bits); }
+__device__ __forceinline__ float number(Element bits) { return low_half(bits); }
 #endif
 
 // |r|, never below the true one.
@@ -68,7 +68,7 @@ __device__ __forceinline__ float quantise4(float* x, u8* codes, int step, u16* s
 #pragma unroll 1
     for (int c = first; c < first + 2 * half; c++) {
       const float code = code_of(x[c] - minimum, scale, 0, 15), value = __fmul_rn(code, scale) + minimum;
-      u8* byte = codes + (first / 2 + (c - first) % half) * step;
+      u8* byte = codes + (first / 2 + c % half) * step;
       *byte = c < first + half ? (u8)code : *byte | (u8)code << 4;
       residual.add(x[c] - value);
       x[c] = value;
@@ -137,7 +137,7 @@ __device__ __forceinline__ void seal_keys(const Place& to, float* x, const Eleme
   *to.norm(0) = bf16_up(quantise8(own, codes, BLOCK, (u16*)(to.record + K_SCALES) + to.head * BLOCK + to.token));
 #else
   rotate_tokens(x);
-  u8* codes = to.record + K_CODES + to.head * HEAD_DIM / 2 * BLOCK + to.token;
+  u8* codes = to.record + K_CODES + to.head * (HEAD_DIM / 2) * BLOCK + to.token;
   u16* scales = (u16*)(to.record + K_SCALES) + (to.head * GROUPS * BLOCK + to.token) * 2;
   quantise4(x + to.token * STRIDE, codes, BLOCK, scales, BLOCK);
   rotate_tokens(x);
@@ -159,7 +159,7 @@ __device__ __forceinline__ void seal_values(const Place& to, float* x, const Ele
   __syncthreads();
   *to.norm(2) = bf16_up(norm_of(own));
   int radius = __float_as_int(distance(own, centre)) & 0x7fffffff;
-  for (int bits = 1; bits < WARP; bits *= 2) radius = max(radius, __shfl_xor_sync(ALL, radius, bits));
+  radius = __reduce_max_sync(ALL, radius);
   if (to.token % WARP == 0) largest[to.token / WARP] = __int_as_float(radius);
   __syncthreads();
   if (to.token == 0) {
@@ -195,6 +195,6 @@ extern "C" __global__ void __launch_bounds__(64) seal(
   __syncthreads();
   if (blockIdx.z) return seal_values(to, x, source, token_stride, x + BLOCK * STRIDE);
   seal_keys(to, x, source, token_stride);
-  if (blockIdx.y == 0)
-    for (int i = RADIUS + 4 * KV_HEADS + to.token; i < RECORD_BYTES; i += BLOCK) to.record[i] = 0;
+  const int padding = RADIUS + 4 * KV_HEADS + to.token;  // only the last plane has any, less than 64 bytes
+  if (blockIdx.y == 0 && padding < RECORD_BYTES) to.record[padding] = 0;
 }

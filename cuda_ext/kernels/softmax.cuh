@@ -39,8 +39,8 @@ struct Softmax {
       largest = fmaxf(largest, x[i]);
     }
     largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, 1));
-    const float fade = largest == top ? 1 : exp2_approximate(top - largest);
     const float centre = largest == -INFINITE ? 0 : largest;  // of a row that has seen nothing yet
+    const float fade = exp2_approximate(top - centre);
     total *= fade;
     top = largest;
 #pragma unroll
@@ -53,16 +53,14 @@ struct Softmax {
     return fade;
   }
 
-  // Weight 0 times NaN would be NaN in the product of all rows. So what is not finite and not seen by every row
-  // leaves the values, and the rows that do see it become NaN. seen: every bit if this lane's row is none.
+  // Weight 0 times NaN would be NaN in the product of all rows. So what is not finite in a tile that some row does not
+  // see whole leaves the values, and rows that see it become NaN. seen: every bit if this lane's row is none.
   __device__ __forceinline__ void guard(u8* values, u64 seen, int lane) {
-    u64 common = seen, cleared = 0;
-    for (int bits = 2; bits < WARP; bits *= 2) common &= __shfl_xor_sync(ALL, common, bits);
-    if (common == ~0ull) return;
-    for (int pair = lane; pair < BLOCK / 2; pair += WARP)
-      for (int token = 2 * pair; token < 2 * pair + 2; token++)
-        if (!(common >> token & 1) && clear_unless_finite(values, token)) cleared |= 1ull << token;
-    for (int bits = 1; bits < WARP; bits *= 2) cleared |= __shfl_xor_sync(ALL, cleared, bits);
+    if (__all_sync(ALL, seen == ~0ull)) return;
+    u64 cleared = 0;
+#pragma unroll 1  // or registers spill on sm_100
+    for (int half = 0; half < 2; half++)
+      cleared |= (u64)__ballot_sync(ALL, clear_unless_finite(values, WARP * half + lane)) << WARP * half;
     if (seen & cleared) total = NOT_A_NUMBER;
     __syncwarp();
   }

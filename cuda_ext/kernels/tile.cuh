@@ -1,6 +1,6 @@
 // Keys and values of one KV head and 64 tokens in shared memory, as a record or a window has them.
 //
-// HEAD_DIM; K_BITS, V_BITS: 32 (float32), 16 (bfloat16), 8 or 4 (codes, as offload/FORMAT.md has them);
+// HEAD_DIM; K_BITS, V_BITS: 32 (float32), 16 (bfloat16, or float16 if FLOAT16), 8 or 4 (codes, as offload/FORMAT.md has them);
 // KEYS_BY_TOKEN: rows of keys are tokens (a window), not channels (a record).
 #pragma once
 #include "numbers.cuh"
@@ -9,7 +9,7 @@ constexpr int BLOCK = 64;
 constexpr int GROUPS = (HEAD_DIM + 31) / 32;
 
 // A group of channels shares the scale of four bits; a head_dim of 80 ends in a group of 16.
-__device__ __forceinline__ int group_width(int group) { return HEAD_DIM % 32 && group == HEAD_DIM / 32 ? 16 : 32; }
+__device__ __forceinline__ int group_width(int group) { return min(32, HEAD_DIM - 32 * group); }
 
 // Rows of codes, then scales. Rows are 16 bytes apart, so that the lanes of a fragment read from different banks;
 // rows that are no whole vectors are copied as one.
@@ -43,7 +43,7 @@ __device__ __forceinline__ int value_row(int column) {
   return (Values::SPACED ? column : token_of(column)) * Values::STRIDE;
 }
 
-// The channel that a column (0..7) of a product with values is; likewise, it is 8 * tile + column only for bfloat16.
+// The channel that a column (0..7) of a product with values is; likewise, it is 8 * tile + column only for exact numbers.
 __device__ __forceinline__ int channel_of(int tile, int column) {
   const int group = tile / 4, i = tile % 4;
   const bool wide = group_width(group) == 32;
@@ -63,18 +63,22 @@ __device__ __forceinline__ void copy_plane(u8* shared, const u8* codes, const u8
   for (int i = lane; i < P::SCALE_VECTORS; i += WARP) copy_async16(shared + P::SCALES + i * 16, scales + i * 16, true);
 }
 
-__device__ __forceinline__ bool finite_pair(u32 pair) {
-  return (pair & 0x7f80) != 0x7f80 && (pair & 0x7f800000) != 0x7f800000;
-}
+// What of values can be infinite or NaN: exact numbers, or scales and minima, by two; of int8 a scale.
+#if V_BITS == 8
+typedef u16 Fallible;
+#else
+typedef u32 Fallible;
+#endif
 
-// Clears the values of a token if one is infinite or NaN; whether it did. Of codes, only scales can be.
+__device__ __forceinline__ bool finite(Fallible x) { return (x & EXPONENT) != EXPONENT && (x >> 16 & EXPONENT) != EXPONENT; }
+
+// Clears the values of a token if one is infinite or NaN; whether it did.
 __device__ __forceinline__ bool clear_unless_finite(u8* values, int token) {
-  u32* const numbers = (u32*)(values + (V_BITS == 16 ? value_row(token) : Values::SCALES + (V_BITS == 4 ? token * GROUPS * 4 : token / 2 * 4)));
-  constexpr int PAIRS = V_BITS == 16 ? HEAD_DIM / 2 : V_BITS == 4 ? GROUPS : 1;
-  const u32 mask = V_BITS != 8 ? ~0u : token % 2 ? 0xffff0000 : 0xffff;
-  bool finite = true;
-  for (int i = 0; i < PAIRS; i++) finite &= finite_pair(numbers[i] & mask);
-  if (finite) return false;
-  for (int i = 0; i < PAIRS; i++) numbers[i] &= ~mask;
+  constexpr int COUNT = V_BITS == 16 ? HEAD_DIM / 2 : V_BITS == 4 ? GROUPS : 1;
+  Fallible* const numbers = (Fallible*)(values + (V_BITS == 16 ? value_row(token) : Values::SCALES + token * COUNT * (int)sizeof(Fallible)));
+  bool every = true;
+  for (int i = 0; i < COUNT; i++) every &= finite(numbers[i]);
+  if (every) return false;
+  for (int i = 0; i < COUNT; i++) numbers[i] = 0;
   return true;
 }

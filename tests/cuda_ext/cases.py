@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 from spilld.cuda_ext import variant
 from spilld.cuda_ext.variant import BLOCK, Variant
 from spilld.offload import reference
-from spilld.offload.record import Element, Format, Layout
+from spilld.offload.record import Format, Layout
 
 from .emulator import Emulated, Landing, Order
-from .kernels import Records, Way, Window, assert_close, by_query, elements, frozen, integers, merged
+from .kernels import Records, Way, Window, assert_close, by_query, frozen, merged, window_variant
+from .numbers import Number, integers, layout_of, narrow, number_of, seal
 
 CLOSE = 2e-5
 """Absolute, of outputs of size 1: tensor cores get numbers of 16 bits, the sums are float32."""
 
-F32, BF16 = Element.FLOAT32, Element.BFLOAT16
+F32, BF16, F16 = Number.FLOAT32, Number.BFLOAT16, Number.FLOAT16
 WAYS = (
     Way(Order.RANDOM, Landing.RANDOM, 1),
     Way(Order.ASCENDING, Landing.LATE),
@@ -54,23 +55,27 @@ QUANTISED = (Format.INT8, Format.K8V4, Format.INT4)
 RECORDS = (
     [
         *[(form, BF16, 80) for form in QUANTISED],
-        *[(Format.INT8, BF16, 128), (Format.K8V4, BF16, 128), (Format.INT4, BF16, 256)],
-        *[(Format.EXACT, BF16, 64), (Format.EXACT, F32, 64)],
+        *[(Format.K8V4, BF16, 128), (Format.INT4, BF16, 64), (Format.INT4, BF16, 256)],
+        *[(Format.EXACT, number, 64) for number in Number],
     ],
     [
-        *[(form, BF16, dim) for form in QUANTISED for dim in (64, 96)],
-        *[(Format.INT8, BF16, 256), (Format.K8V4, BF16, 256), (Format.INT4, BF16, 128)],
-        *[(Format.EXACT, element, dim) for element in Element for dim in (80, 96, 128, 256)],
+        *[(Format.INT8, BF16, dim) for dim in (64, 96, 128, 256)],
+        *[(Format.K8V4, BF16, dim) for dim in (64, 96, 256)],
+        *[(Format.INT4, BF16, dim) for dim in (96, 128)],
+        *[(Format.EXACT, number, dim) for number in Number for dim in (80, 96, 128, 256)],
     ],
 )
 WINDOWS = (
     [(BF16, 64), (BF16, 80), (F32, 64)],
-    [*[(BF16, dim) for dim in (96, 128, 256)], *[(F32, dim) for dim in (80, 96, 128, 256)]],
+    [
+        *[(BF16, dim) for dim in (96, 128, 256)],
+        *[(number, dim) for number in (F32, F16) for dim in (80, 96, 128, 256)],
+    ],
 )
 SEALS = (
     [
         *[(Format.INT8, BF16, 64), (Format.K8V4, BF16, 80), (Format.INT4, BF16, 80), (Format.INT4, F32, 96)],
-        *[(Format.EXACT, BF16, 64), (Format.EXACT, F32, 64)],
+        *[(Format.EXACT, number, 64) for number in (F32, F16)],
     ],
     [
         *[(form, BF16, dim) for form in (Format.INT8, Format.K8V4) for dim in (96, 128, 256)],
@@ -78,8 +83,9 @@ SEALS = (
         *[
             (Format.INT8, F32, 80),
             (Format.K8V4, F32, 64),
-            (Format.EXACT, BF16, 256),
-            (Format.EXACT, F32, 256),
+            *[(form, F16, 64) for form in QUANTISED],
+            (Format.EXACT, BF16, 64),
+            *[(Format.EXACT, number, 256) for number in Number],
         ],
     ],
 )
@@ -87,11 +93,11 @@ SEALS = (
 
 def _records() -> Iterator[Case]:
     for always, kinds in zip((True, False), RECORDS, strict=True):
-        for form, element, dim in kinds:
-            layout = Layout(form, element, 2, dim)
+        for form, number, dim in kinds:
+            layout = layout_of(form, number, dim)
             made = variant.attend_records(integers(layout))
             for check in RECORD_CHECKS:
-                name = f"attend_records-{form}-{element}-{dim}-{check.__name__}"
+                name = f"attend_records-{form}-{number}-{dim}-{check.__name__}"
                 yield Case(name, made, partial(check, layout), always)
 
 
@@ -132,12 +138,12 @@ def unseen_nan(layout: Layout, kernel: Emulated) -> None:
     """NaN where no query looks, or not this one, changes nothing; who looks at it becomes NaN."""
     records = Records(layout, blocks=3, queries=4, group=4)
     records.low = np.array([70, 70, 80, 80], np.int64)
-    records.high = np.array([200, 150, 150, 151], np.int64)
+    records.high = np.array([200, 170, 170, 171], np.int64)
     for numbers in (records.k, records.v):
         numbers[:, :3] = np.nan
         numbers[:, 140:] = np.inf
-    records.v[1, 75 - 64] = np.nan
-    records.v[0, 150 - 64, 1] = np.nan
+    records.v[1, 75 - 64, 2] = np.nan
+    records.v[0, 170 - 64, 1] = np.nan
     records.seal()
     for way in WAYS:
         out, lse = merged(*records.attend(kernel, 2, way), records.group)
@@ -147,6 +153,19 @@ def unseen_nan(layout: Layout, kernel: Emulated) -> None:
         wanted = records.oracle()
         for m, h in ((1, slice(4)), (2, slice(8)), (3, slice(4, 8))):
             assert_close((out[m, h], lse[m, h]), (wanted[0][m, h], wanted[1][m, h]), CLOSE)
+
+
+def seen_nan(layout: Layout, kernel: Emulated) -> None:
+    """What every row sees and is infinite or NaN stays in its channels, or in those of its scale."""
+    records = Records(layout, blocks=1, queries=3, group=2)
+    records.v[0, 9, 1], records.v[1, 62, 4] = np.nan, -np.inf
+    records.seal()
+    with np.errstate(invalid="ignore"):
+        wanted = records.oracle()
+    out, lse = merged(*records.attend(kernel, 1, WAYS[0]), records.group)
+    np.testing.assert_array_equal(np.isfinite(out), np.isfinite(wanted[0]))
+    there = np.isfinite(wanted[0])
+    assert_close((out[there], lse), (wanted[0][there], wanted[1]), CLOSE)
 
 
 def one_query(layout: Layout, kernel: Emulated) -> None:
@@ -171,45 +190,52 @@ def nothing(layout: Layout, kernel: Emulated) -> None:
     assert np.isneginf(lse).all()
 
 
-RECORD_CHECKS = (plain, many_rows, bounds, unseen_nan, one_query, nothing)
+RECORD_CHECKS = (plain, many_rows, bounds, unseen_nan, seen_nan, one_query, nothing)
 
 
 def _windows() -> Iterator[Case]:
     for always, kinds in zip((True, False), WINDOWS, strict=True):
-        for element, dim in kinds:
-            made = variant.attend_window(8 * element.nbytes, dim)
+        for number, dim in kinds:
+            made = window_variant(number, dim)
             for check in (whole_window, ragged_window):
-                name = f"attend_window-{element}-{dim}-{check.__name__}"
-                yield Case(name, made, partial(check, element, dim), always)
+                name = f"attend_window-{number}-{dim}-{check.__name__}"
+                yield Case(name, made, partial(check, number, dim), always)
+    yield Case("attend_window-bfloat16-64-long_window", window_variant(BF16, 64), long_window, True)
 
 
-def whole_window(element: Element, head_dim: int, kernel: Emulated) -> None:
+def whole_window(number: Number, head_dim: int, kernel: Emulated) -> None:
     """Three tiles, one of a single slot, and two tiles of rows."""
-    window = Window(element, head_dim, slots=129, queries=3, group=7)
+    window = Window(number, head_dim, slots=129, queries=3, group=7)
     window.softcap = 5.0
     for way, per_part in zip(WAYS, (1, 2, 3), strict=True):
         assert_close(merged(*window.attend(kernel, per_part, way), 7), window.oracle(), CLOSE)
         assert kernel.copied_bytes == 2 * window.planes.nbytes, "both tiles of rows read all"
 
 
-def ragged_window(element: Element, head_dim: int, kernel: Emulated) -> None:
+def ragged_window(number: Number, head_dim: int, kernel: Emulated) -> None:
     """Sinks and two ranges of a ring, causal to each query, NaN in every slot that none sees."""
-    window = Window(element, head_dim, slots=203, queries=4, group=2)
+    window = Window(number, head_dim, slots=203, queries=4, group=2)
     ranges = [[[0, 5], [20 + m, 40], [195, 200 + m]] for m in range(3)]
     window.ranges = np.array([*ranges, [[9, 9], [4, 2], [64, 65]]], np.int64)
-    window.planes[:, :, ~window.seen.any(axis=0)] = elements(np.full(1, np.nan, np.float32), element)
+    window.planes[:, :, ~window.seen.any(axis=0)] = narrow(np.full(1, np.nan, np.float32), number)
     slot_bytes = window.planes[:, :, 0].nbytes
     for way, per_part in zip(WAYS, (2, 1, 4), strict=True):
         assert_close(merged(*window.attend(kernel, per_part, way), 2), window.oracle(), CLOSE)
         assert kernel.copied_bytes == (203 - 64) * slot_bytes, "one of four tiles is seen by none"
 
 
+def long_window(kernel: Emulated) -> None:
+    """Weights are relative to the largest logit, not to what has become of it after many tiles."""
+    window = Window(BF16, 64, slots=170 * BLOCK, queries=1, group=1, kv_heads=1)
+    assert_close(merged(*window.attend(kernel, 170, WAYS[0]), 1), window.oracle(), CLOSE)
+
+
 def _seals() -> Iterator[Case]:
     for always, kinds in zip((True, False), SEALS, strict=True):
-        for form, element, dim in kinds:
-            layout = Layout(form, element, 2, dim)
+        for form, number, dim in kinds:
+            layout = layout_of(form, number, dim, 1 if number is F16 else 2)
             made = variant.seal(integers(layout))
-            name = f"seal-{form}-{element}-{dim}"
+            name = f"seal-{form}-{number}-{dim}"
             yield Case(name, made, partial(sealed, layout), always)
 
 
@@ -219,15 +245,16 @@ def sealed(layout: Layout, kernel: Emulated) -> None:
     heads, blocks, slots = layout.kv_heads, 3, 4 * BLOCK
     planes = rng.standard_normal((2, heads, slots, layout.head_dim)).astype(np.float32)
     planes *= 10.0 ** rng.integers(-3, 4, (2, heads, slots, 1)).astype(np.float32)
-    _make_special(planes[:, :, 2 * BLOCK :])
+    _make_special(planes[:, :, 3 * BLOCK :])
+    planes[:, -1, 5 + 17, 4] = np.inf  # and no NaN, which would be the radius whatever its sign
     planes[:, :, 5 : 5 + BLOCK, 1:3] = 1 + 2.0**-8, 1 + 3 * 2.0**-8  # means halfway between two bfloat16
-    k, v = (elements(x, layout.element) for x in planes)
-    firsts = np.array([2 * BLOCK, 5, BLOCK + 9], np.int64)
+    k, v = (narrow(x, number_of(layout)) for x in planes)
+    firsts = np.array([3 * BLOCK, 5, BLOCK + 9], np.int64)
     wanted = np.full((blocks + 1, layout.record_bytes), 0xFF, np.uint8)
     rows = np.array([3, 0, 2])
     for row, first in zip(rows, firsts, strict=True):
         part = slice(first, first + BLOCK)
-        reference.seal(layout, k[:, part], v[:, part], wanted, np.array([row]))
+        seal(layout, k[:, part], v[:, part], wanted, np.array([row]))
     given = np.full_like(wanted, 0xFF)
     made = variant.seal(integers(layout))
     places = rows.astype(np.int64) * layout.record_bytes
@@ -252,8 +279,8 @@ def _make_special(tokens: NDArray[np.float32]) -> None:
     tokens[:, :, 8, ::2] = -127
     tokens[:, :, 8, 1::2] = np.linspace(-126.5, 126.5, tokens.shape[3] // 2, dtype=np.float32)
     tokens[:, 0, 9, 2] = -np.inf
-    tokens[:, 1, 10] = np.abs(tokens[:, 1, 10]) * -1
-    tokens[:, 1, 11, -1] = -np.nan
+    tokens[:, -1, 10] = np.abs(tokens[:, -1, 10]) * -1
+    tokens[:, -1, 11, -1] = -np.nan
     tokens[:, :, 12] = np.arange(tokens.shape[3], dtype=np.float32) % 16
     tokens[:, :, 13, :16] = 3e38
     tokens[:, :, 14, :16] = -3e38
@@ -261,24 +288,25 @@ def _make_special(tokens: NDArray[np.float32]) -> None:
 
 def _others() -> Iterator[Case]:
     for dim, always in ((80, True), (96, True), (64, False), (128, False), (256, True)):
-        layout = integers(Layout(Format.INT8, BF16, 2, dim))
+        layout = integers(layout_of(Format.INT8, BF16, dim))
         yield Case(f"merge-{dim}", variant.merge(dim, 2), partial(merges, dim), always)
         yield Case(f"rotate-{dim}", variant.rotate(dim), partial(rotates, dim), always)
         made = variant.block_scores(layout)
-        yield Case(f"block_scores-{dim}", made, partial(scores, Layout(Format.INT8, BF16, 2, dim)), always)
+        yield Case(f"block_scores-{dim}", made, partial(scores, layout_of(Format.INT8, BF16, dim)), always)
     yield Case("move_records", variant.move_records(4160), moves, True)
 
 
 def merges(head_dim: int, kernel: Emulated) -> None:
     rng = np.random.default_rng(head_dim)
-    parts, heads, group, queries = 5, 2, 3, 2
+    parts, heads, group, queries = 160, 2, 3, 2
     out = rng.standard_normal((parts, heads, queries * group, head_dim)).astype(np.float32)
     lse = (4 * rng.standard_normal((parts, heads, queries * group))).astype(np.float32)
     hidden = rng.random(lse.shape) < 0.4
-    hidden[0], hidden[:, 1, 2], hidden[:, 0, 1] = False, True, False
+    hidden[0], hidden[:, 1, 2], hidden[:, 0, 1:3] = False, True, False
     lse[hidden] = -np.inf
     out[hidden] = np.nan
     lse[:2, 0, 1] = [90, 200]
+    lse[-1, 0, 2], lse[0, 1, 0] = 200, 200
     merged_out = np.full((queries, heads * group, head_dim), np.nan, np.float32)
     merged_lse = np.full((queries, heads * group), np.nan, np.float32)
     grid = (queries * group, heads, 1)
@@ -300,6 +328,8 @@ def rotates(head_dim: int, kernel: Emulated) -> None:
 def scores(layout: Layout, kernel: Emulated) -> None:
     """The bound, never below a logit but for float32's roundings, and the mean key's logit."""
     records = Records(layout, blocks=4, queries=3, group=2)
+    records.k[1, 70, 0] = np.nan  # what lanes beyond the last channel of the other head would read
+    records.seal()
     shape = (layout.kv_heads, 6, 4)
     made = variant.block_scores(integers(layout))
     given = (frozen(records.q), frozen(records.pool), frozen(records.places))

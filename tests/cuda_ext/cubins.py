@@ -10,7 +10,7 @@ from pathlib import Path
 import nvidia
 
 from spilld.cuda_ext import build
-from spilld.cuda_ext.variant import KERNELS
+from spilld.cuda_ext.variant import KERNELS, Variant
 
 RESOURCES = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
@@ -22,6 +22,13 @@ def tool(name: str) -> Path:
     return path
 
 
+def path_of(made: Variant, architecture: str, cache: Path) -> Path:
+    """The file of a kernel's CUBIN, which is compiled unless it is there."""
+    build.cubin(made, architecture, cache)
+    paths = [folder / build.name_of(made, architecture) for folder in (build.SHIPPED, cache)]
+    return next(path for path in paths if path.exists())
+
+
 def resources(cubin: Path) -> dict[str, int]:
     """Registers, bytes of stack, of static shared memory and of local memory of its one kernel."""
     words = _run("cuobjdump", "-res-usage", cubin)
@@ -31,7 +38,11 @@ def resources(cubin: Path) -> dict[str, int]:
 
 def instructions(cubin: Path) -> Counter[str]:
     """How often each opcode stands in its code, with modifiers: LDGSTS.E.BYPASS.128."""
-    return Counter(INSTRUCTION.findall(_run("nvdisasm", "-c", cubin)))
+    return Counter(INSTRUCTION.findall(disassembly(cubin)))
+
+
+def disassembly(cubin: Path) -> str:
+    return _run("nvdisasm", "-c", cubin)
 
 
 def _run(program: str, option: str, cubin: Path) -> str:

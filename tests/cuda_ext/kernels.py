@@ -11,25 +11,14 @@ from numpy.typing import NDArray
 from spilld.cuda_ext import variant
 from spilld.cuda_ext.variant import BLOCK, ROWS, Variant
 from spilld.offload import reference
-from spilld.offload.record import Element, Format, Layout
+from spilld.offload.record import Format, Layout
 
 from .emulator import Emulated, Landing, Order
+from .numbers import Number, integers, narrow, number_of, seal, values, widen
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 Sums = tuple[NDArray[Any], NDArray[Any]]
-
-BITS = {Format.INT8: (8, 8), Format.K8V4: (8, 4), Format.INT4: (4, 4)}
-PLANES = ("k_codes", "k_scales", "v_codes", "v_scales", "norms", "summary", "radius")
-
-
-def integers(layout: Layout) -> dict[str, int]:
-    """A record's layout as variant.py takes it."""
-    exact = 8 * layout.element.nbytes
-    k, v = BITS.get(layout.format, (exact, exact))
-    sizes = {"HEAD_DIM": layout.head_dim, "KV_HEADS": layout.kv_heads, "K_BITS": k, "V_BITS": v}
-    sizes |= {"ELEMENT_BYTES": layout.element.nbytes, "RECORD_BYTES": layout.record_bytes}
-    return sizes | {name.upper(): layout.offset(name) for name in PLANES}
 
 
 @dataclass(frozen=True)
@@ -43,10 +32,6 @@ class Way:
     def launch(self, kernel: Emulated, variant: Variant, grid: tuple[int, int, int], *arguments: Any) -> None:
         needs = (variant.name, grid, variant.threads, variant.shared_bytes)
         kernel.launch(*needs, *arguments, order=self.order, landing=self.landing, seed=self.seed)
-
-
-def elements(numbers: F32, element: Element) -> NDArray[Any]:
-    return numbers if element is Element.FLOAT32 else reference.bf16_nearest(numbers)
 
 
 class Records:
@@ -70,8 +55,8 @@ class Records:
         self.scale, self.softcap = layout.head_dim**-0.5, 0.0
 
     def seal(self) -> None:
-        k, v = (elements(x, self.layout.element) for x in (self.k, self.v))
-        reference.seal(self.layout, k, v, self.pool, self.rows)
+        k, v = (narrow(x, number_of(self.layout)) for x in (self.k, self.v))
+        seal(self.layout, k, v, self.pool, self.rows)
 
     def attend(self, kernel: Emulated, per_part: int, way: Way) -> Sums:
         """Partial outputs [parts, kv_heads, rows, head_dim] and lse [parts, kv_heads, rows]."""
@@ -89,7 +74,7 @@ class Records:
         return out, lse
 
     def values(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        both = [reference.values(self.layout, self.pool[row]) for row in self.rows]
+        both = [values(self.layout, self.pool[row]) for row in self.rows]
         k, v = (np.concatenate(x, axis=1).astype(np.float64) for x in zip(*both, strict=True))
         return k, v
 
@@ -102,11 +87,19 @@ class Records:
 class Window:
     """Exact numbers by slot, NaN where no query looks, and queries over ranges of slots."""
 
-    def __init__(self, element: Element, head_dim: int, *, slots: int, queries: int, group: int) -> None:
+    def __init__(
+        self, number: Number, head_dim: int, *, slots: int, queries: int, group: int, kv_heads: int = 2
+    ) -> None:
         rng = np.random.default_rng([head_dim, slots, queries, group])
-        self.element, self.slots, self.group, self.queries, self.kv_heads = element, slots, group, queries, 2
+        self.number, self.slots, self.group, self.queries, self.kv_heads = (
+            number,
+            slots,
+            group,
+            queries,
+            kv_heads,
+        )
         numbers = rng.standard_normal((2, self.kv_heads, slots, head_dim)).astype(np.float32)
-        self.planes = elements(numbers, element)
+        self.planes = narrow(numbers, number)
         heads = group * self.kv_heads
         self.q = rng.standard_normal((queries, heads, head_dim)).astype(np.float32)
         self.ranges: I64 = np.tile(np.array([[0, slots]], np.int64), (queries, 1, 1))
@@ -121,7 +114,7 @@ class Window:
     def attend(self, kernel: Emulated, per_part: int, way: Way) -> Sums:
         """As Records.attend, with parts of so many tiles."""
         head_dim = self.q.shape[2]
-        made = variant.attend_window(8 * self.element.nbytes, head_dim)
+        made = window_variant(self.number, head_dim)
         rows, parts = self.queries * self.group, -(-self.slots // (BLOCK * per_part))
         out = np.full((parts, self.kv_heads, rows, head_dim), np.nan, np.float32)
         lse = np.full((parts, self.kv_heads, rows), np.nan, np.float32)
@@ -132,8 +125,12 @@ class Window:
         return out, lse
 
     def oracle(self) -> Sums:
-        k, v = reference.widen(self.planes).astype(np.float64)
+        k, v = widen(self.planes).astype(np.float64)
         return softmax_attention(self.q, k, v, self.seen, self.scale, self.softcap)
+
+
+def window_variant(number: Number, head_dim: int) -> Variant:
+    return variant.attend_window(8 * number.nbytes, head_dim, float16=number is Number.FLOAT16)
 
 
 def frozen(array: NDArray[Any]) -> NDArray[Any]:

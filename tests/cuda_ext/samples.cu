@@ -39,7 +39,8 @@ extern "C" __global__ void __launch_bounds__(32) reverse(float* out, const float
 }
 
 // Each warp finds its largest number. Bugs: 1 a diverged shuffle, 2 lanes that exit first, 3 all blocks write one
-// byte, 4 a null pointer, 5 a misaligned vector, 6 lanes at different collectives, 7 an index outside of an array.
+// byte, 4 a null pointer, 5 a misaligned vector, 6 lanes at different collectives, 7 an index outside of an array,
+// 8 one outside of the last array of a struct, 9 a shift out of a word.
 extern "C" __global__ void __launch_bounds__(32) largest(float* out, const float* in, int bug) {
   const int t = threadIdx.x;
   float x = in[blockIdx.x * 32 + t];
@@ -49,6 +50,9 @@ extern "C" __global__ void __launch_bounds__(32) largest(float* out, const float
   if (bug == 6 && t > 20) x += __ballot_sync(ALL, x > 0);
   float own[2] = {x, x};
   x = own[bug == 7 ? 2 : t % 2];
+  const struct { float own[2]; } last = {{x, x}};
+  x = last.own[bug == 8 ? 2 : t % 2];
+  if (bug == 9) x = 1 << (t + 1);
   for (int bits = 16; bits; bits /= 2) {
     if (bug == 1 && t < 16) x = fmaxf(x, __shfl_xor_sync(ALL, x, bits));
     else x = fmaxf(x, __shfl_xor_sync(ALL, x, bits));
@@ -56,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(32) largest(float* out, const float
   if (t == 0) out[bug == 3 ? 0 : blockIdx.x] = x;
 }
 
-// c [16, 8] = a [16, 16] b [16, 8], bf16; b comes by rows or, transposed = 1, by columns.
+// c [16, 8] = a [16, 16] b [16, 8], of 16 bits; b comes by rows or, transposed = 1, by columns.
 extern "C" __global__ void __launch_bounds__(32) product(float* c, const uint4* a, const uint4* b, int transposed) {
   SHARED_MEMORY(memory);
   uint4* s = (uint4*)memory;
@@ -69,8 +73,15 @@ extern "C" __global__ void __launch_bounds__(32) product(float* c, const uint4* 
   load_matrices(left, s + (t & 15) * 2 + (t >> 4));
   if (transposed) load_matrices(right, s + 32 + (t & 7) * 2 + (t >> 3 & 1));
   else load_matrices_transposed(right, s + 32 + (t & 15));
-  mma_bf16(sums, left, right);
+  mma(sums, left, right);
   for (int i = 0; i < 4; i++) c[(t / 4 + i / 2 * 8) * 8 + t % 4 * 2 + i % 2] = sums[i];
+}
+
+// Pairs of numbers as words of two of 16 bits, and float16 as float32.
+extern "C" __global__ void __launch_bounds__(32) halves(unsigned* packed, float* widened, const float* x, const unsigned short* numbers) {
+  const int at = blockIdx.x * 32 + threadIdx.x;
+  packed[at] = pack(x[2 * at], x[2 * at + 1]);
+  widened[at] = widen_f16(numbers[at]);
 }
 
 // A block writes what the next one reads: only with bug = 1.

@@ -20,6 +20,19 @@ def test_the_second_time_comes_from_the_cache(tmp_path: Path, monkeypatch: pytes
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_was_shipped_is_not_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, shipped, cache = variant.move_records(128), tmp_path / "shipped", tmp_path / "cache"
+    monkeypatch.setattr(build, "SHIPPED", shipped)
+    shipped.mkdir()
+    (shipped / build.name_of(made, "sm_80")).write_bytes(b"machine code")
+    monkeypatch.setattr(build, "_compile", lambda variant, architecture: b"compiled")
+    assert build.cubin(made, "sm_80", cache) == b"machine code"
+    assert not cache.exists()
+    assert build.cubin(made, "sm_90", cache) == b"compiled"
+    monkeypatch.setattr(build, "version", lambda name: "0.0")
+    assert build.cubin(made, "sm_80", cache) == b"compiled"
+
+
 def test_what_the_code_depends_on_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made = variant.move_records(128)
     names = {build.recipe(made, "sm_80"), build.recipe(made, "sm_90")}

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from spilld.offload.reference import bf16_nearest, widen
-
 from .conftest import Emulate
 from .emulator import Emulated, EmulatorError, Landing, Order
+from .numbers import Number, narrow, widen
 
 SAMPLES = Path(__file__).parent / "samples.cu"
 WAYS = list(product(Order, Landing, range(3)))
@@ -21,7 +20,7 @@ WAYS = list(product(Order, Landing, range(3)))
 
 @pytest.fixture(scope="module")
 def samples(emulate: Emulate) -> Emulated:
-    return emulate(SAMPLES, {})
+    return emulate(SAMPLES, {"FLOAT16": 0})
 
 
 @pytest.fixture
@@ -66,6 +65,8 @@ def test_what_is_right_runs_in_every_order(
         ("largest", 5, "misaligned global read of 8 bytes"),
         ("largest", 6, "diverged"),
         ("largest", 7, "index 2 outside of an array"),
+        ("largest", 8, "index 2 outside of an array"),
+        ("largest", 9, "a shift by 32 bits"),
     ],
 )
 def test_a_bug_is_caught_in_every_order(
@@ -80,13 +81,30 @@ def test_a_bug_is_caught_in_every_order(
 
 
 @pytest.mark.parametrize("transposed", [0, 1])
-def test_tensor_core_product(samples: Emulated, transposed: int) -> None:
+@pytest.mark.parametrize("number", [Number.BFLOAT16, Number.FLOAT16])
+def test_tensor_core_product(emulate: Emulate, number: Number, transposed: int) -> None:
+    samples = emulate(SAMPLES, {"FLOAT16": int(number is Number.FLOAT16)})
     rng = np.random.default_rng(1)
-    a, b = (bf16_nearest(rng.standard_normal(shape).astype(np.float32)) for shape in ((16, 16), (16, 8)))
+    a, b = (narrow(rng.standard_normal(shape).astype(np.float32), number) for shape in ((16, 16), (16, 8)))
     c = np.full((16, 8), np.nan, np.float32)
     given = np.ascontiguousarray(b.T) if transposed else b
     samples.launch("product", (1, 1, 1), 32, 1024, c, a, given, transposed)
     np.testing.assert_allclose(c, widen(a) @ widen(b), rtol=1e-5, atol=1e-5)
+
+
+def test_float16_is_numpys(emulate: Emulate) -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    wide = every.astype(np.float32)
+    with np.errstate(all="ignore"):
+        middle = wide / 2 + np.nextafter(every, np.float16(np.inf)).astype(np.float32) / 2
+        beside = [np.nextafter(y, np.float32(end)) for y in (wide, middle) for end in (-np.inf, np.inf)]
+    x = np.concatenate([wide, middle, *beside])
+    packed, widened = np.zeros(len(x) // 2, np.uint32), np.zeros(len(x) // 2, np.float32)
+    given = np.resize(every, len(x) // 2)
+    samples = emulate(SAMPLES, {"FLOAT16": 1})
+    samples.launch("halves", (len(x) // 64, 1, 1), 32, 0, packed, widened, x, given.view(np.uint16))
+    np.testing.assert_array_equal(packed.view(np.float16), narrow(x, Number.FLOAT16))
+    np.testing.assert_array_equal(widened, given.astype(np.float32))
 
 
 def test_blocks_that_depend_on_each_other(samples: Emulated) -> None:

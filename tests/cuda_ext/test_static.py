@@ -8,17 +8,21 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from spilld.cuda_ext import variant
-from spilld.cuda_ext.build import ARCHITECTURES, cubin, recipe
+from spilld.cuda_ext.build import ARCHITECTURES
 from spilld.cuda_ext.variant import MOST_SHARED, Variant
-from spilld.offload.record import Element, Format, Layout
+from spilld.offload.record import Format
 
 from .cases import cases
-from .cubins import instructions, resources
-from .kernels import integers
+from .cubins import instructions, path_of, resources
+from .instructions import per_byte
+from .numbers import Number, integers, layout_of
 
 BUDGETS = {"merge": 72, "rotate": 48, "seal": 160, "block_scores": 64, "move_records": 48}
 """Registers of a thread. Of attention: 8 warps of 32 threads fit into an SM's 65,536 at 255 each."""
 ATTENTION_BUDGETS = {64: 224, 80: 224, 96: 224, 128: 224, 256: 255}
+
+MOST_PER_BYTE = {(16, 16): 0.15, (8, 8): 0.35, (8, 4): 0.5, (4, 4): 0.65}
+"""Instructions of a warp of attention for a byte of KV, an estimate; most for head_dim 64."""
 
 
 def budget(made: Variant) -> int:
@@ -32,18 +36,19 @@ def title(made: Variant) -> str:
         for short, name in (("d", "HEAD_DIM"), ("k", "K_BITS"), ("v", "V_BITS"))
         if name in given
     ]
-    return "-".join([made.name, *words])
+    return "-".join([made.name, *words, *(["f16"] if given.get("FLOAT16") else [])])
 
 
 ALWAYS = {
-    variant.attend_records(integers(Layout(Format.K8V4, Element.BFLOAT16, 2, 128))),
-    variant.attend_records(integers(Layout(Format.INT4, Element.BFLOAT16, 2, 256))),
-    variant.attend_records(integers(Layout(Format.EXACT, Element.BFLOAT16, 2, 64))),
+    variant.attend_records(integers(layout_of(Format.K8V4, Number.BFLOAT16, 128))),
+    variant.attend_records(integers(layout_of(Format.INT4, Number.BFLOAT16, 256))),
+    variant.attend_records(integers(layout_of(Format.EXACT, Number.BFLOAT16, 64))),
+    variant.attend_records(integers(layout_of(Format.EXACT, Number.FLOAT16, 64))),
     variant.attend_window(16, 64),
-    variant.seal(integers(Layout(Format.INT4, Element.BFLOAT16, 2, 80))),
+    variant.seal(integers(layout_of(Format.INT4, Number.BFLOAT16, 80))),
     variant.merge(256, 2),
     variant.rotate(96),
-    variant.block_scores(integers(Layout(Format.INT8, Element.BFLOAT16, 2, 80))),
+    variant.block_scores(integers(layout_of(Format.INT8, Number.BFLOAT16, 80))),
     variant.move_records(4160),
 }
 EVERY = sorted({case.variant for case in cases()}, key=lambda made: (made.name, made.defines))
@@ -68,9 +73,8 @@ def test_all_that_is_always_compiled_is_in_the_matrix() -> None:
 
 @pytest.mark.parametrize(("made", "architecture"), builds())
 def test_machine_code(cache_folder: Path, made: Variant, architecture: str) -> None:
-    folder = cache_folder / "cubins"
-    cubin(made, architecture, folder)
-    path = folder / f"{made.name}-{architecture}-{recipe(made, architecture)}.cubin"
+    given = dict(made.defines)
+    path = path_of(made, architecture, cache_folder / "cubins")
     used = resources(path)
     assert used["stack"] == used["local"] == 0, "registers spill to memory"
     assert used["registers"] <= budget(made)
@@ -81,5 +85,7 @@ def test_machine_code(cache_folder: Path, made: Variant, architecture: str) -> N
         assert copies
         assert all("128" in opcode for opcode in copies), "keys and values come in 16 bytes, asynchronously"
         tensor = any(opcode.startswith("HMMA.16816") for opcode in opcodes)
-        assert tensor == (dict(made.defines)["K_BITS"] <= 16)
+        assert tensor == (given["K_BITS"] <= 16)
         assert not any(opcode.startswith(("LDL", "STL")) for opcode in opcodes)
+        if made.name == "attend_records" and tensor:
+            assert per_byte(made, path) <= MOST_PER_BYTE[given["K_BITS"], given["V_BITS"]]

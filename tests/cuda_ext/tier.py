@@ -14,7 +14,8 @@ from spilld.cuda_ext.variant import ROWS, Variant
 from spilld.offload.record import Element, Format, Layout
 
 from .device_contract import Host
-from .kernels import Records, Sums, integers, merged
+from .kernels import Records, Sums, merged
+from .numbers import integers
 
 LAYOUT = Layout(Format.K8V4, Element.BFLOAT16, 2, 64)
 ATTEND: Variant = variant.attend_records(integers(LAYOUT))

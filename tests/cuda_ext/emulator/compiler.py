@@ -26,7 +26,10 @@ FLAGS = (
 )
 
 # Of these sanitizers only the calls are wanted: detector.cpp answers them.
-KERNEL_FLAGS = ("-O1", "-fsanitize=thread", "-fsanitize=array-bounds")
+KERNEL_FLAGS = (
+    *("-O1", "-fsanitize=thread", "-fsanitize=array-bounds", "-fsanitize=shift-exponent"),
+    "-fstrict-flex-arrays=3",  # or the last array of a struct could have any size
+)
 MACHINE_FLAGS = ("-O2",)
 
 

@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "half.h"
 #include "machine.h"
 
 #define SPILLD_EMULATOR 1
@@ -39,6 +40,14 @@ inline T shuffle(unsigned mask, T value, unsigned source, int line) {
   static_assert(sizeof(T) <= 8, "a shuffle moves at most eight bytes");
   if (mask != ~0u) fail("line %d: only whole warps shuffle here", line);
   return reinterpret<T>(meet(Collective::SHUFFLE, line, reinterpret<uint64_t>(value), source % WARP));
+}
+
+inline int largest(unsigned mask, int value, int line) {
+  for (int bits = 1; bits < WARP; bits *= 2) {
+    const int other = shuffle(mask, value, running->lane ^ bits, line);
+    if (other > value) value = other;
+  }
+  return value;
 }
 
 // Calls a kernel with arguments that lie behind pointers, as cuLaunchKernel does.
@@ -81,6 +90,7 @@ struct Entry<void (*)(A...)> {
 #define __shfl_sync(mask, value, lane) emulator::shuffle(mask, value, lane, __LINE__)
 #define __shfl_xor_sync(mask, value, bits) \
   emulator::shuffle(mask, value, emulator::running->lane ^ (bits), __LINE__)
+#define __reduce_max_sync(mask, value) emulator::largest(mask, value, __LINE__)
 #define __ballot_sync(mask, bit) \
   ((unsigned)emulator::meet(emulator::Collective::BALLOT, __LINE__, (uint64_t)(bool)(bit)))
 #define __any_sync(mask, bit) (__ballot_sync(mask, bit) != 0)
@@ -101,6 +111,7 @@ constexpr T min(T a, T b) { return b < a ? b : a; }
 template <class T>
 constexpr T max(T a, T b) { return a < b ? b : a; }
 
+inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   const uint64_t bytes = (uint64_t)high << 32 | low;
   unsigned result = 0;
@@ -122,18 +133,28 @@ inline unsigned nearest_bf16(float x) {
   const unsigned bits = __float_as_uint(x);
   return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fff;
 }
-inline unsigned pack_bf16(float low, float high) { return nearest_bf16(low) | nearest_bf16(high) << 16; }
 inline unsigned add_bf16x2(unsigned a, unsigned b) {
-  return pack_bf16(__uint_as_float(a << 16) + __uint_as_float(b << 16),
-                   __uint_as_float(a & 0xffff0000) + __uint_as_float(b & 0xffff0000));
+  return nearest_bf16(__uint_as_float(a << 16) + __uint_as_float(b << 16)) |
+         nearest_bf16(__uint_as_float(a & 0xffff0000) + __uint_as_float(b & 0xffff0000)) << 16;
 }
+inline float widen_f16(unsigned short number) { return emulator::widen_half(number); }
 
-#define mma_bf16(c, a, b)                                                             \
+#if FLOAT16
+#define PAIRED_MMA emulator::Collective::MMA_F16
+inline unsigned pack(float low, float high) { return emulator::nearest_half(low) | emulator::nearest_half(high) << 16; }
+#else
+#define PAIRED_MMA emulator::Collective::MMA_BF16
+inline unsigned pack(float low, float high) { return nearest_bf16(low) | nearest_bf16(high) << 16; }
+#endif
+
+// Without brackets around its arguments, or indices of arrays among them would not be checked.
+#define mma(c, a, b)                                                                  \
   do {                                                                                \
     uint32_t registers[10];                                                           \
-    memcpy(registers, a, 16), memcpy(registers + 4, b, 8), memcpy(registers + 6, c, 16); \
-    emulator::meet(emulator::Collective::MMA, __LINE__, 0, 0, registers);             \
-    memcpy(c, registers + 6, 16);                                                     \
+    for (int i = 0; i < 4; i++) registers[i] = a[i], registers[6 + i] = __float_as_uint(c[i]); \
+    for (int i = 0; i < 2; i++) registers[4 + i] = b[i];                              \
+    emulator::meet(PAIRED_MMA, __LINE__, 0, 0, registers);                            \
+    for (int i = 0; i < 4; i++) c[i] = __uint_as_float(registers[6 + i]);             \
   } while (0)
 #define load_matrices(r, address) \
   emulator::meet(emulator::Collective::LDMATRIX, __LINE__, (uint64_t)(address), 0, r)

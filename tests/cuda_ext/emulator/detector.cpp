@@ -211,6 +211,7 @@ void* __tsan_memmove(void* to, const void* from, size_t bytes) {
   return memmove(to, from, bytes);
 }
 void __ubsan_handle_out_of_bounds(void*, void* index) { fail("index %td outside of an array", (ptrdiff_t)index); }
+void __ubsan_handle_shift_out_of_bounds(void*, void*, void* bits) { fail("a shift by %td bits", (ptrdiff_t)bits); }
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_init() {}

@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include "detector.h"
+#include "half.h"
 
 #ifndef __x86_64__
 #error "fibers are switched in x86-64 assembly"
@@ -103,15 +104,11 @@ void make_fiber(Fiber& fiber, int number) {
   ready[ready_count++] = number;
 }
 
-float half_of(uint32_t word, int upper) {
-  const uint32_t bits = upper ? word & 0xffff0000 : word << 16;
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
+float bf16_of(uint32_t word, int upper) { return of_bits(upper ? word & 0xffff0000 : word << 16); }
+float f16_of(uint32_t word, int upper) { return widen_half(upper ? word >> 16 : word & 0xffff); }
 
-// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32, fragments as in the PTX manual.
-void multiply(Fiber* warp) {
+// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 and its like, fragments as in the PTX manual.
+void multiply(Fiber* warp, float (*half_of)(uint32_t word, int upper)) {
   float a[16][16], b[16][8], c[16][8];
   for (int lane = 0; lane < WARP; lane++) {
     const uint32_t* r = warp[lane].registers;
@@ -152,7 +149,8 @@ void resolve(Fiber* warp, Collective kind) {
   for (int lane = 0; lane < WARP; lane++)
     warp[lane].result = kind == Collective::BALLOT ? ballot : warp[warp[lane].source].value;
   if (kind == Collective::SYNC) order_warp(warp->warp);
-  if (kind == Collective::MMA) multiply(warp);
+  if (kind == Collective::MMA_BF16) multiply(warp, bf16_of);
+  if (kind == Collective::MMA_F16) multiply(warp, f16_of);
   if (kind == Collective::LDMATRIX || kind == Collective::LDMATRIX_TRANS) load(warp, kind == Collective::LDMATRIX_TRANS);
 }
 

@@ -18,7 +18,7 @@ struct Thread {
   int number, lane, warp;
 };
 
-enum class Collective { SYNC, SHUFFLE, BALLOT, MMA, LDMATRIX, LDMATRIX_TRANS };
+enum class Collective { SYNC, SHUFFLE, BALLOT, MMA_BF16, MMA_F16, LDMATRIX, LDMATRIX_TRANS };
 
 extern Thread* running;
 extern Index block, block_size, grid_size;
@@ -30,7 +30,7 @@ unsigned char* shared_memory();
 void sync_block(int line);
 
 // All 32 lanes of a warp meet at one line. SHUFFLE: the value of lane `source`. BALLOT: bits of the values.
-// MMA: registers a[4], b[2], c[4], of which c changes. LDMATRIX: value is an address, registers r[4] are written.
+// MMA_: registers a[4], b[2], c[4], of which c changes. LDMATRIX: value is an address, registers r[4] are written.
 uint64_t meet(Collective kind, int line, uint64_t value = 0, unsigned source = 0, uint32_t* registers = nullptr);
 
 // cp.async: a copy lands some time between its issue and the wait of the thread that issued it.

@@ -1,0 +1,58 @@
+"""Kernels that are compiled ahead of time, for the wheel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from spilld.cuda_ext import build
+from spilld.cuda_ext.device import Stream
+from spilld.cuda_ext.ops import Ops
+from spilld.cuda_ext.variant import Variant
+from spilld.cuda_ext.window import WindowShape
+from spilld.daemon import cubins
+from spilld.offload.record import SEALED, Element, Format, Layout
+
+
+class Unused:
+    def launch(self, stream: Stream, grid: tuple[int, int, int], *arguments: int | float) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("form", SEALED)
+def test_shipped_kernels_are_those_that_a_model_launches(form: Format) -> None:
+    layout = Layout(form, Element.BFLOAT16, 3, 64)
+    shape = WindowShape(slots=576, layers=2, kv_heads=3, head_dim=64, dtype=torch.bfloat16)
+    loaded: set[Variant] = set()
+
+    def load(kernel: Variant) -> Unused:
+        loaded.add(kernel)
+        return Unused()
+
+    Ops(load, layout.constants, shape, 9)
+    assert set(cubins.kernels(layout)) == loaded
+
+
+def test_what_is_shipped_is_found_and_nothing_else_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cubins"
+    monkeypatch.setattr(build, "SHIPPED", folder)
+    monkeypatch.setattr(build, "_compile", lambda variant, architecture: variant.name.encode())
+    folder.mkdir()
+    (folder / "of yesterday").touch()
+    layout = Layout(Format.INT4, Element.BFLOAT16, 3, 64)
+    paths = cubins.ship([layout], ["sm_80", "sm_90"])
+    assert len(set(paths)) == 10
+    assert set(folder.iterdir()) == set(paths)
+    monkeypatch.setattr(build, "_compile", None)
+    for kernel in cubins.kernels(layout):
+        assert build.cubin(kernel, "sm_90", tmp_path / "cache") == kernel.name.encode()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_known_models_have_every_format_once() -> None:
+    layouts = list(cubins.known())
+    assert len(set(layouts)) == len(layouts) == len(SEALED) * len(cubins.SHAPES)
