@@ -5,6 +5,10 @@ processes that compile two kernels of one function, both may choose the same fil
 and the file has the other, and whoever loads it runs code for other shapes, over memory that is not its own.
 Here each holds a lock on the function's index meanwhile.
 
+It names what it compiles by counting, from 1 in every process: two kernels of one function that two processes
+compiled may have parts of one name, and a third that loads both calls the parts of one from the other. Here
+each process counts from somewhere else.
+
 And both would compile the same kernel. Here the second waits for what the first compiles, and loads it.
 
 numba compiles a kernel again when the file that it is in has changed; here also when what it may have inlined
@@ -16,8 +20,10 @@ Importing this is enough; whatever decorates a kernel that is cached imports it 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import re
+import secrets
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +33,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import IndexDataCacheFile, NullCache, _SourceFileBackedLocatorMixin
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.dispatcher import Dispatcher
@@ -126,6 +133,7 @@ def _wait(lock: int, key: object) -> None:
             return
 
 
+FunctionIdentity._unique_ids = itertools.count(secrets.randbits(62))
 IndexDataCacheFile.save = _guarded(IndexDataCacheFile.save, fcntl.LOCK_EX)
 IndexDataCacheFile.load = _guarded(IndexDataCacheFile.load, fcntl.LOCK_SH)
 IndexDataCacheFile.flush = _guarded(IndexDataCacheFile.flush, fcntl.LOCK_EX)

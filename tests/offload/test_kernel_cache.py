@@ -113,6 +113,44 @@ def test_of_two_processes_one_compiles(tmp_path: Path) -> None:
     assert sorted(missed_and_hit) == [["0", "1"], ["1", "0"]]
 
 
+TIMES = """
+from numba import njit
+
+def times(factor):
+    @njit(cache=True)
+    def kernel(x):
+        return x * factor
+
+    return kernel
+"""
+
+NAMES = """
+import sys
+import spilld.offload.kernel_cache
+from kernel import times
+
+for factor in map(int, sys.argv[1:]):
+    kernel = times(factor)
+    assert kernel(10) == 10 * factor
+    print(*(compiled.fndesc.mangled_name for compiled in kernel.overloads.values()))
+"""
+
+
+def test_what_two_processes_compile_has_two_names(tmp_path: Path) -> None:
+    """numba names machine code by counting. What two processes compiled first would have one name, and who
+    loads both calls the one for the other."""
+    (tmp_path / "kernel.py").write_text(TIMES)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    names = []
+    for factors in (["2"], ["3"], ["2", "3"]):
+        command = [sys.executable, "-c", NAMES, *factors]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        names += done.stdout.split()
+    assert names[:2] == names[2:], "the third compiles nothing"
+    assert len(set(names)) == 2
+
+
 def test_an_update_of_what_is_inlined_is_noticed(tmp_path: Path) -> None:
     _, *made_of = softmax.join._cache._cache_file._source_stamp
     assert made_of == [kernel_cache.sources(Path(softmax.__file__).parent)] * 2
