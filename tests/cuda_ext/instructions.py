@@ -80,19 +80,23 @@ def per_tile(made: Variant, kernel: Loop) -> float:
 def turns(loop: Loop, count: int, wanted: int) -> float:
     """Instructions of so many turns, in which the tensor cores multiply `wanted` times."""
     inside = [inner for inner in loop.inner if products(inner)]
-    others = sum(len(inner.every) for inner in loop.inner if not products(inner))
-    own = len(loop.own) + others
+    own = len(loop.own) + sum(len(inner.every) for inner in loop.inner if not products(inner))
+    left = wanted // count - sum(map(is_product, loop.own))
+    if not inside and (left or wanted % count):
+        raise ValueError(f"{products(loop)} products in {count} turns are not {wanted}")
     if not inside:
-        if products(loop) * count != wanted:
-            raise ValueError(f"{products(loop)} products in {count} turns are not {wanted}")
         return count * own
-    if len(inside) != 1 or wanted % (count * products(inside[0])):
+    if len(inside) > 1 or left < 1 or left % products(inside[0]) or wanted % count:
         raise ValueError(f"{wanted} products are no number of turns of {len(inside)} loops inside {count}")
-    return count * (own + turns(inside[0], wanted // (count * products(inside[0])), wanted // count))
+    return count * (own + turns(inside[0], left // products(inside[0]), left))
 
 
 def products(loop: Loop) -> int:
-    return sum(opcode.startswith("HMMA") for opcode in loop.every)
+    return sum(map(is_product, loop.every))
+
+
+def is_product(opcode: str) -> bool:
+    return opcode.startswith("HMMA")
 
 
 def copies(loop: Loop) -> int:
