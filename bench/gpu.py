@@ -75,15 +75,19 @@ def pinned(device: Device[Any], nbytes: int) -> Iterator[int]:
     memory = page_aligned(-(-nbytes // PAGE) * PAGE)
     memory[:] = 0
     device.register(memory.ctypes.data, memory.nbytes)
-    yield memory.ctypes.data
-    device.unregister(memory.ctypes.data)
+    try:
+        yield memory.ctypes.data
+    finally:
+        device.unregister(memory.ctypes.data)
 
 
 @contextmanager
 def allocated(device: Device[Any], nbytes: int) -> Iterator[int]:
     address = device.allocate(nbytes)
-    yield address
-    device.free(address)
+    try:
+        yield address
+    finally:
+        device.free(address)
 
 
 def done(device: Device[Any], stream: Stream, work: Callable[[], object]) -> None:

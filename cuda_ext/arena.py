@@ -41,6 +41,11 @@ class Arena:
         self.base = device.reserve(len(self._span(0, windows * window_bytes)) * self._page)
 
     @property
+    def taken(self) -> int:
+        """How many windows are somebody's."""
+        return len(self._taken)
+
+    @property
     def mapped_bytes(self) -> int:
         """Device memory that stands behind windows, taken and given back ones."""
         return len(self._mapped) * self._page

@@ -35,14 +35,17 @@ class Costs(NamedTuple):
 
     one: Rates
     many: Rates
+    copy_bytes: float
+    """Bytes a second of the copies alone, which are made once for any number of queries."""
 
     def rates(self, queries: int) -> Rates:
-        """Of the CPU, seconds a byte grow in a line with the queries; the device takes up to ROWS at once."""
+        """Of the CPU, seconds a byte grow in a line with the queries; the device takes ROWS at a time."""
         more = max(0, queries - 1) / (ROWS - 1)
         cpu = 1 / self.one.cpu_bytes + more * max(0, 1 / self.many.cpu_bytes - 1 / self.one.cpu_bytes)
         tiles = -(-queries // ROWS)
-        fetch_bytes = self.one.fetch_bytes if queries == 1 else self.many.fetch_bytes / tiles
-        return Rates(fetch_bytes, self.one.fetch_s, 1 / cpu, self.one.cpu_s)
+        fetched = 1 / (self.one if queries == 1 else self.many).fetch_bytes
+        fetched += (tiles - 1) * max(0, 1 / self.many.fetch_bytes - 1 / self.copy_bytes)
+        return Rates(1 / fetched, self.one.fetch_s, 1 / cpu, self.one.cpu_s)
 
 
 def to_fetch(records: int, record_bytes: int, rates: Rates, room: int) -> int:

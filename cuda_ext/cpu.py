@@ -38,6 +38,9 @@ class CpuWindows(Windows):
         """A view."""
         return element_view(self.tensor[window])
 
+    def trim(self) -> None:
+        self.arena.trim()
+
     @contextmanager
     def written(self, window: int) -> Iterator[Numbers]:
         yield self.read(window)

@@ -19,7 +19,7 @@ REGISTER_BYTES = 64 << 30
 
 
 class CudaDevice:
-    """One GPU, called by the thread that made it.
+    """One GPU, called by one thread at a time.
 
     It works in the GPU's primary context, as torch does, so that each can use the other's memory.
     """
@@ -44,7 +44,7 @@ class CudaDevice:
         self._idle_events: list[Any] = []
         self._libraries: list[Any] = []
         self._streams: dict[Stream, Any] = {}
-        self.driver("cuCtxSetCurrent", self.driver("cuDevicePrimaryCtxRetain", self._device))
+        self.driver.attach(self.driver("cuDevicePrimaryCtxRetain", self._device))
         self._closed = False
         try:
             self._memory = self._properties()

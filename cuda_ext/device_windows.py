@@ -15,11 +15,14 @@ from .window import Numbers, Windows, WindowShape
 
 
 class DeviceWindows(Windows):
-    """They cross layer by layer: `landing` must have room for one."""
+    """They cross layer by layer: `landing` must have room for one. Memory is behind all of them from the
+    start: a request that was admitted shall not find that another program has taken it."""
 
     def __init__(self, device: Device[Any], landing: Landing, shape: WindowShape, budget_bytes: int) -> None:
         """Raises ValueError if the budget does not hold one window, and OutOfMemory."""
         super().__init__(device, shape, budget_bytes)
+        for window in [self.take() for _ in range(self.capacity)]:
+            self.give_back(window)
         self._landing = landing
         self._element = np.dtype(np.uint16 if shape.dtype is torch.bfloat16 else np.float32)
 
@@ -32,6 +35,9 @@ class DeviceWindows(Windows):
             self._landing.settle()
             planes[...] = found
         return numbers
+
+    def trim(self) -> None:
+        pass
 
     @contextmanager
     def written(self, window: int) -> Iterator[Numbers]:

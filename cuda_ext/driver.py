@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from .build import INSTALL, CompilerMissing, check_driver
@@ -39,13 +40,22 @@ class Driver:
         except CompilerMissing as error:
             raise NoDevice(str(error)) from error
         self.api: Any = driver
+        self._context: Any = None
+        self._thread = threading.local()
         self("cuInit", 0)
+
+    def attach(self, context: Any) -> None:
+        """Have all calls of any thread work in this context: which is current is each thread's own affair."""
+        self._context, self._thread = context, threading.local()
 
     def __call__(self, function: str, *arguments: Any) -> Any:
         """What the function returns beside its status: nothing, one thing, or a tuple.
 
         Raises OutOfMemory, LaunchFailed, NoDevice or Refused.
         """
+        if self._context is not None and not hasattr(self._thread, "attached"):
+            self._thread.attached = True
+            self("cuCtxSetCurrent", self._context)
         status, *results = getattr(self.api, function)(*arguments)
         if int(status) != 0:
             raise _error(function, status.name.removeprefix("CUDA_ERROR_"))

@@ -54,27 +54,23 @@ class Windows(ABC):
                 f"a device budget of {budget_bytes} bytes holds no window of {shape.nbytes} bytes"
             )
         self.arena = Arena(device, shape.nbytes, self.capacity, budget_bytes)
-        self._free = self.capacity
 
     @property
     def free(self) -> int:
         """Windows that can be taken now."""
-        return self._free
+        return self.capacity - self.arena.taken
 
     @property
     def used_bytes(self) -> int:
-        return (self.capacity - self._free) * self.shape.nbytes
+        return self.arena.taken * self.shape.nbytes
 
     def take(self) -> int:
         """The number of a window that is now the caller's, and holds anything. Raises ArenaFull."""
-        window = self.arena.take()
-        self._free -= 1
-        return window
+        return self.arena.take()
 
     def give_back(self, window: int) -> None:
         """Raises ValueError if it is not taken."""
         self.arena.give_back(window)
-        self._free += 1
 
     def address(self, window: int, layer: int) -> int:
         """Of the layer's planes, [2, kv_heads, slots, head_dim]."""
@@ -89,6 +85,6 @@ class Windows(ABC):
         """Memory for what a window is to hold from the end of the scope on; what is not written there may be
         anything."""
 
+    @abstractmethod
     def trim(self) -> None:
-        """Give back the memory behind windows that nobody has."""
-        self.arena.trim()
+        """Give back memory of the process that is behind windows that nobody has."""

@@ -29,7 +29,7 @@ from . import journal, sessions
 from .config import Config
 from .device_tier import TIERS, DeviceTier, Tier
 from .engine import Engine, Post
-from .errors import BudgetError, ConfigError, DeviceUnusable, InternalError, ModelError, StateFolderError
+from .errors import BudgetError, DeviceUnusable, InternalError, ModelError, StateFolderError
 from .geometry import Geometry
 from .journal import Journal
 from .kernels import prepare
@@ -165,7 +165,7 @@ def build_engine(
         raise StateFolderError(f"{error}; name another folder with `state`") from error
     try:
         windows, attention = _device_tier(tier or TIERS[config.device], config, store, model.geometry)
-    except ConfigError:
+    except BaseException:
         store.close()
         raise
     runner = Runner(model, attention, store, config.chunk_tokens)

@@ -69,6 +69,9 @@ class Attention(Protocol):
     def forget(self, sequence: Sequence) -> None:
         """A sequence ends or is computed anew: what the device has of it, beside its window, goes."""
 
+    def check_integrity(self, sequences: Many[Sequence]) -> None:
+        """What the device has belongs to these sequences, which are all. AssertionError says otherwise."""
+
     def close(self) -> None:
         """Give back what is not the process's own memory; windows are gone, too."""
 
@@ -105,6 +108,9 @@ class TieredAttention:
         return True
 
     def forget(self, sequence: Sequence) -> None:
+        pass
+
+    def check_integrity(self, sequences: Many[Sequence]) -> None:
         pass
 
     def close(self) -> None:

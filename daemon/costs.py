@@ -29,7 +29,9 @@ def measure(device: Device[Any], ops: Ops, layout: Layout, records: int = MEASUR
     """Time both with one query and with ROWS of them. Raises OutOfMemory and RegistrationRefused."""
     trial = _Trial(device, ops, layout, records)
     try:
-        return Costs(*(_rates(trial, records, queries) for queries in (1, ROWS)))
+        one, many = (_rates(trial, records, queries) for queries in (1, ROWS))
+        copied, _ = _line(trial.copy, records, ROWS)
+        return Costs(one, many, copied * trial.record_bytes)
     finally:
         trial.close()
 
@@ -70,6 +72,10 @@ class _Trial:
         self._pool = RecordPool(device, records * layout.record_bytes, layout.record_bytes)
         self._slots = self._pool.take(records)
         device.register(self._host.ctypes.data, self._host.nbytes)
+
+    def copy(self, count: int, queries: int) -> None:
+        sources = (self._host.ctypes.data + self._places[:count]).tolist()
+        self._pool.fill(self._slots[:count], sources).synchronise()
 
     def fetch(self, count: int, queries: int) -> None:
         ops, landing, pool, slots = self._ops, self._landing, self._pool, self._slots[:count]

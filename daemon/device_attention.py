@@ -45,6 +45,8 @@ class Held(NamedTuple):
 
     blocks: Blocks
     slots: Slots
+    coming: list[int]
+    """Slots that are being filled for it; the others were, before the call."""
 
 
 class DeviceAttention:
@@ -89,6 +91,10 @@ class DeviceAttention:
     def forget(self, sequence: Sequence) -> None:
         self._hot.drop(sequence)
 
+    def check_integrity(self, sequences: Many[Sequence]) -> None:
+        self._pool.check_integrity()
+        self._hot.check_integrity(sequences)
+
     def close(self) -> None:
         self._device.close()
 
@@ -108,8 +114,8 @@ class DeviceAttention:
             with self._stored.failing(part):
                 try:
                     return self._attend(q, k, v, call)
-                except OutOfMemory:
-                    self._settle_surely()  # rows that a record is on its way to may soon be another's
+                except Exception:
+                    self._settle_surely()  # what work still uses may soon be another's
                     raise
         return torch.zeros(part.count, q.shape[0], q.shape[2])
 
@@ -154,7 +160,7 @@ class DeviceAttention:
         with (
             landing.turn(),
             self._windows.arena.use(Stream.COMPUTE, writes=[window]),
-            self._pool.use(Stream.COMPUTE, reads=held.slots.tolist()),
+            self._pool.use(Stream.COMPUTE, reads=held.coming),
         ):
             at = landing.bring(q, k, v, seen, low, high, places, positions)
             self._device.copy(Stream.COMPUTE, list(self._appends(planes, at[1:3], start, count)))
@@ -207,7 +213,7 @@ class DeviceAttention:
                 self._ops.seal(self._pool.address(0), places_at, planes, firsts_at, len(blocks))
             rows = self._host(call, blocks)
             self._sealed.append(self._pool.drain(slots.tolist(), rows))
-            staying = min(len(blocks), max(0, len(blocks) + self._hot.room))
+            staying = self._staying(len(blocks), call)
             self._hot.keep(sequence, call.layer, blocks[:staying], slots[:staying])
             slots[:staying] = -1
 
@@ -224,14 +230,18 @@ class DeviceAttention:
             try:
                 self._pool.fill(slots.tolist(), self._host(call, fetched))
             except OutOfMemory:
-                yield Held(fetched[:0], slots[:0])  # the CPU attends to them
+                yield Held(fetched[:0], slots[:0], [])  # the CPU attends to them
                 return
             part.read_bytes["host"] += len(fetched) * self._pool.record_bytes
-            staying = min(len(fetched), max(0, len(fetched) + self._hot.room))
+            staying = self._staying(len(fetched), call)
             self._hot.keep(part.sequence, call.layer, fetched[:staying], slots[:staying])
-            passing = Held(fetched[staying:], slots[staying:].copy())
+            passing = Held(fetched[staying:], slots[staying:].copy(), slots.tolist())
             slots[:staying] = -1
             yield passing
+
+    def _staying(self, taken: int, call: Call) -> int:
+        """How many of so many slots that were taken are kept. What slides out of sight is not worth one."""
+        return 0 if call.window is not None else min(taken, max(0, taken + self._hot.room))
 
     @contextmanager
     def _taken(self, count: int) -> Iterator[Slots]:
@@ -250,7 +260,7 @@ class DeviceAttention:
         slots = self._hot.slots(part.sequence, call.layer, visible)
         hot = slots >= 0
         blocks = np.concatenate([visible[hot], passing.blocks])
-        return Held(blocks, np.concatenate([slots[hot], passing.slots]))
+        return Held(blocks, np.concatenate([slots[hot], passing.slots]), passing.coming)
 
     def _host(self, call: Call, blocks: Blocks) -> list[int]:
         """Addresses of a layer's records in host memory."""
@@ -269,6 +279,7 @@ class DeviceAttention:
         for _ in range(TRIES):
             with contextlib.suppress(OutOfMemory):
                 self._settle()
+                self._landing.settle()
                 return
             time.sleep(PAUSE_S)
         raise LaunchFailed("the device has had no memory for an event for too long; restart the daemon")

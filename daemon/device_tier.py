@@ -105,9 +105,10 @@ def build(
     least = landing_bytes + one + SPARE * record_bytes
     if budget_bytes < least:
         raise ValueError(f"a device budget of {budget_bytes} bytes is less than the least, {least}")
-    for_windows = max(one, (budget_bytes - landing_bytes) // WINDOWS_SHARE)
+    share = min((budget_bytes - landing_bytes) // WINDOWS_SHARE, budget_bytes - least + one)
+    for_windows = max(1, share // shape.nbytes) * shape.nbytes
     landing = Landing(device, landing_bytes)
-    windows = DeviceWindows(device, landing, shape, min(for_windows, budget_bytes - least + one))
+    windows = DeviceWindows(device, landing, shape, -(-for_windows // page) * page)
     pool = RecordPool(device, budget_bytes - landing_bytes - windows.budget_bytes, record_bytes)
     store.pin_memory(device.register)
     return DeviceTier(windows, DeviceAttention(device, ops, windows, pool, landing, store, costs))

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from spilld.cuda_ext.errors import OutOfMemory
 from spilld.cuda_ext.window import Windows
 from spilld.offload.errors import ExtentCorrupt, IndexDamaged, OffloadError
 from spilld.offload.extent import RunKey
@@ -31,7 +30,6 @@ from .errors import (
     DeadlineExceeded,
     Draining,
     InvalidRequest,
-    Overloaded,
     PromptTooLong,
     RequestNotFound,
     SpilldError,
@@ -242,6 +240,7 @@ class Engine:
         self._store.settle()
         if (idle := self.contexts.oldest()) is not None:
             self._sequences.discard(idle)
+        self._sequences.relieve()
         self._store.relieve()
 
     def _make_way(self) -> bool:
@@ -459,11 +458,7 @@ class Engine:
         sequence, token_s = generation.sequence, self._token_s()
         if sequence is None:
             root = self._keeper.root(generation.request.tenant)
-            try:
-                sequence = generation.sequence = self._sequences.open(root, generation.history)
-            except OutOfMemory as error:
-                self._abort(generation, Overloaded(f"the device has no room for it now: {error}"))
-                return
+            sequence = generation.sequence = self._sequences.open(root, generation.history)
         first = len(sequence.tokens)
         sequence.tokens.extend(generation.prompt)
         sequence.table.idle = False
@@ -628,13 +623,18 @@ class Engine:
     def _running(self, request_id: str) -> Generation | None:
         return next((g for g in self._all() if g.request.request_id == request_id), None)
 
-    def suspend(self, *, saving: bool = True) -> frozenset[str]:
+    def lose(self) -> None:
+        """The device is lost, in a step whose KV nobody has: nothing may be saved any more, nothing computed.
+        What runs is computed again by the next process."""
+        self._sequences.lost = True
+
+    def suspend(self) -> frozenset[str]:
         """The process is about to end: save what runs. The ids of the requests that go on at the next start;
-        the others fail. saving: False where the device is lost, and they are to be computed again."""
+        the others fail."""
         for generation in self._all():
             if not generation.number:
                 self._abort(generation, Draining("the daemon has stopped, and could not save this request"))
-            elif saving and generation.started and generation.sequence is not None:
+            elif generation.started and generation.sequence is not None:
                 self._sequences.save(generation.sequence, generation.milestone)
         left = frozenset(generation.request.request_id for generation in self._all())
         if left:

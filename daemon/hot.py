@@ -6,6 +6,8 @@ worth its size, a cache that replaces the oldest nothing. What has a place keeps
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -57,6 +59,7 @@ class HotBlocks:
             wider = np.full((self._layers, 2 * int(blocks[-1]) + 2), -1)
             wider[:, : table.shape[1]] = table
             table = self._slots[sequence.window] = wider
+        assert (table[layer, blocks] < 0).all(), "a block has two slots"
         table[layer, blocks] = slots
 
     def drop(self, sequence: Sequence) -> None:
@@ -64,3 +67,11 @@ class HotBlocks:
         table = self._slots.pop(sequence.window, None)
         if table is not None:
             self._pool.give_back(table[table >= 0].tolist())
+
+    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+        """Every taken slot has a block of one of these sequences. AssertionError says otherwise."""
+        assert self._slots.keys() <= {sequence.window for sequence in sequences}, (
+            "a slot outlives its sequence"
+        )
+        held = sum(int((table >= 0).sum()) for table in self._slots.values())
+        assert held * self._pool.record_bytes == self._pool.used_bytes, "a slot is nobody's, or two blocks'"

@@ -117,6 +117,10 @@ class Runner:
         """As Attention.forget."""
         self._attention.forget(sequence)
 
+    def check_integrity(self, sequences: Many[Sequence]) -> None:
+        """As Attention.check_integrity."""
+        self._attention.check_integrity(sequences)
+
     def close(self) -> None:
         """As Attention.close."""
         self._attention.close()

@@ -35,6 +35,8 @@ class Sequences:
         self._windows = windows
         self._store = store
         self._runner = runner
+        self.lost = False
+        """Whether what the store has of open sequences may be less than it knows: nothing of it is saved."""
 
     @property
     def windows(self) -> int:
@@ -42,8 +44,7 @@ class Sequences:
         return self._windows.free
 
     def open(self, root: bytes, tokens: Iterable[int]) -> Sequence:
-        """One of which nothing is computed. root: of its chain. Raises ArenaFull without a window, and
-        OutOfMemory."""
+        """One of which nothing is computed. root: of its chain. Raises ArenaFull without a window."""
         window = self._windows.take()
         sequence = Sequence(self._store.open(), window, root)
         sequence.tokens.extend(tokens)
@@ -69,7 +70,7 @@ class Sequences:
     def save(self, sequence: Sequence, instead_of: RunKey | None) -> RunKey | None:
         """Between steps: what was computed outlives the sequence, for whoever begins alike. The tail of it,
         if there is one; instead_of goes then."""
-        if sequence.computed < CELL:
+        if sequence.computed < CELL or self.lost:
             return None
         self._store.settle()
         self._store.save(sequence.table)
@@ -90,6 +91,10 @@ class Sequences:
         self._runner.forget(sequence)
         self._store.reset(sequence.table, damaged=damaged)
         sequence.computed = 0
+
+    def relieve(self) -> None:
+        """Give back memory that no window is in."""
+        self._windows.trim()
 
     def discard(self, sequence: Sequence) -> None:
         self._runner.forget(sequence)
@@ -132,3 +137,4 @@ class Sequences:
         assert len(set(taken)) == len(taken), "two sequences share a window"
         assert len(taken) + self._windows.free == self._windows.capacity, "a window is lost"
         self._store.check_integrity([sequence.table for sequence in mine])
+        self._runner.check_integrity(mine)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from spilld.cuda_ext.errors import LaunchFailed
+from spilld.cuda_ext.errors import DeviceError, OutOfMemory
 from spilld.offload.errors import OffloadError
 
 from .config import Config
@@ -195,18 +195,30 @@ class EngineService:
                 self._take_messages()
                 if not self._engine.turn():
                     self._wait()
-            except LaunchFailed as error:
-                log.critical("the device is lost: %s", error)
-                self.lost = str(error)
-                self._on_lost()
-            except Exception as error:
-                log.exception("a step failed")
-                self._engine.fail_running(
-                    InternalError(f"a step failed: {error!r}; the daemon's log says where")
-                )
-        self._take_messages()
-        self._suspended = self._engine.suspend(saving=self.lost is None)
-        self._engine.close()
+            except Exception as error:  # noqa: BLE001 (it is logged)
+                self._failed(error)
+        self._end()
+
+    def _failed(self, error: Exception) -> None:
+        if isinstance(error, DeviceError) and not isinstance(error, OutOfMemory):
+            log.critical("the device is lost: %s", error)
+            self.lost = str(error)
+            self._engine.lose()
+            self._on_lost()
+            return
+        log.exception("a step failed", exc_info=error)
+        self._engine.fail_running(InternalError(f"a step failed: {error!r}; the daemon's log says where"))
+
+    def _end(self) -> None:
+        """Save what runs, as far as the device is there."""
+        try:
+            self._take_messages()
+            self._suspended = self._engine.suspend()
+        except DeviceError as error:
+            self._failed(error)
+            self._suspended = self._engine.suspend()
+        finally:
+            self._engine.close()
 
     def _take_messages(self) -> None:
         while not self._inbox.empty():

@@ -27,7 +27,7 @@ import secrets
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, wraps
 from hashlib import sha256
 from pathlib import Path
@@ -94,7 +94,8 @@ def _guarded(method: Callable[..., Any], how: int) -> Callable[..., Any]:
     def guarded(self: Any, *arguments: Any) -> Any:
         with _opened(f"{self._index_path}.lock") as lock:
             if lock is not None:
-                fcntl.flock(lock, how)
+                with suppress(OSError):  # the file system has no locks
+                    fcntl.flock(lock, how)
             return method(self, *arguments)
 
     return guarded
@@ -109,7 +110,8 @@ def _once(compile_kernel: Callable[..., Any]) -> Callable[..., Any]:
             if kinds in self.overloads or isinstance(self._cache, NullCache):
                 return compile_kernel(self, signature)
             key = self._cache._index_key(signature, self.targetctx.codegen())
-            with _opened(f"{self._cache._cache_file._index_path}.lock") as lock:
+            # A file of its own: NFS has locks of whole files and of bytes exclude each other.
+            with _opened(f"{self._cache._cache_file._index_path}.once") as lock:
                 if lock is not None:
                     _wait(lock, key)
                 return compile_kernel(self, signature)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,19 @@ def test_what_is_no_kernel_of_this_gpu(connect: Connect, cubin: bytes) -> None:
     with pytest.raises(ValueError, match="shared memory"):
         device.load(cubin, "shift", shared_bytes=228 << 10)
     device.close()
+
+
+def test_any_thread_calls_it(connect: Connect) -> None:
+    """An engine is made in one thread and computes in another."""
+    driver = connect(FakeDevice())
+    device, found = CudaDevice(), []
+    thread = threading.Thread(target=lambda: found.append(device.allocate(4096)))
+    thread.start()
+    thread.join()
+    [address] = found
+    device.free(address)
+    device.close()
+    driver.assert_empty()
 
 
 def test_machines_that_cannot(connect: Connect) -> None:

@@ -21,7 +21,8 @@ from spilld.offload.store import Store
 from ..cuda_ext.conftest import Emulate
 from ..cuda_ext.fake import FakeDevice
 
-EVEN = Costs(*[Rates(fetch_bytes=1e9, fetch_s=0, cpu_bytes=1e9, cpu_s=0)] * 2)
+SAME = Rates(fetch_bytes=1e9, fetch_s=0, cpu_bytes=1e9, cpu_s=0)
+EVEN = Costs(SAME, SAME, copy_bytes=1e9)
 """Half of the cold records are fetched."""
 
 WARPS = 8

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
 from spilld.cuda_ext.window import Windows, WindowShape
 from spilld.daemon.attention import Attention
+from spilld.daemon.slices import Call
 from spilld.offload.record import Element, Format
 from spilld.offload.store import Store
 
@@ -46,6 +48,16 @@ def test_attention_is_the_oracles(case: Case, tmp_path: Path, emulate: Emulate) 
         tolerance = 2e-5 if case.element is Element.FLOAT32 and case.format is Format.EXACT else 2e-2
         assert np.abs(found - setup.expected()).max() < tolerance
     device.assert_empty()
+
+
+def test_rows_of_a_decode_step(tmp_path: Path, emulate: Emulate) -> None:
+    case, device = Case(777, 1, Format.K8V4, kv_heads=1, group=2), FakeDevice(1)
+    with prepared(case, tmp_path, on(device, emulate)) as setup:
+        call = Call(0, setup.part(case.start, 1), setup.scale, case.softcap, case.window)
+        heads = torch.cat([x[:, -1] for x in (setup.q, setup.k, setup.v)])[None].numpy()
+        out, lse = np.zeros((1, 2, 64), np.float32), np.zeros((1, 2), np.float32)
+        setup.attention.attend_rows(heads, setup.attention.scans([call.part], [None]), [call], out, lse)
+        assert np.abs(out - setup.expected()).max() < 2e-2
 
 
 def test_what_the_device_has_is_not_read_from_disk(tmp_path: Path, emulate: Emulate) -> None:

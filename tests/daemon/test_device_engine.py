@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -9,14 +10,18 @@ from typing import Any
 
 import pytest
 
-from spilld.cuda_ext.errors import LaunchFailed
+from spilld.daemon.assembly import build_engine, welcome
+from spilld.daemon.config import Config
 from spilld.daemon.model import Model
+from spilld.daemon.protocol import Generate, Reply
+from spilld.daemon.service import EngineService
+from spilld.daemon.visibility import CELL
 
 from ..cuda_ext.conftest import Emulate, emulate
 from ..cuda_ext.driver.process import run_tests
 from ..cuda_ext.fake import FakeDevice
 from .fake_device import tier_of
-from .harness import Harness, engine, shared, some_tokens
+from .harness import CLIENT, Harness, engine, one_thread, shared, some_tokens
 
 __all__ = ["emulate"]
 
@@ -65,39 +70,60 @@ def test_the_tokens_are_the_cpus(
     device.assert_empty()
 
 
-@pytest.mark.parametrize("seed", range(4))
+def sealing(harness: Harness, device: FakeDevice) -> None:
+    """Run the long prompt up to the step that seals."""
+    harness.add("long", PROMPTS["long"], max_tokens=ANSWER)
+    while harness.engine.stats()["computed_tokens"] != 2 * CELL:
+        harness.engine.turn()
+
+
+@pytest.mark.parametrize("calls", [3, 11, 20, 31, 44])
 def test_memory_that_ends_changes_no_token(
-    seed: int, model: Model, wanted: Wanted, tmp_path: Path, emulate: Emulate
+    calls: int, model: Model, wanted: Wanted, tmp_path: Path, emulate: Emulate
 ) -> None:
-    """Whatever call fails for want of memory: what was lost is computed again."""
-    device = FakeDevice(seed)
-    with engine(
-        model, tmp_path, tier=tier_of(device, emulate, windows=2), format="exact", **SETTINGS
-    ) as harness:
-        device.fail_at = device.calls + 40 * seed * seed + 3
-        assert answers(harness) == wanted("exact")
+    """Whatever call in the step that seals finds no memory: what was lost is computed again."""
+    device = FakeDevice(calls)
+    tier = tier_of(device, emulate, hot=3, windows=2)
+    with engine(model, tmp_path, tier=tier, format="exact", **SETTINGS) as harness:
+        sealing(harness, device)
+        device.fail_at = device.calls + calls
+        harness.run()
         assert device.fail_at == 0
+        assert harness.tokens("long") == wanted("exact")["long"]
     device.assert_empty()
 
 
 def test_a_lost_device_loses_no_request(
     model: Model, wanted: Wanted, tmp_path: Path, emulate: Emulate
 ) -> None:
-    """The next process, here one without a device, computes it again."""
+    """The next process, here one without a device, computes it again; what was sealed by a step that did not
+    end is nobody's, though the client cancels and sends its request once more."""
     device = FakeDevice(3)
     tier = tier_of(device, emulate, windows=2)
-    with engine(model, tmp_path, tier=tier, keep_state=True, format="exact", **SETTINGS) as harness:
-        harness.add("long", PROMPTS["long"], max_tokens=ANSWER)
-        device.lose_at = device.calls + 300
-        with pytest.raises(LaunchFailed):
-            harness.run()
-        assert harness.engine.suspend(saving=False) == {"long"}
+    config = Config.load(None, {"state": str(tmp_path), "dtype": "float32", "format": "exact", **SETTINGS})
+    lost = threading.Event()
+    posted: list[Reply] = []
+    with one_thread():
+        service = EngineService(
+            lambda post: build_engine(config, model, post, tier=tier),
+            lambda _client, event: posted.append(event),
+            welcome(config, model),
+            4,
+            lost.set,
+        )
+        device.lose_at = device.calls + 124
+        service.start()
+        service.submit(CLIENT, Generate(request_id="long", prompt=tuple(PROMPTS["long"]), max_tokens=ANSWER))
+        assert lost.wait(60)
+        service.cancel("long")
+        assert service.lost is not None
+        assert service.stop() <= {"long"}
     with engine(model, tmp_path, format="exact", **SETTINGS) as harness:
         for left in harness.engine.left_behind():
             harness.engine.restore(left)
-        harness.resume("long")
         harness.run()
-        assert harness.tokens("long") == wanted("exact")["long"]
+        for again in ("once", "twice"):
+            assert harness.ask(PROMPTS["long"], again, max_tokens=ANSWER) == wanted("exact")["long"]
 
 
 @pytest.mark.gpu

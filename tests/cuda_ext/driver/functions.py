@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Mapping
 from ctypes import c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
@@ -26,7 +27,13 @@ NOT_FOUND, NOT_READY, ILLEGAL_ADDRESS, REGISTERED, NOT_REGISTERED, LAUNCH_FAILED
     719,
 )
 
-CONTEXT = 0x1000
+CONTEXT, INVALID_CONTEXT = 0x1000, 201
+WITHOUT_CONTEXT = {
+    *("cuInit", "cuDriverGetVersion", "cuCtxSetCurrent"),
+    *("cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute"),
+    *("cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease"),
+}
+"""What a thread may call whose current context is none."""
 ATTRIBUTES = {75: 9, 76: 0, 97: 227 << 10, 102: 1}
 """By their numbers: compute capability 9.0, shared memory of a block, mapping on demand."""
 MOST_SHARED, SHARED_WITHOUT_ASKING, MAX_DYNAMIC_SHARED = 227 << 10, 48 << 10, 8
@@ -73,6 +80,7 @@ class FakeDriver:
         self.attributes = dict(ATTRIBUTES)
         self.faults: list[Fault] = []
         self.contexts = 0
+        self.threads: set[int] = set()  # those whose current context there is
         self.streams: dict[int, Stream] = {}
         self.events: dict[int, FakeEvent | None] = {}
         self.images: dict[int, bytes] = {}
@@ -139,6 +147,7 @@ class FakeDriver:
     @function(c_void_p)
     def cuCtxSetCurrent(self, context: int) -> None:
         assert context == CONTEXT
+        self.threads.add(threading.get_ident())
 
     @function()
     def cuCtxSynchronize(self) -> None:
@@ -383,6 +392,8 @@ _current: FakeDriver
 
 
 def _answer(name: str, *arguments: Any) -> int:
+    if name not in WITHOUT_CONTEXT and threading.get_ident() not in _current.threads:
+        return INVALID_CONTEXT
     try:
         return getattr(_current, name)(*arguments) or SUCCESS
     except OutOfMemory:
