@@ -17,6 +17,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from spilld.offload.bits import f32_to_bf16_nearest
+from spilld.offload.inside import inside
 from spilld.offload.lanes import MAX_TILE, dot_rows, weigh_tile
 from spilld.offload.partial import Partial, attend_blocks, kind_of, parts_of
 from spilld.offload.record import BLOCK, Element, Layout
@@ -139,7 +140,7 @@ class RowAttention:
 def _kernel(keys4: int, int4: int, exact: int, wide: int, head_dim: int, tile: int) -> Callable[..., int]:
     """Only numbers are captured, as in partial.py."""
 
-    @njit(nogil=True, error_model="numpy", cache=True)
+    @njit(nogil=True, error_model="numpy", cache=True, no_cfunc_wrapper=True)
     def kernel(
         heads: Any,
         planes: Any,
@@ -224,11 +225,16 @@ def _unit(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Any:
         if index < 0:
             window = planes[scan.windows[row], layer]
             keys, values = window[0, head].reshape(-1), window[1, head].reshape(-1)
-            attend_slots(q, keys, values, scan.ranges[row], scale, softcap, acc, top, total, head_dim, tile)
+            attend_slots(head_dim, tile, q, keys, values, scan.ranges[row], scale, softcap, acc, top, total)
         else:
             begin, count = scan.blocks[row], scan.blocks[row + 1] - scan.blocks[row]
             first, last = begin + count * index // parts, begin + count * (index + 1) // parts
             attend_blocks(
+                keys4,
+                int4,
+                exact,
+                head_dim,
+                tile,
                 q,
                 records,
                 head,
@@ -242,11 +248,6 @@ def _unit(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Any:
                 acc,
                 top,
                 total,
-                keys4,
-                int4,
-                exact,
-                head_dim,
-                tile,
             )
 
     return unit
@@ -255,32 +256,37 @@ def _unit(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Any:
 _spread = spreading(_unit, literals=5)
 
 
-@njit(nogil=True, error_model="numpy", inline="always")
-def attend_slots(
-    q: Any,
-    keys: Any,
-    values: Any,
-    ranges: Any,
-    scale: Any,
-    softcap: Any,
-    acc: Any,
-    top: Any,
-    total: Any,
-    head_dim: Any,
-    tile: Any,
-) -> None:
-    """attend_blocks over slots of a window, which lies token by token: keys, values [slots * head_dim]."""
-    weights = np.empty((tile, BLOCK), np.float32)
-    k_scale = np.empty(BLOCK, np.float32)
-    start(acc, top, total, k_scale, scale)
-    for r in range(len(ranges)):
-        for slot in range(ranges[r, 0], ranges[r, 1], BLOCK):
-            count, at = min(BLOCK, ranges[r, 1] - slot), slot * head_dim
-            for first in range(0, len(q), tile):
-                dot_rows(keys, at, count, q, first, weights, head_dim, tile)
-                finish(weights, k_scale, softcap)
-                for i in range(tile):
-                    for t in range(count, BLOCK):
-                        weights[i, t] = -np.inf
-                soften(weights, first, top, total, acc)
-                weigh_tile(values, at, at, weights, 0, count, acc, first, head_dim, tile)
+@cache
+def _slots(head_dim: int, tile: int) -> Any:
+    @njit(nogil=True, error_model="numpy")
+    def slots(
+        q: Any,
+        keys: Any,
+        values: Any,
+        ranges: Any,
+        scale: Any,
+        softcap: Any,
+        acc: Any,
+        top: Any,
+        total: Any,
+    ) -> None:
+        """attend_blocks over a window, which lies token by token: keys, values [slots * head_dim]."""
+        weights = np.empty((tile, BLOCK), np.float32)
+        k_scale = np.empty(BLOCK, np.float32)
+        start(acc, top, total, k_scale, scale)
+        for r in range(len(ranges)):
+            for slot in range(ranges[r, 0], ranges[r, 1], BLOCK):
+                count, at = min(BLOCK, ranges[r, 1] - slot), slot * head_dim
+                for first in range(0, len(q), tile):
+                    dot_rows(keys, at, count, q, first, weights, head_dim, tile)
+                    finish(weights, k_scale, softcap)
+                    for i in range(tile):
+                        for t in range(count, BLOCK):
+                            weights[i, t] = -np.inf
+                    soften(weights, first, top, total, acc)
+                    weigh_tile(values, at, at, weights, 0, count, acc, first, head_dim, tile)
+
+    return slots
+
+
+attend_slots = inside(_slots, literals=2)

@@ -2,8 +2,7 @@
 
 A bfloat16 is the uint16 of its bits; numpy has none. A NaN becomes the one quiet NaN 0x7FC0, whatever
 its sign and payload: what a CPU or a GPU makes of `inf - inf` differs, the stored bytes must not.
-reference.py has the same roundings for numpy arrays. numba's on-disk cache notices edits of the file a
-kernel is in, not of this one: after editing, clear __pycache__.
+reference.py has the same roundings for numpy arrays.
 """
 
 from __future__ import annotations
@@ -15,12 +14,18 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from . import kernel_cache  # noqa: F401
 from .record import BLOCK
 
 BF16_NAN = 0x7FC0
 
 device = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 """A function that only kernels call. No fastmath: IEEE operations as written, no FMA, no reassociation."""
+
+inlined = njit(
+    nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True
+)
+"""The same, which LLVM copies to where it is called; inside.py says why numba does not."""
 
 
 @intrinsic

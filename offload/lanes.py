@@ -6,8 +6,7 @@ sums of a tile stay in registers. `head_dim` and `tile` (rows of queries) are li
 code.
 
 Arrays are C-contiguous; nothing is checked. "codes" is a record as int8, as float32, or as bf16 bits in
-uint16; starts are indices into it. numba's on-disk cache does not notice edits of this file or of vectors.py:
-clear __pycache__ after one.
+uint16; starts are indices into it.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from .inside import inside
 from .lanes import MAX_TILE, dot_tile, rotate_rows, weigh_tile, widen, widen4, widen_keys4
 from .record import BLOCK, V4_GROUP, Element, Format, Layout, check_places
 from .softmax import (
@@ -53,7 +54,7 @@ class Partial:
     """Attention over records of one layout. Safe to call from one thread at a time.
 
     The first call with a new tile height (1 to MAX_TILE, from queries x heads / kv_heads) compiles for about
-    6 s; the machine code is cached on disk.
+    3 s; the machine code is cached on disk.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -158,7 +159,7 @@ def _kernel(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Call
     Only numbers are captured, because numba's on-disk cache is keyed by what a closure captures.
     """
 
-    @njit(nogil=True, error_model="numpy", cache=True)
+    @njit(nogil=True, error_model="numpy", cache=True, no_cfunc_wrapper=True)
     def kernel(
         q: Any,
         records: Any,
@@ -223,6 +224,11 @@ def _unit(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Any:
         part, head = number // kv_heads, number % kv_heads
         first, last = len(places) * part // parts, len(places) * (part + 1) // parts
         attend_blocks(
+            keys4,
+            int4,
+            exact,
+            head_dim,
+            tile,
             q[head],
             records,
             head,
@@ -236,11 +242,6 @@ def _unit(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Any:
             sums[part, head],
             tops[part, head],
             totals[part, head],
-            keys4,
-            int4,
-            exact,
-            head_dim,
-            tile,
         )
 
     return unit
@@ -249,95 +250,99 @@ def _unit(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Any:
 _spread = spreading(_unit, literals=5)
 
 
-@njit(nogil=True, error_model="numpy", inline="always")
-def attend_blocks(
-    q: Any,
-    records: Any,
-    head: Any,
-    places: Any,
-    positions: Any,
-    low: Any,
-    high: Any,
-    scale: Any,
-    softcap: Any,
-    group: Any,
-    acc: Any,
-    top: Any,
-    total: Any,
-    keys4: Any,
-    int4: Any,
-    exact: Any,
-    head_dim: Any,
-    tile: Any,
-) -> None:
-    """One KV head over some blocks: weighted values into acc [rows, head_dim], the largest logit and the sum
-    of weights into top, total [rows].
+@cache
+def _blocks(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Any:
+    """keys4, int4: whether keys, values have four bits."""
 
-    q: float32 [rows, head_dim], rows a multiple of tile. records: as `views` gives them. The rest is as in
-    Partial.attend. keys4, int4 (keys, values of four bits), exact, head_dim, tile: literals.
-    """
-    k_codes, v_codes, halves, words, offsets = records
-    if keys4:
-        rotated = np.empty_like(q)
-        rotate_rows(q, rotated, head_dim)
-        q = rotated
-    k_stride = head_dim // 2 if keys4 else head_dim
-    v_stride = head_dim // 2 if int4 else head_dim
-    pairs = (head_dim + V4_GROUP - 1) // V4_GROUP if int4 else 1
-    weights = np.empty((tile, BLOCK), np.float32)
-    k_scale = np.empty(BLOCK, np.float32)
-    v_scale = np.empty(BLOCK, np.float32)
-    many = len(q) > FEW_TILES * tile
-    keys = np.empty(head_dim * BLOCK, np.float32)
-    values = np.empty(head_dim * BLOCK, np.float32)
-    start(acc, top, total, k_scale, scale)
-    for block in range(len(places)):
-        some, whole = visibility(positions[block], low, high)
-        if not some:
-            continue
-        place = places[block]
-        k_at = place // k_codes.itemsize + offsets[0] + head * k_stride * BLOCK
-        v_at = place // v_codes.itemsize + offsets[1] + head * v_stride * BLOCK
-        k_scales_at = place // (4 if keys4 else 2) + offsets[2] + head * BLOCK * (pairs if keys4 else 1)
-        v_scales_at = place // (4 if int4 else 2) + offsets[3] + head * BLOCK * pairs
-        ahead = places[min(block + 1, len(places) - 1)] - place
-        k_next, v_next = k_at + ahead // k_codes.itemsize, v_at + ahead // v_codes.itemsize
-        if not exact and not keys4:
-            read_scales(halves, k_scales_at, scale, k_scale)
-            if not int4:
-                read_scales(halves, v_scales_at, np.float32(1), v_scale)
+    @njit(nogil=True, error_model="numpy")
+    def blocks(
+        q: Any,
+        records: Any,
+        head: Any,
+        places: Any,
+        positions: Any,
+        low: Any,
+        high: Any,
+        scale: Any,
+        softcap: Any,
+        group: Any,
+        acc: Any,
+        top: Any,
+        total: Any,
+    ) -> None:
+        """One KV head over some blocks: weighted values into acc [rows, head_dim], the largest logit and the
+        sum of weights into top, total [rows].
+
+        q: float32 [rows, head_dim], rows a multiple of tile. records: as `views` gives them. The rest is as
+        in Partial.attend.
+        """
+        k_codes, v_codes, halves, words, offsets = records
         if keys4:
-            widen_keys4(k_codes, k_at, k_next, words, k_scales_at, keys, head_dim)
-        elif many:
-            widen(k_codes, k_at, k_next, keys)
-        if int4:
-            widen4(v_codes, v_at, v_next, words, v_scales_at, values, head_dim)
-        elif many:
-            widen(v_codes, v_at, v_next, values)
-        for first in range(0, len(q), tile):
-            if keys4 or many:
-                dot_tile(keys, 0, 0, q, first, weights, head_dim, tile)
-            else:
-                dot_tile(k_codes, k_at, k_next, q, first, weights, head_dim, tile)
-            finish(weights, k_scale, softcap)
-            if not whole:
-                hide(weights, first, group, positions[block], low, high)
-            soften(weights, first, top, total, acc)
-            if not exact and not int4:
-                multiply(weights, v_scale)
-            if whole:
-                if int4 or many:
-                    weigh_tile(values, 0, 0, weights, 0, BLOCK, acc, first, head_dim, tile)
-                else:
-                    weigh_tile(v_codes, v_at, v_next, weights, 0, BLOCK, acc, first, head_dim, tile)
+            rotated = np.empty_like(q)
+            rotate_rows(q, rotated, head_dim)
+            q = rotated
+        k_stride = head_dim // 2 if keys4 else head_dim
+        v_stride = head_dim // 2 if int4 else head_dim
+        pairs = (head_dim + V4_GROUP - 1) // V4_GROUP if int4 else 1
+        weights = np.empty((tile, BLOCK), np.float32)
+        k_scale = np.empty(BLOCK, np.float32)
+        v_scale = np.empty(BLOCK, np.float32)
+        many = len(q) > FEW_TILES * tile
+        keys = np.empty(head_dim * BLOCK, np.float32)
+        values = np.empty(head_dim * BLOCK, np.float32)
+        start(acc, top, total, k_scale, scale)
+        for block in range(len(places)):
+            some, whole = visibility(positions[block], low, high)
+            if not some:
                 continue
-            # Weight 0 times NaN would be NaN: a row takes only the values that it sees.
-            for i in range(tile):
-                row = first + i
-                m = min(row // group, len(low) - 1)
-                begin, end = seen(positions[block], low[m], high[m])
-                mine = weights[i : i + 1]
-                if int4 or many:
-                    weigh_tile(values, 0, 0, mine, begin, end, acc, row, head_dim, 1)
+            place = places[block]
+            k_at = place // k_codes.itemsize + offsets[0] + head * k_stride * BLOCK
+            v_at = place // v_codes.itemsize + offsets[1] + head * v_stride * BLOCK
+            k_scales_at = place // (4 if keys4 else 2) + offsets[2] + head * BLOCK * (pairs if keys4 else 1)
+            v_scales_at = place // (4 if int4 else 2) + offsets[3] + head * BLOCK * pairs
+            ahead = places[min(block + 1, len(places) - 1)] - place
+            k_next, v_next = k_at + ahead // k_codes.itemsize, v_at + ahead // v_codes.itemsize
+            if not exact and not keys4:
+                read_scales(halves, k_scales_at, scale, k_scale)
+                if not int4:
+                    read_scales(halves, v_scales_at, np.float32(1), v_scale)
+            if keys4:
+                widen_keys4(k_codes, k_at, k_next, words, k_scales_at, keys, head_dim)
+            elif many:
+                widen(k_codes, k_at, k_next, keys)
+            if int4:
+                widen4(v_codes, v_at, v_next, words, v_scales_at, values, head_dim)
+            elif many:
+                widen(v_codes, v_at, v_next, values)
+            for first in range(0, len(q), tile):
+                if keys4 or many:
+                    dot_tile(keys, 0, 0, q, first, weights, head_dim, tile)
                 else:
-                    weigh_tile(v_codes, v_at, v_next, mine, begin, end, acc, row, head_dim, 1)
+                    dot_tile(k_codes, k_at, k_next, q, first, weights, head_dim, tile)
+                finish(weights, k_scale, softcap)
+                if not whole:
+                    hide(weights, first, group, positions[block], low, high)
+                soften(weights, first, top, total, acc)
+                if not exact and not int4:
+                    multiply(weights, v_scale)
+                if whole:
+                    if int4 or many:
+                        weigh_tile(values, 0, 0, weights, 0, BLOCK, acc, first, head_dim, tile)
+                    else:
+                        weigh_tile(v_codes, v_at, v_next, weights, 0, BLOCK, acc, first, head_dim, tile)
+                    continue
+                # Weight 0 times NaN would be NaN: a row takes only the values that it sees.
+                for i in range(tile):
+                    row = first + i
+                    m = min(row // group, len(low) - 1)
+                    begin, end = seen(positions[block], low[m], high[m])
+                    mine = weights[i : i + 1]
+                    if int4 or many:
+                        weigh_tile(values, 0, 0, mine, begin, end, acc, row, head_dim, 1)
+                    else:
+                        weigh_tile(v_codes, v_at, v_next, mine, begin, end, acc, row, head_dim, 1)
+
+    return blocks
+
+
+attend_blocks = inside(_blocks, literals=5)

@@ -25,6 +25,7 @@ from .bits import (
     words,
 )
 from .dequantise import read_keys4
+from .inside import joined
 from .record import BLOCK
 from .rotation import rotate
 from .threads import spreading
@@ -82,6 +83,7 @@ def seal(units: Any, *args: Any) -> Any:
     return _spread(units, *args)
 
 
+@joined
 @device
 def _seal_side(
     source: Any,
@@ -115,11 +117,11 @@ def _seal_side(
         if form == INT4 and side == KEY:
             turned = x.copy()
             rotate(turned, BLOCK)
-            _quantise4(turned, codes, scales, total, dim, 1, BLOCK)
+            _quantise4(turned, codes, scales, total, dim, np.int64(1), np.int64(BLOCK))
             read_keys4(codes, scales, turned, dim)
             _add_differences(x, turned, total)
         elif form != INT8 and side == VALUE:
-            _quantise4(x, codes, scales, total, dim, groups, 1)
+            _quantise4(x, codes, scales, total, dim, groups, np.int64(1))
         else:
             _quantise8(x, codes, scales, total, dim)
         if side == VALUE:
@@ -138,6 +140,7 @@ def _seal_side(
         part(record, planes, RADIUS, heads, head).view(np.float32)[0] = _largest_norm(total)
 
 
+@joined
 @device
 def _store_padding(record: Any, planes: Any) -> None:
     for plane in range(len(planes) - 1):
@@ -145,6 +148,7 @@ def _store_padding(record: Any, planes: Any) -> None:
             record[np.uint64(i)] = 0
 
 
+@joined
 @device
 def _load(source: Any, stride: Any, x: Any, dim: Any, nbytes: Any) -> None:
     """64 tokens of a head, stride bytes apart, as float32, channel-major."""
@@ -160,6 +164,7 @@ def _load(source: Any, stride: Any, x: Any, dim: Any, nbytes: Any) -> None:
                 x[to + np.uint64(i * BLOCK)] = bits_f32(np.uint32(bits))
 
 
+@joined
 @device
 def _store_bits(x: Any, target: Any, nbytes: Any) -> None:
     """The elements that x was loaded from, channel-major; a widened bfloat16 is the upper half."""
@@ -173,6 +178,7 @@ def _store_bits(x: Any, target: Any, nbytes: Any) -> None:
             narrow[i] = np.uint16(f32_bits(x[i]) >> np.uint32(16))
 
 
+@joined
 @device
 def _store_transposed(codes: Any, target: Any) -> None:
     """Bytes [rows, 64] -> [64, rows], rows a multiple of 8; only as many rows as target holds."""
@@ -241,6 +247,7 @@ def _bounds(least: Any, most: Any) -> Any:
     return f32_to_bf16_down(_from_order(least)), f32_to_bf16_up(_from_order(most))
 
 
+@joined
 @device
 def _store_bounds(x: Any, summary: Any, low: Any, high: Any, dim: Any) -> None:
     for d in range(dim):
@@ -252,6 +259,7 @@ def _store_bounds(x: Any, summary: Any, low: Any, high: Any, dim: Any) -> None:
         summary[low + d], summary[high + d] = _bounds(least, most)
 
 
+@joined
 @device
 def _store_means(x: Any, summary: Any, at: Any, dim: Any) -> None:
     """The mean of each channel by the fixed tree of halves."""
@@ -282,6 +290,7 @@ def _code(x: Any, step: Any, low: Any, high: Any) -> Any:
     return min(max(q, np.float32(low)), np.float32(high)) if usable else np.float32(0)
 
 
+@joined
 @device
 def _quantise8(x: Any, codes: Any, scales: Any, residual: Any, dim: Any) -> None:
     """codes[d * 64 + t], scales[t] and residual[t] = sum of (x - value)^2 of a head."""

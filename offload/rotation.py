@@ -2,7 +2,7 @@
 
 It spreads what stands out in one channel over all. It is orthonormal, so that products of queries and keys
 rotated alike are those of queries and keys, and its own inverse up to rounding. FORMAT.md states the
-arithmetic. As of bits.py: clear __pycache__ after editing.
+arithmetic.
 """
 
 from __future__ import annotations

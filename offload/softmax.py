@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from .bits import bf16_to_f32
+from .bits import bf16_to_f32, inlined
 from .lanes import cap64, exponentials64, maximum64
 from .record import BLOCK
 
@@ -81,7 +81,7 @@ def join(sums: Any, tops: Any, totals: Any, out: Any, lse: Any) -> None:
             lse[m, h] = top + np.log(total) if top != -np.inf else top
 
 
-@njit(nogil=True, error_model="numpy", inline="always")
+@inlined
 def start(acc: Any, top: Any, total: Any, k_scale: Any, scale: Any) -> None:
     for r in range(len(acc)):
         top[r], total[r] = -np.inf, 0
@@ -91,13 +91,13 @@ def start(acc: Any, top: Any, total: Any, k_scale: Any, scale: Any) -> None:
         k_scale[t] = scale
 
 
-@njit(nogil=True, error_model="numpy", inline="always")
+@inlined
 def seen(position: Any, low: Any, high: Any) -> Any:
     """The tokens of a block [begin, end) that a query sees; begin >= end for none."""
     return min(max(low - position, 0), BLOCK), min(max(high - position, 0), BLOCK)
 
 
-@njit(nogil=True, error_model="numpy", inline="always")
+@inlined
 def visibility(position: Any, low: Any, high: Any) -> Any:
     """(some query sees some of the block, every query sees all of it)."""
     some, whole = False, True
@@ -108,20 +108,20 @@ def visibility(position: Any, low: Any, high: Any) -> Any:
     return some, whole
 
 
-@njit(nogil=True, error_model="numpy", inline="always")
+@inlined
 def read_scales(halves: Any, start: Any, factor: Any, out: Any) -> None:
     for t in range(BLOCK):
         out[t] = factor * bf16_to_f32(halves[start + t])
 
 
-@njit(nogil=True, error_model="numpy", inline="always")
+@inlined
 def multiply(numbers: Any, factors: Any) -> None:
     for i in range(len(numbers)):
         for t in range(BLOCK):
             numbers[i, t] *= factors[t]
 
 
-@njit(nogil=True, error_model="numpy", inline="always")
+@inlined
 def finish(logits: Any, k_scale: Any, softcap: Any) -> None:
     """Dot products to logits."""
     multiply(logits, k_scale)
@@ -130,7 +130,7 @@ def finish(logits: Any, k_scale: Any, softcap: Any) -> None:
             cap64(logits, i, softcap)
 
 
-@njit(nogil=True, error_model="numpy", inline="always")
+@inlined
 def hide(logits: Any, first: Any, group: Any, position: Any, low: Any, high: Any) -> None:
     """-inf where the queries of the rows from `first` on do not see the token."""
     for i in range(len(logits)):
@@ -141,7 +141,7 @@ def hide(logits: Any, first: Any, group: Any, position: Any, low: Any, high: Any
                 logits[i, t] = -np.inf
 
 
-@njit(nogil=True, error_model="numpy", inline="always")
+@inlined
 def soften(logits: Any, first: Any, top: Any, total: Any, acc: Any) -> None:
     """One step of the online softmax for the rows from `first` on: logits become weights relative to top,
     which rises where it must.

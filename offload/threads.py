@@ -8,8 +8,6 @@ of a unit. A thread without work spins for microseconds and then sleeps.
 A word holds the number of the loop and that of the next unit. A claim is a compare-and-swap of it: if it
 succeeds the loop had not ended when its description was read, so that this was whole. Loops of two callers do
 not meet: the second one runs its units itself.
-
-numba's on-disk cache does not notice edits of this file: clear __pycache__ after one.
 """
 
 from __future__ import annotations
@@ -27,9 +25,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .kernel_cache import guard
-
-guard()  # in this process, for every module's kernels
+from . import kernel_cache  # noqa: F401
+from .inside import call_compiled, compile_inside
 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 BODY = ir.FunctionType(I64, [I8.as_pointer(), I64])
@@ -104,15 +101,16 @@ def spreading(unit_for: Callable[..., Any], literals: int = 0) -> Any:
     def spread(typing: Any, count: Any, *args: Any) -> Any:
         unit = unit_for(*(kind.literal_value for kind in args[:literals]))
         kinds = (types.int64, *map(types.unliteral, args[literals:]))
-        unit.compile(kinds)
         _share.compile(SHARE)
 
         def build(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
             given = cgutils.unpack_tuple(builder, values[1])[literals:]
             block = cgutils.alloca_once_value(builder, cgutils.pack_struct(builder, given))
-            body = _body(context, builder, unit, kinds, block.type)
+            body = _body(context, builder, compile_inside(context, unit, kinds), block.type)
+            share = _share.overloads[SHARE]
+            context.active_code_library.add_linking_library(share.library)
             addresses = [builder.ptrtoint(pointer, I64) for pointer in (body, block)]
-            _, failed = _call(context, builder, _share, SHARE, [*addresses, values[0]])
+            _, failed = call_compiled(context, builder, share, [*addresses, values[0]])
             return failed
 
         return types.int64(types.int64, types.BaseTuple.from_types(args)), build
@@ -120,26 +118,17 @@ def spreading(unit_for: Callable[..., Any], literals: int = 0) -> Any:
     return spread
 
 
-def _body(context: Any, builder: Any, dispatcher: Any, kinds: Any, block: Any) -> Any:
-    """A function (context, unit) that calls a dispatcher's with what the context, a block, holds."""
+def _body(context: Any, builder: Any, compiled: Any, block: Any) -> Any:
+    """A function (context, unit) that calls a unit with what the context, a block, holds."""
     name = builder.module.get_unique_name("spilld_unit")
     function = ir.Function(builder.module, BODY, name)
     function.linkage = "internal"
     inner = ir.IRBuilder(function.append_basic_block())
     stored = inner.load(inner.bitcast(function.args[0], block))
     values = [function.args[1], *cgutils.unpack_tuple(inner, stored)]
-    status, _ = _call(context, inner, dispatcher, kinds, values)
+    status, _ = call_compiled(context, inner, compiled, values)
     inner.ret(inner.zext(status.is_error, I64))
     return function
-
-
-def _call(context: Any, builder: Any, dispatcher: Any, kinds: Any, values: Any) -> Any:
-    """Call what a dispatcher compiled for these types."""
-    compiled = dispatcher.overloads[tuple(kinds)]
-    context.active_code_library.add_linking_library(compiled.library)
-    function = context.declare_function(builder.module, compiled.fndesc)
-    kinds = compiled.signature.args
-    return context.call_conv.call_function(builder, function, compiled.signature.return_type, kinds, values)
 
 
 SHARE = (types.int64, types.int64, types.int64)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import spilld.offload.threads  # noqa: F401 (kernels are cached under its lock, those of other folders, too)
+import spilld.offload.kernel_cache  # noqa: F401 (of whatever compiles first)
 from spilld.daemon.catalog import default_cache, resolve
 
 

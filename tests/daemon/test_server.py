@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import msgpack
@@ -557,7 +558,11 @@ def test_killed_daemon_leaves_an_address_that_can_be_taken(tmp_path: Path, start
 
 
 @pytest.mark.parametrize("abstract", [False, True])
-def test_notify(tmp_path: Path, abstract: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_notify(
+    tmp_path: Path, abstract: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("spilld.daemon.notify.time", SimpleNamespace(monotonic=lambda: now))
     name = f"@spilld-test-{os.getpid()}" if abstract else str(tmp_path / "n")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(name.replace("@", "\0"))
@@ -570,7 +575,7 @@ def test_notify(tmp_path: Path, abstract: bool, caplog: pytest.LogCaptureFixture
         notifier.alive(1)
         notifier.alive(2)  # not due yet
         assert 0 < notifier.due_s() <= 0.05
-        time.sleep(0.06)
+        now += 0.06
         assert 0 < notifier.due_s() < 0.01, "it is looked again soon"
         notifier.alive(1)  # due, but nothing has moved
         notifier.alive(2)

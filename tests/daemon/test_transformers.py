@@ -9,6 +9,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
 
@@ -49,18 +50,32 @@ def gemma3(gemma3_float32: Path) -> Model:
     return load(gemma3_float32, "float32")
 
 
+def cases(usual: int) -> list[Any]:
+    """Ways to split KV; all but one are left to `make test-slow`: test_engine splits tiny models in many."""
+    return [pytest.param(split, marks=() if split == usual else pytest.mark.slow) for split in (1, 2, 3)]
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("length", "split"),
-    [(512, 1), (512, 2), (512, 3), (2048, 1), (2048, 2), (2048, 3)]
-    + [pytest.param(7500, split, marks=pytest.mark.slow) for split in (1, 2, 3)],
-)
-def test_smollm2(smollm2: Model, cache_folder: Path, tmp_path: Path, length: int, split: int) -> None:
-    check(smollm2, cache_folder, tmp_path, length, split)
+@pytest.mark.parametrize("split", cases(1))
+def test_smollm2_in_the_window(smollm2: Model, cache_folder: Path, tmp_path: Path, split: int) -> None:
+    check(smollm2, cache_folder, tmp_path, 512, split)
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("split", cases(3))
+def test_smollm2_on_disk(smollm2: Model, cache_folder: Path, tmp_path: Path, split: int) -> None:
+    check(smollm2, cache_folder, tmp_path, 2048, split)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("split", [1, 2, 3])
+def test_smollm2_long(smollm2: Model, cache_folder: Path, tmp_path: Path, split: int) -> None:
+    check(smollm2, cache_folder, tmp_path, 7500, split)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("split", cases(2))
 def test_gemma3(gemma3: Model, cache_folder: Path, tmp_path: Path, split: int) -> None:
     check(gemma3, cache_folder, tmp_path, 2048, split)
 

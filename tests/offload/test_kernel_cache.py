@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 from numba.core.caching import IndexDataCacheFile
 
-import spilld.offload.threads  # noqa: F401 (it guards the cache)
+from spilld.offload import kernel_cache, softmax
 
 
 def in_order(
@@ -63,3 +65,106 @@ def test_a_folder_that_cannot_be_written_is_read(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "open", refuse)
     assert cache.load("one") == "code of one"
     assert cache.load("two") is None
+
+
+KERNEL = """
+from numba import njit
+
+@njit(cache=True)
+def kernel(x):
+    return x + 1
+"""
+
+COMPILE = """
+import sys
+import numba
+import spilld.offload.kernel_cache
+from kernel import kernel
+
+print("ready", flush=True)
+sys.stdin.readline()
+assert kernel(1) == 2
+print(*map(sum, (kernel.stats.cache_misses.values(), kernel.stats.cache_hits.values())))
+"""
+
+
+def test_of_two_processes_one_compiles(tmp_path: Path) -> None:
+    (tmp_path / "kernel.py").write_text(KERNEL)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMPILE],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for process in both:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    missed_and_hit = [process.communicate(timeout=60)[0].split() for process in both]
+    assert sorted(missed_and_hit) == [["0", "1"], ["1", "0"]]
+
+
+TIMES = """
+from numba import njit
+
+def times(factor):
+    @njit(cache=True)
+    def kernel(x):
+        return x * factor
+
+    return kernel
+"""
+
+NAMES = """
+import sys
+import spilld.offload.kernel_cache
+from kernel import times
+
+for factor in map(int, sys.argv[1:]):
+    kernel = times(factor)
+    assert kernel(10) == 10 * factor
+    print(*(compiled.fndesc.mangled_name for compiled in kernel.overloads.values()))
+"""
+
+
+def test_what_two_processes_compile_has_two_names(tmp_path: Path) -> None:
+    """numba names machine code by counting. What two processes compiled first would have one name, and who
+    loads both calls the one for the other."""
+    (tmp_path / "kernel.py").write_text(TIMES)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    names = []
+    for factors in (["2"], ["3"], ["2", "3"]):
+        command = [sys.executable, "-c", NAMES, *factors]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        names += done.stdout.split()
+    assert names[:2] == names[2:], "the third compiles nothing"
+    assert len(set(names)) == 2
+
+
+def test_an_update_of_what_is_inlined_is_noticed(tmp_path: Path) -> None:
+    _, *made_of = softmax.join._cache._cache_file._source_stamp
+    assert made_of == [kernel_cache.sources(Path(softmax.__file__).parent)] * 2
+    for name, text in (
+        ("inlined.py", "from numba import njit"),
+        ("record.py", "BLOCK = 64"),
+        ("other.py", ""),
+    ):
+        (tmp_path / name).write_text(text)
+    stamps = []
+    for edited in ("none", "inlined.py", "record.py", "other.py"):
+        if (path := tmp_path / edited).exists():
+            path.write_text(path.read_text() + "\nX = 1")
+        kernel_cache.sources.cache_clear()
+        stamps.append(kernel_cache.sources(tmp_path))
+    assert len(set(stamps)) == 3
+    assert stamps[2] == stamps[3], "no kernel has anything of it"
