@@ -19,11 +19,9 @@ import numpy as np
 import torch
 
 import spilld.cuda_ext
-import spilld.daemon
 import spilld.offload
 from spilld.cuda_ext.cpu import CpuBackend, element_view
 from spilld.offload.codec import Codec
-from spilld.offload.kernel_cache import sources
 from spilld.offload.lanes import MAX_TILE
 from spilld.offload.partial import Partial, merge
 from spilld.offload.record import BLOCK, Element, Format, Layout
@@ -73,9 +71,11 @@ def _key(words: list[str]) -> str:
     hasher = blake2b(digest_size=16)
     for text in (*words, numba.__version__, sys.version, llvmlite.binding.get_host_cpu_name()):
         hasher.update(text.encode() + b"\0")
-    for package in (spilld.offload, spilld.cuda_ext, spilld.daemon):
-        folder = Path(str(package.__file__)).parent
-        hasher.update(f"{folder}\0".encode() + sources(folder))
+    folders = [Path(str(package.__file__)).parent for package in (spilld.offload, spilld.cuda_ext)]
+    names = ("kernels.py", "layer.py", "packed.py", "products.py", "rows.py", "scan.py")
+    own = [Path(__file__).with_name(name) for name in names]
+    for source in (*(path for folder in folders for path in sorted(folder.glob("*.py"))), *own):
+        hasher.update(f"{source} {source.stat().st_mtime_ns}\0".encode())
     return hasher.hexdigest()
 
 
