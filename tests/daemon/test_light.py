@@ -52,7 +52,6 @@ class Light:
     folder: Path
 
     def run(self, command: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         return subprocess.run(
             [str(self.folder / "bin" / command), *map(str, arguments)],
             capture_output=True,
@@ -60,9 +59,14 @@ class Light:
             timeout=60,
             check=False,
             cwd=self.folder,
-            env=environment,
+            env=environment(),
             **options,
         )
+
+
+def environment() -> dict[str, str]:
+    """Without what would show another spilld to Python, and to pip."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
 def built(folder: Path) -> Path:
@@ -80,7 +84,7 @@ def built(folder: Path) -> Path:
 
 
 def pip(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "pip", *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, "-m", "pip", *map(str, arguments)], check=True, env=environment())
 
 
 def needs(requirements: Iterable[str] | None) -> Iterator[Distribution]:
