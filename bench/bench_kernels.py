@@ -14,14 +14,12 @@ twice.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
 import torch
-from harness import Goal, Result, gemm_rate, in_child, in_our_child, main, medians, memory_rate
+from harness import Goal, Result, gemm_rate, in_child, in_our_child, main, medians, memory_rate, milliseconds
 from steps import Steps, in_host
 
 from spilld.daemon.assembly import use_threads
@@ -50,19 +48,8 @@ ROWS = (1, 8, 64, 512)
 """Of products: a decode step, eight, and chunks of a prompt."""
 CONTEXT = 512
 REST_MS = 2.0
-CALLS = 15
 
 Numbers = dict[str, float]
-
-
-def milliseconds(run: Callable[[], object]) -> float:
-    """Of one call, the median of some after two that warm up."""
-    times = []
-    for _ in range(CALLS + 2):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return 1e3 * statistics.median(times[2:])
 
 
 def layout(form: Format) -> Layout:

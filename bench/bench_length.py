@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from bench_kernels import milliseconds, model
-from harness import Goal, Result, gemm_rate, in_child, in_our_child, main, medians, memory_rate
+from bench_kernels import model
+from harness import Goal, Result, gemm_rate, in_child, in_our_child, main, medians, memory_rate, milliseconds
 from numpy.typing import NDArray
 from steps import Steps, in_host
 from work import Work

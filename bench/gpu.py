@@ -10,9 +10,7 @@ copies from host memory is a limit itself. Needs an NVIDIA GPU; nobody has seen 
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -20,15 +18,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from harness import Result, in_child, main, medians
+from harness import CALLS, Result, in_child, main, medians, milliseconds
 
-from spilld.cuda_ext.build import BuildError, cubin
+from spilld.cuda_ext.build import BuildError
 from spilld.cuda_ext.cuda import CudaDevice
-from spilld.cuda_ext.device import Copy, Device, Kernel, Stream
+from spilld.cuda_ext.device import Copy, Device, Stream
 from spilld.cuda_ext.errors import DeviceError
 from spilld.cuda_ext.landing import Landing
-from spilld.cuda_ext.ops import Load, Ops, Parts, Queries, Records
-from spilld.cuda_ext.variant import Variant, plane_bytes
+from spilld.cuda_ext.ops import Load, Ops, Queries, Records
+from spilld.cuda_ext.variant import plane_bytes
 from spilld.cuda_ext.window import WindowShape
 from spilld.daemon.catalog import default_cache
 from spilld.daemon.visibility import WINDOW_SLOTS
@@ -41,7 +39,6 @@ HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 TOKENS = 65536
 SEALED = 256
 QUERIES = (1, 4, 16)
-CALLS = 15
 
 Numbers = dict[str, float]
 
@@ -57,16 +54,6 @@ class Size(NamedTuple):
 def layouts() -> dict[Format, Layout]:
     forms = (Format.EXACT, Format.INT8, Format.K8V4, Format.INT4)
     return {form: Layout(form, Element.BFLOAT16, KV_HEADS, HEAD_DIM) for form in forms}
-
-
-def milliseconds(run: Callable[[], object], calls: int) -> float:
-    """Of one call, the median of some after two that warm up."""
-    times = []
-    for _ in range(calls + 2):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return 1e3 * statistics.median(times[2:])
 
 
 @contextmanager
@@ -127,9 +114,7 @@ def attention(ops: Ops, landing: Landing, form: Layout, pool: int, blocks: int, 
     q = np.zeros((m, HEADS, HEAD_DIM), np.float32)
     low, high = np.zeros(m, np.int64), np.full(m, (blocks + 1) * BLOCK)
     at = landing.bring(q, numbers * form.record_bytes, (numbers + 1) * BLOCK, low, high)
-    parts = ops.parts(blocks, m)
-    sums = (parts, form.kv_heads, m * ops.group)
-    to = Parts(landing.room((*sums, HEAD_DIM)), landing.room(sums), parts)
+    to = ops.room(landing, ops.parts(blocks, m), m)
     records = Records(pool, at[1], at[2], blocks)
     return partial(ops.attend_records, to, Queries(at[0], m), records, at[3], at[4], HEAD_DIM**-0.5, 0.0)
 
@@ -143,11 +128,7 @@ def sealing(
 
 
 def loader(device: CudaDevice) -> Load:
-    def load(kernel: Variant) -> Kernel:
-        image = cubin(kernel, device.architecture, default_cache() / "cubins")
-        return device.load(image, kernel.name, threads=kernel.threads, shared_bytes=kernel.shared_bytes)
-
-    return load
+    return partial(device.compiled, cache=default_cache() / "cubins")
 
 
 def ours() -> Numbers:
@@ -176,7 +157,7 @@ def on_cpu() -> Numbers:
             low, high = np.zeros(m, np.int64), np.full(m, (blocks + 1) * BLOCK)
             places, positions = numbers * layout.record_bytes, (numbers + 1) * BLOCK
             call = partial(kernel.attend, q, memory, places, positions, low, high)
-            found[f"{form} M={m}"] = milliseconds(partial(call, HEAD_DIM**-0.5, 0.0, out, lse), CALLS)
+            found[f"{form} M={m}"] = milliseconds(partial(call, HEAD_DIM**-0.5, 0.0, out, lse))
     return found
 
 

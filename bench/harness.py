@@ -42,6 +42,9 @@ REPEATS = int(os.environ.get("REPEATS", "3"))
 TRIES = 5
 """A limit is the best of so many tries: what the machine can do, not what it did on average."""
 
+CALLS = 15
+"""Of which the median counts, where one takes milliseconds."""
+
 READ_BYTES = 1 << 20
 FILE_BYTES = 512 << 20
 GEMM_SIZE = 2048
@@ -167,6 +170,16 @@ def _call(
         sender.send((function(*args, **kwargs), None))
     except Exception as error:  # noqa: BLE001 (it is raised again in the parent)
         sender.send((None, error))
+
+
+def milliseconds(run: Callable[[], object], calls: int = CALLS) -> float:
+    """Of one call, the median of some after two that warm up."""
+    times = []
+    for _ in range(calls + 2):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(times[2:])
 
 
 def medians(

@@ -6,13 +6,15 @@ import contextlib
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from .build import cubin
 from .device import Copy, Stream
 from .driver import Driver, Refused
 from .errors import DeviceError, NoDevice, OutOfMemory, RegistrationRefused
 from .ranges import Ranges
-from .variant import SHARED_WITHOUT_ASKING
+from .variant import SHARED_WITHOUT_ASKING, Variant
 
 REGISTER_BYTES = 64 << 30
 """Host memory is registered in parts of this size: a driver may refuse larger ones."""
@@ -76,6 +78,11 @@ class CudaDevice:
                 raise ValueError(f"{name} cannot have {shared_bytes} bytes of shared memory") from refused
         function = self.driver("cuKernelGetFunction", kernel)
         return CudaKernel(self, name, function, tuple(self._sizes(kernel)), threads, shared_bytes)
+
+    def compiled(self, variant: Variant, cache: Path) -> CudaKernel:
+        """A kernel of ours, from the folder of CUBINs or compiled into it. Raises as build.cubin."""
+        image = cubin(variant, self.architecture, cache)
+        return self.load(image, variant.name, threads=variant.threads, shared_bytes=variant.shared_bytes)
 
     def allocate(self, nbytes: int) -> int:
         if nbytes < 1:

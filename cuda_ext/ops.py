@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from . import variant
 from .device import Kernel, Stream
+from .landing import Landing
 from .variant import BLOCK, ROWS, Variant
 from .window import WindowShape
 
@@ -82,6 +83,11 @@ class Ops:
     def partial_rows(self, rows: int) -> int:
         """The most rows of out, over all parts and heads, that attention of up to so many queries leaves."""
         return max(self._warps * ROWS, rows * self.heads)
+
+    def room(self, landing: Landing, parts: int, rows: int) -> Parts:
+        """Places for so many partials of so many queries. Raises LandingFull."""
+        sums = (parts, self.shape.kv_heads, rows * self.group)
+        return Parts(landing.room((*sums, self.shape.head_dim)), landing.room(sums), parts)
 
     def attend_window(
         self, to: Parts, q: Queries, planes: int, seen: Ranges, scale: float, softcap: float

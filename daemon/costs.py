@@ -11,7 +11,7 @@ import numpy as np
 from spilld.cuda_ext.choice import Costs, Rates
 from spilld.cuda_ext.device import Device, Stream
 from spilld.cuda_ext.landing import Landing
-from spilld.cuda_ext.ops import Ops, Parts, Queries, Records
+from spilld.cuda_ext.ops import Ops, Queries, Records
 from spilld.cuda_ext.pool import RecordPool
 from spilld.cuda_ext.variant import ROWS
 from spilld.offload.partial import Partial
@@ -85,9 +85,7 @@ class _Trial:
             places = np.array(slots) * self._layout.record_bytes
             q = self._queries(queries)
             at = landing.bring(q, low, high, places, self._positions[:count])
-            parts = ops.parts(count, queries)
-            sums = (parts, self._layout.kv_heads, queries * ops.group)
-            to = Parts(landing.room((*sums, self._layout.head_dim)), landing.room(sums), parts)
+            to = ops.room(landing, ops.parts(count, queries), queries)
             records = Records(pool.address(0), at[3], at[4], count)
             ops.attend_records(to, Queries(at[0], queries), records, at[1], at[2], 1.0, 0.0)
             landing.fetch(to.out, q.shape)

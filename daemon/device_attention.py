@@ -165,8 +165,7 @@ class DeviceAttention:
             at = landing.bring(q, k, v, seen, low, high, places, positions)
             self._device.copy(Stream.COMPUTE, list(self._appends(planes, at[1:3], start, count)))
             queries = Queries(at[0], count)
-            sums = (parts, shape.kv_heads, count * heads // shape.kv_heads)
-            partial = Parts(landing.room((*sums, head_dim)), landing.room(sums), parts)
+            partial = ops.room(landing, parts, count)
             first = partial._replace(parts=tiles)
             ops.attend_window(first, queries, planes, Ranges(at[3], seen.shape[1]), call.scale, call.softcap)
             if parts > tiles:

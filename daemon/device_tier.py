@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from spilld.cuda_ext.build import cubin
 from spilld.cuda_ext.choice import Costs
 from spilld.cuda_ext.cpu import CpuWindows
-from spilld.cuda_ext.cuda import CudaDevice, CudaKernel
+from spilld.cuda_ext.cuda import CudaDevice
 from spilld.cuda_ext.device import Device
 from spilld.cuda_ext.device_windows import DeviceWindows
 from spilld.cuda_ext.landing import ALIGNMENT, Landing
 from spilld.cuda_ext.ops import Ops
 from spilld.cuda_ext.pool import RecordPool
-from spilld.cuda_ext.variant import Variant
 from spilld.cuda_ext.window import Windows, WindowShape
 from spilld.offload.store import Store
 
@@ -61,18 +58,13 @@ def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
         raise ConfigError('device = "cuda" takes a device_budget: memory of the GPU that is for spilld alone')
     device = CudaDevice()
     try:
-        load = partial(_load, device, config.cache / "cubins")
+        load = partial(device.compiled, cache=config.cache / "cubins")
         ops = Ops(load, store.layout.constants, window_shape(config, geometry), geometry.heads)
         longest = config.max_context or geometry.max_positions
         return build(device, ops, store, config.device_budget, longest, measure(device, ops, store.layout))
     except BaseException:
         device.close()
         raise
-
-
-def _load(device: CudaDevice, cache: Path, kernel: Variant) -> CudaKernel:
-    image = cubin(kernel, device.architecture, cache)
-    return device.load(image, kernel.name, threads=kernel.threads, shared_bytes=kernel.shared_bytes)
 
 
 Tier = Callable[[Config, Store, Geometry], DeviceTier]

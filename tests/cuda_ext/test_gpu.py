@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from spilld.cuda_ext import build
 from spilld.cuda_ext.cuda import CudaDevice
 from spilld.cuda_ext.device import Kernel
 
@@ -37,8 +36,6 @@ class TestGpu(DeviceContract):
         return device.load(compiled(SHIFT, device.architecture), "turn", shared_bytes=TURN_BYTES)
 
     def test_attention_over_the_pool(self, device: CudaDevice, cache_folder: Path) -> None:
-        image = build.cubin(ATTEND, device.architecture, cache_folder / "cubins")
-        shape = {"threads": ATTEND.threads, "shared_bytes": ATTEND.shared_bytes}
-        step, records = Step(device, device.load(image, ATTEND.name, **shape)), problem()
+        step, records = Step(device, device.compiled(ATTEND, cache_folder / "cubins")), problem()
         assert_close(step.attend(records), records.oracle(), TOLERANCE)
         step.close()

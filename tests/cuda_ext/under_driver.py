@@ -77,9 +77,7 @@ class TestCuda(DeviceContract):
 def test_attention_over_the_pool(connect: Connect, cache_folder: Path, seed: int) -> None:
     driver = connect(FakeDevice(seed))
     device = CudaDevice()
-    image = build.cubin(ATTEND, device.architecture, cache_folder / "cubins")
-    shape = {"threads": ATTEND.threads, "shared_bytes": ATTEND.shared_bytes}
-    step, records = Step(device, device.load(image, ATTEND.name, **shape)), problem()
+    step, records = Step(device, device.compiled(ATTEND, cache_folder / "cubins")), problem()
     assert_close(step.attend(records), records.oracle(), TOLERANCE)
     step.close()
     device.close()
