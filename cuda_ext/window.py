@@ -65,7 +65,8 @@ class Windows(ABC):
         return self.arena.taken * self.shape.nbytes
 
     def take(self) -> int:
-        """The number of a window that is now the caller's, and holds anything. Raises ArenaFull."""
+        """The number of a window that is now the caller's, and holds anything. Raises ArenaFull, and
+        OutOfMemory where none is behind it yet."""
         return self.arena.take()
 
     def give_back(self, window: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from spilld.cuda_ext.errors import OutOfMemory
 from spilld.cuda_ext.window import Windows
 from spilld.offload.errors import ExtentCorrupt, IndexDamaged, OffloadError
 from spilld.offload.extent import RunKey
@@ -30,6 +31,7 @@ from .errors import (
     DeadlineExceeded,
     Draining,
     InvalidRequest,
+    Overloaded,
     PromptTooLong,
     RequestNotFound,
     SpilldError,
@@ -458,7 +460,11 @@ class Engine:
         sequence, token_s = generation.sequence, self._token_s()
         if sequence is None:
             root = self._keeper.root(generation.request.tenant)
-            sequence = generation.sequence = self._sequences.open(root, generation.history)
+            try:
+                sequence = generation.sequence = self._sequences.open(root, generation.history)
+            except OutOfMemory as error:
+                self._abort(generation, Overloaded(f"there is no memory for its window: {error}"))
+                return
         first = len(sequence.tokens)
         sequence.tokens.extend(generation.prompt)
         sequence.table.idle = False

@@ -44,7 +44,8 @@ class Sequences:
         return self._windows.free
 
     def open(self, root: bytes, tokens: Iterable[int]) -> Sequence:
-        """One of which nothing is computed. root: of its chain. Raises ArenaFull without a window."""
+        """One of which nothing is computed. root: of its chain. Raises ArenaFull without a window, and
+        OutOfMemory."""
         window = self._windows.take()
         sequence = Sequence(self._store.open(), window, root)
         sequence.tokens.extend(tokens)

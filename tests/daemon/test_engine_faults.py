@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from spilld.cuda_ext.cpu_device import CpuDevice
+from spilld.cuda_ext.errors import OutOfMemory
 from spilld.daemon.attention import TieredAttention
 from spilld.daemon.errors import InternalError, PromptTooLong, StorageFailed
 from spilld.daemon.model import Model
@@ -275,3 +277,26 @@ def test_a_step_that_breaks_leaves_nothing_behind(
             harness.engine.check_integrity()
             assert isinstance(harness.events[name][-1], Failed)
         assert harness.ask(PROMPT, **FIELDS) == expected
+
+
+def test_a_window_that_has_no_memory_fails_one_request(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is put behind a window when it is taken: those that run go on, and so do later ones."""
+    with engine(model, tmp_path, format="exact") as harness:
+        harness.add("runs", some_tokens(1, 40), max_tokens=8)
+        harness.engine.turn()
+        with monkeypatch.context() as patch:
+
+            def full(self: CpuDevice, address: int, nbytes: int) -> None:
+                raise OutOfMemory("nothing is left")
+
+            patch.setattr(CpuDevice, "map", full)
+            harness.add("finds none", some_tokens(2, 40), max_tokens=8)
+            harness.engine.turn()
+        harness.run()
+        failed = harness.events["finds none"][-1]
+        assert isinstance(failed, Failed)
+        assert failed.code == "overloaded"
+        assert len(harness.tokens("runs")) == 8
+        assert len(harness.ask(some_tokens(2, 40), "later", max_tokens=8)) == 8
