@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gpu
 
-from spilld.cuda_ext import variant
 from spilld.cuda_ext.cuda import CudaDevice
+from spilld.daemon.cubins import kernels
 from spilld.offload.record import Format
 
 from ..cuda_ext.conftest import Emulate, emulate
@@ -17,13 +17,7 @@ __all__ = ["emulate"]
 
 def test_every_figure_comes(emulate: Emulate) -> None:
     layout = gpu.layouts()[Format.K8V4]
-    kernels = [
-        variant.attend_records(layout.constants),
-        variant.attend_window(16, layout.head_dim),
-        variant.merge(layout.head_dim, layout.kv_heads),
-        variant.seal(layout.constants),
-    ]
-    driver = FakeDriver(FakeDevice(2), {k.name: emulate(k.source, dict(k.defines)) for k in kernels})
+    driver = FakeDriver(FakeDevice(2), {k.name: emulate(k.source, dict(k.defines)) for k in kernels(layout)})
     driver.connect()
     device = CudaDevice()
     found = gpu.measured(device, gpu.loader(device), layout, gpu.Size(blocks=4, sealed=2, calls=1))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spilld.cuda_ext import variant
+from spilld.daemon.cubins import kernels
 from spilld.daemon.errors import BudgetError, ConfigError, DeviceUnusable
 from spilld.daemon.model import Model
 from spilld.offload.record import Element, Format, Layout
@@ -24,14 +24,8 @@ __all__ = ["emulate", "model"]
 def driver(model: Model, emulate: Emulate) -> FakeDriver:
     """A GPU whose kernels are those of the model, emulated."""
     g = model.geometry
-    constants = Layout(Format.K8V4, Element.FLOAT32, g.kv_heads, g.head_dim).constants
-    kernels = [
-        variant.attend_records(constants),
-        variant.attend_window(32, g.head_dim),
-        variant.merge(g.head_dim, g.kv_heads),
-        variant.seal(constants),
-    ]
-    driver = FakeDriver(FakeDevice(5), {k.name: emulate(k.source, dict(k.defines)) for k in kernels})
+    layout = Layout(Format.K8V4, Element.FLOAT32, g.kv_heads, g.head_dim)
+    driver = FakeDriver(FakeDevice(5), {k.name: emulate(k.source, dict(k.defines)) for k in kernels(layout)})
     driver.connect()
     return driver
 
