@@ -532,7 +532,7 @@ class Engine:
             return
         sequence = part.sequence
         sequence.computed += part.count
-        self._tally.computed_tokens += part.count
+        generation.uncounted += part.count
         complete = generation.complete(sequence)
         self._scheduler.advance(generation.job, part.count, int(complete and not generation.appends))
         if generation.wants_prompt:
@@ -685,7 +685,8 @@ class Engine:
 
     def _note(self, generation: Generation, event: Event, session: Session | None = None) -> None:
         """Count an event and make it durable, and with the last what a session holds now: both or neither."""
-        self._tally.event(event)
+        self._tally.event(event, generation.uncounted)
+        generation.uncounted = 0
         try:
             with self._journal.transaction():
                 if session is not None:

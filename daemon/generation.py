@@ -58,6 +58,7 @@ class Generation:
         self.decode_s = 0.0
         self.first = 0
         self.told = 0
+        self.uncounted = 0  # computed tokens that no event has told of
         self.acknowledged = 0
         self._arrived = self._waits_since = time.monotonic() - (time.time() - entry.arrived)
         self._cached: int | None = None

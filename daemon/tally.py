@@ -35,8 +35,12 @@ class Tally:
     ended: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
     attended_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TIERS, 0))
 
-    def event(self, event: Event) -> None:
-        """One that a request has had, told to anybody or not."""
+    def event(self, event: Event, computed: int) -> None:
+        """One that a request has had, told to anybody or not.
+
+        computed: tokens since its last. They count with it, so that who looks meanwhile finds both or neither.
+        """
+        self.computed_tokens += computed
         match event:
             case Token():
                 self.generated_tokens += 1

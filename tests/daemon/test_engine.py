@@ -11,6 +11,7 @@ import torch
 
 from spilld.daemon.assembly import build_engine
 from spilld.daemon.config import Config
+from spilld.daemon.engine import Engine
 from spilld.daemon.errors import BudgetError, InvalidRequest, PromptTooLong, StateFolderError
 from spilld.daemon.model import Model
 from spilld.daemon.protocol import Accepted, Done, Progress, Sampling, Token
@@ -340,3 +341,22 @@ def test_a_client_with_many_requests_does_not_hold_up_another(model: Model, tmp_
         assert ended <= 2
         harness.run()
         assert all(said(harness, f"greedy {number}") == 4 for number in range(12))
+
+
+def test_no_look_finds_a_token_computed_that_was_not_generated(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread may look in the middle of a step: what both counts grow by is the same."""
+    sample, seen = Engine._sample, []
+
+    def look(self: Engine, *arguments: Any) -> None:
+        seen.append(self.stats())
+        sample(self, *arguments)
+
+    monkeypatch.setattr(Engine, "_sample", look)
+    with engine(model, tmp_path) as harness:
+        harness.ask(some_tokens(1, 30), max_tokens=6, ignore_eos=True)
+        seen.append(harness.engine.stats())
+    ahead = [int(str(stats["computed_tokens"])) - int(str(stats["generated_tokens"])) for stats in seen]
+    assert len(ahead) == 7
+    assert set(ahead[1:]) == {29}
