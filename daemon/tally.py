@@ -38,7 +38,7 @@ class Tally:
     def event(self, event: Event, computed: int) -> None:
         """One that a request has had, told to anybody or not.
 
-        computed: tokens since its last. They count with it, so that who looks meanwhile finds both or neither.
+        computed: tokens since its last. They count with it: a look meanwhile finds both or neither.
         """
         self.computed_tokens += computed
         match event:
