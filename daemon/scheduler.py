@@ -131,8 +131,8 @@ class Scheduler:
         their turn before it. None as long as nothing is known of the machine."""
         if not self._pace.seen:
             return None
-        had = self._ledger.had(self._running[job].flow)
-        ahead = (each for each in self._running.values() if self._ledger.had(each.flow) <= had)
+        turn = self._turn(self._running[job])
+        ahead = (each for each in self._running.values() if self._turn(each) <= turn)
         return sum(self._pace.seconds(each.position, each.left) for each in ahead)
 
     def charge(self, job: JobId, seconds: float) -> None:
@@ -180,9 +180,13 @@ class Scheduler:
         prompts = sum(self._pace.seconds(job.position, job.left) for job in running)
         return self._ledger.had(flow) + prompts / flow.weight
 
+    def _turn(self, job: Job) -> tuple[float, JobId]:
+        """Running jobs go in this order: whose flow has had least, then the older one."""
+        return self._ledger.had(job.flow), job.id
+
     def _fill(self, jobs: Iterable[Job]) -> list[tuple[JobId, int]]:
-        """One token for each decoding job, and prefill chunks: whose flow has had least comes first."""
-        jobs = sorted((job for job in jobs if not job.paused), key=lambda job: self._ledger.had(job.flow))
+        """One token for each decoding job, and prefill chunks, each in its turn."""
+        jobs = sorted((job for job in jobs if not job.paused), key=self._turn)
         left, cost = self._chunk_tokens, self._pace.budget
         hurried = any(job.left == 1 for job in jobs)
         run = []

@@ -165,6 +165,15 @@ def test_a_greedy_client_gets_its_share_and_no_more(seed: int, others: int) -> N
     assert all(abs(part - fair) <= 0.1 * fair for part in had.values()), had
 
 
+def test_of_two_prefills_that_have_had_as_much_the_older_comes_first() -> None:
+    """As in the line: whoever made way and came back is the older one."""
+    running = scheduler(job(2, 5000, client="b"), pace=Pace(0.25, 1e9))
+    running.plan(PLENTY)
+    running.add(job(1, 5000, client="a"))
+    running.add(job(3, 700, position=699, client="b"))
+    assert running.plan(PLENTY).run == ((1, LEAST), (3, 1))
+
+
 def served(flow: Flow, seconds: float, *others: Job) -> Scheduler:
     """One job of a flow runs alone on the only window and has had so much since the others came."""
     made = scheduler(job(0, 10**6, client=flow.client, priority=flow.priority))
@@ -267,6 +276,7 @@ def test_a_first_token_is_expected_after_the_prompts_before_it() -> None:
     running.charge(2, 1.0)
     assert running.first_token_s(2) == pytest.approx(16.0), "all have had less"
     assert running.first_token_s(3) == pytest.approx(6.0)
+    assert running.first_token_s(1) == pytest.approx(4.0)
 
 
 def test_a_rewound_job_computes_everything_again() -> None:
@@ -409,7 +419,7 @@ class Scheduling(RuleBasedStateMachine):
             assert sum(self.pace.cost(*chunk) for chunk in chunks) <= 1.001 * self.pace.budget, "late"
         prefills = [n for n, m in self.jobs.items() if m.admitted and n not in decodes]
         if prefills:
-            first = min(prefills, key=lambda n: self.scheduler._ledger.had(self.jobs[n].flow))
+            first = min(prefills, key=lambda n: (self.scheduler._ledger.had(self.jobs[n].flow), n))
             assert first in run, "the prefill of who has had least stands still"
         for number, tokens in run.items():
             mirror = self.jobs[number]
