@@ -98,6 +98,9 @@ def _from_gguf(gguf: Path, target: Path, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from .gguf_reader import parse_once
+
+    parse_once()
     _say(f"reading {gguf.name} ({gguf.stat().st_size >> 20} MiB) as {dtype}")
     where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     try:

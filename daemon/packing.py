@@ -132,7 +132,7 @@ def pack_gguf(module: Any, gguf: Path, target: Path) -> None:
     """
     from gguf import GGUFReader
 
-    tensors = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
+    tensors = {tensor.name: tensor for tensor in GGUFReader(str(gguf)).tensors}
     packs = {}
     for name, parts in matrices(module).items():
         kept = [_kept(part, tensors) for part in parts]
