@@ -7,10 +7,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from .client import Client
 from .errors import DeadlineExceeded, InternalError, Unreachable
@@ -19,11 +20,43 @@ START_S = 180.0
 STOP_S = 30.0
 
 
+class Process(Protocol):
+    """As subprocess.Popen."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, sig: int) -> None: ...
+
+
+Start = Callable[[Sequence[str], Path], Process]
+"""Runs `spilld` with these arguments and this log."""
+
+
+def command(arguments: Sequence[str], log: Path) -> Process:
+    """As a command of its own."""
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "spilld.daemon", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+
+
 @dataclass(frozen=True)
 class Spawned:
     address: str
-    pid: int
+    process: Process
     log: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -35,7 +68,9 @@ class Spawned:
 
 
 @contextmanager
-def spawned(settings: Mapping[str, object], key: Path | None = None) -> Iterator[Spawned]:
+def spawned(
+    settings: Mapping[str, object], key: Path | None = None, start: Start = command
+) -> Iterator[Spawned]:
     """A running daemon with these settings (names as in Config); it has ended when the context has. key: a
     client's key file, where the daemon has keys.
 
@@ -44,19 +79,17 @@ def spawned(settings: Mapping[str, object], key: Path | None = None) -> Iterator
     with tempfile.TemporaryDirectory(prefix="spilld-") as folder:
         options = {"state": f"{folder}/state", "listen": f"ipc://{folder}/socket", **settings}
         address = str(options["listen"])
-        command = [sys.executable, "-m", "spilld.daemon", "serve"]
-        command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         log = Path(folder) / "log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        process = start(["serve", *arguments], log)
         try:
             _await(process, address, key, log)
-            yield Spawned(address, process.pid, log)
+            yield Spawned(address, process, log)
         finally:
             _end(process)
 
 
-def _await(process: subprocess.Popen[bytes], address: str, key: Path | None, log: Path) -> None:
+def _await(process: Process, address: str, key: Path | None, log: Path) -> None:
     give_up = time.monotonic() + START_S
     while time.monotonic() < give_up and process.poll() is None:
         try:
@@ -68,12 +101,12 @@ def _await(process: subprocess.Popen[bytes], address: str, key: Path | None, log
     raise InternalError(f"the daemon did not start; its log ends:\n{log.read_text()[-2000:]}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Process) -> None:
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(STOP_S)
     except subprocess.TimeoutExpired:
-        process.kill()
+        process.send_signal(signal.SIGKILL)
         process.wait()
 
 

@@ -23,7 +23,7 @@ from spilld.daemon.generation import NOBODY
 from spilld.daemon.model import Model, load
 from spilld.daemon.plain import greedy_tokens
 from spilld.daemon.protocol import Done, Event, Failed, Generate, Reply, Resume, Token
-from spilld.daemon.spawn import Spawned, spawned
+from spilld.daemon.spawn import Spawned
 from spilld.daemon.visibility import BLOCK, WINDOW_SLOTS
 from spilld.offload import residency, threads
 from spilld.offload.disk import DiskTier
@@ -31,6 +31,7 @@ from spilld.offload.record import Element, Format, Layout
 from spilld.offload.residency import Holding, Spill
 from spilld.offload.store import Planner
 
+from .forked import spawned
 from .tiny_models import VOCAB, build
 
 CLIENT = b"test"

@@ -29,8 +29,9 @@ from spilld.daemon.errors import (
 )
 from spilld.daemon.keyring import make_client, make_server
 from spilld.daemon.model import Model
-from spilld.daemon.spawn import Spawned, spawned
+from spilld.daemon.spawn import Spawned
 
+from .forked import spawned
 from .harness import column_bytes, daemon, engine, shared, some_tokens, window_bytes
 
 PROMPT = some_tokens(1, 1300)
@@ -213,14 +214,13 @@ def test_a_killed_client_disturbs_nobody_and_its_request_ends(
 
 
 def ends(running: Spawned, seconds: float) -> int:
-    """The exit status, left for `spawned` to collect."""
-    give_up = time.monotonic() + seconds
-    while time.monotonic() < give_up:
-        found = os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if found is not None:
-            return found.si_status
-        time.sleep(0.02)
-    raise AssertionError(f"the daemon has not ended; its log ends: {running.log.read_text()[-1000:]}")
+    """Its exit status."""
+    try:
+        return running.process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(
+            f"the daemon has not ended; its log ends: {running.log.read_text()[-1000:]}"
+        ) from None
 
 
 def first_token(generation: Any) -> None:

@@ -17,8 +17,9 @@ from spilld.daemon.__main__ import main
 from spilld.daemon.client import Accepted, Client, Event, Generation, Progress, Token
 from spilld.daemon.errors import RequestNotFound, Unreachable
 from spilld.daemon.model import Model
-from spilld.daemon.spawn import Spawned, spawned
+from spilld.daemon.spawn import Spawned
 
+from .forked import spawned
 from .harness import column_bytes, engine, shared, some_tokens, window_bytes
 
 FIELDS: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True}
@@ -115,7 +116,7 @@ def test_stopped_by_a_signal(model: Model, tmp_path: Path) -> None:
         while "draining" not in process.log.read_text():
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGTERM)
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        process.process.wait()
         assert "2 requests are saved" in process.log.read_text()
         with daemon(model, state):
             for events, stream, expected in zip(seen, streams, whole, strict=True):

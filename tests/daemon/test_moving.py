@@ -24,8 +24,9 @@ from spilld.daemon.errors import (
 )
 from spilld.daemon.model import Model
 from spilld.daemon.protocol import ExportSession, OpenTransfer, ReadTransfer, Transfer, WriteTransfer
-from spilld.daemon.spawn import Spawned, spawned
+from spilld.daemon.spawn import Spawned
 
+from .forked import spawned
 from .harness import shared, some_tokens
 
 FIELDS: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True}

@@ -18,8 +18,9 @@ from spilld.daemon.errors import ConfigError, ContextNotFound, Overloaded
 from spilld.daemon.model import Model
 from spilld.daemon.protocol import Token as Piece
 from spilld.daemon.reload import SAFE, Reload
-from spilld.daemon.spawn import Spawned, spawned
+from spilld.daemon.spawn import Spawned
 
+from .forked import spawned
 from .harness import shared
 from .test_service import LONG, desk
 
