@@ -1,4 +1,7 @@
-"""The demo as a user runs it: the pass key is found twice with most of the KV on disk, within its memory."""
+"""The demo as a user runs it: the pass key is found twice with most of the KV on disk, within its memory.
+
+A minute and a half, alone: `.ci/run` runs it after the suite.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_main_job(smollm2_bfloat16: Path) -> None:
     assert smollm2_bfloat16.is_dir(), "converted before the clock runs"

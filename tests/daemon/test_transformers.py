@@ -18,7 +18,7 @@ from spilld.daemon.plain import greedy
 
 from .harness import column_bytes, engine, random_split
 
-COUNT = 64
+COUNT = 32
 
 
 @cache
@@ -64,7 +64,7 @@ def test_smollm2_in_the_window(smollm2: Model, cache_folder: Path, tmp_path: Pat
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("split", cases(3))
 def test_smollm2_on_disk(smollm2: Model, cache_folder: Path, tmp_path: Path, split: int) -> None:
-    check(smollm2, cache_folder, tmp_path, 2048, split)
+    check(smollm2, cache_folder, tmp_path, 1800, split)
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_smollm2_long(smollm2: Model, cache_folder: Path, tmp_path: Path, split:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("split", cases(2))
 def test_gemma3(gemma3: Model, cache_folder: Path, tmp_path: Path, split: int) -> None:
-    check(gemma3, cache_folder, tmp_path, 2048, split)
+    check(gemma3, cache_folder, tmp_path, 1800, split)
 
 
 def check(model: Model, cache_folder: Path, tmp_path: Path, length: int, split: int) -> None:
