@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from importlib.metadata import version
@@ -37,6 +38,7 @@ from .memory import MemoryWatch
 from .metrics import Metrics
 from .model import Model, load, resolve
 from .pace import Pace
+from .placement import place
 from .protocol import Welcome
 from .reload import Reload
 from .runner import Runner
@@ -45,6 +47,8 @@ from .service import EngineService
 from .sessions import SessionBook
 from .tail import TAIL_BLOCKS
 from .transfers import Transfers
+
+log = logging.getLogger(__name__)
 
 STAGING_BUFFERS = 16
 """Extents on their way from disk or being attended to: how far reads run ahead."""
@@ -113,7 +117,10 @@ def use_threads(count: int | None) -> None:
 
 
 def load_model(config: Config) -> Model:
-    """The configured model, converted first if need be. Raises ModelError."""
+    """The configured model, converted first if need be. Raises ModelError or DeviceUnusable."""
+    device, missing = place(config)
+    if missing:
+        log.warning(missing)
     try:
         folder = resolve(config.model, config.cache, config.dtype)
     except OSError as error:
@@ -125,6 +132,7 @@ def load_model(config: Config) -> Model:
         max_context=config.max_context,
         cache=config.cache,
         weights=config.weights,
+        device=device,
     )
 
 

@@ -48,8 +48,9 @@ class Attention(Protocol):
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
         """Append K/V of the newest M tokens of a sequence and attend over everything they see.
 
-        q [heads, M, head_dim], k, v [kv_heads, M, head_dim], in the compute dtype or float32. Returns float32
-        [M, heads, head_dim]: zeros once the slice has failed, whose results the engine discards.
+        q [heads, M, head_dim], k, v [kv_heads, M, head_dim], in the compute dtype or float32, all on one
+        device of torch's. Returns float32 [M, heads, head_dim] there: zeros once the slice has failed, whose
+        results the engine discards.
         """
 
     def scans(self, slices: Many[Slice], windows: Many[int | None]) -> Scans:

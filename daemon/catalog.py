@@ -79,6 +79,13 @@ def resolve(name: str, cache: Path, dtype: str) -> Path:
     raise UnknownModel(f"there is no model {name!r}: {_what_is_known()}")
 
 
+def parameters(name: str) -> int | None:
+    """How many numbers `name` has, by headers alone; None of a GGUF file. Raises
+    CorruptModel or UnsupportedModel."""
+    path = Path(name).expanduser()
+    return read_layout(path).parameters if name not in PACKAGED and path.is_dir() else None
+
+
 def _what_is_known() -> str:
     return f"known names are {', '.join(PACKAGED)}; a .gguf file or a folder with safetensors will do too"
 

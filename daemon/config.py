@@ -22,10 +22,10 @@ GIB = 2**30
 
 WEIGHTS = ("auto", "bf16", "int8", "int4")
 """What steps read. auto: the codes of a quantised GGUF file in bfloat16, else bf16, which
-is no copy: what `dtype` says."""
+is no copy: what `dtype` says. With device "cuda" and a torch that finds the GPU, auto is bf16, on the GPU."""
 
 DEVICES = ("cpu", "cuda")
-"""What has windows and the hottest records."""
+"""What has windows, the hottest records and, if torch can, the weights that are not packed."""
 
 _BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _DECIMAL = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -95,7 +95,8 @@ class Config:
     weights: Annotated[str, Choice(WEIGHTS)] = "auto"
     device: Annotated[str, Choice(DEVICES)] = "cpu"
     device_budget: Annotated[int | None, Maybe(Size())] = None
-    """For windows and, on a GPU, hot records and what a step takes; None is room for a few windows."""
+    """For windows and, on a GPU, hot records and what attention takes, but not weights and what torch takes
+    for a step; None is room for a few windows."""
     host_budget: Annotated[int, Size()] = 2 * GIB
     disk_budget: Annotated[int, Size()] = 16 * GIB
     disk_floor: Annotated[int, Size()] = GIB

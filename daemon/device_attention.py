@@ -2,7 +2,9 @@
 
 Kernels attend over the window, over hot records and over such as are fetched for one call; meanwhile the CPU
 attends over the other records in host memory, where they lie, and over what comes from disk. All are partials
-that merge exactly. Queries, K and V come from host memory and results go back there: products run on the CPU.
+that merge exactly. Queries, K and V cross to host memory and results go back to where torch has them: what
+crosses for a layer is little beside its weights. `cpu()` waits for torch's stream and `Landing.settle` for
+ours, so neither stream need wait for the other.
 """
 
 from __future__ import annotations
@@ -113,11 +115,11 @@ class DeviceAttention:
         if part.failure is None:
             with self._stored.failing(part):
                 try:
-                    return self._attend(q, k, v, call)
+                    return self._attend(q.cpu(), k.cpu(), v.cpu(), call).to(q.device)
                 except Exception:
                     self._settle_surely()  # what work still uses may soon be another's
                     raise
-        return torch.zeros(part.count, q.shape[0], q.shape[2])
+        return torch.zeros(part.count, q.shape[0], q.shape[2], device=q.device)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
         """Cell by cell, as cells are sealed on the way; the CPU's share while the device has the last."""

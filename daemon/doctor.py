@@ -19,9 +19,13 @@ from spilld.cuda_ext.cuda import CudaDevice
 from spilld.cuda_ext.device import Copy, Device, Stream
 from spilld.cuda_ext.errors import DeviceError
 from spilld.cuda_ext.variant import move_records
+from spilld.offload.record import Element
 from spilld.offload.system import SystemCalls, page_aligned, read_fully, write_fully
 
+from .catalog import parameters
 from .config import Config
+from .errors import ModelError
+from .placement import Placement, place
 
 MIB, GIB = 1 << 20, 1 << 30
 COPIED, READ = 256 * MIB, 128 * MIB
@@ -44,6 +48,7 @@ def examine(config: Config) -> Iterator[Finding]:
     yield compiler()
     *device, link = gpu(CudaDevice)
     yield from (*device, link)
+    yield weights(config, place(config))
     yield locked_memory(config.host_budget, resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
     yield huge_pages(HUGE_PAGES.read_text() if HUGE_PAGES.exists() else "")
     yield (host := memory(len(os.sched_getaffinity(0))))
@@ -113,6 +118,21 @@ def copy_rates(device: Device[Any]) -> tuple[float, float]:
     device.unregister(here)
     device.free(there)
     return COPIED / seconds[2], COPIED / seconds[3]
+
+
+def weights(config: Config, placement: Placement) -> Finding:
+    """Where they lie, and on a GPU how much of its memory they take."""
+    if placement.device == "cpu":
+        return Finding("weights", "in host memory: the CPU multiplies", placement.missing)
+    size = Element(config.dtype).nbytes
+    try:
+        count = parameters(config.model)
+    except ModelError as error:
+        return Finding("weights", "on the GPU", str(error))
+    taken = f"{size} bytes a parameter" if count is None else _size(size * count)
+    return Finding(
+        "weights", f"on the GPU: {taken} of its memory, and what a step takes, beside device_budget"
+    )
 
 
 def locked_memory(host_budget: int, limit: int) -> Finding:

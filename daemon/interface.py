@@ -35,7 +35,7 @@ def _forward(
     **_others: object,
 ) -> tuple[torch.Tensor, None]:
     """query [1, heads, total, head_dim], key, value [1, kv_heads, ...] to [1, total, heads, head_dim]."""
-    out = torch.empty(query.transpose(1, 2).shape, dtype=query.dtype)
+    out = torch.empty(query.transpose(1, 2).shape, dtype=query.dtype, device=query.device)
     for part in spilld_step.slices:
         rows = slice(part.start, part.start + part.count)
         call = Call(module.layer_idx, part, scaling, softcap or 0.0, sliding_window)

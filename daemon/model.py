@@ -16,12 +16,15 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from spilld.cuda_ext.errors import DeviceError
+
 from .catalog import default_cache, resolve
-from .errors import ConfigError, CorruptModel, UnsupportedModel
+from .errors import ConfigError, CorruptModel, DeviceUnusable, UnsupportedModel
 from .geometry import Geometry
 from .linear import has_bfloat16_products, widen
 from .packed import Packed
 from .packing import packed_weights
+from .placement import gpu_errors
 from .rope import fix_rope, rope_bytes
 from .text import Tokenizer
 from .weights import digest, read_layout
@@ -48,7 +51,8 @@ _VOLATILE = (
 
 @dataclass(frozen=True)
 class Model:
-    """`module` is in evaluation mode and needs no gradient; its weights are mapped from `folder`.
+    """`module` is in evaluation mode and needs no gradient; its weights are mapped from `folder`, or lie on a
+    GPU.
 
     `packed` is what steps read instead of the module, if they do; names as in packing.py.
     `fingerprint` is 32 bytes: KV computed under another one must not be served.
@@ -72,13 +76,15 @@ def load(
     max_context: int | None = None,
     cache: Path | None = None,
     weights: str = "bf16",
+    device: str = "cpu",
 ) -> Model:
     """Load a folder that `resolve` returned.
 
     attention names a registered transformers attention. max_context (by default all the model was made for)
     decides longrope's factors once. cache keeps the digest of the weights, and packed ones. weights as in
-    Config. Raises CorruptModel, UnsupportedModel, or ConfigError if max_context is more than the model's
-    positions or the cache cannot be written.
+    Config. device, as in Placement, has the module; only the CPU's may be packed. Raises CorruptModel,
+    UnsupportedModel, DeviceUnusable if the GPU does not take the weights, or ConfigError if max_context is
+    more than the model's positions or the cache cannot be written.
     """
     module = load_module(folder, dtype, attention)
     tokenizer = Tokenizer.load(folder)
@@ -90,8 +96,10 @@ def load(
         )
     fix_rope(module, longest)
     cache = cache or default_cache()
-    packed = packed_weights(module, folder, weights, cache)
-    if packed is None and dtype == "bfloat16" and not has_bfloat16_products():
+    packed = packed_weights(module, folder, weights, cache) if device == "cpu" else None
+    if device != "cpu":
+        _move(module, device)
+    elif packed is None and dtype == "bfloat16" and not has_bfloat16_products():
         widen(module)
     return Model(
         name=name or folder.name,
@@ -102,6 +110,17 @@ def load(
         fingerprint=_fingerprint(folder, dtype, module, cache, weights if packed else None),
         packed=packed,
     )
+
+
+def _move(module: Any, device: str) -> None:
+    try:
+        with gpu_errors():
+            module.to(device)
+    except DeviceError as error:
+        raise DeviceUnusable(
+            f"the GPU does not take the weights: {error}; choose a smaller model, or keep them in host "
+            'memory with weights = "int4"'
+        ) from error
 
 
 def load_module(folder: Path, dtype: str, attention: str) -> Any:

@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import torch
 
+from spilld.cuda_ext.errors import OutOfMemory
 from spilld.offload.prefetch import Read, Ticket
 from spilld.offload.store import Store
 from spilld.offload.table import RunRef
@@ -17,6 +18,7 @@ from .decoder import Decoder
 from .interface import Step
 from .linear import wide_bytes
 from .model import Model
+from .placement import gpu_errors
 from .scheduler import MAX_RUNNING
 from .sequence import Sequence
 from .slices import Slice
@@ -70,7 +72,8 @@ class Runner:
     def run(self, slices: list[Slice], keep: Many[Many[int]]) -> list[torch.Tensor]:
         """Compute the slices' tokens; returns float32 logits [len(keep[i]), vocab] for those of their rows.
 
-        A slice whose KV did not come back carries its `failure` afterwards; its logits mean nothing.
+        A slice whose KV did not come back carries its `failure` afterwards; its logits mean nothing. So does
+        every slice where the GPU had no memory for the module. Raises LaunchFailed if the device is lost.
         """
         parts = _in_rows(slices)
         self._read_for(parts)
@@ -78,28 +81,37 @@ class Runner:
         forward = self._forward if self._decoder is None else self._decoder.run
         rows = [part.start + row for part, kept in zip(slices, keep, strict=True) for row in kept]
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), gpu_errors():
                 logits = forward(parts, rows)
-        except BaseException:  # reads that nobody takes would keep their staging buffers for good
+        except BaseException as error:  # reads that nobody takes would keep their staging buffers for good
             self._store.cancel(ticket for s in slices for reads in s.tickets.values() for _, ticket in reads)
-            raise
+            if not isinstance(error, OutOfMemory):
+                raise
+            logits = self._failed(slices, len(rows), str(error))
         finally:
             for part in slices:
                 if part.promotion is not None:
                     part.promotion.end()
         return list(torch.split(logits, [len(kept) for kept in keep]))
 
+    def _failed(self, slices: list[Slice], rows: int, why: str) -> torch.Tensor:
+        """Of a step that found no memory. Its error is not kept: the traceback holds the activations."""
+        for part in slices:
+            part.failure = part.failure or OutOfMemory(why)
+        return torch.zeros(rows, self._model.geometry.vocab)
+
     def _forward(self, parts: list[Slice], keep: list[int]) -> torch.Tensor:
         tokens = [token for part in parts for token in part.tokens]
         positions = [position for part in parts for position in part.positions]
+        device = self._model.module.device
         logits: torch.Tensor = self._model.module(
-            input_ids=torch.tensor([tokens]),
-            position_ids=torch.tensor([positions]),
+            input_ids=torch.tensor([tokens], device=device),
+            position_ids=torch.tensor([positions], device=device),
             use_cache=False,
-            logits_to_keep=torch.tensor(keep, dtype=torch.long),
+            logits_to_keep=torch.tensor(keep, dtype=torch.long, device=device),
             spilld_step=Step(self._attention, parts),
         ).logits[0]
-        return logits.float()
+        return logits.cpu().float()
 
     def _begin_promotions(self, slices: list[Slice]) -> None:
         """Let decode scans bring back what host memory has room for, a run each: fresh memory is slow, and a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable
@@ -23,10 +24,11 @@ _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 @dataclass(frozen=True)
 class Layout:
-    """The safetensors of one folder: files in name order, and the dtypes of their tensors."""
+    """The safetensors of one folder: files in name order, dtypes of their tensors, how many numbers."""
 
     files: tuple[Path, ...]
     dtypes: frozenset[str]
+    parameters: int
 
 
 def read_layout(folder: Path) -> Layout:
@@ -38,14 +40,17 @@ def read_layout(folder: Path) -> Layout:
     if not files:
         raise UnsupportedModel(f"{folder} has no .safetensors file; other weight files are not read")
     dtypes: set[str] = set()
+    parameters = 0
     for file in files:
-        dtypes |= _dtypes(file)
+        found, count = _tensors(file)
+        dtypes, parameters = dtypes | found, parameters + count
     if unknown := dtypes - set(_NAMES):
         raise UnsupportedModel(f"{folder}: weights stored as {', '.join(sorted(unknown))} are not supported")
-    return Layout(files, frozenset(_NAMES[dtype] for dtype in dtypes))
+    return Layout(files, frozenset(_NAMES[dtype] for dtype in dtypes), parameters)
 
 
-def _dtypes(file: Path) -> set[str]:
+def _tensors(file: Path) -> tuple[set[str], int]:
+    """Their dtypes, and how many numbers they have."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -56,11 +61,12 @@ def _dtypes(file: Path) -> set[str]:
             tensors = [entry for name, entry in header.items() if name != "__metadata__"]
             end = max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
             dtypes = {str(entry["dtype"]) for entry in tensors}
+            parameters = sum(math.prod(map(int, entry["shape"])) for entry in tensors)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise CorruptModel(f"{file}: the safetensors header is damaged ({error!r})") from error
     if 8 + length + end != size:
         raise CorruptModel(f"{file} has {size} bytes where its header says {8 + length + end}")
-    return dtypes
+    return dtypes, parameters
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from spilld.daemon.assembly import build_engine, welcome
 from spilld.daemon.config import Config
-from spilld.daemon.model import Model
+from spilld.daemon.model import Model, load
 from spilld.daemon.protocol import Generate, Reply
 from spilld.daemon.service import EngineService
 from spilld.daemon.visibility import CELL
@@ -127,7 +128,14 @@ def test_a_lost_device_loses_no_request(
 
 
 @pytest.mark.gpu
-def test_the_tokens_on_a_gpu_are_the_cpus(model: Model, wanted: Wanted, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights_on", ["cpu", "cuda"])
+def test_the_tokens_on_a_gpu_are_the_cpus(
+    weights_on: str, model: Model, wanted: Wanted, tmp_path: Path
+) -> None:
+    if weights_on == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("this torch finds no GPU")
+        model = load(model.folder, "float32", cache=model.folder / "cache", device="cuda")
     settings = {**SETTINGS, "format": "exact", "device": "cuda", "device_budget": "256 MiB"}
     with engine(model, tmp_path, **settings) as harness:
         assert answers(harness) == wanted("exact")
