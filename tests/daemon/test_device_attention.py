@@ -17,6 +17,7 @@ from spilld.offload.store import Store
 
 from ..cuda_ext.conftest import Emulate, emulate
 from ..cuda_ext.fake import FakeDevice
+from .elsewhere import GPU, Elsewhere, Gpu
 from .fake_device import fake_tier
 from .test_attention import Case, Tier, prepared
 
@@ -71,6 +72,23 @@ def test_what_the_device_has_is_not_read_from_disk(tmp_path: Path, emulate: Emul
         assert on_disk == {2, 3, 4, 5, 6, 7}
         assert part.read_bytes["disk"] == 2 * size  # 1 to 5 are hot
         assert part.read_bytes["host"] == 0
+    device.assert_empty()
+
+
+def test_what_comes_from_a_gpu_goes_back_there(tmp_path: Path, emulate: Emulate) -> None:
+    """And so do the zeros of a slice that has failed."""
+    case, device = Case(300, 1, Format.EXACT, kv_heads=1, group=1, disk=False), FakeDevice(2)
+    with prepared(case, tmp_path, on(device, emulate)) as setup, Gpu():
+        wanted = setup.expected()
+        setup.q, setup.k, setup.v = Elsewhere(setup.q), Elsewhere(setup.k), Elsewhere(setup.v)
+        part = setup.part(case.start, 1)
+        found = setup.attend(part)
+        assert found.device == GPU
+        assert np.abs(found.cpu().double().numpy() - wanted).max() < 2e-5
+        part.failure = OutOfMemory("none")
+        zeros = setup.attend(part)
+        assert zeros.device == GPU
+        assert not zeros.cpu().any()
     device.assert_empty()
 
 

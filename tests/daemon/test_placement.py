@@ -89,6 +89,14 @@ def test_the_configured_model_is_loaded_there(
     assert ("built without CUDA" in caplog.text) is not finds
 
 
+def test_codes_are_not_used_on_a_gpu(model: Model) -> None:
+    """Where the CPU would have some for the same weights."""
+    cache = model.folder / "cache"
+    assert load(model.folder, "float32", cache=cache, weights="int8").packed
+    with Gpu():
+        assert load(model.folder, "float32", cache=cache, weights="int8", device="cuda").packed is None
+
+
 def test_what_doctor_says(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def says(name: object) -> doctor.Finding:
         config = Config.load(None, {"model": str(name), "device": "cuda"})
@@ -210,9 +218,9 @@ def test_a_gpu_that_fails_is_a_lost_device(model: Model, tmp_path: Path) -> None
         )
         service.start()
         service.submit(CLIENT, Generate(request_id="long", prompt=tuple(PROMPTS["long"]), **FIELDS))
-        assert lost.wait(60)
-        assert service.lost == "torch: an illegal memory access"
+        lost.wait(60)
         assert service.stop() == {"long"}
+        assert service.lost == "torch: an illegal memory access"
         assert [event.token for event in posted if isinstance(event, Token)] == wanted[:1]
     with engine(model, tmp_path, **SETTINGS) as harness:
         for left in harness.engine.left_behind():
