@@ -12,6 +12,7 @@ import pytest
 from ..cuda_ext.driver.process import run_tests
 
 
+@pytest.mark.slow
 def test_over_the_fake_driver(cache_folder: Path) -> None:
     run_tests(Path(__file__).with_name("gpu_under_driver.py"), cache_folder)
 

@@ -43,7 +43,6 @@ ALWAYS = {
     variant.attend_records(integers(layout_of(Format.K8V4, Number.BFLOAT16, 128))),
     variant.attend_records(integers(layout_of(Format.INT4, Number.BFLOAT16, 256))),
     variant.attend_records(integers(layout_of(Format.EXACT, Number.BFLOAT16, 64))),
-    variant.attend_records(integers(layout_of(Format.EXACT, Number.FLOAT16, 64))),
     variant.attend_window(16, 64),
     variant.seal(integers(layout_of(Format.INT4, Number.BFLOAT16, 80))),
     variant.merge(256, 2),

@@ -91,8 +91,11 @@ def assert_same(found: list[Event], wanted: list[Event]) -> None:
     assert sum(isinstance(event, Accepted) for event in found) == 1
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("events", [0, 1, 2, 3, 4, 70, 100, 153], ids=lambda n: f"after-{n}")
+@pytest.mark.parametrize(
+    ("events", "sampling"),
+    [(events, Sampling()) for events in (0, 1, 2, 3, 4, 70, 100, 153)]
+    + [(events, SAMPLED) for events in (0, 4, 100)],
+)
 def test_it_goes_on_after(model: Model, sampling: Sampling, events: int, tmp_path: Path) -> None:
     """The seed that the request did not name is kept, too."""
     fields = FIELDS | {"sampling": sampling, "logprobs": 0}
@@ -168,7 +171,7 @@ def test_stops_and_halves_of_characters(model: Model, tmp_path: Path) -> None:
     stop = "".join(text[20:24])[1:]
     fields = FIELDS | {"stop": (stop,)}
     wanted = whole(model, tmp_path / "v", PROMPT, **fields)
-    for cut in range(1, len(wanted)):
+    for cut in range(1, len(wanted), 2):
         with life(model, tmp_path / "s") as harness:
             harness.add("r", PROMPT, **fields)
             while len(harness.events.get("r", [])) < cut:

@@ -147,7 +147,7 @@ def test_a_row_does_not_depend_on_others_nor_on_threads() -> None:
 
 
 def test_a_number_that_is_not_one_shows() -> None:
-    rows = Rows(Layout(Format.INT8, Element.FLOAT32, 1, 64), 2)
+    rows = Rows(Layout(Format.INT8, Element.FLOAT32, 1, 80), 4)
     rows.planes[1, LAYER, 0, 0, 0, 3] = 0  # the only slot of the first row, which the row's own token takes
     rows.heads[0, -2] = np.nan
     out, lse = rows.attend()

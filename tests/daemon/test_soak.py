@@ -126,7 +126,7 @@ def settled(address: str) -> dict[str, object]:
             time.sleep(0.05)
 
 
-@pytest.mark.parametrize("seconds", [8, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [6, pytest.param(600, marks=pytest.mark.slow)])
 def test_a_crowd(running: Spawned, expected: list[list[int]], seconds: int) -> None:
     sizes: list[int] = []
 

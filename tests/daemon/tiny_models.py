@@ -84,7 +84,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "phi3": {
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "num_key_value_heads": 4,
+        "num_key_value_heads": 2,
     },
     "phi3-longrope": {
         "num_hidden_layers": 2,
