@@ -138,7 +138,8 @@ class TestHandles:
             harness.add("third", PROMPT[:20], **FIELDS)
             harness.run()
             assert [len(harness.tokens(name)) for name in ("first", "second", "third")] == [8, 8, 8]
-            assert harness.done("second").usage.cached_tokens == 1407
+            cached = harness.done("second").usage.cached_tokens
+            assert cached in (1407, 1400), "from disk, where its newest tail may not yet be"
 
 
 class TestEnds:
