@@ -262,6 +262,7 @@ def test_a_damaged_extent_fails_the_slice_and_frees_the_ring(m: int, tmp_path: P
         part = setup.part(case.start, m)
         out = setup.attend(part)
         assert isinstance(part.failure, ExtentCorrupt)
+        assert part.failure.__traceback__ is None, "whose frames hold the tensors of the call"
         assert not out.any()
         assert out.shape == (m, 2, 64)
         assert not setup.attend(part).any(), "a failed slice stays failed in every layer"
