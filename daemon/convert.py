@@ -95,12 +95,16 @@ def refuse_what_would_load_wrongly(header: GgufHeader, name: str) -> None:
 def _from_gguf(gguf: Path, target: Path, dtype: str) -> None:
     header = read_header(gguf)
     refuse_what_would_load_wrongly(header, gguf.name)
+    from .gguf_reader import parsed_once
+
+    with parsed_once():
+        _load_and_save(gguf, header, target, dtype)
+
+
+def _load_and_save(gguf: Path, header: GgufHeader, target: Path, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from .gguf_reader import parse_once
-
-    parse_once()
     _say(f"reading {gguf.name} ({gguf.stat().st_size >> 20} MiB) as {dtype}")
     where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     try:

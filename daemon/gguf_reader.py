@@ -7,6 +7,8 @@ names anew for each module: with 262,144 words in the vocabulary most of a conve
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import gguf
 import numpy as np
@@ -25,7 +27,12 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
         self._data = np.asarray(mapped)
 
 
-def parse_once() -> None:
-    """From now on this process parses each file once, whoever reads it. It must not change meanwhile."""
-    gguf.GGUFReader = functools.cache(Reader)
-    gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """A scope in which this process parses each file once, whoever reads it. It must not change meanwhile."""
+    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(Reader), functools.cache(name_map)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map

@@ -21,7 +21,7 @@ from spilld.daemon import convert
 from spilld.daemon.catalog import PACKAGED, resolve
 from spilld.daemon.errors import ConfigError, CorruptModel, ModelError, UnknownModel, UnsupportedModel
 from spilld.daemon.gguf_header import read_header
-from spilld.daemon.gguf_reader import parse_once
+from spilld.daemon.gguf_reader import parsed_once
 from spilld.daemon.model import load
 from spilld.daemon.text import Tokenizer
 from spilld.daemon.weights import digest
@@ -216,22 +216,22 @@ class TestGguf:
             assert np.array_equal(converted[names[name]].numpy(), expected)
         assert len(found) == 3
 
-    def test_a_file_is_parsed_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_file_is_parsed_once(self, tmp_path: Path) -> None:
         file, maps = str(write_gguf(tmp_path / "x.gguf")), gguf.get_tensor_name_map
-        theirs = gguf.GGUFReader(file)
-        monkeypatch.setattr(gguf, "GGUFReader", gguf.GGUFReader)
-        monkeypatch.setattr(gguf, "get_tensor_name_map", maps)
-        parse_once()
-        ours, arch = gguf.GGUFReader(file), gguf.MODEL_ARCH.LLAMA
-        assert gguf.GGUFReader(file) is ours
+        theirs, reader, arch = gguf.GGUFReader(file), gguf.GGUFReader, gguf.MODEL_ARCH.LLAMA
+        with parsed_once():
+            ours = gguf.GGUFReader(file)
+            assert gguf.GGUFReader(file) is ours
+            assert gguf.get_tensor_name_map(arch, 2) is gguf.get_tensor_name_map(arch, 2)
+            assert gguf.get_tensor_name_map(arch, 2).mapping == maps(arch, 2).mapping
+        assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (reader, maps)
+        assert type(theirs) is reader
         assert {name: [part.tobytes() for part in field.parts] for name, field in ours.fields.items()} == {
             name: [part.tobytes() for part in field.parts] for name, field in theirs.fields.items()
         }
         assert [(t.name, t.data.tobytes()) for t in ours.tensors] == [
             (t.name, t.data.tobytes()) for t in theirs.tensors
         ]
-        assert gguf.get_tensor_name_map(arch, 2) is gguf.get_tensor_name_map(arch, 2)
-        assert gguf.get_tensor_name_map(arch, 2).mapping == maps(arch, 2).mapping
 
     @pytest.mark.parametrize("size", [0, 3, 23, 24, 100, 5000, 1_000_000, 1_800_000, 90_000_000, -1])
     def test_cut_off(self, size: int, smollm2_gguf: Path, tmp_path: Path) -> None:
