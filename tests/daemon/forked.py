@@ -9,9 +9,11 @@ import functools
 import multiprocessing
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import NoReturn
 
 from spilld.daemon import spawn
 
@@ -50,7 +52,7 @@ class Forked:
 spawned = functools.partial(spawn.spawned, start=Forked)
 
 
-def _main(arguments: list[str], log: Path, environment: dict[str, str], folder: Path) -> int:
+def _main(arguments: list[str], log: Path, environment: dict[str, str], folder: Path) -> NoReturn:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -59,4 +61,4 @@ def _main(arguments: list[str], log: Path, environment: dict[str, str], folder: 
             os.dup2(source.fileno(), number)
     from spilld.daemon.__main__ import main
 
-    raise SystemExit(main(arguments))
+    sys.exit(main(arguments))
