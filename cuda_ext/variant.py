@@ -41,9 +41,12 @@ class Variant:
         return KERNELS / f"{self.name}.cu"
 
 
+PLANES = ("HEAD_DIM", "KV_HEADS", "K_BITS", "V_BITS", "K_CODES", "K_SCALES", "V_CODES", "V_SCALES")
+"""What the numbers of a record need."""
+
+
 def attend_records(layout: Mapping[str, int]) -> Variant:
-    names = ("HEAD_DIM", "KV_HEADS", "K_BITS", "V_BITS", "K_CODES", "K_SCALES", "V_CODES", "V_SCALES")
-    defines = {name: layout[name] for name in names}
+    defines = {name: layout[name] for name in PLANES}
     if layout["K_BITS"] == 16:
         defines["FLOAT16"] = layout.get("FLOAT16", 0)
     return _attention("attend_records", defines, keys_by_token=False)
@@ -66,6 +69,11 @@ def rotate(head_dim: int) -> Variant:
 def seal(layout: Mapping[str, int]) -> Variant:
     shared = 4 * (BLOCK * (layout["HEAD_DIM"] + 1) + layout["HEAD_DIM"] + 2)
     return _variant("seal", {**layout, "SHARED_BYTES": shared}, threads=BLOCK, shared_bytes=shared)
+
+
+def dequantise(layout: Mapping[str, int]) -> Variant:
+    more = {"ELEMENT_BYTES": layout["ELEMENT_BYTES"], "FLOAT16": layout.get("FLOAT16", 0)}
+    return _variant("dequantise", {name: layout[name] for name in PLANES} | more, threads=128)
 
 
 def block_scores(layout: Mapping[str, int]) -> Variant:

@@ -47,6 +47,12 @@ def open(layout: Layout, records: npt.NDArray[np.uint8], rows: Array, k_out: F32
 
 def values(layout: Layout, record: npt.NDArray[np.uint8]) -> tuple[F32, F32]:
     """K and V of one record as float32 [kv_heads, 64, head_dim]."""
+    k, v = stored(layout, record)
+    return rotate(k) if layout.format is Format.INT4 else k, v
+
+
+def stored(layout: Layout, record: npt.NDArray[np.uint8]) -> tuple[F32, F32]:
+    """As values, but int4's keys are still rotated."""
     heads = layout.kv_heads
     if layout.format is Format.EXACT:
         dtype = np.dtype(np.float32 if layout.element is Element.FLOAT32 else np.uint16)
@@ -56,7 +62,7 @@ def values(layout: Layout, record: npt.NDArray[np.uint8]) -> tuple[F32, F32]:
     k_scale, v_scale = (widen(_plane(layout, record, f"{name}_scales").view(np.uint16)) for name in "kv")
     if layout.format is Format.INT4:
         packed = k_codes.reshape(heads, -1, BLOCK).swapaxes(1, 2)
-        k = rotate(_values4(layout, packed, k_scale.reshape(heads, -1, BLOCK, 2).swapaxes(1, 2)))
+        k = _values4(layout, packed, k_scale.reshape(heads, -1, BLOCK, 2).swapaxes(1, 2))
     else:
         codes = k_codes.view(np.int8).reshape(heads, -1, BLOCK).astype(np.float32)
         k = (codes * k_scale.reshape(heads, 1, BLOCK)).swapaxes(1, 2)

@@ -4,20 +4,13 @@
 // of one KV head of one block; the order of the norm's sum makes a thread go through its channels one by one, which
 // bounds it. HEAD_DIM, K_BITS, V_BITS, ELEMENT_BYTES, FLOAT16, KV_HEADS and where planes begin: K_CODES, K_SCALES,
 // V_CODES, V_SCALES, NORMS, SUMMARY, RADIUS, RECORD_BYTES.
+#include "block.cuh"
+#include "element.cuh"
 #include "rotate.cuh"
 #include "rounding.cuh"
 
-constexpr int BLOCK = 64, STRIDE = HEAD_DIM + 1;  // of a token's numbers in shared memory
-constexpr int GROUPS = (HEAD_DIM + 31) / 32;
+constexpr int STRIDE = HEAD_DIM + 1;  // of a token's numbers in shared memory
 static_assert(SHARED_BYTES == 4 * (BLOCK * STRIDE + HEAD_DIM + 2), "variant.py counts the same");
-
-#if ELEMENT_BYTES == 4
-typedef u32 Element;
-__device__ __forceinline__ float number(Element bits) { return __uint_as_float(bits); }
-#else
-typedef u16 Element;
-__device__ __forceinline__ float number(Element bits) { return low_half(bits); }
-#endif
 
 // |r|, never below the true one.
 struct Norm {
@@ -57,7 +50,7 @@ __device__ __forceinline__ float quantise8(const float* x, signed char* codes, i
 __device__ __forceinline__ float quantise4(float* x, u8* codes, int step, u16* scales, int group_step) {
   Norm residual;
   for (int first = 0; first < HEAD_DIM; first += 32) {
-    const int half = HEAD_DIM - first < 32 ? 8 : 16;
+    const int half = group_width(first / 32) / 2;
     u16* pair = scales + first / 32 * group_step * 2;
     Bounds bounds;
     for (int c = first; c < first + 2 * half; c++) bounds.add(x[c]);

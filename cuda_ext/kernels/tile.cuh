@@ -3,13 +3,7 @@
 // HEAD_DIM; K_BITS, V_BITS: 32 (float32), 16 (bfloat16, or float16 if FLOAT16), 8 or 4 (codes, as offload/FORMAT.md has them);
 // KEYS_BY_TOKEN: rows of keys are tokens (a window), not channels (a record).
 #pragma once
-#include "numbers.cuh"
-
-constexpr int BLOCK = 64;
-constexpr int GROUPS = (HEAD_DIM + 31) / 32;
-
-// A group of channels shares the scale of four bits; a head_dim of 80 ends in a group of 16.
-__device__ __forceinline__ int group_width(int group) { return min(32, HEAD_DIM - 32 * group); }
+#include "block.cuh"
 
 // Rows of codes, then scales. Rows are 16 bytes apart, so that the lanes of a fragment read from different banks;
 // rows that are no whole vectors are copied as one.

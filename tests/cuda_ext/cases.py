@@ -19,7 +19,7 @@ from spilld.offload.record import Format, Layout
 
 from .emulator import Emulated, Landing, Order
 from .kernels import Records, Way, Window, assert_close, by_query, frozen, merged, window_variant
-from .numbers import Number, integers, layout_of, narrow, number_of, seal
+from .numbers import Number, integers, layout_of, narrow, number_of, seal, stored, widen
 
 CLOSE = 2e-5
 """Absolute, of outputs of size 1: tensor cores get numbers of 16 bits, the sums are float32."""
@@ -47,6 +47,7 @@ def cases() -> Iterator[Case]:
     yield from _records()
     yield from _windows()
     yield from _seals()
+    yield from _opened()
     yield from _others()
 
 
@@ -87,6 +88,16 @@ SEALS = (
             (Format.EXACT, BF16, 64),
             *[(Format.EXACT, number, 256) for number in Number],
         ],
+    ],
+)
+
+OPENED = (
+    [(Format.INT8, BF16, 64), (Format.K8V4, BF16, 80), (Format.INT4, BF16, 80), (Format.INT4, F32, 96)]
+    + [(Format.EXACT, number, 64) for number in (BF16, F32)],
+    [
+        *[(form, BF16, dim) for form in QUANTISED for dim in (128, 256)],
+        *[(form, F16, 64) for form in (Format.EXACT, *QUANTISED)],
+        *[(Format.EXACT, number, dim) for number in Number for dim in (80, 256)],
     ],
 )
 
@@ -264,6 +275,35 @@ def sealed(layout: Layout, kernel: Emulated) -> None:
         kernel, made, (blocks, heads, 2), given, frozen(places), *sources, frozen(firsts), *strides
     )
     np.testing.assert_array_equal(given, wanted)
+
+
+def _opened() -> Iterator[Case]:
+    for always, kinds in zip((True, False), OPENED, strict=True):
+        for form, number, dim in kinds:
+            layout = layout_of(form, number, dim)
+            made = variant.dequantise(integers(layout))
+            yield Case(f"dequantise-{form}-{number}-{dim}", made, partial(opened, layout), always)
+
+
+def opened(layout: Layout, kernel: Emulated) -> None:
+    """The numbers nearest to those that a reader has; records in any places, and nothing else is written."""
+    records = Records(layout, blocks=3, queries=1, group=1)
+    numbers = np.stack([records.k, records.v])
+    _make_special(numbers[:, :, BLOCK:])
+    records.k, records.v = numbers
+    records.seal()
+    number, made = number_of(layout), variant.dequantise(integers(layout))
+    each = [stored(layout, records.pool[row]) for row in records.rows]
+    wanted = [np.concatenate(x, axis=1) for x in zip(*each, strict=True)]
+    given = narrow(np.full((2, layout.kv_heads + 1, *records.k.shape[1:]), 7, np.float32), number)
+    keys, values = (np.ascontiguousarray(x) for x in given)
+    WAYS[0].launch(
+        *(kernel, made, (3, layout.kv_heads, 2), keys, values, frozen(records.pool), frozen(records.places))
+    )
+    for found, exact in zip((keys, values), wanted, strict=True):
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(widen(found[:-1]), widen(narrow(exact, number)))
+        assert (widen(found[-1]) == 7).all()
 
 
 def _make_special(tokens: NDArray[np.float32]) -> None:

@@ -84,8 +84,14 @@ def seal(layout: Layout, k: Array, v: Array, records: NDArray[np.uint8], rows: N
 
 def values(layout: Layout, record: NDArray[np.uint8]) -> tuple[F32, F32]:
     """As reference.values."""
+    k, v = stored(layout, record)
+    return reference.rotate(k) if layout.format is Format.INT4 else k, v
+
+
+def stored(layout: Layout, record: NDArray[np.uint8]) -> tuple[F32, F32]:
+    """As reference.stored."""
     if not isinstance(layout, HalfLayout) or layout.format is not Format.EXACT:
-        return reference.values(layout, record)
+        return reference.stored(layout, record)
     k, v = (
         record[at : at + size].view(np.float16).astype(np.float32).reshape(layout.kv_heads, *shape)
         for (at, size), shape in (
