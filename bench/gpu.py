@@ -3,9 +3,12 @@
 Attention of M queries over 65,536 tokens of one layer, 32 heads on 8 of head_dim 128, records in GPU memory;
 the same records fetched from pinned host memory; and sealing 256 blocks. The baseline is the CPU's kernel
 over the same records in host memory, a process of its own that takes turns with ours, medians of 3.
+Where torch finds the GPU, also 256 queries of a prompt by its flash attention over records that are unpacked
+first; there the baseline is what our kernels for few queries take.
 
-What bounds the result: bytes over the rate of a copy within GPU memory, measured in the same run; the rate of
-copies from host memory is a limit itself. Needs an NVIDIA GPU; nobody has seen its figures: it has no goal.
+What bounds the result: bytes over the rate of a copy within GPU memory, measured in the same run; of a prompt
+FLOPs over the rate of torch's products; the rate of copies from host memory is a limit itself. Needs a
+GPU; nobody has seen its figures: it has no goal.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ from spilld.cuda_ext.build import BuildError
 from spilld.cuda_ext.cuda import CudaDevice
 from spilld.cuda_ext.device import Copy, Device, Stream
 from spilld.cuda_ext.errors import DeviceError
+from spilld.cuda_ext.flash import Flash
 from spilld.cuda_ext.landing import Landing
 from spilld.cuda_ext.ops import Load, Ops, Queries, Records
+from spilld.cuda_ext.tensors import Array
 from spilld.cuda_ext.variant import plane_bytes
 from spilld.cuda_ext.window import WindowShape
 from spilld.daemon.catalog import default_cache
@@ -39,6 +44,9 @@ HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 TOKENS = 65536
 SEALED = 256
 QUERIES = (1, 4, 16)
+PROMPT = 256
+SIZE = 4096
+"""Of square matrices, for the rate of products."""
 
 Numbers = dict[str, float]
 
@@ -86,7 +94,7 @@ def measured(device: Device[Any], load: Load, form: Layout, size: Size) -> Numbe
     """Milliseconds, and the rates of copies, bytes/s, of one format."""
     shape = WindowShape(WINDOW_SLOTS, 1, form.kv_heads, form.head_dim, torch.bfloat16)
     ops, nbytes = Ops(load, form.constants, shape, HEADS), size.blocks * form.record_bytes
-    rows = 3 * max(QUERIES) * HEADS + ops.partial_rows(max(QUERIES))
+    rows = 3 * PROMPT * HEADS + ops.partial_rows(PROMPT)
     landing = Landing(device, 4 * rows * (HEAD_DIM + 1) + 32 * size.blocks + PAGE)
     found: Numbers = {}
     with (
@@ -102,6 +110,9 @@ def measured(device: Device[Any], load: Load, form: Layout, size: Size) -> Numbe
             with landing.turn():
                 attend = attention(ops, landing, form, pool, size.blocks, m)
                 found[f"M={m}"] = milliseconds(partial(done, device, Stream.COMPUTE, attend), size.calls)
+        if torch.cuda.is_available():
+            flash = Flash(device, load, form.constants, shape, HEADS)
+            found |= prompt(device, ops, flash, landing, form, pool, size)
         with landing.turn():
             seal = sealing(ops, landing, form, pool, other, size.sealed)
             found["seal"] = milliseconds(partial(done, device, Stream.COMPUTE, seal), size.calls)
@@ -117,6 +128,29 @@ def attention(ops: Ops, landing: Landing, form: Layout, pool: int, blocks: int, 
     to = ops.room(landing, ops.parts(blocks, m), m)
     records = Records(pool, at[1], at[2], blocks)
     return partial(ops.attend_records, to, Queries(at[0], m), records, at[3], at[4], HEAD_DIM**-0.5, 0.0)
+
+
+def prompt(
+    device: Device[Any], ops: Ops, flash: Flash, landing: Landing, form: Layout, pool: int, size: Size
+) -> Numbers:
+    """Milliseconds of PROMPT queries by the kernels for few and by torch, and of a product of torch's."""
+    found: Numbers = {}
+    with landing.turn():
+        attend = attention(ops, landing, form, pool, size.blocks, PROMPT)
+        found["prompt by kernels"] = milliseconds(partial(done, device, Stream.COMPUTE, attend), size.calls)
+    with landing.turn():
+        numbers = np.arange(size.blocks)
+        q = np.zeros((PROMPT, HEADS, HEAD_DIM), np.float32)
+        at = landing.bring(q, numbers * form.record_bytes, (numbers + 1) * BLOCK)
+        records = Records(pool, at[1], at[2], size.blocks)
+        to = ops.room(landing, 1, PROMPT)
+        attend = partial(flash.attend, to, Queries(at[0], PROMPT), records, HEAD_DIM**-0.5)
+        found["prompt by flash"] = milliseconds(partial(done, device, Stream.COMPUTE, attend), size.calls)
+    square = Array(device.allocate(2 * SIZE**2), (SIZE, SIZE), torch.bfloat16)
+    multiply = partial(device.compute, Stream.COMPUTE, lambda x: x @ x, square)
+    found["product"] = milliseconds(partial(done, device, Stream.COMPUTE, multiply), size.calls)
+    device.free(square.address)
+    return found
 
 
 def sealing(
@@ -185,6 +219,17 @@ def results(form: Format, layout: Layout, gpu: Numbers, cpu: Numbers, dram: floa
             ours=gpu[case],
             baseline=cpu[case],
             limit=1e3 * read / dram,
+        )
+    if (by_flash := gpu.get(f"{form} prompt by flash")) is not None:
+        flop_ms = 2 * SIZE**3 / gpu[f"{form} product"]
+        yield Result(
+            bench=BENCH,
+            metric=f"{PROMPT} queries of a prompt, against kernels for few",
+            case=str(form),
+            unit="ms",
+            ours=by_flash,
+            baseline=gpu[f"{form} prompt by kernels"],
+            limit=4 * PROMPT * HEADS * HEAD_DIM * TOKENS / flop_ms,
         )
     sealed = SEALED * (layout.record_bytes + 2 * 2 * layout.kv_heads * layout.head_dim * BLOCK)
     for name, metric, nbytes in (

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from .device import Copy, Stream
 from .errors import OutOfMemory
 from .ranges import Ranges
+from .tensors import Array, in_process
 
 Function = Callable[..., None]
 """Takes the grid, then what a kernel takes; does the whole grid's work."""
@@ -79,6 +80,9 @@ class CpuDevice:
     def copy(self, stream: Stream, copies: Sequence[Copy]) -> None:
         for to, source, nbytes in copies:
             ctypes.memmove(to, source, nbytes)
+
+    def compute(self, stream: Stream, work: Callable[..., None], *arrays: Array) -> None:
+        work(*map(in_process, arrays))
 
     def record(self, stream: Stream) -> _Passed:
         return _Passed()

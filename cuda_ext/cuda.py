@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .build import cubin
 from .device import Copy, Stream
 from .driver import Driver, Refused
 from .errors import DeviceError, NoDevice, OutOfMemory, RegistrationRefused
 from .ranges import Ranges
+from .tensors import Array, gpu_errors, on_gpu
 from .variant import SHARED_WITHOUT_ASKING, Variant
 
 REGISTER_BYTES = 64 << 30
@@ -30,7 +33,7 @@ class CudaDevice:
         """Raises NoDevice, and build's DriverMissing and DriverTooOld."""
         self.driver = Driver()
         api = self.driver.api
-        self._device = self.driver("cuDeviceGet", number)
+        self._number, self._device = number, self.driver("cuDeviceGet", number)
         self.name = self.driver("cuDeviceGetName", 128, self._device).split(b"\0")[0].decode()
         self.architecture = (
             f"sm_{self._attribute('COMPUTE_CAPABILITY_MAJOR')}{self._attribute('COMPUTE_CAPABILITY_MINOR')}"
@@ -133,6 +136,13 @@ class CudaDevice:
             *("cuMemcpyBatchAsync", [api.CUdeviceptr(x) for x in to], [api.CUdeviceptr(x) for x in sources]),
             *(sizes, len(parts), [attributes], [0], 1, self._streams[stream]),
         )
+
+    def compute(self, stream: Stream, work: Callable[..., None], *arrays: Array) -> None:
+        """Only where torch finds this GPU."""
+        here, gpu = int(self._streams[stream]), torch.device("cuda", self._number)
+        there = torch.cuda.ExternalStream(here, gpu)  # type: ignore[no-untyped-call]
+        with gpu_errors(), torch.cuda.stream(there):
+            work(*(on_gpu(array, self._number) for array in arrays))
 
     def record(self, stream: Stream) -> CudaEvent:
         event = CudaEvent(self, self._idle_events.pop() if self._idle_events else self._new_event())

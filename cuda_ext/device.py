@@ -10,8 +10,10 @@ Every method may raise LaunchFailed, because that tells of earlier work, too.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
+
+from .tensors import Array
 
 Image = TypeVar("Image", contravariant=True)
 """What a device loads kernels from."""
@@ -85,6 +87,13 @@ class Device(Protocol[Image]):
         """Give a batch to the stream; the copies of one batch happen in any order.
 
         Raises OutOfMemory; none of them happens then.
+        """
+
+    def compute(self, stream: Stream, work: Callable[..., None], *arrays: Array) -> None:
+        """Give torch's operations to the stream: `work` takes tensors that are these arrays, and may neither
+        wait for the device nor touch other memory of it.
+
+        Raises OutOfMemory, also if torch finds none; some of the operations may happen then.
         """
 
     def record(self, stream: Stream) -> Event:

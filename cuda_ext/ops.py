@@ -89,6 +89,12 @@ class Ops:
         sums = (parts, self.shape.kv_heads, rows * self.group)
         return Parts(landing.room((*sums, self.shape.head_dim)), landing.room(sums), parts)
 
+    def split(self, parts: Parts, first: int, rows: int) -> tuple[Parts, Parts]:
+        """The first so many of them, and the others."""
+        sums = 4 * first * rows * self.heads
+        others = Parts(parts.out + sums * self.shape.head_dim, parts.lse + sums, parts.parts - first)
+        return parts._replace(parts=first), others
+
     def attend_window(
         self, to: Parts, q: Queries, planes: int, seen: Ranges, scale: float, softcap: float
     ) -> None:

@@ -39,6 +39,7 @@ def kernels(layout: Layout) -> Iterator[Variant]:
     yield variant.attend_window(8 * layout.element.nbytes, layout.head_dim)
     yield variant.merge(layout.head_dim, layout.kv_heads)
     yield variant.seal(layout.constants)
+    yield variant.dequantise(layout.constants)
     if layout.format is Format.INT4:
         yield variant.rotate(layout.head_dim)
 

@@ -23,9 +23,11 @@ from spilld.cuda_ext.choice import Costs, to_fetch
 from spilld.cuda_ext.cpu import element_view
 from spilld.cuda_ext.device import Copy, Device, Event, Stream
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
+from spilld.cuda_ext.flash import Flash
 from spilld.cuda_ext.landing import Landing
-from spilld.cuda_ext.ops import Ops, Parts, Queries, Ranges, Records
+from spilld.cuda_ext.ops import Ops, Queries, Ranges, Records
 from spilld.cuda_ext.pool import RecordPool
+from spilld.cuda_ext.variant import ROWS
 from spilld.cuda_ext.window import Numbers, Windows
 from spilld.offload.partial import merge
 from spilld.offload.record import BLOCK, Layout
@@ -63,12 +65,14 @@ class DeviceAttention:
         landing: Landing,
         store: Store,
         costs: Costs,
+        flash: Flash | None,
     ) -> None:
-        """The store's records lie in memory that the device has registered.
+        """The store's records lie in memory that the device has registered. flash: what prompts take.
 
         Raises ValueError if the pool is too small.
         """
-        self._device, self._ops, self._windows, self._landing = device, ops, windows, landing
+        self._device, self._ops, self._flash = device, ops, flash
+        self._windows, self._landing = windows, landing
         self._pool, self._hot = pool, HotBlocks(pool, windows.shape.layers)
         self._store, self._stored, self._costs = store, StoredAttention(store), costs
         self._sealed: list[Event] = []
@@ -81,11 +85,16 @@ class DeviceAttention:
 
     @property
     def device_bytes(self) -> int:
-        return self._pool.budget_bytes + self._landing.nbytes
+        return self._pool.budget_bytes + self._working_bytes
 
     @property
     def device_used_bytes(self) -> int:
-        return self._pool.used_bytes + self._landing.nbytes
+        return self._pool.used_bytes + self._working_bytes
+
+    @property
+    def _working_bytes(self) -> int:
+        """Taken as long as the daemon runs."""
+        return self._landing.nbytes + (self._flash.nbytes if self._flash else 0)
 
     def reads(self, part: Slice, layer: int, blocks: Blocks) -> bool:
         return bool((self._hot.slots(part.sequence, layer, blocks) < 0).any())
@@ -149,36 +158,44 @@ class DeviceAttention:
         and the held records: out and lse, there once landing has settled."""
         part, ops, landing, shape = call.part, self._ops, self._landing, self._windows.shape
         window, planes = part.sequence.window, self._windows.address(part.sequence.window, call.layer)
-        count, heads, head_dim = q.shape
+        count = len(q)
         low, high = (x[start - part.position :][:count] for x in part.bounds(call.window))
-        seen = part.ranges(start, start + count, call.window)
-        places, positions = held.slots * self._pool.record_bytes, held.blocks * BLOCK
-        tokens = int(np.diff(seen[-1]).sum())
-        part.read_bytes["device"] += (
-            tokens * shape.layer_bytes // shape.slots + places.size * self._pool.record_bytes
-        )
-        tiles = ops.parts(ops.tiles, count)
-        parts = tiles + (ops.parts(len(held.blocks), count) if len(held.blocks) else 0)
+        ranges = part.ranges(start, start + count, call.window)
+        seen = (held.blocks * BLOCK < high.max()) & ((held.blocks + 1) * BLOCK > low.min())
+        places, positions = held.slots[seen] * self._pool.record_bytes, held.blocks[seen] * BLOCK
+        tokens, blocks = int(np.diff(ranges[-1]).sum()), len(places)
+        part.read_bytes["device"] += tokens * shape.layer_bytes // shape.slots
+        part.read_bytes["device"] += blocks * self._pool.record_bytes
+        flash = self._flash if self._is_prompt(call, count) else None
+        tiles, others = ops.parts(ops.tiles, count), 1 if flash else ops.parts(blocks, count)
         with (
             landing.turn(),
             self._windows.arena.use(Stream.COMPUTE, writes=[window]),
             self._pool.use(Stream.COMPUTE, reads=held.coming),
         ):
-            at = landing.bring(q, k, v, seen, low, high, places, positions)
+            at = landing.bring(q, k, v, ranges, low, high, places, positions)
             self._device.copy(Stream.COMPUTE, list(self._appends(planes, at[1:3], start, count)))
             queries = Queries(at[0], count)
-            partial = ops.room(landing, parts, count)
-            first = partial._replace(parts=tiles)
-            ops.attend_window(first, queries, planes, Ranges(at[3], seen.shape[1]), call.scale, call.softcap)
-            if parts > tiles:
+            partial = ops.room(landing, tiles + (others if blocks else 0), count)
+            exact, stored = ops.split(partial, tiles, count)
+            ops.attend_window(
+                exact, queries, planes, Ranges(at[3], ranges.shape[1]), call.scale, call.softcap
+            )
+            if blocks:
                 rotated = ops.rotate(landing.room(q.shape), queries) if ops.rotates else queries
-                size = 4 * tiles * count * heads
-                others = Parts(partial.out + size * head_dim, partial.lse + size, parts - tiles)
-                blocks = Records(self._pool.address(0), at[6], at[7], len(held.blocks))
-                ops.attend_records(others, rotated, blocks, at[4], at[5], call.scale, call.softcap)
+                records = Records(self._pool.address(0), at[6], at[7], blocks)
+                if flash:
+                    flash.attend(stored, rotated, records, call.scale)
+                else:
+                    ops.attend_records(stored, rotated, records, at[4], at[5], call.scale, call.softcap)
             out, lse = landing.room(q.shape), landing.room(q.shape[:2])
             ops.merge(out, lse, partial, queries)
             return landing.fetch(out, q.shape), landing.fetch(lse, q.shape[:2])
+
+    @staticmethod
+    def _is_prompt(call: Call, queries: int) -> bool:
+        """More queries than a kernel of ours has at a time, and each sees all of a record that one sees."""
+        return queries > ROWS and call.window is None and not call.softcap
 
     def _appends(self, planes: int, sources: Many[int], start: int, count: int) -> Iterator[Copy]:
         """K and V of tokens within one cell, [kv_heads, count, head_dim] each, into the window."""

@@ -13,6 +13,7 @@ from spilld.cuda_ext.cpu import CpuWindows
 from spilld.cuda_ext.cuda import CudaDevice
 from spilld.cuda_ext.device import Device
 from spilld.cuda_ext.device_windows import DeviceWindows
+from spilld.cuda_ext.flash import Flash
 from spilld.cuda_ext.landing import ALIGNMENT, Landing
 from spilld.cuda_ext.ops import Ops
 from spilld.cuda_ext.pool import RecordPool
@@ -29,8 +30,7 @@ from .hot import SPARE
 from .visibility import CELL, WINDOW_SLOTS, highest_block
 
 WINDOWS_SHARE = 4
-"""Windows have at most one part in so many of what is left beside landing."""
-
+"""Windows have at most one part in so many of what is left beside working memory."""
 
 DEFAULT_WINDOWS = 4
 """Where the CPU is the device."""
@@ -59,9 +59,12 @@ def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
     device = CudaDevice()
     try:
         load = partial(device.compiled, cache=config.cache / "cubins")
-        ops = Ops(load, store.layout.constants, window_shape(config, geometry), geometry.heads)
-        longest = config.max_context or geometry.max_positions
-        return build(device, ops, store, config.device_budget, longest, measure(device, ops, store.layout))
+        constants, shape, heads = store.layout.constants, window_shape(config, geometry), geometry.heads
+        ops = Ops(load, constants, shape, heads)
+        torch_has_it = torch.cuda.is_available() and shape.dtype is not torch.float32
+        flash = Flash(device, load, constants, shape, heads) if torch_has_it else None
+        longest, costs = config.max_context or geometry.max_positions, measure(device, ops, store.layout)
+        return build(device, ops, store, config.device_budget, longest, costs, flash)
     except BaseException:
         device.close()
         raise
@@ -84,26 +87,34 @@ def window_shape(config: Config, geometry: Geometry) -> WindowShape:
 
 
 def build(
-    device: Device[Any], ops: Ops, store: Store, budget_bytes: int, max_context: int, costs: Costs
+    device: Device[Any],
+    ops: Ops,
+    store: Store,
+    budget_bytes: int,
+    max_context: int,
+    costs: Costs,
+    flash: Flash | None,
 ) -> DeviceTier:
-    """max_context: tokens of the longest sequence. The store's records are pinned.
+    """max_context: tokens of the longest sequence. flash: what prompts take, if not our kernels. The store's
+    records are pinned.
 
     Raises ValueError if the budget is too small, OutOfMemory and RegistrationRefused.
     """
     shape, record_bytes = ops.shape, store.layout.record_bytes
     landing_bytes = crossing(ops, highest_block(max_context))
+    working_bytes = landing_bytes + (flash.nbytes if flash else 0)
     page = device.page_bytes
     one = -(-shape.nbytes // page) * page
-    least = landing_bytes + one + SPARE * record_bytes
+    least = working_bytes + one + SPARE * record_bytes
     if budget_bytes < least:
         raise ValueError(f"a device budget of {budget_bytes} bytes is less than the least, {least}")
-    share = min((budget_bytes - landing_bytes) // WINDOWS_SHARE, budget_bytes - least + one)
+    share = min((budget_bytes - working_bytes) // WINDOWS_SHARE, budget_bytes - least + one)
     for_windows = max(1, share // shape.nbytes) * shape.nbytes
     landing = Landing(device, landing_bytes)
     windows = DeviceWindows(device, landing, shape, -(-for_windows // page) * page)
-    pool = RecordPool(device, budget_bytes - landing_bytes - windows.budget_bytes, record_bytes)
+    pool = RecordPool(device, budget_bytes - working_bytes - windows.budget_bytes, record_bytes)
     store.pin_memory(device.register)
-    return DeviceTier(windows, DeviceAttention(device, ops, windows, pool, landing, store, costs))
+    return DeviceTier(windows, DeviceAttention(device, ops, windows, pool, landing, store, costs, flash))
 
 
 def crossing(ops: Ops, blocks: int) -> int:

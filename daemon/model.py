@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from spilld.cuda_ext.errors import DeviceError
+from spilld.cuda_ext.tensors import gpu_errors
 
 from .catalog import default_cache, resolve
 from .errors import ConfigError, CorruptModel, DeviceUnusable, UnsupportedModel
@@ -24,7 +25,6 @@ from .geometry import Geometry
 from .linear import has_bfloat16_products, widen
 from .packed import Packed
 from .packing import packed_weights
-from .placement import gpu_errors
 from .rope import fix_rope, rope_bytes
 from .text import Tokenizer
 from .weights import digest, read_layout

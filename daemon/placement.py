@@ -6,13 +6,9 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-
-from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
 
 from .config import Config
 
@@ -41,14 +37,3 @@ def place(config: Config) -> Placement:
     return Placement(
         "cpu", "torch finds no GPU: weights stay on the CPU; nvidia-smi says what the driver finds"
     )
-
-
-@contextmanager
-def gpu_errors() -> Iterator[None]:
-    """torch's failures on a GPU as those of a device. Raises OutOfMemory and LaunchFailed."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"torch: {error}") from error
-    except torch.AcceleratorError as error:
-        raise LaunchFailed(f"torch: {error}") from error

@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 
 from spilld.cuda_ext.errors import OutOfMemory
+from spilld.cuda_ext.tensors import gpu_errors
 from spilld.offload.prefetch import Read, Ticket
 from spilld.offload.store import Store
 from spilld.offload.table import RunRef
@@ -18,7 +19,6 @@ from .decoder import Decoder
 from .interface import Step
 from .linear import wide_bytes
 from .model import Model
-from .placement import gpu_errors
 from .scheduler import MAX_RUNNING
 from .sequence import Sequence
 from .slices import Slice

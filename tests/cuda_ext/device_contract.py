@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from spilld.cuda_ext.device import Copy, Device, Event, Kernel, Stream
 from spilld.cuda_ext.errors import OutOfMemory
+from spilld.cuda_ext.tensors import Array
 
 Floats = NDArray[np.float32]
 
@@ -48,6 +50,41 @@ def fill(host: Host, seed: int = 3) -> NDArray[np.uint8]:
     numbers = np.random.default_rng(seed).standard_normal(host.bytes.nbytes // 4).astype(np.float32)
     host.bytes[:] = numbers.view(np.uint8)
     return host.bytes.copy()
+
+
+class ComputeContract:
+    """What a device does that torch can use; subclasses provide the fixture `device`."""
+
+    def test_torch_between_copies(self, device: Device[Any]) -> None:
+        """In a stream's order, over arrays of several kinds at once."""
+        host = Host(device, 4096)
+        fill(host)
+        numbers = host.floats(0, 60).copy().reshape(3, 4, 5)
+        halves = torch.from_numpy(numbers).to(torch.bfloat16)
+        with allocated(device, 240) as source, allocated(device, 120) as target:
+            given = Array(source, (3, 4, 5), torch.float32), Array(target, (4, 15), torch.bfloat16)
+            device.copy(Stream.COMPUTE, [Copy(source, host.address, 240)])
+            device.compute(Stream.COMPUTE, lambda x, y: y.copy_(x.view(y.shape)), *given)
+            device.compute(Stream.COMPUTE, lambda x: x.mul_(2), given[0])
+            device.compute(Stream.COMPUTE, lambda x, y: x[1].copy_(y.view(-1)[:20].view(4, 5)), *given)
+            back = [Copy(host.address + 1024, source, 240), Copy(host.address + 2048, target, 120)]
+            device.copy(Stream.COMPUTE, back)
+            device.record(Stream.COMPUTE).synchronise()
+        wanted = numbers * 2
+        wanted[1] = halves[0].float().numpy()
+        np.testing.assert_array_equal(host.floats(1024, 60).reshape(3, 4, 5), wanted)
+        np.testing.assert_array_equal(host.bytes[2048:2168], halves.view(torch.uint8).numpy().ravel())
+        device.unregister(host.address)
+
+    def test_an_event_behind_torch(self, device: Device[Any]) -> None:
+        host = Host(device, 4096)
+        with allocated(device, 40) as address:
+            device.compute(Stream.COMPUTE, lambda x: x.fill_(7), Array(address, (10,), torch.float32))
+            device.record(Stream.COMPUTE).before(Stream.COPY_OUT)
+            device.copy(Stream.COPY_OUT, [Copy(host.address, address, 40)])
+            device.record(Stream.COPY_OUT).synchronise()
+        assert (host.floats(0, 10) == 7).all()
+        device.unregister(host.address)
 
 
 class DeviceContract:

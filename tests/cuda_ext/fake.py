@@ -12,7 +12,8 @@ import ctypes
 import mmap
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from spilld.cuda_ext.device import Copy, Stream
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
 from spilld.cuda_ext.ranges import Ranges
+from spilld.cuda_ext.tensors import Array, in_process
 
 from .emulator import Emulated, EmulatorError
 
@@ -28,7 +30,7 @@ SPACE_BYTES = 64 << 20
 GAP = 512
 """Bytes between two allocations that belong to nobody."""
 POISON = 0xFF
-MAY_RUN_OUT = ("allocate", "register", "copy", "record", "reserve", "map", "create")
+MAY_RUN_OUT = ("allocate", "register", "copy", "compute", "record", "reserve", "map", "create")
 
 Span = tuple[int, int]
 """(address, nbytes)"""
@@ -120,6 +122,7 @@ class FakeDevice:
         self.memory_bytes = memory_bytes
         self.fail_at, self.lose_at = fail_at, lose_at
         self.calls = 0
+        self.computed = 0  # by torch
         self.held_bytes = 0  # memory that a driver has promised for mapping
         self.lost: LaunchFailed | None = None
         self.allocated, self.reserved, self.mapped, self.registered = (Ranges() for _ in range(4))
@@ -185,6 +188,11 @@ class FakeDevice:
         work = self.give(stream, reads, writes)
         work.steps = [lambda copy=copy: self._move(copy) for copy in copies]  # type: ignore[misc]
         self.chance.shuffle(work.steps)
+
+    def compute(self, stream: Stream, work: Callable[..., None], *arrays: Array) -> None:
+        self.call("compute")
+        given = self.give(stream)
+        given.steps.append(lambda: self._compute(given, work, arrays))
 
     def record(self, stream: Stream) -> FakeEvent:
         self.call("record")
@@ -300,20 +308,35 @@ class FakeDevice:
 
     def emulate(self, kernel: FakeKernel, work: Work, grid: tuple[int, int, int], values: list[Any]) -> None:
         """Run a kernel over live device memory, but not over what unordered work writes."""
-        others = [other for other in self._open if not self._ordered(work, other)]
-        written = [span for other in others for span in other.writes]
         live = sorted(chain(self.allocated, self.mapped))
-        allowed = [part for span in live for part in _without(span, written)]
-        read = [(span, ctypes.string_at(*span)) for other in others for span in other.reads]
         memory, seed = (self._base, SPACE_BYTES), self.chance.randrange(1 << 30)
-        try:
-            kernel.image.launch_on(
-                *(memory, allowed, kernel.name, grid, kernel.threads, kernel.shared_bytes, values, seed)
-            )
-        except EmulatorError as error:
-            raise Fault(f"{kernel.name}: {error}") from error
+        with self._apart(kernel.name, work) as written:
+            allowed = [part for span in live for part in _without(span, written)]
+            try:
+                kernel.image.launch_on(
+                    *(memory, allowed, kernel.name, grid, kernel.threads, kernel.shared_bytes, values, seed)
+                )
+            except EmulatorError as error:
+                raise Fault(f"{kernel.name}: {error}") from error
+
+    @contextmanager
+    def _apart(self, name: str, work: Work) -> Iterator[list[Span]]:
+        """What unordered work writes. Raises Fault if what it reads is written in the scope."""
+        others = [other for other in self._open if not self._ordered(work, other)]
+        read = [(span, ctypes.string_at(*span)) for other in others for span in other.reads]
+        yield [span for other in others for span in other.writes]
         if any(ctypes.string_at(*span) != before for span, before in read):
-            raise Fault(f"{kernel.name} writes what other work reads")
+            raise Fault(f"{name} writes what other work reads")
+
+    def _compute(self, given: Work, work: Callable[..., None], arrays: Sequence[Array]) -> None:
+        """torch over live device memory, but not over what unordered work writes."""
+        with self._apart("torch", given) as written:
+            for array in arrays:
+                span = (array.address, array.nbytes)
+                if self._owner(*span) != "device" or any(_overlap(span, other) for other in written):
+                    raise Fault(f"torch: {span} is not device memory, or other work writes it")
+            work(*map(in_process, arrays))
+        self.computed += 1
 
     def read(self, address: int, nbytes: int) -> bytes:
         """What the host sees in its own memory. Raises Fault if pending work writes there."""

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from spilld.cuda_ext import build
+from spilld.cuda_ext.cpu_device import CpuDevice
 from spilld.cuda_ext.device import Stream
+from spilld.cuda_ext.flash import Flash
 from spilld.cuda_ext.ops import Ops
 from spilld.cuda_ext.variant import Variant
 from spilld.cuda_ext.window import WindowShape
@@ -32,6 +34,7 @@ def test_shipped_kernels_are_those_that_a_model_launches(form: Format) -> None:
         return Unused()
 
     Ops(load, layout.constants, shape, 9)
+    Flash(CpuDevice(), load, layout.constants, shape, 9)
     assert set(cubins.kernels(layout)) == loaded
 
 
@@ -45,7 +48,7 @@ def test_what_is_shipped_is_found_and_nothing_else_left(
     (folder / "of yesterday").touch()
     layout = Layout(Format.INT4, Element.BFLOAT16, 3, 64)
     paths = cubins.ship([layout], ["sm_80", "sm_90"])
-    assert len(set(paths)) == 10
+    assert len(set(paths)) == 12
     assert set(folder.iterdir()) == set(paths)
     monkeypatch.setattr(build, "_compile", None)
     for kernel in cubins.kernels(layout):

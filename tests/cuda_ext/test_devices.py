@@ -10,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from spilld.cuda_ext.cpu_device import CpuDevice, Function
 from spilld.cuda_ext.device import Copy, Kernel, Stream
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
+from spilld.cuda_ext.tensors import Array
 
 from .conftest import Emulate
-from .device_contract import TURN_BYTES, DeviceContract, Host, fill
+from .device_contract import TURN_BYTES, ComputeContract, DeviceContract, Host, fill
 from .emulator import Emulated
 from .fake import FakeDevice, Fault
 
@@ -39,7 +41,7 @@ def turn_here(grid: tuple[int, int, int], out: int, source: int) -> None:
 HERE: Mapping[str, Function] = {"shift": shift_here, "turn": turn_here}
 
 
-class TestCpu(DeviceContract):
+class TestCpu(ComputeContract, DeviceContract):
     @pytest.fixture
     def device(self) -> Iterator[CpuDevice]:
         device = CpuDevice()
@@ -60,7 +62,7 @@ def image(emulate: Emulate) -> Emulated:
     return emulate(SHIFT, {})
 
 
-class TestFake(DeviceContract):
+class TestFake(ComputeContract, DeviceContract):
     @pytest.fixture(params=range(8))
     def device(self, request: pytest.FixtureRequest) -> Iterator[FakeDevice]:
         device = FakeDevice(request.param)
@@ -185,6 +187,26 @@ def test_kernels_do_not_write_what_copies_read(fake: FakeDevice, image: Emulated
         fake.record(Stream.COMPUTE).synchronise()
 
     with pytest.raises(Fault, match="writes what other work reads"):
+        run()
+
+
+@pytest.mark.parametrize("wrong", ["past", "written", "read"])
+def test_torch_stays_in_live_memory_and_off_what_copies_touch(
+    fake: FakeDevice, host: Host, wrong: str
+) -> None:
+    fill(host)
+    address = fake.allocate(400)
+    if wrong == "written":
+        fake.copy(Stream.COPY_IN, [Copy(address, host.address, 400)])
+    if wrong == "read":
+        fake.copy(Stream.COPY_OUT, [Copy(host.address, address, 400)])
+    array = Array(address, (101 if wrong == "past" else 100,), torch.float32)
+
+    def run() -> None:
+        fake.compute(Stream.COMPUTE, lambda x: x.zero_(), array)
+        fake.record(Stream.COMPUTE).synchronise()
+
+    with pytest.raises(Fault, match=r"torch|live"):
         run()
 
 

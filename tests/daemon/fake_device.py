@@ -7,6 +7,7 @@ from typing import Any
 
 from spilld.cuda_ext.choice import Costs, Rates
 from spilld.cuda_ext.device import Kernel
+from spilld.cuda_ext.flash import Flash
 from spilld.cuda_ext.ops import Ops
 from spilld.cuda_ext.variant import Variant
 from spilld.cuda_ext.window import WindowShape
@@ -26,6 +27,7 @@ EVEN = Costs(SAME, SAME, copy_bytes=1e9)
 """Half of the cold records are fetched."""
 
 WARPS = 8
+FLASH_TILE = 3
 MAX_CONTEXT = 4096
 
 
@@ -57,10 +59,13 @@ def fake_tier(
     hot: int = 12,
     windows: int = 1,
     costs: Costs = EVEN,
+    flash: bool = False,
 ) -> DeviceTier:
-    """hot: records that may stay on the device."""
-    ops = Ops(loader(device, emulate), store.layout.constants, shape, heads, warps=WARPS)
-    landing = device_tier.crossing(ops, highest_block(MAX_CONTEXT))
+    """hot: records that may stay on the device. flash: whether prompts take it."""
+    load, constants = loader(device, emulate), store.layout.constants
+    ops = Ops(load, constants, shape, heads, warps=WARPS)
+    prompts = Flash(device, load, constants, shape, heads, tile=FLASH_TILE) if flash else None
+    working = device_tier.crossing(ops, highest_block(MAX_CONTEXT)) + (prompts.nbytes if prompts else 0)
     records = (SPARE + hot) * store.layout.record_bytes
-    budget = landing + records + windows * -(-shape.nbytes // device.page_bytes) * device.page_bytes
-    return device_tier.build(device, ops, store, budget, MAX_CONTEXT, costs)
+    budget = working + records + windows * -(-shape.nbytes // device.page_bytes) * device.page_bytes
+    return device_tier.build(device, ops, store, budget, MAX_CONTEXT, costs, prompts)

@@ -33,9 +33,19 @@ CASES = [
 ]
 
 
-def on(device: FakeDevice, emulate: Emulate, hot: int = 12) -> Tier:
+PROMPTS = [
+    Case(777, 60, Format.EXACT, kv_heads=1, group=2),
+    Case(1000, 100, Format.K8V4, kv_heads=2, group=2, element=Element.BFLOAT16),
+    Case(900, 40, Format.INT4, kv_heads=1, group=2, disk=False),
+    Case(777, 20, Format.EXACT, kv_heads=1, softcap=3.0),
+    Case(777, 20, Format.EXACT, kv_heads=1, window=300),
+]
+"""The last two are not for flash attention."""
+
+
+def on(device: FakeDevice, emulate: Emulate, hot: int = 12, *, flash: bool = False) -> Tier:
     def tier(store: Store, shape: WindowShape, heads: int) -> tuple[Windows, Attention]:
-        return fake_tier(device, emulate, store, shape, heads, hot=hot)
+        return fake_tier(device, emulate, store, shape, heads, hot=hot, flash=flash)
 
     return tier
 
@@ -48,6 +58,18 @@ def test_attention_is_the_oracles(case: Case, tmp_path: Path, emulate: Emulate) 
         found = setup.attend(part).double().numpy()
         tolerance = 2e-5 if case.element is Element.FLOAT32 and case.format is Format.EXACT else 2e-2
         assert np.abs(found - setup.expected()).max() < tolerance
+    device.assert_empty()
+
+
+@pytest.mark.parametrize("case", PROMPTS, ids=str)
+def test_prompts_by_flash_attention_are_the_oracles(case: Case, tmp_path: Path, emulate: Emulate) -> None:
+    device = FakeDevice(case.start + case.m)
+    with prepared(case, tmp_path, on(device, emulate, flash=True)) as setup:
+        computed = device.computed
+        found = setup.attend(setup.part(case.start, case.m)).double().numpy()
+        tolerance = 2e-5 if case.element is Element.FLOAT32 and case.format is Format.EXACT else 2e-2
+        assert np.abs(found - setup.expected()).max() < tolerance
+        assert (device.computed > computed) == (case not in PROMPTS[-2:])
     device.assert_empty()
 
 
@@ -92,13 +114,15 @@ def test_what_comes_from_a_gpu_goes_back_there(tmp_path: Path, emulate: Emulate)
     device.assert_empty()
 
 
-@pytest.mark.parametrize(("hot", "first"), [(0, 1), (3, 4), (100, 7)])
+@pytest.mark.parametrize(
+    ("hot", "first", "flash"), [(0, 1, False), (3, 4, False), (100, 7, False), (100, 3, True)]
+)
 def test_memory_that_ends_fails_a_call_or_changes_nothing(
-    hot: int, first: int, tmp_path: Path, emulate: Emulate
+    hot: int, first: int, flash: bool, tmp_path: Path, emulate: Emulate
 ) -> None:
     """A slice that fails leaves nothing behind: the same call gives the same later."""
     case, device = Case(640, 100, Format.K8V4, kv_heads=1, disk=False), FakeDevice(hot)
-    with prepared(case, tmp_path, on(device, emulate, hot)) as setup:
+    with prepared(case, tmp_path, on(device, emulate, hot, flash=flash)) as setup:
         wanted, failed = setup.expected(), 0
         for n in range(first, 60, 9):
             part, device.fail_at = setup.part(case.start, case.m), device.calls + n

@@ -58,16 +58,19 @@ def answers(harness: Harness) -> Tokens:
     return {name: harness.tokens(name) for name in PROMPTS}
 
 
-@pytest.mark.parametrize(("hot", "form"), [(0, "exact"), (5, "k8v4"), (100, "int4")])
+@pytest.mark.parametrize(
+    ("hot", "form", "flash"), [(0, "exact", False), (5, "k8v4", True), (100, "int4", False)]
+)
 def test_the_tokens_are_the_cpus(
-    hot: int, form: str, model: Model, wanted: Wanted, tmp_path: Path, emulate: Emulate
+    hot: int, form: str, flash: bool, model: Model, wanted: Wanted, tmp_path: Path, emulate: Emulate
 ) -> None:
     device = FakeDevice(hot)
-    tier = tier_of(device, emulate, hot=hot, windows=2)
+    tier = tier_of(device, emulate, hot=hot, windows=2, flash=flash)
     with engine(model, tmp_path, tier=tier, format=form, **SETTINGS) as harness:
         assert answers(harness) == wanted(form)
         stats = harness.engine.stats()
         assert 0 < int(str(stats["device_used_bytes"])) <= int(str(stats["device_budget_bytes"]))
+        assert (device.computed > 0) == flash
     device.assert_empty()
 
 

@@ -1,0 +1,101 @@
+"""torch's flash attention over records, for prompts: each is unpacked once for all queries of a call.
+
+Kernels of ours unpack a record again for every 16 rows of queries, which many queries pay for more often than
+for keys and values that are written to memory, a tile of records at a time, and read as ordinary ones. These,
+and queries, are then in the compute dtype. torch's kernel knows no softcap, and here every query sees every
+token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from . import variant
+from .device import Device, Stream
+from .ops import Load, Parts, Queries, Records
+from .tensors import Array
+from .variant import BLOCK
+from .window import WindowShape
+
+TILE = 32
+"""Records that are unpacked at a time."""
+
+
+class Flash:
+    """Nothing is checked; what is launched is done later, on the compute stream."""
+
+    def __init__(
+        self,
+        device: Device[Any],
+        load: Load,
+        layout: Mapping[str, int],
+        shape: WindowShape,
+        heads: int,
+        tile: int = TILE,
+    ) -> None:
+        """load, layout, heads: as Ops. tile: records that are unpacked at a time. Raises OutOfMemory."""
+        self._device, self._shape, self._group, self._tile = device, shape, heads // shape.kv_heads, tile
+        self._dequantise = load(variant.dequantise(layout))
+        self.nbytes = 2 * self._plane(tile).nbytes
+        """Device memory for a tile."""
+        self._memory = device.allocate(self.nbytes)
+
+    def attend(self, to: Parts, q: Queries, records: Records, scale: float) -> None:
+        """As Ops.attend_records, into the first part. Raises OutOfMemory; the part means nothing then."""
+        rows = q.rows * self._group
+        kv_heads, head_dim = self._shape.kv_heads, self._shape.head_dim
+        queries = Array(q.address, (q.rows, kv_heads, self._group, head_dim), torch.float32)
+        out = Array(to.out, (kv_heads, rows, head_dim), torch.float32)
+        lse = Array(to.lse, (kv_heads, rows), torch.float32)
+        for first in range(0, records.blocks, self._tile):
+            count = min(self._tile, records.blocks - first)
+            keys = self._plane(count, self._memory)
+            values = self._plane(count, self._memory + self.nbytes // 2)
+            grid, places = (count, kv_heads, 2), records.places + 8 * first
+            self._dequantise.launch(Stream.COMPUTE, grid, keys.address, values.address, records.pool, places)
+            work = partial(_attend, scale, first > 0)
+            self._device.compute(Stream.COMPUTE, work, queries, keys, values, out, lse)
+
+    def _plane(self, records: int, address: int = 0) -> Array:
+        shape = (self._shape.kv_heads, records * BLOCK, self._shape.head_dim)
+        return Array(address, shape, self._shape.dtype)
+
+
+def _attend(
+    scale: float,
+    more: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """A tile. q: [M, kv_heads, group, head_dim]; out [kv_heads, M * group, head_dim] and lse: what the tiles
+    before gave, if this is one `more`, and takes in this one."""
+    rows = q.transpose(0, 1).reshape(out.shape).to(k.dtype)
+    found, found_lse = _flash(rows, k, v, scale)
+    if not more:
+        out.copy_(found)
+        lse.copy_(found_lse)
+        return
+    total = torch.logaddexp(lse, found_lse)
+    out.mul_(torch.exp(lse - total)[..., None]).add_(found * torch.exp(found_lse - total)[..., None])
+    lse.copy_(total)
+
+
+def _flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's kernel: out, like q [heads, M, head_dim], and lse float32 [heads, M]."""
+    aten = torch.ops.aten
+    kernel = (
+        aten._scaled_dot_product_flash_attention
+        if q.is_cuda
+        else aten._scaled_dot_product_flash_attention_for_cpu
+    )
+    out, lse = kernel(q[None], k[None], v[None], scale=scale)[:2]
+    return out[0], lse[0]
