@@ -7,46 +7,60 @@
 namespace emulator {
 namespace {
 
-constexpr size_t HEAP_BYTES = 256 << 20, RED_ZONE = 256;
+constexpr size_t HEAP_BYTES = 256 << 20, RED_ZONE = 256, WORD = 4;
 constexpr int MAX_ALLOCATIONS = 4096;
 
 struct Allocation {
   size_t start, bytes;
 };
 
-// `period` numbers the spans between block barriers and is never used twice; `turn` those between warp syncs.
+// Moments are numbers of one clock, which each block, barrier and warp sync of every launch sets forward. An access is
+// noted with the newest moment that its thread is known to follow: the block's `barrier`, or a later sync of its warp.
 struct Cell {
-  uint32_t write_period, write_turn, read_period, read_turn, read_lanes;
-  uint32_t writer_block, reader_block;
-  uint16_t writer, read_warp;
-  bool many_warps, many_blocks, pending;
+  uint32_t written, read;  // when last
+  uint32_t lanes;          // of read_warp, which read at the moment `read`
+  uint16_t writer;
+  uint8_t read_warp;
+  bool many_warps : 1, many_blocks : 1;  // that read, since the barrier and in this launch
+  bool pending : 1;                      // filled by an async copy
+  bool split : 1;                        // of a word: its bytes differ, and have cells of their own
+};
+static_assert(sizeof(Cell) == 16);
+
+// Most accesses are of whole words, and of those one cell says it all.
+struct Shadow {
+  Cell *words, *bytes;
 };
 
 unsigned char *own_heap, *heap, *shared;
-Cell *own_cells, *heap_cells, *shared_cells;
+Shadow own_shadow, heap_shadow, shared_shadow;
 size_t heap_bytes;
 Allocation allocations[MAX_ALLOCATIONS];
 int allocated;
 size_t heap_used, launch_shared;
-uint32_t period, turns[MAX_THREADS / WARP], serial, first_serial;
+uint32_t moment, launch_began, block_began, barrier, syncs[MAX_THREADS / WARP];
 
 template <class T>
 T* reserve(size_t count) {
   return (T*)mmap(nullptr, count * sizeof(T), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 }
 
+Shadow reserve_shadow(size_t bytes) { return {reserve<Cell>(bytes / WORD), reserve<Cell>(bytes)}; }
+
 void prepare() {
   if (own_heap) return;
   heap_bytes = HEAP_BYTES;
   heap = own_heap = reserve<unsigned char>(HEAP_BYTES);
-  heap_cells = own_cells = reserve<Cell>(HEAP_BYTES);
+  heap_shadow = own_shadow = reserve_shadow(HEAP_BYTES);
   shared = reserve<unsigned char>(MOST_SHARED);
-  shared_cells = reserve<Cell>(MOST_SHARED);
+  shared_shadow = reserve_shadow(MOST_SHARED);
 }
 
 const char* verb(Access access) { return access == Access::READ ? "read" : "write"; }
 
 void check_bounds(size_t at, size_t bytes, Access access) {
+  static int last;
+  if (last < allocated && allocations[last].start <= at && at + bytes <= allocations[last].start + allocations[last].bytes) return;
   int low = 0, high = allocated;
   while (low < high) {
     const int middle = (low + high) / 2;
@@ -54,58 +68,70 @@ void check_bounds(size_t at, size_t bytes, Access access) {
     else high = middle;
   }
   if (low == 0) fail("global %s before all allocations", verb(access));
-  const Allocation& a = allocations[low - 1];
+  const Allocation& a = allocations[last = low - 1];
   if (at + bytes > a.start + a.bytes)
     fail("global %s of %zu bytes out of bounds: at byte %zu of an allocation of %zu", verb(access), bytes, at - a.start, a.bytes);
 }
 
-bool ordered_after_write(const Cell& cell) {
-  return cell.write_period != period || cell.writer == running->number ||
-         (cell.writer / WARP == running->warp && cell.write_turn != turns[running->warp]);
+// The running thread, and the newest moment that it follows.
+struct Now {
+  uint32_t moment, lane;
+  uint16_t number;
+  uint8_t warp;
+};
+
+Now now() {
+  const uint32_t sync = syncs[running->warp];
+  return {sync > barrier ? sync : barrier, 1u << running->lane, (uint16_t)running->number, (uint8_t)running->warp};
 }
 
-bool ordered_after_reads(const Cell& cell) {
-  if (cell.read_period != period) return true;
-  if (cell.many_warps || cell.read_warp != running->warp) return false;
-  return cell.read_turn != turns[running->warp] || !(cell.read_lanes & ~(1u << running->lane));
+bool follows_write(const Cell& cell, const Now& now) {
+  return cell.written < barrier || cell.writer == now.number || (cell.writer / WARP == now.warp && cell.written != now.moment);
 }
 
-void note_read(Cell& cell) {
-  const uint32_t turn = turns[running->warp], lane = 1u << running->lane;
-  if (cell.read_period != period) {
-    cell.many_warps = false;
-    cell.read_warp = (uint16_t)running->warp;
-    cell.read_lanes = 0;
-  }
-  cell.many_warps |= cell.read_warp != running->warp;
-  cell.read_lanes = cell.read_turn == turn && cell.read_period == period ? cell.read_lanes | lane : lane;
-  cell.read_period = period;
-  cell.read_turn = turn;
+bool follows_reads(const Cell& cell, const Now& now) {
+  if (cell.read < barrier) return true;
+  if (cell.many_warps || cell.read_warp != now.warp) return false;
+  return cell.read != now.moment || !(cell.lanes & ~now.lane);
 }
 
-void check_blocks(Cell& cell, Access access) {
-  if (cell.writer_block >= first_serial && cell.writer_block != serial)
-    fail("global %s of a byte that another block writes", verb(access));
-  if (access == Access::READ) {
-    cell.many_blocks = cell.reader_block >= first_serial && (cell.many_blocks || cell.reader_block != serial);
-    cell.reader_block = serial;
-    return;
-  }
-  if (cell.reader_block >= first_serial && (cell.many_blocks || cell.reader_block != serial))
+void note_read(Cell& cell, const Now& now) {
+  cell.many_blocks = cell.read >= launch_began && (cell.many_blocks || cell.read < block_began);
+  cell.many_warps = cell.read >= barrier && (cell.many_warps || cell.read_warp != now.warp);
+  cell.lanes = cell.read == now.moment ? cell.lanes | now.lane : now.lane;
+  cell.read_warp = now.warp;
+  cell.read = now.moment;
+}
+
+// Blocks run one after another, but nothing says that they do.
+void check_blocks(const Cell& cell, Access access) {
+  if (cell.written >= launch_began && cell.written < block_began) fail("global %s of a byte that another block writes", verb(access));
+  if (access != Access::READ && cell.read >= launch_began && (cell.many_blocks || cell.read < block_began))
     fail("global write of a byte that another block reads");
-  cell.writer_block = serial;
 }
 
-void touch_cell(Cell& cell, const char* kind, size_t at, Access access) {
+void touch_cell(Cell& cell, bool global, size_t at, Access access, const Now& now) {
+  if (global) check_blocks(cell, access);
+  const char* kind = global ? "global" : "shared";
   const bool copy = access == Access::COPY_ISSUED || access == Access::COPY_LANDED;
   if (cell.pending && access != Access::COPY_LANDED) fail("%s %s of byte %zu, which an async copy still fills", kind, verb(access), at);
   if (copy) cell.pending = access == Access::COPY_ISSUED;
-  if (!ordered_after_write(cell)) fail("%s %s of byte %zu races with a write by thread %d", kind, verb(access), at, cell.writer);
-  if (access == Access::READ) return note_read(cell);
-  if (!ordered_after_reads(cell)) fail("%s write of byte %zu races with a read", kind, at);
-  cell.write_period = period;
-  cell.write_turn = turns[running->warp];
-  cell.writer = (uint16_t)running->number;
+  if (!follows_write(cell, now)) fail("%s %s of byte %zu races with a write by thread %d", kind, verb(access), at, cell.writer);
+  if (access == Access::READ) return note_read(cell, now);
+  if (!follows_reads(cell, now)) fail("%s write of byte %zu races with a read", kind, at);
+  cell.written = now.moment;
+  cell.writer = now.number;
+}
+
+// The bytes of one word from `at` to `stop`.
+void touch_word(const Shadow& shadow, bool global, size_t at, size_t stop, Access access, const Now& now) {
+  Cell &word = shadow.words[at / WORD], *bytes = shadow.bytes + at / WORD * WORD;
+  const bool whole = stop - at == WORD;
+  if (whole && !word.split) return touch_cell(word, global, at, access, now);
+  for (size_t i = 0; i < WORD && !word.split; i++) bytes[i] = word;
+  word.split = true;
+  for (; at < stop; at++) touch_cell(shadow.bytes[at], global, at, access, now);
+  if (whole && !memcmp(bytes, bytes + 1, (WORD - 1) * sizeof(Cell))) word = bytes[0];
 }
 
 }  // namespace
@@ -123,28 +149,28 @@ void touch(const void* address, size_t bytes, size_t align, Access access) {
   if ((uintptr_t)address % align) fail("misaligned %s %s of %zu bytes", kind, verb(access), bytes);
   if (is_global) check_bounds(byte - heap, bytes, access);
   else if (byte < shared || byte + bytes > shared + launch_shared) fail("shared %s at byte %td of %zu", verb(access), byte - shared, launch_shared);
-  for (size_t i = 0; i < bytes; i++) {
-    Cell& cell = is_shared ? shared_cells[byte - shared + i] : heap_cells[byte - heap + i];
-    if (is_global) check_blocks(cell, access);
-    touch_cell(cell, kind, is_shared ? byte - shared + i : byte - heap + i, access);
+  const Shadow& shadow = is_shared ? shared_shadow : heap_shadow;
+  const Now here = now();
+  for (size_t at = byte - (is_shared ? shared : heap), stop = at + bytes, next; at < stop; at = next) {
+    next = at / WORD * WORD + WORD;
+    touch_word(shadow, is_global, at, next < stop ? next : stop, access, here);
   }
 }
 
 void begin_launch(size_t shared_bytes) {
   prepare();
   launch_shared = shared_bytes;
-  first_serial = serial + 1;
+  launch_began = moment + 1;
 }
 
 void begin_block() {
-  serial++;
-  period++;
+  block_began = barrier = ++moment;
   memset(shared, 0xff, launch_shared);  // NaN in every float format
-  for (size_t i = 0; i < launch_shared; i++) shared_cells[i].pending = false;
+  memset(shared_shadow.words, 0, (launch_shared + WORD - 1) / WORD * sizeof(Cell));
 }
 
-void order_block() { period++; }
-void order_warp(int warp) { turns[warp]++; }
+void order_block() { barrier = ++moment; }
+void order_warp(int warp) { syncs[warp] = ++moment; }
 
 }  // namespace emulator
 
@@ -173,10 +199,13 @@ void emulator_free_all() {
 void emulator_use(unsigned char* memory, size_t bytes) {
   prepare();
   emulator_free_all();
-  if (heap != own_heap) munmap(heap_cells, heap_bytes * sizeof(Cell));
+  if (heap != own_heap) {
+    munmap(heap_shadow.words, heap_bytes / WORD * sizeof(Cell));
+    munmap(heap_shadow.bytes, heap_bytes * sizeof(Cell));
+  }
   heap = memory ? memory : own_heap;
   heap_bytes = memory ? bytes : HEAP_BYTES;
-  heap_cells = memory ? reserve<Cell>(bytes) : own_cells;
+  heap_shadow = memory ? reserve_shadow(bytes) : own_shadow;
 }
 
 // Ranges come in ascending order. False when there are too many.
