@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,11 @@ from .errors import ConfigError
 
 @contextmanager
 def engine() -> Iterator[None]:
-    """Import in here what needs them. ConfigError that says what to install where they are not."""
+    """Import in here what needs them. ConfigError that says what to install where they are not.
+
+    What modules make stays: garbage is not looked for there, now, which would take a second, or later.
+    """
+    gc.disable()
     try:
         yield
     except ModuleNotFoundError as error:
@@ -19,3 +24,6 @@ def engine() -> Iterator[None]:
         raise ConfigError(
             f'{error.name} is not installed: this command needs the engine, `pip install "spilld[engine]"`'
         ) from error
+    finally:
+        gc.freeze()
+        gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -9,6 +10,13 @@ import pytest
 
 import spilld.offload.kernel_cache  # noqa: F401 (of whatever compiles first)
 from spilld.daemon.catalog import default_cache, resolve
+
+gc.disable()  # while tests are imported: what that makes stays, and to look through it takes half a second
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
