@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
@@ -161,39 +162,40 @@ def build_engine(
     Raises BudgetError, StateFolderError or DeviceUnusable.
     """
     metrics = metrics or Metrics()
-    try:
-        config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        store = build_store(config, model, planner, metrics)
-        book = _book(config.state / "sessions.sqlite")
-        quota = max(config.disk_budget, LEAST_TRANSFERS)
-        transfers = Transfers(config.state / "transfers", quota, config.disk_floor)
-    except (BudgetTooSmall, ValueError) as error:
-        raise BudgetError(f"{error}; raise it") from error
-    except (FolderInUse, FolderUnusable, OSError) as error:
-        raise StateFolderError(f"{error}; name another folder with `state`") from error
-    try:
+    with ExitStack() as unless_made:
+        try:
+            config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            store = build_store(config, model, planner, metrics)
+            unless_made.callback(store.close)
+            book = _book(config.state / "sessions.sqlite")
+            unless_made.callback(book.close)
+            quota = max(config.disk_budget, LEAST_TRANSFERS)
+            transfers = Transfers(config.state / "transfers", quota, config.disk_floor)
+        except (BudgetTooSmall, ValueError) as error:
+            raise BudgetError(f"{error}; raise it") from error
+        except (FolderInUse, FolderUnusable, OSError) as error:
+            raise StateFolderError(f"{error}; name another folder with `state`") from error
         windows, attention = _device_tier(tier or TIERS[config.device], config, store, model.geometry)
-    except BaseException:
-        store.close()
-        raise
-    runner = Runner(model, attention, store, config.chunk_tokens)
-    return Engine(
-        model,
-        windows,
-        store,
-        runner,
-        SessionBook(book),
-        Journal(book),
-        transfers,
-        Pace(config.max_gap_ms / 1e3, _balance(model)),
-        metrics,
-        MemoryWatch(config.memory_floor),
-        post,
-        max_context=config.max_context or model.geometry.max_positions,
-        chunk_tokens=config.chunk_tokens,
-        context_ttl_s=config.context_ttl_s,
-        retention_s=config.retention_s,
-    )
+        unless_made.callback(attention.close)
+        engine = Engine(
+            model,
+            windows,
+            store,
+            Runner(model, attention, store, config.chunk_tokens),
+            SessionBook(book),
+            Journal(book),
+            transfers,
+            Pace(config.max_gap_ms / 1e3, _balance(model)),
+            metrics,
+            MemoryWatch(config.memory_floor),
+            post,
+            max_context=config.max_context or model.geometry.max_positions,
+            chunk_tokens=config.chunk_tokens,
+            context_ttl_s=config.context_ttl_s,
+            retention_s=config.retention_s,
+        )
+        unless_made.pop_all()
+    return engine
 
 
 def _balance(model: Model) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from spilld.daemon import assembly
 from spilld.daemon.assembly import build_engine, welcome
 from spilld.daemon.config import Config
 from spilld.daemon.model import Model, load
@@ -128,6 +129,25 @@ def test_a_lost_device_loses_no_request(
         harness.run()
         for again in ("once", "twice"):
             assert harness.ask(PROMPTS["long"], again, max_tokens=ANSWER) == wanted("exact")["long"]
+
+
+def test_an_engine_that_cannot_be_made_leaves_nothing_open(
+    model: Model, tmp_path: Path, emulate: Emulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("weights of another size")
+
+    device, tried = FakeDevice(1), tmp_path / "s"
+    with monkeypatch.context() as patched:
+        patched.setattr(assembly, "Runner", fails)
+        with (
+            pytest.raises(ValueError, match="of another size"),
+            engine(model, tried, tier=tier_of(device, emulate), **SETTINGS),
+        ):
+            pass
+    device.assert_empty()
+    with engine(model, tried, **SETTINGS) as harness:
+        assert len(harness.ask(PROMPTS["short"], max_tokens=1)) == 1
 
 
 @pytest.mark.gpu
