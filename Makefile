@@ -47,7 +47,7 @@ demo: $(VENV)/.ready
 	$(VENV)/bin/spilld demo
 
 test: $(VENV)/.ready
-	@echo "== tests: the first run also converts two models and compiles kernels, about eleven minutes"
+	@echo "== tests: the first run also converts two models and compiles kernels, about ten minutes"
 	$(VENV)/bin/python -m $(PYTEST)
 
 test-slow: $(VENV)/.ready

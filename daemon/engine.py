@@ -580,9 +580,11 @@ class Engine:
     def _recompute(self, generation: Generation, failure: Exception) -> None:
         """KV did not come back. It is never guessed: all of it is computed again, a few times at most."""
         if generation.recomputed >= RECOMPUTES:
-            self._abort(
-                generation, StorageFailed(f"KV was lost {RECOMPUTES + 1} times, the last time: {failure}")
-            )
+            times = f"{RECOMPUTES + 1} times, the last time: {failure}"
+            if isinstance(failure, OutOfMemory):
+                self._abort(generation, Overloaded(f"the device had no memory {times}"))
+            else:
+                self._abort(generation, StorageFailed(f"KV was lost {times}"))
             return
         log.warning("request %s is computed again: %s", generation.request.request_id, failure)
         self._tally.recomputations += 1

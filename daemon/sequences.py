@@ -118,7 +118,10 @@ class Sequences:
             self._store.promise(sequence.table, highest_block(len(sequence.tokens)))
             self._store.grow(sequence.table, sequence.hashes(0, sealed_by(SEALS)))
             for count in (chunk, 1):
-                self._runner.run([Slice(sequence, count, sequence.computed)], [[count - 1]])
+                part = Slice(sequence, count, sequence.computed)
+                self._runner.run([part], [[count - 1]])
+                if part.failure is not None:
+                    raise part.failure
                 sequence.computed += count
         finally:
             self._runner.rest()

@@ -15,7 +15,15 @@ from spilld.offload.errors import OffloadError
 
 from .config import Config
 from .engine import Engine, Post
-from .errors import Draining, InternalError, InvalidRequest, Overloaded, SpilldError, StorageFailed
+from .errors import (
+    DeviceUnusable,
+    Draining,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    SpilldError,
+    StorageFailed,
+)
 from .generation import NOBODY
 from .protocol import (
     ChangeSession,
@@ -73,9 +81,13 @@ class EngineService:
         self._thread = threading.Thread(target=self._loop, name="spilld-engine")
 
     def warm_up(self) -> None:
-        """Before `start`. Raises InternalError, and the engine is closed, if it cannot compute."""
+        """Before `start`. Raises DeviceUnusable or InternalError, the engine closed, if it cannot compute."""
         try:
             self._engine.warm_up()
+        except DeviceError as error:
+            self._engine.close()
+            advice = "lower device_budget or chunk_tokens, or restart the daemon"
+            raise DeviceUnusable(f"the device cannot compute: {error}; {advice}") from error
         except Exception as error:
             log.exception("the warm-up failed")
             self._engine.close()

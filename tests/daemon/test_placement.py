@@ -16,7 +16,7 @@ import torch
 from spilld.daemon import doctor
 from spilld.daemon.assembly import build_engine, load_model, welcome
 from spilld.daemon.config import Config
-from spilld.daemon.errors import DeviceUnusable, StorageFailed
+from spilld.daemon.errors import DeviceUnusable, Overloaded
 from spilld.daemon.model import Model, load
 from spilld.daemon.placement import place
 from spilld.daemon.protocol import Generate, Reply, Token
@@ -195,9 +195,31 @@ def test_memory_that_ends_changes_no_token(call: int, model: Model, tmp_path: Pa
 
 def test_memory_that_never_suffices_fails_the_request_alone(model: Model, tmp_path: Path) -> None:
     with engine(model, tmp_path, **SETTINGS) as harness:
-        with failing(model, full, range(1000)), pytest.raises(StorageFailed, match="tried to allocate 2 GiB"):
+        with failing(model, full, range(1000)), pytest.raises(Overloaded, match="tried to allocate 2 GiB"):
             harness.ask(PROMPTS["short"], "a", **FIELDS)
         assert len(harness.ask(PROMPTS["short"], "b", **FIELDS)) == FIELDS["max_tokens"]
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_memory_that_does_not_suffice_for_a_chunk_or_a_token_ends_the_start(
+    call: int, model: Model, tmp_path: Path
+) -> None:
+    config = Config.load(None, {"state": str(tmp_path), "dtype": "float32", **SETTINGS})
+    service = EngineService(
+        lambda post: build_engine(config, model, post),
+        lambda _client, _event: None,
+        welcome(config, model),
+        4,
+        lambda: None,
+    )
+    with (
+        one_thread(),
+        failing(model, full, range(call, call + 1)),
+        pytest.raises(DeviceUnusable, match=r"tried to allocate 2 GiB.*lower device_budget"),
+    ):
+        service.warm_up()
+    with engine(model, tmp_path, **SETTINGS) as harness:  # nothing holds the folder any more
+        harness.engine.warm_up()
 
 
 def test_a_gpu_that_fails_is_a_lost_device(model: Model, tmp_path: Path) -> None:
