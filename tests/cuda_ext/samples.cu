@@ -89,3 +89,39 @@ extern "C" __global__ void __launch_bounds__(32) chain(float* data, int bug) {
   const int at = blockIdx.x * 32 + threadIdx.x;
   data[at] = bug && blockIdx.x ? data[at - 32] : 1;
 }
+
+// Bytes, halves and words of the same memory, by different threads. Bugs: 1 two write one half, 2 a byte of a word that
+// another writes, 3 a word of which another writes a byte, 4 a byte that an async copy fills, 5 a word that other lanes
+// read is written, 6 one that another warp reads, too, 7 a word of which its reader wrote a byte, 8 a byte that others read.
+extern "C" __global__ void __launch_bounds__(64) words(unsigned* out, const unsigned* in, int bug) {
+  SHARED_MEMORY(memory);
+  unsigned* word = (unsigned*)memory;
+  unsigned short* half = (unsigned short*)memory;
+  const int t = threadIdx.x, next = (t + 1) % 64;
+  half[bug == 1 ? t / 2 * 2 : t] = t;
+  __syncthreads();
+  unsigned x = word[t / 2];
+  __syncthreads();
+  memory[t] = t;
+  __syncthreads();
+  x += word[t / 4];
+  __syncthreads();
+  if (bug == 2) word[t] = t, x = memory[4 * next + 1];
+  if (bug == 3) memory[4 * t + 1] = t, x = word[next];
+  if (bug == 4 && t < 16) copy_async16(word + 4 * t, in + 4 * t, true);
+  if (bug == 4) x = memory[4 * next + 1];
+  if (bug > 4 && bug != 7 && (bug != 5 || t < 32)) x = bug == 8 ? memory[1] : word[0];
+  if (bug == 6) __syncwarp();
+  if (bug > 4 && t == 0) bug > 6 ? memory[1] = 1 : word[0] = 1;
+  if (bug == 7) x = word[0];
+  commit_copies();
+  wait_copies<0>();
+  out[t] = x;
+}
+
+// Bugs: a word that all blocks read is written by the last one, 1 without and 2 after reading it itself.
+extern "C" __global__ void __launch_bounds__(32) read_by_all(unsigned* data, int bug) {
+  const bool last = blockIdx.x == gridDim.x - 1;
+  if (threadIdx.x == 0 && !(last && bug == 1)) data[1 + blockIdx.x] = data[0];
+  if (threadIdx.x == 0 && last && bug) data[0] = 1;
+}

@@ -41,6 +41,11 @@ def test_what_is_right_runs_in_every_order(
     tops = np.full(2, np.nan, np.float32)
     samples.launch("largest", (2, 1, 1), 32, 0, tops, numbers, 0, order=order, landing=landing, seed=seed)
     np.testing.assert_array_equal(tops, numbers.reshape(2, 32).max(axis=1))
+    sums = np.zeros(64, np.uint32)
+    samples.launch("words", (1, 1, 1), 64, 256, sums, numbers, 0, order=order, landing=landing, seed=seed)
+    halves, singles = np.arange(64, dtype=np.uint16), np.arange(64, dtype=np.uint8)
+    wanted = np.repeat(halves.view(np.uint32), 2) + np.repeat(singles.view(np.uint32), 4)
+    np.testing.assert_array_equal(sums, wanted)
 
 
 @pytest.mark.parametrize(
@@ -67,12 +72,21 @@ def test_what_is_right_runs_in_every_order(
         ("largest", 7, "index 2 outside of an array"),
         ("largest", 8, "index 2 outside of an array"),
         ("largest", 9, "a shift by 32 bits"),
+        ("words", 1, "races with a write"),
+        ("words", 2, "races with"),
+        ("words", 3, "races with"),
+        ("words", 4, "races with|async copy still fills"),
+        ("words", 5, "races with"),
+        ("words", 6, "races with"),
+        ("words", 7, "races with"),
+        ("words", 8, "races with"),
     ],
 )
 def test_a_bug_is_caught_in_every_order(
     samples: Emulated, numbers: NDArray[np.float32], kernel: str, bug: int, words: str
 ) -> None:
-    grid, threads, shared = {"total": (1, 64, 256), "reverse": (1, 32, 128), "largest": (2, 32, 0)}[kernel]
+    sizes = {"total": (1, 64, 256), "reverse": (1, 32, 128), "largest": (2, 32, 0), "words": (1, 64, 256)}
+    grid, threads, shared = sizes[kernel]
     for order, landing, seed in WAYS:
         out = np.full(64, np.nan, np.float32)
         launch = partial(samples.launch, order=order, landing=landing, seed=seed)
@@ -113,6 +127,17 @@ def test_blocks_that_depend_on_each_other(samples: Emulated) -> None:
     assert data.tolist() == [1] * 96
     with pytest.raises(EmulatorError, match="another block writes"):
         samples.launch("chain", (3, 1, 1), 32, 0, data, 1)
+
+
+@pytest.mark.parametrize("bug", [0, 1, 2])
+def test_blocks_that_read_what_one_writes(samples: Emulated, bug: int) -> None:
+    data = np.array([7, 0, 0, 0], np.uint32)
+    if bug:
+        with pytest.raises(EmulatorError, match="another block reads"):
+            samples.launch("read_by_all", (3, 1, 1), 32, 0, data, bug)
+    else:
+        samples.launch("read_by_all", (3, 1, 1), 32, 0, data, bug)
+        assert data.tolist() == [7] * 4
 
 
 def test_arguments_must_fit(samples: Emulated) -> None:
