@@ -81,7 +81,7 @@ class CpuDevice:
         for to, source, nbytes in copies:
             ctypes.memmove(to, source, nbytes)
 
-    def compute(self, stream: Stream, work: Callable[..., None], *arrays: Array) -> None:
+    def compute(self, stream: Stream, work: Callable[..., object], *arrays: Array) -> None:
         work(*map(in_process, arrays))
 
     def record(self, stream: Stream) -> _Passed:

@@ -137,12 +137,13 @@ class CudaDevice:
             *(sizes, len(parts), [attributes], [0], 1, self._streams[stream]),
         )
 
-    def compute(self, stream: Stream, work: Callable[..., None], *arrays: Array) -> None:
+    def compute(self, stream: Stream, work: Callable[..., object], *arrays: Array) -> None:
         """Only where torch finds this GPU."""
         here, gpu = int(self._streams[stream]), torch.device("cuda", self._number)
-        there = torch.cuda.ExternalStream(here, gpu)  # type: ignore[no-untyped-call]
-        with gpu_errors(), torch.cuda.stream(there):
-            work(*(on_gpu(array, self._number) for array in arrays))
+        with gpu_errors():
+            there = torch.cuda.ExternalStream(here, gpu)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(there):
+                work(*(on_gpu(array, self._number) for array in arrays))
 
     def record(self, stream: Stream) -> CudaEvent:
         event = CudaEvent(self, self._idle_events.pop() if self._idle_events else self._new_event())

@@ -89,7 +89,7 @@ class Device(Protocol[Image]):
         Raises OutOfMemory; none of them happens then.
         """
 
-    def compute(self, stream: Stream, work: Callable[..., None], *arrays: Array) -> None:
+    def compute(self, stream: Stream, work: Callable[..., object], *arrays: Array) -> None:
         """Give torch's operations to the stream: `work` takes tensors that are these arrays, and may neither
         wait for the device nor touch other memory of it.
 

@@ -25,6 +25,17 @@ TILE = 32
 """Records that are unpacked at a time."""
 
 
+def try_out(device: Device[Any], shape: WindowShape) -> None:
+    """Run torch's kernel once. Raises DeviceError or RuntimeError where it does not take such numbers."""
+    memory = device.allocate(BLOCK * shape.head_dim * shape.dtype.itemsize)
+    try:
+        array = Array(memory, (1, BLOCK, shape.head_dim), shape.dtype)
+        device.compute(Stream.COMPUTE, lambda x: _flash(x.zero_(), x, x, 1.0), array)
+        device.record(Stream.COMPUTE).synchronise()
+    finally:
+        device.free(memory)
+
+
 class Flash:
     """Nothing is checked; what is launched is done later, on the compute stream."""
 

@@ -12,6 +12,9 @@ import torch
 
 from .errors import LaunchFailed, OutOfMemory
 
+OUT_OF_MEMORY = 2
+"""cudaErrorMemoryAllocation."""
+
 
 class Array(NamedTuple):
     """Numbers in device memory, in C order."""
@@ -54,7 +57,9 @@ def gpu_errors() -> Iterator[None]:
     """torch's failures on a GPU as those of a device. Raises OutOfMemory and LaunchFailed."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"torch: {error}") from error
-    except torch.AcceleratorError as error:
-        raise LaunchFailed(f"torch: {error}") from error
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        # What torch's own allocator does not find is one, what CUDA does not, to load a kernel, the other.
+        full = (
+            isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == OUT_OF_MEMORY
+        )
+        raise (OutOfMemory if full else LaunchFailed)(f"torch: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ from spilld.cuda_ext.cpu import CpuWindows
 from spilld.cuda_ext.cuda import CudaDevice
 from spilld.cuda_ext.device import Device
 from spilld.cuda_ext.device_windows import DeviceWindows
-from spilld.cuda_ext.flash import Flash
+from spilld.cuda_ext.errors import DeviceError
+from spilld.cuda_ext.flash import Flash, try_out
 from spilld.cuda_ext.landing import ALIGNMENT, Landing
 from spilld.cuda_ext.ops import Ops
 from spilld.cuda_ext.pool import RecordPool
@@ -28,6 +30,8 @@ from .errors import ConfigError
 from .geometry import Geometry
 from .hot import SPARE
 from .visibility import CELL, WINDOW_SLOTS, highest_block
+
+log = logging.getLogger(__name__)
 
 WINDOWS_SHARE = 4
 """Windows have at most one part in so many of what is left beside working memory."""
@@ -61,13 +65,24 @@ def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
         load = partial(device.compiled, cache=config.cache / "cubins")
         constants, shape, heads = store.layout.constants, window_shape(config, geometry), geometry.heads
         ops = Ops(load, constants, shape, heads)
-        torch_has_it = torch.cuda.is_available() and shape.dtype is not torch.float32
-        flash = Flash(device, load, constants, shape, heads) if torch_has_it else None
+        flash = Flash(device, load, constants, shape, heads) if has_flash(device, shape) else None
         longest, costs = config.max_context or geometry.max_positions, measure(device, ops, store.layout)
         return build(device, ops, store, config.device_budget, longest, costs, flash)
     except BaseException:
         device.close()
         raise
+
+
+def has_flash(device: Device[Any], shape: WindowShape) -> bool:
+    """Whether torch finds the GPU, and its flash attention takes such numbers and runs there."""
+    if not torch.cuda.is_available() or shape.dtype is torch.float32:
+        return False
+    try:
+        try_out(device, shape)
+    except (DeviceError, RuntimeError) as error:
+        log.warning("prompts take our own kernels: torch's flash attention does not run here: %s", error)
+        return False
+    return True
 
 
 Tier = Callable[[Config, Store, Geometry], DeviceTier]

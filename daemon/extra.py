@@ -15,6 +15,7 @@ def engine() -> Iterator[None]:
 
     What modules make stays: garbage is not looked for there, now, which would take a second, or later.
     """
+    collects = gc.isenabled()
     gc.disable()
     try:
         yield
@@ -26,4 +27,5 @@ def engine() -> Iterator[None]:
         ) from error
     finally:
         gc.freeze()
-        gc.enable()
+        if collects:
+            gc.enable()

@@ -1,7 +1,7 @@
 """Where a model's weights lie and are multiplied with: the CPU, or by torch the GPU that has the windows.
 
-torch and cuda_ext share the GPU's primary context, but no stream: tensors pass between them through host
-memory.
+torch and cuda_ext share the GPU's primary context, but a model's tensors pass between them through host
+memory. Only flash attention (cuda_ext/flash.py) has torch work on our streams, over our memory.
 """
 
 from __future__ import annotations

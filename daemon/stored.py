@@ -35,7 +35,9 @@ class StoredAttention:
         try:
             yield
         except (ReadFailed, OutOfMemory) as failure:
-            part.failure = failure.with_traceback(None)  # which would keep the call's tensors
+            # A traceback, that of torch's error among them, would keep the call's tensors.
+            failure.__cause__ = failure.__context__ = None
+            part.failure = failure.with_traceback(None)
             self.store.cancel(ticket for layer in part.tickets.values() for _, ticket in layer)
 
     def merge(self, q: Floats, call: Call, here: Blocks, seen: Blocks, out: Floats, lse: Floats) -> None:

@@ -189,10 +189,18 @@ class FakeDevice:
         work.steps = [lambda copy=copy: self._move(copy) for copy in copies]  # type: ignore[misc]
         self.chance.shuffle(work.steps)
 
-    def compute(self, stream: Stream, work: Callable[..., None], *arrays: Array) -> None:
-        self.call("compute")
-        given = self.give(stream)
+    def compute(self, stream: Stream, work: Callable[..., object], *arrays: Array) -> None:
+        ended: OutOfMemory | None = None
+        try:
+            self.call("compute")
+        except OutOfMemory as error:  # torch may find that out when some of the operations are given
+            if self.chance.random() < 0.5:
+                raise
+            ended = error
+        given = self.give(stream, reads=[(array.address, array.nbytes) for array in arrays])
         given.steps.append(lambda: self._compute(given, work, arrays))
+        if ended:
+            raise ended
 
     def record(self, stream: Stream) -> FakeEvent:
         self.call("record")
@@ -328,7 +336,7 @@ class FakeDevice:
         if any(ctypes.string_at(*span) != before for span, before in read):
             raise Fault(f"{name} writes what other work reads")
 
-    def _compute(self, given: Work, work: Callable[..., None], arrays: Sequence[Array]) -> None:
+    def _compute(self, given: Work, work: Callable[..., object], arrays: Sequence[Array]) -> None:
         """torch over live device memory, but not over what unordered work writes."""
         with self._apart("torch", given) as written:
             for array in arrays:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
+from spilld.cuda_ext.tensors import gpu_errors
 from spilld.cuda_ext.window import Windows, WindowShape
 from spilld.daemon.attention import Attention
 from spilld.daemon.slices import Call
@@ -114,15 +115,13 @@ def test_what_comes_from_a_gpu_goes_back_there(tmp_path: Path, emulate: Emulate)
     device.assert_empty()
 
 
-@pytest.mark.parametrize(
-    ("hot", "first", "flash"), [(0, 1, False), (3, 4, False), (100, 7, False), (100, 3, True)]
-)
+@pytest.mark.parametrize(("hot", "first"), [(0, 1), (3, 4), (100, 7)])
 def test_memory_that_ends_fails_a_call_or_changes_nothing(
-    hot: int, first: int, flash: bool, tmp_path: Path, emulate: Emulate
+    hot: int, first: int, tmp_path: Path, emulate: Emulate
 ) -> None:
     """A slice that fails leaves nothing behind: the same call gives the same later."""
     case, device = Case(640, 100, Format.K8V4, kv_heads=1, disk=False), FakeDevice(hot)
-    with prepared(case, tmp_path, on(device, emulate, hot, flash=flash)) as setup:
+    with prepared(case, tmp_path, on(device, emulate, hot)) as setup:
         wanted, failed = setup.expected(), 0
         for n in range(first, 60, 9):
             part, device.fail_at = setup.part(case.start, case.m), device.calls + n
@@ -135,6 +134,43 @@ def test_memory_that_ends_fails_a_call_or_changes_nothing(
                 assert np.abs(found - wanted).max() < 2e-2
         assert failed
     device.assert_empty()
+
+
+def test_memory_that_ends_between_tiles_fails_a_call_or_changes_nothing(
+    tmp_path: Path, emulate: Emulate
+) -> None:
+    """Of flash attention, among others: whatever is half done, the same call gives the same again."""
+    case, device = Case(900, 20, Format.K8V4, kv_heads=1, group=1, disk=False), FakeDevice(3)
+    with prepared(case, tmp_path, on(device, emulate, 100, flash=True)) as setup:
+        wanted, failed = setup.expected(), set[str]()
+        for n in range(1, 26):
+            setup.attention.forget(setup.sequence)
+            part, device.fail_at = setup.part(case.start, case.m), device.calls + n
+            found, device.fail_at = setup.attend(part), 0
+            if part.failure is not None:
+                failed.add(str(part.failure))
+                found = setup.attend(setup.part(case.start, case.m))
+            assert np.abs(found.double().numpy() - wanted).max() < 2e-2
+        assert any("compute" in words for words in failed)
+        assert any("copy" in words for words in failed)
+    device.assert_empty()
+
+
+def test_a_failure_of_torchs_keeps_no_tensors(
+    tmp_path: Path, emulate: Emulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        with gpu_errors():
+            raise torch.OutOfMemoryError("tried to allocate 20 MiB")
+
+    case, device = Case(777, 20, Format.EXACT, kv_heads=1, group=1, disk=False), FakeDevice(5)
+    with prepared(case, tmp_path, on(device, emulate, flash=True)) as setup:
+        monkeypatch.setattr(device, "compute", full)
+        part = setup.part(case.start, case.m)
+        assert not setup.attend(part).any()
+        assert isinstance(part.failure, OutOfMemory)
+        kept = part.failure.__traceback__, part.failure.__cause__, part.failure.__context__
+        assert kept == (None, None, None)
 
 
 def test_a_lost_device_is_no_wrong_number(tmp_path: Path, emulate: Emulate) -> None:

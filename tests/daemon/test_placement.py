@@ -13,9 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from spilld.cuda_ext.cpu_device import CpuDevice
+from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
+from spilld.cuda_ext.tensors import gpu_errors
+from spilld.cuda_ext.window import WindowShape
 from spilld.daemon import doctor
 from spilld.daemon.assembly import build_engine, load_model, welcome
 from spilld.daemon.config import Config
+from spilld.daemon.device_tier import has_flash
 from spilld.daemon.errors import DeviceUnusable, Overloaded
 from spilld.daemon.model import Model, load
 from spilld.daemon.placement import place
@@ -70,6 +75,51 @@ def test_where_weights_lie(
     placement = place(Config.load(None, {"device": device, "weights": weights}))
     assert placement.device == wanted
     assert (says in placement.missing) if says else not placement.missing
+
+
+@pytest.mark.parametrize(
+    ("finds", "dtype", "runs", "wanted"),
+    [
+        (True, torch.bfloat16, True, True),
+        (True, torch.bfloat16, False, False),
+        (True, torch.float32, True, False),
+        (False, torch.bfloat16, True, False),
+    ],
+)
+def test_where_prompts_take_flash_attention(
+    finds: bool,
+    dtype: torch.dtype,
+    runs: bool,
+    wanted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    device, shape = CpuDevice(), WindowShape(slots=64, layers=1, kv_heads=1, head_dim=64, dtype=dtype)
+
+    def refuses(*_: object) -> None:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: finds)
+    if not runs:
+        monkeypatch.setattr(device, "compute", refuses)
+    assert has_flash(device, shape) == wanted
+    assert ("no kernel image" in caplog.text) is not runs
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind"),
+    [
+        (torch.OutOfMemoryError("full"), None, OutOfMemory),
+        (torch.AcceleratorError("CUDA error: out of memory"), 2, OutOfMemory),
+        (torch.AcceleratorError("CUDA error: an illegal memory access"), 700, LaunchFailed),
+        (torch.AcceleratorError("of another torch"), None, LaunchFailed),
+    ],
+)
+def test_what_torchs_errors_mean(error: Exception, code: int | None, kind: type[Exception]) -> None:
+    if code is not None:
+        error.error_code = code  # type: ignore[attr-defined]
+    with pytest.raises(kind, match=str(error)), gpu_errors():
+        raise error
 
 
 @pytest.mark.parametrize("finds", [False, True])
