@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 from .variant import ROWS
 
+PROMPT = 256
+"""Queries that flash attention has at a time, and was measured with."""
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -37,14 +40,20 @@ class Costs(NamedTuple):
     many: Rates
     copy_bytes: float
     """Bytes a second of the copies alone, which are made once for any number of queries."""
+    flash_bytes: float = 0.0
+    """Of flash attention alone, with PROMPT queries; 0 without it."""
 
-    def rates(self, queries: int) -> Rates:
-        """Of the CPU, seconds a byte grow in a line with the queries; the device takes ROWS at a time."""
+    def rates(self, queries: int, *, flash: bool = False) -> Rates:
+        """Of the CPU, seconds a byte grow in a line with the queries; the device takes ROWS at a time, or by
+        flash attention PROMPT."""
         more = max(0, queries - 1) / (ROWS - 1)
         cpu = 1 / self.one.cpu_bytes + more * max(0, 1 / self.many.cpu_bytes - 1 / self.one.cpu_bytes)
-        tiles = -(-queries // ROWS)
-        fetched = 1 / (self.one if queries == 1 else self.many).fetch_bytes
-        fetched += (tiles - 1) * max(0, 1 / self.many.fetch_bytes - 1 / self.copy_bytes)
+        if flash and self.flash_bytes:
+            fetched = 1 / self.copy_bytes + -(-queries // PROMPT) / self.flash_bytes
+        else:
+            tiles = -(-queries // ROWS)
+            fetched = 1 / (self.one if queries == 1 else self.many).fetch_bytes
+            fetched += (tiles - 1) * max(0, 1 / self.many.fetch_bytes - 1 / self.copy_bytes)
         return Rates(1 / fetched, self.one.fetch_s, 1 / cpu, self.one.cpu_s)
 
 

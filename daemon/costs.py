@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from spilld.cuda_ext.choice import Costs, Rates
+from spilld.cuda_ext.choice import PROMPT, Costs, Rates
 from spilld.cuda_ext.device import Device, Stream
+from spilld.cuda_ext.flash import Flash
 from spilld.cuda_ext.landing import Landing
 from spilld.cuda_ext.ops import Ops, Queries, Records
 from spilld.cuda_ext.pool import RecordPool
@@ -25,13 +26,17 @@ ROUNDS = 3
 LEAST_S = 1e-9
 
 
-def measure(device: Device[Any], ops: Ops, layout: Layout, records: int = MEASURED) -> Costs:
-    """Time both with one query and with ROWS of them. Raises OutOfMemory and RegistrationRefused."""
-    trial = _Trial(device, ops, layout, records)
+def measure(
+    device: Device[Any], ops: Ops, flash: Flash | None, layout: Layout, records: int = MEASURED
+) -> Costs:
+    """Time both with one query and with ROWS of them, and flash attention. Raises OutOfMemory and
+    RegistrationRefused."""
+    trial = _Trial(device, ops, flash, layout, records)
     try:
         one, many = (_rates(trial, records, queries) for queries in (1, ROWS))
         copied, _ = _line(trial.copy, records, ROWS)
-        return Costs(one, many, copied * trial.record_bytes)
+        flashed = _line(trial.flash, records, PROMPT)[0] if flash else 0.0
+        return Costs(one, many, copied * trial.record_bytes, flashed * trial.record_bytes)
     finally:
         trial.close()
 
@@ -58,8 +63,10 @@ def _line(work: Callable[[int, int], None], records: int, queries: int) -> tuple
 class _Trial:
     """Records of zeros in registered host memory."""
 
-    def __init__(self, device: Device[Any], ops: Ops, layout: Layout, records: int) -> None:
-        self._device, self._ops, self._layout = device, ops, layout
+    def __init__(
+        self, device: Device[Any], ops: Ops, flash: Flash | None, layout: Layout, records: int
+    ) -> None:
+        self._device, self._ops, self._flash, self._layout = device, ops, flash, layout
         self.record_bytes = layout.record_bytes
         self._host = page_aligned(-(-records * layout.record_bytes // PAGE) * PAGE)
         self._host[:] = 0
@@ -67,7 +74,7 @@ class _Trial:
         self._places = np.arange(records) * layout.record_bytes
         self._bounds = np.zeros(ROWS, np.int64), np.full(ROWS, (records + 1) * BLOCK)
         self._partial = Partial(layout)
-        rows = 3 * ROWS * ops.heads + ops.partial_rows(ROWS)
+        rows = max(3 * ROWS * ops.heads + ops.partial_rows(ROWS), 2 * PROMPT * ops.heads)
         self._landing = Landing(device, 4 * rows * (layout.head_dim + 1) + 16 * records + PAGE)
         self._pool = RecordPool(device, records * layout.record_bytes, layout.record_bytes)
         self._slots = self._pool.take(records)
@@ -89,6 +96,19 @@ class _Trial:
             records = Records(pool.address(0), at[3], at[4], count)
             ops.attend_records(to, Queries(at[0], queries), records, at[1], at[2], 1.0, 0.0)
             landing.fetch(to.out, q.shape)
+        landing.settle()
+
+    def flash(self, count: int, queries: int) -> None:
+        """Over what `copy` has brought."""
+        assert self._flash is not None
+        landing, pool, slots = self._landing, self._pool, self._slots[:count]
+        with landing.turn(), pool.use(Stream.COMPUTE, reads=slots):
+            places = np.array(slots) * self._layout.record_bytes
+            at = landing.bring(self._queries(queries), places, self._positions[:count])
+            to = self._ops.room(landing, 1, queries)
+            records = Records(pool.address(0), at[1], at[2], count)
+            self._flash.attend(to, Queries(at[0], queries), records, 1.0)
+            landing.fetch(to.lse, (1,))
         landing.settle()
 
     def attend(self, count: int, queries: int) -> None:

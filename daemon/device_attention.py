@@ -243,7 +243,8 @@ class DeviceAttention:
         sealed = here[here < sealed_by(part.position - 1)] if part.position else here[:0]
         cold = sealed[self._hot.slots(part.sequence, call.layer, sealed) < 0]
         room = max(0, self._hot.room) + PASSING
-        fetched = cold[: to_fetch(len(cold), self._pool.record_bytes, self._costs.rates(part.count), room)]
+        rates = self._costs.rates(part.count, flash=self._is_prompt(call, part.count))
+        fetched = cold[: to_fetch(len(cold), self._pool.record_bytes, rates, room)]
         with self._taken(len(fetched)) as slots:
             try:
                 self._pool.fill(slots.tolist(), self._host(call, fetched))

@@ -66,7 +66,8 @@ def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
         constants, shape, heads = store.layout.constants, window_shape(config, geometry), geometry.heads
         ops = Ops(load, constants, shape, heads)
         flash = Flash(device, load, constants, shape, heads) if has_flash(device, shape) else None
-        longest, costs = config.max_context or geometry.max_positions, measure(device, ops, store.layout)
+        longest = config.max_context or geometry.max_positions
+        costs = measure(device, ops, flash, store.layout)
         return build(device, ops, store, config.device_budget, longest, costs, flash)
     except BaseException:
         device.close()

@@ -1,0 +1,33 @@
+"""What attending to a record costs, measured on the fake device: every rate comes, and nothing stays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spilld.cuda_ext.flash import Flash
+from spilld.cuda_ext.ops import Ops
+from spilld.cuda_ext.window import WindowShape
+from spilld.daemon.costs import measure
+from spilld.offload.record import Element, Format, Layout
+
+from ..cuda_ext.conftest import Emulate, emulate
+from ..cuda_ext.fake import FakeDevice
+from .fake_device import WARPS, loader
+
+__all__ = ["emulate"]
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_every_rate_comes(prompts: bool, emulate: Emulate) -> None:
+    device, layout = FakeDevice(3), Layout(Format.K8V4, Element.FLOAT32, 1, 64)
+    shape = WindowShape(slots=64, layers=1, kv_heads=1, head_dim=64, dtype=torch.float32)
+    load = loader(device, emulate)
+    ops = Ops(load, layout.constants, shape, 2, warps=WARPS)
+    flash = Flash(device, load, layout.constants, shape, 2, tile=3) if prompts else None
+    held = device.used_bytes
+    costs = measure(device, ops, flash, layout, records=7)
+    assert min(costs.one.fetch_bytes, costs.many.cpu_bytes, costs.copy_bytes) > 0
+    assert (costs.flash_bytes > 0) == prompts
+    assert device.used_bytes == held
+    assert not list(device.registered)
