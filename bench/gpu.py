@@ -24,6 +24,7 @@ import torch
 from harness import CALLS, Result, in_child, main, medians, milliseconds
 
 from spilld.cuda_ext.build import BuildError
+from spilld.cuda_ext.choice import PROMPT
 from spilld.cuda_ext.cuda import CudaDevice
 from spilld.cuda_ext.device import Copy, Device, Stream
 from spilld.cuda_ext.errors import DeviceError
@@ -44,7 +45,6 @@ HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 TOKENS = 65536
 SEALED = 256
 QUERIES = (1, 4, 16)
-PROMPT = 256
 SIZE = 4096
 """Of square matrices, for the rate of products."""
 

@@ -9,7 +9,6 @@ token.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -62,40 +61,42 @@ class Flash:
         queries = Array(q.address, (q.rows, kv_heads, self._group, head_dim), torch.float32)
         out = Array(to.out, (kv_heads, rows, head_dim), torch.float32)
         lse = Array(to.lse, (kv_heads, rows), torch.float32)
+        softmax = _Softmax(scale)
         for first in range(0, records.blocks, self._tile):
             count = min(self._tile, records.blocks - first)
             keys = self._plane(count, self._memory)
             values = self._plane(count, self._memory + self.nbytes // 2)
             grid, places = (count, kv_heads, 2), records.places + 8 * first
             self._dequantise.launch(Stream.COMPUTE, grid, keys.address, values.address, records.pool, places)
-            work = partial(_attend, scale, first > 0)
-            self._device.compute(Stream.COMPUTE, work, queries, keys, values, out, lse)
+            self._device.compute(Stream.COMPUTE, softmax.take, queries, keys, values, out, lse)
 
     def _plane(self, records: int, address: int = 0) -> Array:
         shape = (self._shape.kv_heads, records * BLOCK, self._shape.head_dim)
         return Array(address, shape, self._shape.dtype)
 
 
-def _attend(
-    scale: float,
-    more: bool,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    """A tile. q: [M, kv_heads, group, head_dim]; out [kv_heads, M * group, head_dim] and lse: what the tiles
-    before gave, if this is one `more`, and takes in this one."""
-    rows = q.transpose(0, 1).reshape(out.shape).to(k.dtype)
-    found, found_lse = _flash(rows, k, v, scale)
-    if not more:
-        out.copy_(found)
-        lse.copy_(found_lse)
-        return
-    total = torch.logaddexp(lse, found_lse)
-    out.mul_(torch.exp(lse - total)[..., None]).add_(found * torch.exp(found_lse - total)[..., None])
-    lse.copy_(total)
+class _Softmax:
+    """What the tiles that were taken give together; done in the stream's order, as all of torch's work."""
+
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+        self._rows: torch.Tensor | None = None
+
+    def take(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> None:
+        """One more tile. q: [M, kv_heads, group, head_dim], the same in each call; what comes of it is in out
+        [kv_heads, M * group, head_dim] and lse, as what came before is."""
+        if self._rows is None:
+            self._rows = q.transpose(0, 1).reshape(out.shape).to(k.dtype)
+            found, found_lse = _flash(self._rows, k, v, self._scale)
+            out.copy_(found)
+            lse.copy_(found_lse)
+            return
+        found, found_lse = _flash(self._rows, k, v, self._scale)
+        total = torch.logaddexp(lse, found_lse)
+        out.mul_(torch.exp(lse - total)[..., None]).add_(found * torch.exp(found_lse - total)[..., None])
+        lse.copy_(total)
 
 
 def _flash(

@@ -166,7 +166,7 @@ class DeviceAttention:
         tokens, blocks = int(np.diff(ranges[-1]).sum()), len(places)
         part.read_bytes["device"] += tokens * shape.layer_bytes // shape.slots
         part.read_bytes["device"] += blocks * self._pool.record_bytes
-        flash = self._flash if self._is_prompt(call, count) else None
+        flash = self._flash if blocks and self._is_prompt(call, count) else None
         tiles, others = ops.parts(ops.tiles, count), 1 if flash else ops.parts(blocks, count)
         with (
             landing.turn(),
@@ -176,7 +176,7 @@ class DeviceAttention:
             at = landing.bring(q, k, v, ranges, low, high, places, positions)
             self._device.copy(Stream.COMPUTE, list(self._appends(planes, at[1:3], start, count)))
             queries = Queries(at[0], count)
-            partial = ops.room(landing, tiles + (others if blocks else 0), count)
+            partial = ops.room(landing, tiles + others, count)
             exact, stored = ops.split(partial, tiles, count)
             ops.attend_window(
                 exact, queries, planes, Ranges(at[3], ranges.shape[1]), call.scale, call.softcap

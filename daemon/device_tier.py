@@ -65,7 +65,7 @@ def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
         load = partial(device.compiled, cache=config.cache / "cubins")
         constants, shape, heads = store.layout.constants, window_shape(config, geometry), geometry.heads
         ops = Ops(load, constants, shape, heads)
-        flash = Flash(device, load, constants, shape, heads) if has_flash(device, shape) else None
+        flash = Flash(device, load, constants, shape, heads) if has_flash(device, shape, geometry) else None
         longest = config.max_context or geometry.max_positions
         costs = measure(device, ops, flash, store.layout)
         return build(device, ops, store, config.device_budget, longest, costs, flash)
@@ -74,9 +74,11 @@ def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
         raise
 
 
-def has_flash(device: Device[Any], shape: WindowShape) -> bool:
-    """Whether torch finds the GPU, and its flash attention takes such numbers and runs there."""
-    if not torch.cuda.is_available() or shape.dtype is torch.float32:
+def has_flash(device: Device[Any], shape: WindowShape, geometry: Geometry) -> bool:
+    """Whether torch finds the GPU, and its flash attention takes such numbers, is for a layer of the model,
+    and runs there."""
+    of_use = not geometry.softcap and None in geometry.sliding_windows
+    if not torch.cuda.is_available() or shape.dtype is torch.float32 or not of_use:
         return False
     try:
         try_out(device, shape)

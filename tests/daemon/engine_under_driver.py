@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from spilld.cuda_ext.cuda import CudaDevice
+from spilld.cuda_ext.window import WindowShape
 from spilld.daemon.cubins import kernels
+from spilld.daemon.device_tier import has_flash
 from spilld.daemon.errors import BudgetError, ConfigError, DeviceUnusable
 from spilld.daemon.model import Model
 from spilld.offload.record import Element, Format, Layout
@@ -36,6 +40,18 @@ def test_the_tokens_are_the_cpus(driver: FakeDriver, model: Model, tmp_path: Pat
     with engine(model, tmp_path / "cuda", device="cuda", device_budget="20 MiB", **SETTINGS) as harness:
         assert answers(harness) == wanted
         assert driver.device.registered
+    driver.assert_empty()
+
+
+def test_a_torch_without_flash_attention_leaves_prompts_to_our_kernels(
+    driver: FakeDriver, model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that claims to find the GPU and cannot work there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    device, shape = CudaDevice(), WindowShape(64, 1, 1, 64, torch.bfloat16)
+    assert not has_flash(device, shape, model.geometry)
+    assert "does not run here" in caplog.text
+    device.close()
     driver.assert_empty()
 
 

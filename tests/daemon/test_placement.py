@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +79,24 @@ def test_where_weights_lie(
 
 
 @pytest.mark.parametrize(
-    ("finds", "dtype", "runs", "wanted"),
+    ("finds", "dtype", "runs", "changes", "wanted"),
     [
-        (True, torch.bfloat16, True, True),
-        (True, torch.bfloat16, False, False),
-        (True, torch.float32, True, False),
-        (False, torch.bfloat16, True, False),
+        (True, torch.bfloat16, True, {}, True),
+        (True, torch.bfloat16, False, {}, False),
+        (True, torch.float32, True, {}, False),
+        (False, torch.bfloat16, True, {}, False),
+        (True, torch.bfloat16, True, {"softcap": 5.0}, False),
+        (True, torch.bfloat16, True, {"sliding_windows": (100, 100)}, False),
+        (True, torch.bfloat16, True, {"sliding_windows": (100, None)}, True),
     ],
 )
 def test_where_prompts_take_flash_attention(
     finds: bool,
     dtype: torch.dtype,
     runs: bool,
+    changes: dict[str, Any],
     wanted: bool,
+    model: Model,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -102,7 +108,7 @@ def test_where_prompts_take_flash_attention(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: finds)
     if not runs:
         monkeypatch.setattr(device, "compute", refuses)
-    assert has_flash(device, shape) == wanted
+    assert has_flash(device, shape, replace(model.geometry, **changes)) == wanted
     assert ("no kernel image" in caplog.text) is not runs
 
 
