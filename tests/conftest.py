@@ -11,7 +11,7 @@ import pytest
 import spilld.offload.kernel_cache  # noqa: F401 (of whatever compiles first)
 from spilld.daemon.catalog import default_cache, resolve
 
-gc.disable()  # while tests are imported: what that makes stays, and to look through it takes half a second
+gc.disable()  # while tests are imported: what that makes stays, and looking through it takes long
 
 
 def pytest_collection_finish() -> None:

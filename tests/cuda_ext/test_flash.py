@@ -6,23 +6,13 @@ import contextlib
 
 import pytest
 
-from spilld.cuda_ext.device import Kernel
 from spilld.cuda_ext.errors import OutOfMemory
-from spilld.cuda_ext.ops import Load
-from spilld.cuda_ext.variant import Variant
 from spilld.offload.record import Format
 
-from .conftest import Emulate
+from .conftest import Emulate, loader
 from .fake import FakeDevice
 from .flash import check
 from .numbers import Number
-
-
-def loader(device: FakeDevice, emulate: Emulate) -> Load:
-    def load(made: Variant) -> Kernel:
-        return device.load(emulate(made.source, dict(made.defines)), made.name, threads=made.threads)
-
-    return load
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from spilld.cuda_ext.choice import Costs, Rates
-from spilld.cuda_ext.device import Kernel
 from spilld.cuda_ext.flash import Flash
 from spilld.cuda_ext.ops import Ops
-from spilld.cuda_ext.variant import Variant
 from spilld.cuda_ext.window import WindowShape
 from spilld.daemon import device_tier
 from spilld.daemon.config import Config
@@ -19,7 +16,7 @@ from spilld.daemon.hot import SPARE
 from spilld.daemon.visibility import highest_block
 from spilld.offload.store import Store
 
-from ..cuda_ext.conftest import Emulate
+from ..cuda_ext.conftest import Emulate, loader
 from ..cuda_ext.fake import FakeDevice
 
 SAME = Rates(fetch_bytes=1e9, fetch_s=0, cpu_bytes=1e9, cpu_s=0)
@@ -29,14 +26,6 @@ EVEN = Costs(SAME, SAME, copy_bytes=1e9)
 WARPS = 8
 FLASH_TILE = 3
 MAX_CONTEXT = 4096
-
-
-def loader(device: FakeDevice, emulate: Emulate) -> Callable[[Variant], Kernel]:
-    def load(variant: Variant) -> Kernel:
-        image = emulate(variant.source, dict(variant.defines))
-        return device.load(image, variant.name, threads=variant.threads, shared_bytes=variant.shared_bytes)
-
-    return load
 
 
 def tier_of(device: FakeDevice, emulate: Emulate, **options: Any) -> Tier:

@@ -11,9 +11,9 @@ from spilld.cuda_ext.window import WindowShape
 from spilld.daemon.costs import measure
 from spilld.offload.record import Element, Format, Layout
 
-from ..cuda_ext.conftest import Emulate, emulate
+from ..cuda_ext.conftest import Emulate, emulate, loader
 from ..cuda_ext.fake import FakeDevice
-from .fake_device import WARPS, loader
+from .fake_device import WARPS
 
 __all__ = ["emulate"]
 
