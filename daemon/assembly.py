@@ -37,7 +37,7 @@ from .journal import Journal
 from .kernels import prepare
 from .memory import MemoryWatch
 from .metrics import Metrics
-from .model import Model, load, resolve
+from .model import Model, identify, load, resolve
 from .pace import Pace
 from .placement import place
 from .protocol import Welcome
@@ -124,6 +124,7 @@ def load_model(config: Config) -> Model:
         log.warning(missing)
     try:
         folder = resolve(config.model, config.cache, config.dtype)
+        identity = identify(config.model, config.cache)
     except OSError as error:
         raise ModelError(f"the model cannot be read: {error}; may the daemon's user read it?") from error
     return load(
@@ -134,6 +135,7 @@ def load_model(config: Config) -> Model:
         cache=config.cache,
         weights=config.weights,
         device=device,
+        identity=identity,
     )
 
 

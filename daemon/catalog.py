@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .convert import FAILED, refuse_what_would_load_wrongly
-from .errors import ModelError, UnknownModel, error_for
+from .digest import digest
+from .errors import ConfigError, ModelError, UnknownModel, error_for
 from .gguf_header import read_header
-from .weights import digest, model_files, read_layout
+from .weights import model_files, read_layout, tokenizer_files
 
 CONVERSION = 2
 """Part of a converted folder's name: raise it when convert.py turns the same source into something else."""
@@ -67,16 +68,40 @@ def resolve(name: str, cache: Path, dtype: str) -> Path:
     is used in place. Raises UnknownModel, CorruptModel, UnsupportedModel, or ConfigError if the cache
     cannot be written.
     """
+    sources = _sources(name)
+    if sources[0].is_dir() and read_layout(sources[0]).dtypes == {dtype}:
+        return sources[0]
+    return _converted(_short(name, sources), sources, cache, dtype)
+
+
+def identify(name: str, cache: Path) -> bytes:
+    """16 bytes that are others for other weights or another tokenizer, and the same in every dtype.
+
+    Tokens mean something only to the model whose identity this is; KV is tied to more (Model.fingerprint).
+    Raises as `resolve` does.
+    """
+    sources = _sources(name)
+    if not sources[0].is_dir():
+        return digest(sources, cache)
+    folder = sources[0]
+    return digest([*read_layout(folder).files, *tokenizer_files(folder)], cache)
+
+
+def _sources(name: str) -> list[Path]:
+    """A folder, a .gguf file, or its parts in order."""
     if name in PACKAGED:
-        return _converted(name, PACKAGED[name].files(name), cache, dtype)
+        return PACKAGED[name].files(name)
     path = Path(name).expanduser()
-    if path.is_dir():
-        folder = path.resolve()
-        stored = read_layout(folder).dtypes
-        return folder if stored == {dtype} else _converted(folder.name, [folder], cache, dtype)
-    if path.is_file():
-        return _converted(path.stem, [path.resolve()], cache, dtype)
-    raise UnknownModel(f"there is no model {name!r}: {_what_is_known()}")
+    if not path.is_dir() and not path.is_file():
+        raise UnknownModel(f"there is no model {name!r}: {_what_is_known()}")
+    return [path.resolve()]
+
+
+def _short(name: str, sources: list[Path]) -> str:
+    """What a converted model is called."""
+    if name in PACKAGED:
+        return name
+    return sources[0].name if sources[0].is_dir() else sources[0].stem
 
 
 def parameters(name: str) -> int | None:
@@ -95,10 +120,18 @@ def _converted(name: str, sources: list[Path], cache: Path, dtype: str) -> Path:
     key = digest(files, cache).hex()[:12]
     target = cache / "models" / f"{re.sub('[^A-Za-z0-9._-]', '_', name)}-{dtype}-{key}-v{CONVERSION}"
     if not target.is_dir():
+        _make_room(target.parent)
         if sources[0].is_file() and len(sources) == 1:  # refused at once, without the child
             refuse_what_would_load_wrongly(read_header(sources[0]), name)
         _run_converter(name, sources, target, dtype)
     return target
+
+
+def _make_room(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the cache folder {folder} cannot be written: {error}") from error
 
 
 def _run_converter(name: str, sources: list[Path], target: Path, dtype: str) -> None:

@@ -19,17 +19,18 @@ from safetensors import SafetensorError
 from spilld.cuda_ext.errors import DeviceError
 from spilld.cuda_ext.tensors import gpu_errors
 
-from .catalog import default_cache, resolve
+from .catalog import default_cache, identify, resolve
+from .digest import digest
 from .errors import ConfigError, CorruptModel, DeviceUnusable, UnsupportedModel
 from .geometry import Geometry
 from .linear import has_bfloat16_products, widen
 from .packed import Packed
-from .packing import packed_weights
+from .packing import packed_file, read
 from .rope import fix_rope, rope_bytes
 from .text import Tokenizer
-from .weights import digest, read_layout
+from .weights import read_layout
 
-__all__ = ["FAMILIES", "Model", "load", "load_module", "resolve"]
+__all__ = ["FAMILIES", "Model", "identify", "load", "load_module", "resolve"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 """config.json's model_type of the supported families."""
@@ -55,7 +56,8 @@ class Model:
     GPU.
 
     `packed` is what steps read instead of the module, if they do; names as in packing.py.
-    `fingerprint` is 32 bytes: KV computed under another one must not be served.
+    `fingerprint` is 32 bytes: KV computed under another one must not be served. `identity` is 16: tokens of
+    a model with another one mean something else, or nothing (catalog.identify).
     """
 
     name: str
@@ -64,6 +66,7 @@ class Model:
     geometry: Geometry
     tokenizer: Tokenizer
     fingerprint: bytes
+    identity: bytes
     packed: Mapping[str, Packed] | None = None
 
 
@@ -77,15 +80,20 @@ def load(
     cache: Path | None = None,
     weights: str = "bf16",
     device: str = "cpu",
+    identity: bytes | None = None,
 ) -> Model:
     """Load a folder that `resolve` returned.
 
     attention names a registered transformers attention. max_context (by default all the model was made for)
-    decides longrope's factors once. cache keeps the digest of the weights, and packed ones. weights as in
-    Config. device, as in Placement, has the module; only the CPU's may be packed. Raises CorruptModel,
-    UnsupportedModel, DeviceUnusable if the GPU does not take the weights, or ConfigError if max_context is
-    more than the model's positions or the cache cannot be written.
+    decides longrope's factors once. cache keeps digests, and packed weights. weights as in Config. device, as
+    in Placement, has the module; only the CPU's may be packed. identity is that of what the folder was
+    converted from, by default the folder's own. Raises CorruptModel, UnsupportedModel, DeviceUnusable if the
+    GPU does not take the weights, or ConfigError if max_context is more than the model's positions or the
+    cache cannot be written.
     """
+    _check_supported(folder, _read_config(folder))
+    cache = cache or default_cache()
+    contents = digest(read_layout(folder).files, cache)
     module = load_module(folder, dtype, attention)
     tokenizer = Tokenizer.load(folder)
     geometry = Geometry.of(module.config, module.generation_config, tokenizer.eos)
@@ -95,20 +103,22 @@ def load(
             f"a context of {longest} tokens exceeds the model's {geometry.max_positions} positions"
         )
     fix_rope(module, longest)
-    cache = cache or default_cache()
-    packed = packed_weights(module, folder, weights, cache) if device == "cpu" else None
+    steps = packed_file(module, folder, weights, cache) if device == "cpu" else None
     if device != "cpu":
         _move(module, device)
-    elif packed is None and dtype == "bfloat16" and not has_bfloat16_products():
+    elif steps is None and dtype == "bfloat16" and not has_bfloat16_products():
         widen(module)
+    if digest(read_layout(folder).files, cache) != contents:
+        raise CorruptModel(f"{folder} changed while it was loaded: start again when it is whole")
     return Model(
         name=name or folder.name,
         folder=folder,
         module=module,
         geometry=geometry,
         tokenizer=tokenizer,
-        fingerprint=_fingerprint(folder, dtype, module, cache, weights if packed else None),
-        packed=packed,
+        fingerprint=_fingerprint(folder, dtype, module, contents, digest([steps], cache) if steps else b""),
+        identity=identity or identify(str(folder), cache),
+        packed=read(steps) if steps else None,
     )
 
 
@@ -175,15 +185,16 @@ def _check_supported(folder: Path, config: dict[str, Any]) -> None:
         raise UnsupportedModel(f"{folder}: dynamic RoPE depends on the longest sequence in the batch")
 
 
-def _fingerprint(folder: Path, dtype: str, module: Any, cache: Path, packed: str | None) -> bytes:
+def _fingerprint(folder: Path, dtype: str, module: Any, contents: bytes, steps: bytes) -> bytes:
+    """contents, steps: digests of the folder's weights, and of those that steps read instead, if they do."""
     config = {key: value for key, value in _read_config(folder).items() if key not in _VOLATILE}
     hasher = hashlib.blake2b(digest_size=32, person=b"spilld model v1")
     for part in (
-        digest(read_layout(folder).files, cache),
+        contents,
         json.dumps(config, sort_keys=True).encode(),
         rope_bytes(module),
         dtype.encode(),
-        *([f"steps {packed}".encode()] if packed else []),
+        *([b"steps " + steps] if steps else []),
     ):
         hasher.update(struct.pack("<Q", len(part)) + part)
     return hasher.digest()

@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
+from .digest import digest
 from .errors import ConfigError, CorruptModel, UnsupportedModel
 from .packed import GROUP, LANES, Form, Packed, fits, pack4, pack8, quantise, stack, unpack
-from .weights import digest, read_layout
+from .weights import read_layout
 
 log = logging.getLogger(__name__)
 
@@ -107,22 +108,22 @@ def activation(config: Any) -> str:
     return str(getattr(config, "hidden_activation", None) or config.hidden_act)
 
 
-def packed_weights(module: Any, folder: Path, weights: str, cache: Path) -> dict[str, Packed] | None:
-    """What steps read of a model, for a `weights` of Config; None if it is the module itself.
+def packed_file(module: Any, folder: Path, weights: str, cache: Path) -> Path | None:
+    """The file of what steps read of a model, for a `weights` of Config; None if it is the module itself.
 
-    int8 and int4 are made from the folder's weights once and kept in the cache. Raises UnsupportedModel,
-    CorruptModel, or ConfigError if the cache cannot be written.
+    int8 and int4 are made from the folder's weights once and kept in the cache. Raises UnsupportedModel, or
+    ConfigError if the cache cannot be written.
     """
     if weights == "bf16":
         return None
     if weights == "auto":
-        return read(folder / WEIGHTS) if (folder / WEIGHTS).exists() else None
+        return folder / WEIGHTS if (folder / WEIGHTS).exists() else None
     key = digest(read_layout(folder).files, cache).hex()[:12]
     file = cache / "models" / f"{folder.name}-{key}-{weights}-p{PACKING}.safetensors"
     if not file.exists():
         log.info("packing %s as %s, once, in %s", folder.name, weights, file)
         pack_module(module, Form(weights), file)
-    return read(file)
+    return file
 
 
 def pack_gguf(module: Any, gguf: Path, target: Path) -> None:

@@ -1,24 +1,18 @@
-"""Weight files: what a folder's safetensors hold, and digests of files that are read once."""
+"""Weight files: what a folder's safetensors hold."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
+from .errors import CorruptModel, UnsupportedModel
 
-from .errors import ConfigError, CorruptModel, UnsupportedModel
-
-_CHUNK = 4 << 20
 _MAX_HEADER = 100 << 20
 """The limit of the safetensors format itself."""
 
+_SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json")
 _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -75,42 +69,8 @@ def model_files(folder: Path) -> list[Path]:
     return [file for file in files if file.suffix not in (".bin", ".pt", ".pth", ".gguf", ".onnx")]
 
 
-def digest(files: Iterable[Path], cache: Path) -> bytes:
-    """16 bytes over the files' contents in the given order: xxh3_128 of their xxh3_128s.
-
-    A file is read (never mapped, so it does not count as this process's memory) once; the result is kept in
-    `cache/digests` for as long as its size and modification time stay. Raises ConfigError if that cannot be
-    written.
-    """
-    return xxhash.xxh3_128_digest(b"".join(_file_digest(file.resolve(), cache) for file in files))
-
-
-def _file_digest(file: Path, cache: Path) -> bytes:
-    status = file.stat()
-    state: list[str | int] = [str(file), status.st_size, status.st_mtime_ns]
-    note = cache / "digests" / hashlib.blake2b(os.fsencode(file), digest_size=16).hexdigest()
-    if (known := _noted(note, state)) is not None:
-        return known
-    hasher = xxhash.xxh3_128()
-    with file.open("rb", buffering=0) as stream:
-        while chunk := stream.read(_CHUNK):
-            hasher.update(chunk)
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own for every writer: two threads of one process may digest the same file.
-        with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as writing:
-            json.dump({"file": state, "xxh3_128": hasher.hexdigest()}, writing)
-        Path(writing.name).replace(note)
-    except OSError as error:
-        raise ConfigError(f"the cache folder {cache} cannot be written: {error}") from error
-    return hasher.digest()
-
-
-def _noted(note: Path, state: list[str | int]) -> bytes | None:
-    try:
-        noted = json.loads(note.read_text())
-        return bytes.fromhex(noted["xxh3_128"]) if noted["file"] == state else None
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError):  # a torn or foreign note: read the file again
-        return None
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that say which text is which token: tokenizer.json, or what stands for it."""
+    if (whole := folder / "tokenizer.json").is_file():
+        return [whole]
+    return [file for file in model_files(folder) if file.name in _SLOW_TOKENIZERS]

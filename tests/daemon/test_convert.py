@@ -18,14 +18,16 @@ import torch
 from safetensors.torch import load_file
 
 from spilld.daemon import convert
+from spilld.daemon import digest as digests
 from spilld.daemon.catalog import PACKAGED, resolve
+from spilld.daemon.digest import digest
 from spilld.daemon.errors import ConfigError, CorruptModel, ModelError, UnknownModel, UnsupportedModel
 from spilld.daemon.gguf_header import read_header
 from spilld.daemon.gguf_reader import parsed_once
 from spilld.daemon.model import load
 from spilld.daemon.text import Tokenizer
-from spilld.daemon.weights import digest
 
+from .replaced import overwrite, replace, settled
 from .tiny_models import build
 
 
@@ -313,26 +315,87 @@ class TestDigest:
         assert digest([a], cache) != digest([a, a], cache)
 
     def test_is_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        file = tmp_path / "a"
-        file.write_bytes(b"x" * 1000)
+        file = settled(tmp_path / "a", b"x" * 1000, monkeypatch)
         first = digest([file], tmp_path)
-        state = file.stat()
-        file.write_bytes(b"y" * 1000)
-        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
-        assert digest([file], tmp_path) == first, "same size and time: the note counts"
-        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
-        assert digest([file], tmp_path) != first
+        with monkeypatch.context() as patched:
+            patched.delattr(digests, "_read")
+            assert digest([file], tmp_path) == first
+        file.touch()
+        assert digest([file], tmp_path) == first, "read again: the same contents"
 
-    @pytest.mark.parametrize("torn", [b"", b"{", b"[]", b'{"file": [], "xxh3_128": "00"}', b"\xff"])
-    def test_torn_note_is_no_answer(self, torn: bytes, tmp_path: Path) -> None:
+    def test_other_contents_of_the_same_size_and_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = settled(tmp_path / "a", b"x" * 1000, monkeypatch)
+        found = {digest([file], tmp_path)}
+        replace(file, b"y" * 1000)
+        found.add(digest([file], tmp_path))
+        overwrite(file, b"z" * 1000)
+        found.add(digest([file], tmp_path))
+        assert len(found) == 3
+
+    def test_a_file_that_changed_just_now_is_read_again(self, tmp_path: Path) -> None:
+        """Its next change might have the same time."""
         file = tmp_path / "a"
         file.write_bytes(b"x")
+        digest([file], tmp_path / "cache")
+        assert not (tmp_path / "cache").exists()
+
+    def test_a_file_system_that_knows_no_time_of_change(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = settled(tmp_path / "a", b"x", monkeypatch)
+        monkeypatch.setattr(digests, "_KNOW_NO_CHANGE", {digests._file_system(file)})
+        digest([file], tmp_path / "cache")
+        assert not (tmp_path / "cache").exists()
+        assert digests._file_system(Path("/proc/version")) == 0x9FA0
+
+    @pytest.mark.parametrize("times", [1, 100])
+    def test_a_write_while_it_is_read(
+        self, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = settled(tmp_path / "a", b"x" * 1000, monkeypatch)
+        read, writes = digests._read, iter(range(times))
+
+        def read_then_written(file: Path) -> bytes:
+            found = read(file)
+            if (write := next(writes, None)) is not None:
+                file.write_bytes(bytes([write]) * 1000)
+            return found
+
+        monkeypatch.setattr(digests, "_read", read_then_written)
+        if times == 1:
+            found = digest([file], tmp_path / "cache")
+            assert found == digest([file], tmp_path / "elsewhere")
+        else:
+            with pytest.raises(CorruptModel, match="changes while it is read"):
+                digest([file], tmp_path / "cache")
+
+    def test_a_large_file_is_said(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        file = settled(tmp_path / "a.gguf", b"x" * 1000, monkeypatch)
+        monkeypatch.setattr(digests, "_SAID_FROM", 1000)
+        monkeypatch.setattr(digests, "_SAID_EVERY_S", 0.0)
+        digest([file], tmp_path)
+        said = capsys.readouterr().err.splitlines()
+        assert said == [
+            "spilld: reading a.gguf (0.0 GiB), once, to know it again",
+            "spilld: a.gguf: 100 % read",
+        ]
+
+    @pytest.mark.parametrize("torn", [b"", b"{", b"[]", b'{"state": [], "xxh3_128": "00"}', b"\xff"])
+    def test_torn_note_is_no_answer(
+        self, torn: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = settled(tmp_path / "a", b"x", monkeypatch)
         first = digest([file], tmp_path)
         (note,) = (tmp_path / "digests").iterdir()
         note.write_bytes(torn)
         assert digest([file], tmp_path) == first
 
-    def test_by_several_threads_at_a_time(self, tmp_path: Path) -> None:
+    def test_by_several_threads_at_a_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(digests, "_SETTLED_NS", 0)
         files = [tmp_path / str(number) for number in range(20)]
         for file in files:
             file.write_bytes(file.name.encode() * 1000)

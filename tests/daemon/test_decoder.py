@@ -13,7 +13,7 @@ from spilld.daemon.decoder import Decoder
 from spilld.daemon.errors import CorruptModel, UnsupportedModel
 from spilld.daemon.model import Model, load
 from spilld.daemon.packed import Form, Packed, quantise, stack, unpack
-from spilld.daemon.packing import WEIGHTS, matrices, pack_module, packed_weights, read
+from spilld.daemon.packing import WEIGHTS, matrices, pack_module, packed_file, read
 from spilld.daemon.slices import Slice
 
 from .harness import engine, greedy, reference, some_tokens
@@ -125,10 +125,10 @@ def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
         pack_module(module, Form.INT8, tmp_path / "x")
     module = reference(build("llama", tmp_path / "b", mlp_bias=True))
     with pytest.raises(UnsupportedModel, match="bias"):
-        packed_weights(module, tmp_path / "b", "int4", tmp_path)
+        packed_file(module, tmp_path / "b", "int4", tmp_path)
     module = reference(build("llama", tmp_path / "c", hidden_act="relu"))
     with pytest.raises(UnsupportedModel, match="relu"):
-        packed_weights(module, tmp_path / "c", "int4", tmp_path)
+        packed_file(module, tmp_path / "c", "int4", tmp_path)
 
 
 def test_the_codes_of_a_gguf_file_are_kept(smollm2_bfloat16: Path) -> None:
