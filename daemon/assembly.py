@@ -148,6 +148,7 @@ def welcome(config: Config, model: Model) -> Welcome:
         format=config.format,
         formats=(config.format,),
         max_context=config.max_context or model.geometry.max_positions,
+        chat=model.tokenizer.has_template,
     )
 
 

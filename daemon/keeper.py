@@ -121,6 +121,7 @@ class SessionKeeper:
             ttl_s=session.ttl_s,
             created=session.created,
             used=session.used,
+            chat=session.messages is not None,
         )
 
     def kv_bytes(self, sequence: Sequence) -> dict[str, int]:

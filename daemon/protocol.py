@@ -322,6 +322,8 @@ class SessionInfo:
     ttl_s: Annotated[float | None, Maybe(Real(0))]
     created: Annotated[float, Real(0)]
     used: Annotated[float, Real(0)]
+    chat: Annotated[bool | None, Maybe(Flag())] = None
+    """Whether it holds messages, which messages go on with; None: an older daemon does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +343,9 @@ class Welcome(Reply):
     formats: Annotated[tuple[str, ...], Many(Text())]
     max_context: Annotated[int, COUNT]
     max_frame_bytes: Annotated[int, COUNT] = MAX_FRAME_BYTES
+    chat: Annotated[bool | None, Maybe(Flag())] = None
+    """Whether the model has a chat template, without which it takes no messages; None: an older daemon does
+    not say."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,6 +64,11 @@ class Tokenizer:
         """Ids the tokenizer knows; the model may have more."""
         return self._backend.get_vocab_size()
 
+    @property
+    def has_template(self) -> bool:
+        """Whether it can make a prompt of messages."""
+        return self._template is not None
+
     def encode(self, text: str, *, start: bool = True) -> list[int]:
         """Token ids of a text. A start token is added iff the tokenizer itself adds one and `start` is true
         (false: the text continues a context)."""
