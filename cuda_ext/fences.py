@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,14 +20,16 @@ class Mark:
     def __init__(self, device: Device[Any], stream: Stream) -> None:
         self._device, self._stream = device, stream
         self._event: Event | None = None
+        self._behind = {stream}  # streams whose later work comes after it
 
     def record(self) -> None:
         with contextlib.suppress(OutOfMemory):
             self._recorded()
 
     def before(self, stream: Stream) -> None:
-        if stream is not self._stream:
+        if stream not in self._behind:
             self._recorded().before(stream)
+            self._behind.add(stream)
 
     def passed(self) -> bool:
         return self._recorded().passed()
@@ -48,8 +49,8 @@ class Fences:
     def __init__(self, device: Device[Any]) -> None:
         self._device = device
         self._written: dict[int, Mark] = {}
-        self._read: dict[int, dict[Stream, Mark]] = {}
-        self._open: Counter[int] = Counter()
+        self._read: dict[Stream, dict[int, Mark]] = {stream: {} for stream in Stream}
+        self._open: list[set[int]] = []
 
     @contextmanager
     def use(
@@ -65,17 +66,18 @@ class Fences:
         for before in self._before(reads, writes):
             before.before(stream)
         mark = Mark(self._device, stream)
-        self._open.update((*reads, *writes))
+        places = {*reads, *writes}
+        self._open.append(places)
         try:
             yield mark
         finally:
-            self._open.subtract((*reads, *writes))
+            self._open.remove(places)
             self._note(mark, stream, reads, writes)
             mark.record()
 
     def open(self, place: int) -> bool:
         """Whether a scope that uses the place is not left yet."""
-        return self._open[place] > 0
+        return any(place in places for places in self._open)
 
     def settled(self, places: Iterable[int]) -> bool:
         """Whether nothing pending uses these places; never blocks. Raises OutOfMemory."""
@@ -88,20 +90,24 @@ class Fences:
 
     def _before(self, reads: tuple[int, ...], writes: tuple[int, ...]) -> Iterable[Mark]:
         """What must be over before these uses; each once, in a fixed order."""
-        marks = [self._written[place] for place in (*reads, *writes) if place in self._written]
-        marks += [mark for place in writes for mark in self._read.get(place, {}).values()]
-        return dict.fromkeys(marks)
+        marks = [*map(self._written.get, (*reads, *writes))]
+        for read in self._read.values():
+            marks += map(read.get, writes)
+        return dict.fromkeys(filter(None, marks))
 
     def _note(self, mark: Mark, stream: Stream, reads: tuple[int, ...], writes: tuple[int, ...]) -> None:
-        for place in reads:
-            self._read.setdefault(place, {})[stream] = mark
+        self._read[stream].update(dict.fromkeys(reads, mark))
+        self._written.update(dict.fromkeys(writes, mark))
         for place in writes:
-            self._written[place] = mark
-            self._read.pop(place, None)  # they are before this write
+            self._forget_readers(place)  # they are before this write
 
     def _settled(self, place: int) -> bool:
         if not all(mark.passed() for mark in self._before((), (place,))):
             return False
         self._written.pop(place, None)
-        self._read.pop(place, None)
+        self._forget_readers(place)
         return True
+
+    def _forget_readers(self, place: int) -> None:
+        for read in self._read.values():
+            read.pop(place, None)

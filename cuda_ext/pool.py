@@ -96,19 +96,21 @@ class RecordPool:
         entered, and ValueError if a slot is not taken or what is read holds nothing.
         """
         reads, writes = tuple(reads), tuple(writes)
-        if not all(self._filled.get(slot) for slot in reads) or not all(
-            slot in self._filled for slot in writes
-        ):
+        if not all(map(self._filled.get, reads)) or not self._filled.keys() >= set(writes):
             raise ValueError("a slot is not taken, or is read before it was written")
         with self._fences.use(stream, reads=reads, writes=writes) as event:
             self._filled |= dict.fromkeys(writes, False)
             yield event
             self._filled |= dict.fromkeys(writes, True)
 
+    def settle(self) -> None:
+        """Block until nothing pending uses a slot. Raises OutOfMemory."""
+        self._fences.settle(range(self.capacity))
+
     def close(self) -> None:
         """Wait for all work on slots and free them. Raises OutOfMemory, and may be called again then."""
         if self._base:
-            self._fences.settle(range(self.capacity))
+            self.settle()
             self._device.free(self._base)
             self._base = 0
 

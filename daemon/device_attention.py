@@ -45,12 +45,10 @@ TRIES, PAUSE_S = 100, 0.05
 
 
 class Held(NamedTuple):
-    """Stored blocks that lie on the device for a call, and their slots."""
+    """Stored blocks that lie on the device for a call, or are on their way, and their slots."""
 
     blocks: Blocks
     slots: Slots
-    coming: list[int]
-    """Slots that are being filled for it; the others were, before the call."""
 
 
 class DeviceAttention:
@@ -171,7 +169,7 @@ class DeviceAttention:
         with (
             landing.turn(),
             self._windows.arena.use(Stream.COMPUTE, writes=[window]),
-            self._pool.use(Stream.COMPUTE, reads=held.coming),
+            self._pool.use(Stream.COMPUTE, reads=held.slots.tolist()),
         ):
             at = landing.bring(q, k, v, ranges, low, high, places, positions)
             self._device.copy(Stream.COMPUTE, list(self._appends(planes, at[1:3], start, count)))
@@ -249,12 +247,12 @@ class DeviceAttention:
             try:
                 self._pool.fill(slots.tolist(), self._host(call, fetched))
             except OutOfMemory:
-                yield Held(fetched[:0], slots[:0], [])  # the CPU attends to them
+                yield Held(fetched[:0], slots[:0])  # the CPU attends to them
                 return
             part.read_bytes["host"] += len(fetched) * self._pool.record_bytes
             staying = self._staying(len(fetched), call)
             self._hot.keep(part.sequence, call.layer, fetched[:staying], slots[:staying])
-            passing = Held(fetched[staying:], slots[staying:].copy(), slots.tolist())
+            passing = Held(fetched[staying:], slots[staying:].copy())
             slots[:staying] = -1
             yield passing
 
@@ -279,7 +277,7 @@ class DeviceAttention:
         slots = self._hot.slots(part.sequence, call.layer, visible)
         hot = slots >= 0
         blocks = np.concatenate([visible[hot], passing.blocks])
-        return Held(blocks, np.concatenate([slots[hot], passing.slots]), passing.coming)
+        return Held(blocks, np.concatenate([slots[hot], passing.slots]))
 
     def _host(self, call: Call, blocks: Blocks) -> list[int]:
         """Addresses of a layer's records in host memory."""
@@ -294,10 +292,11 @@ class DeviceAttention:
             self._sealed.pop()
 
     def _settle_surely(self) -> None:
-        """Raises LaunchFailed if that is not to be had."""
+        """Have all work of a call done, on every stream. Raises LaunchFailed if that is not to be had."""
         for _ in range(TRIES):
             with contextlib.suppress(OutOfMemory):
-                self._settle()
+                self._pool.settle()
+                self._sealed.clear()  # it was work on the pool
                 self._landing.settle()
                 return
             time.sleep(PAUSE_S)

@@ -101,7 +101,8 @@ class FakeKernel:
 class FakeDevice:
     """Satisfies spilld.cuda_ext.device.Device.
 
-    memory_bytes: what can be allocated and mapped in all. Calls have numbers, the first being 1. fail_at: the
+    memory_bytes: what can be allocated and mapped in all. between: how likely some work is done between two
+    calls; 0: none is until the program waits for it. Calls have numbers, the first being 1. fail_at: the
     first from this on that may raise OutOfMemory does, and none after it. lose_at: this one and all after it
     raise LaunchFailed.
     """
@@ -116,8 +117,9 @@ class FakeDevice:
         page_bytes: int = 64 << 10,
         fail_at: int = 0,
         lose_at: int = 0,
+        between: float = 0.3,
     ) -> None:
-        self.chance = random.Random(seed)
+        self.chance, self.between = random.Random(seed), between
         self.page_bytes = page_bytes
         self.memory_bytes = memory_bytes
         self.fail_at, self.lose_at = fail_at, lose_at
@@ -158,7 +160,7 @@ class FakeDevice:
         if nbytes is None:
             raise ValueError(f"nothing was allocated at {address:#x}")
         self.call("free")
-        self._idle("frees", address, nbytes)
+        self.idle("frees", address, nbytes)
         self.allocated.remove(address)
         _poison(address, nbytes)
 
@@ -173,7 +175,7 @@ class FakeDevice:
         if nbytes is None:
             raise ValueError(f"nothing was registered at {address:#x}")
         self.call("unregister")
-        self._idle("unregisters", address, nbytes)
+        self.idle("unregisters", address, nbytes)
         self.registered.remove(address)
 
     def copy(self, stream: Stream, copies: Sequence[Copy]) -> None:
@@ -235,7 +237,7 @@ class FakeDevice:
         if self.mapped.size(address) != nbytes:
             raise ValueError("no call of map backed that")
         self.call("unmap")
-        self._idle("unmaps", address, nbytes)
+        self.idle("unmaps", address, nbytes)
         self.mapped.remove(address)
         _poison(address, nbytes)
 
@@ -262,7 +264,7 @@ class FakeDevice:
         if 0 < self.fail_at <= self.calls and name in MAY_RUN_OUT:
             self.fail_at = 0
             raise OutOfMemory(f"no memory for {name}, as the test wants it")
-        if self.chance.random() < 0.3:
+        if self.chance.random() < self.between:
             self.run(self.chance.randrange(4))
 
     def lose(self, words: str) -> None:
@@ -396,7 +398,8 @@ class FakeDevice:
         )
         return inside == nbytes and self.reserved.holder(address, nbytes) is not None
 
-    def _idle(self, verb: str, address: int, nbytes: int) -> None:
+    def idle(self, verb: str, address: int, nbytes: int) -> None:
+        """Raises Fault if work that the host does not know to be done touches this memory."""
         for work in self._open:
             if any(_overlap((address, nbytes), span) for span in chain(work.reads, work.writes)):
                 raise Fault(f"the program {verb} memory that pending work touches")

@@ -245,3 +245,19 @@ def test_a_lost_device_says_so_at_once() -> None:
             live(lost, memory.ctypes.data)
         lost.close()
         lost.assert_empty()
+
+
+def test_a_stream_waits_once_for_an_event() -> None:
+    """What stays in a slot is read in every step."""
+    device = FakeDevice()
+    host = Host(device, 4096)
+    pool = RecordPool(device, 2 * RECORD, RECORD)
+    slots = pool.take(2)
+    pool.fill(slots, [host.address, host.address + RECORD])
+    calls = []
+    for _ in range(3):
+        before = device.calls
+        with pool.use(Stream.COMPUTE, reads=slots):
+            pass
+        calls.append(device.calls - before)
+    assert calls == [2, 1, 1], "it waits and records; then it records"

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
+from spilld.cuda_ext.landing import Landing
 from spilld.cuda_ext.tensors import gpu_errors
 from spilld.cuda_ext.window import Windows, WindowShape
 from spilld.daemon.attention import Attention
+from spilld.daemon.device_attention import DeviceAttention
 from spilld.daemon.slices import Call
 from spilld.offload.record import Element, Format
 from spilld.offload.store import Store
@@ -154,6 +156,42 @@ def test_memory_that_ends_between_tiles_fails_a_call_or_changes_nothing(
         assert any("compute" in words for words in failed)
         assert any("copy" in words for words in failed)
     device.assert_empty()
+
+
+def test_what_failed_no_longer_reads_host_memory(tmp_path: Path, emulate: Emulate) -> None:
+    """What a call has fetched before it failed: the engine gives its records to others."""
+    case, device = Case(768, 1, Format.EXACT, kv_heads=1, disk=False), FakeDevice(6, between=0)
+    with prepared(case, tmp_path, on(device, emulate, 100)) as setup:
+        wanted, records, fetched = setup.expected(), setup.store.records, 0
+        for n in range(1, 26):
+            setup.attention.forget(setup.sequence)
+            part, device.fail_at = setup.part(case.start, 1), device.calls + n
+            found, device.fail_at = setup.attend(part), 0
+            if part.failure is not None:
+                fetched += part.read_bytes["host"]
+                device.idle("overwrites", records.ctypes.data, records.nbytes)
+            else:
+                assert np.abs(found.double().numpy() - wanted).max() < 2e-5
+        assert fetched
+    device.assert_empty()
+
+
+def test_hot_slots_are_another_sequences_when_they_have_been_read(
+    tmp_path: Path, emulate: Emulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not the call that reads them waited for it."""
+    case, device = Case(777, 1, Format.EXACT, kv_heads=1, disk=False), FakeDevice(7, between=0)
+    with prepared(case, tmp_path, on(device, emulate, 100)) as setup:
+        attention = setup.attention
+        assert isinstance(attention, DeviceAttention)
+        monkeypatch.setattr(Landing, "settle", lambda _: None)
+        part = setup.part(case.start, 1)
+        setup.attend(part)
+        assert part.read_bytes["host"] == 0
+        pool, held = attention._pool, setup.store.records.ctypes.data
+        attention.forget(setup.sequence)
+        pool.fill(pool.take(pool.capacity), [held] * pool.capacity).synchronise()
+        device.synchronise()
 
 
 def test_a_failure_of_torchs_keeps_no_tensors(
