@@ -23,9 +23,11 @@ from .catalog import default_cache, identify, resolve
 from .digest import digest
 from .errors import ConfigError, CorruptModel, DeviceUnusable, UnsupportedModel
 from .geometry import Geometry
+from .interface import IMPLEMENTATION
 from .linear import has_bfloat16_products, widen
 from .packed import Packed
 from .packing import packed_file, read
+from .probe import probe
 from .rope import fix_rope, rope_bytes
 from .text import Tokenizer
 from .weights import read_layout
@@ -73,7 +75,7 @@ class Model:
 def load(
     folder: Path,
     dtype: str,
-    attention: str = "spilld",
+    attention: str = IMPLEMENTATION,
     *,
     name: str | None = None,
     max_context: int | None = None,
@@ -103,6 +105,8 @@ def load(
             f"a context of {longest} tokens exceeds the model's {geometry.max_positions} positions"
         )
     fix_rope(module, longest)
+    if attention == IMPLEMENTATION:
+        probe(module, geometry)
     steps = packed_file(module, folder, weights, cache) if device == "cpu" else None
     if device != "cpu":
         _move(module, device)

@@ -111,13 +111,65 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
 }
 
 FAMILIES = tuple(_SIZES)
-"""Names that `build` takes. Llama ties its embeddings; Mistral slides in every layer, the Gemmas in some."""
+"""Those that are served. Llama ties its embeddings; Mistral slides in every layer, the Gemmas in some."""
+
+STRANGERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "granite": (
+        transformers.GraniteConfig,
+        transformers.GraniteForCausalLM,
+        {
+            "attention_multiplier": 0.0625,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
+    "glm4": (transformers.Glm4Config, transformers.Glm4ForCausalLM, {"head_dim": 16}),
+    "smollm3": (
+        transformers.SmolLM3Config,
+        transformers.SmolLM3ForCausalLM,
+        {"no_rope_layer_interval": 2, "use_sliding_window": False},
+    ),
+    "ministral3": (
+        transformers.Ministral3Config,
+        transformers.Ministral3ForCausalLM,
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 16.0,
+                "original_max_position_embeddings": 256,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+    ),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        transformers.GptOssForCausalLM,
+        {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 64},
+    ),
+    "lfm2": (
+        transformers.Lfm2Config,
+        transformers.Lfm2ForCausalLM,
+        {"layer_types": ["conv", "full_attention"]},
+    ),
+}
+"""Families that are not served, because something of theirs would come out as another model's."""
+for _family, (_configure, _model, _changes) in STRANGERS.items():
+    _CLASSES[_family] = _configure, _model
+    _SIZES[_family] = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        **_changes,
+    }
 
 
 def build(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """Write a whole folder (float32 weights, config, tokenizer, chat template) and return it.
 
-    changes: config entries that differ from the family's usual tiny ones.
+    family: of FAMILIES or STRANGERS. changes: config entries that differ from the family's usual tiny ones.
     """
     configure, model = _CLASSES[family]
     torch.manual_seed(seed)

@@ -1,0 +1,104 @@
+"""A model that asks of attention what spilld does not compute is refused before anything is served."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spilld.daemon import model
+from spilld.daemon.errors import UnsupportedModel
+from spilld.daemon.interface import _forward
+from spilld.daemon.model import load, load_module
+from spilld.daemon.probe import probe
+
+from .tiny_models import STRANGERS, build
+
+SERVED = {"granite", "glm4", "smollm3", "ministral3"}
+"""Strangers whose attention is plain: the module itself computes what is theirs."""
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every family is let in."""
+    monkeypatch.setattr(model, "FAMILIES", tuple(STRANGERS))
+
+
+@pytest.mark.usefixtures("opened")
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("gpt_oss", "GptOssAttention asks for an attention with s_aux"),
+        ("lfm2", r"attends in layers \[1\] of 2"),
+    ],
+)
+def test_strange_attention_is_refused(family: str, why: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=why):
+        load(build(family, tmp_path / family), "float32", cache=tmp_path)
+
+
+@pytest.mark.usefixtures("opened")
+@pytest.mark.parametrize("family", sorted(SERVED))
+def test_plain_attention_passes(family: str, tmp_path: Path) -> None:
+    assert load(build(family, tmp_path / family), "float32", cache=tmp_path).geometry.layers == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"kv_heads": 3}, r"\(1, 2, 3, 16\)"),
+        ({"head_dim": 32}, r"\(1, 6, 3, 16\)"),
+        ({"layers": 3, "sliding_windows": (None,) * 3}, r"layers \[0, 1\] of 3"),
+        ({"layers": 1}, r"layers \[0, 1\] of 1"),
+        ({"sliding_windows": (None, 64)}, "window None, not 0.0 and 64"),
+        ({"softcap": 30.0}, "softcap 0.0"),
+    ],
+)
+def test_geometry_that_attention_is_not_called_with(change: Any, why: str, tmp_path: Path) -> None:
+    loaded = load(build("llama", tmp_path / "m"), "float32", cache=tmp_path)
+    with pytest.raises(UnsupportedModel, match=why):
+        probe(loaded.module, replace(loaded.geometry, **change))
+
+
+def test_no_weight_is_read_or_changed(tmp_path: Path) -> None:
+    folder = build("gemma3", tmp_path / "m")
+    module = load_module(folder, "float32", "spilld")
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    probe(module, load(folder, "float32", cache=tmp_path).geometry)
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+class Seen:
+    """A Forward that gives the values back."""
+
+    def attend(self, layer: int, query: Any, key: Any, value: Any, manner: Any) -> Any:
+        return value
+
+
+@pytest.mark.parametrize(
+    "keyword",
+    [
+        {"s_aux": torch.zeros(2)},
+        {"dropout": 0.1},
+        {"is_causal": False},
+        {"head_mask": torch.ones(1)},
+        {"position_bias": torch.ones(1)},
+        {"output_attentions": True},
+        {"use_cache": True},
+        {"attention_mask": torch.ones(1, 1, 3, 3)},
+        {"anything": 0},
+    ],
+    ids=lambda keyword: next(iter(keyword)),
+)
+def test_every_other_keyword_is_an_error(keyword: dict[str, Any]) -> None:
+    heads = torch.zeros(1, 2, 3, 16)
+    layer = torch.nn.Linear(1, 1)
+    layer.layer_idx = 0  # type: ignore[assignment]
+    usual: dict[str, Any] = {"attention_mask": None, "scaling": 0.25, "spilld_step": Seen()}
+    harmless = {"dropout": 0.0, "s_aux": None, "is_causal": True, "position_ids": torch.zeros(1, 3)}
+    assert _forward(layer, heads, heads, heads, **usual, **harmless)[0] is heads
+    with pytest.raises(UnsupportedModel, match=f"Linear asks for an attention with {next(iter(keyword))},"):
+        _forward(layer, heads, heads, heads, **{**usual, **keyword})
