@@ -18,6 +18,7 @@ from .attention import Attention
 from .geometry import Geometry
 from .layer import Activations, Layer, after_attention, before_attention
 from .model import Model
+from .packable import check_packable
 from .packed import Packed
 from .packing import ACTIVATIONS, activation, attention_inputs
 from .products import Matrix, multiply_rows
@@ -44,8 +45,10 @@ class Decoder:
     def __init__(self, model: Model, weights: Mapping[str, Packed], attention: Attention, rows: int) -> None:
         """weights: as packing.py names them; rows: the most tokens of a step.
 
-        Raises ValueError if the weights do not fit the model: kernels check nothing.
+        Raises ValueError if the weights do not fit the model: kernels check nothing. Raises UnsupportedModel
+        if the model is another than what is computed here.
         """
+        check_packable(model.module)
         base, config, geometry = model.module.model, model.module.config, model.geometry
         gemma = str(config.model_type).startswith("gemma")
         self._embed = base.embed_tokens

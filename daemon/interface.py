@@ -22,8 +22,8 @@ HARMLESS: Mapping[str, object] = {
     "output_attentions": False,
     "output_hidden_states": False,
 }
-"""Keywords of an attention beside those of `_forward`, and the value with which each asks for nothing, as does
-None. With any other keyword or value the model would be another than the one asked for."""
+"""Keywords of an attention beside those of `_forward`, and the value with which each asks for nothing, as
+None does. With any other keyword or value the model would be another than the one asked for."""
 
 _NO_MATTER = frozenset({"position_ids"})
 """Whatever their value: RoPE has been applied, and slices know their positions."""

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from .digest import digest
 from .errors import ConfigError, CorruptModel, UnsupportedModel
+from .packable import check_packable
 from .packed import GROUP, LANES, Form, Packed, fits, pack4, pack8, quantise, stack, unpack
 from .weights import read_layout
 
@@ -57,7 +58,9 @@ class Matrix:
 
 
 def matrices(module: Any) -> dict[str, list[Matrix]]:
-    """What is packed under which name. Raises UnsupportedModel if a layer does not fit."""
+    """What is packed under which name. Raises UnsupportedModel if a layer does not fit, or if steps over
+    packed weights would compute another model."""
+    check_packable(module)
     config = module.config
     interleaved = config.model_type in ("llama", "mistral")
     heads = (
@@ -80,8 +83,6 @@ def matrices(module: Any) -> dict[str, list[Matrix]]:
         found[f"layers.{index}.out"] = of(index, [attention.o_proj], ["attn_output"])
         found[f"layers.{index}.gate_up"] = of(index, gate_up, ["ffn_up"] if fused else ["ffn_gate", "ffn_up"])
         found[f"layers.{index}.down"] = of(index, [mlp.down_proj], ["ffn_down"])
-        if any(layer.bias is not None for layer in (attention.o_proj, *gate_up, mlp.down_proj)):
-            raise UnsupportedModel("weights are packed only where no output or MLP layer has a bias")
     tied = config.tie_word_embeddings
     found["head"] = [Matrix(module.lm_head.weight, "token_embd.weight" if tied else "output.weight")]
     for name, parts in found.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from spilld.daemon import model
 from spilld.daemon.decoder import Decoder
 from spilld.daemon.errors import CorruptModel, UnsupportedModel
 from spilld.daemon.model import Model, load
+from spilld.daemon.packable import check_packable
 from spilld.daemon.packed import Form, Packed, quantise, stack, unpack
 from spilld.daemon.packing import WEIGHTS, matrices, pack_module, packed_file, read
 from spilld.daemon.slices import Slice
@@ -127,8 +130,42 @@ def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="bias"):
         packed_file(module, tmp_path / "b", "int4", tmp_path)
     module = reference(build("llama", tmp_path / "c", hidden_act="relu"))
-    with pytest.raises(UnsupportedModel, match="relu"):
+    with pytest.raises(UnsupportedModel, match="ReLU"):
         packed_file(module, tmp_path / "c", "int4", tmp_path)
+
+
+@pytest.mark.parametrize("family", ["granite", "glm4", "smollm3", "ministral3"])
+def test_a_family_that_would_be_another_model_is_refused(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever lets its name in: their tensors have the names and shapes of Llama's."""
+    monkeypatch.setattr(model, "FAMILIES", (family,))
+    folder = build(family, tmp_path / "m")
+    with pytest.raises(UnsupportedModel, match=rf"modeling_{family}.*bf16"):
+        packed(folder)
+    assert packed(folder, "bf16").packed is None
+
+
+def test_what_steps_do_not_read_is_refused(tmp_path: Path) -> None:
+    folder = build("llama", tmp_path / "m")
+    module = reference(folder)
+    module.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.zeros(6))
+    with pytest.raises(UnsupportedModel, match=r"leave out model\.layers\.1\.self_attn\.sinks"):
+        check_packable(module)
+    module = reference(folder)
+    module.model.layers[1].mlp = torch.nn.Sequential()
+    with pytest.raises(UnsupportedModel, match=r"Sequential, which is model\.layers\.1\.mlp"):
+        check_packable(module)
+    module = reference(folder)
+    module.model.norm.variance_epsilon = 0.1
+    with pytest.raises(UnsupportedModel, match="epsilon"):
+        check_packable(module)
+    module = reference(folder)
+    check_packable(module)
+    whole = packed(folder)
+    strange = replace(whole, module=torch.nn.Sequential())
+    with pytest.raises(UnsupportedModel, match="Sequential"):
+        Decoder(strange, whole.packed or {}, None, 8)  # type: ignore[arg-type]
 
 
 def test_the_codes_of_a_gguf_file_are_kept(smollm2_bfloat16: Path) -> None:
