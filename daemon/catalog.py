@@ -14,11 +14,17 @@ from pathlib import Path
 from .convert import FAILED, refuse_what_would_load_wrongly
 from .digest import digest
 from .errors import ConfigError, ModelError, UnknownModel, error_for
+from .folder import check_folder
 from .gguf_header import read_header
 from .weights import model_files, read_layout, tokenizer_files
 
 CONVERSION = 2
 """Part of a converted folder's name: raise it when convert.py turns the same source into something else."""
+
+
+_IN_PLACE = 7 / 8
+"""Share of a folder's weights that can be mapped, from which on the rest is better cast into memory at each
+start: what is cast cannot leave memory while the daemon runs."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,15 @@ def resolve(name: str, cache: Path, dtype: str) -> Path:
     """The folder to load `name` from in `dtype` ("float32" or "bfloat16").
 
     `name` is a known name, a .gguf file, or a folder with config.json and safetensors. What is not stored
-    in `dtype` is converted once into `cache/models` (up to minutes; progress on stderr); a folder that fits
-    is used in place. Raises UnknownModel, CorruptModel, UnsupportedModel, or ConfigError if the cache
-    cannot be written.
+    in `dtype` is converted once into `cache/models` (up to minutes; progress on stderr); a folder that fits,
+    but for few tensors that are cast whenever it is loaded, is used in place. Raises UnknownModel,
+    CorruptModel, UnsupportedModel, or ConfigError if the cache cannot be written.
     """
     sources = _sources(name)
-    if sources[0].is_dir() and read_layout(sources[0]).dtypes == {dtype}:
-        return sources[0]
+    if sources[0].is_dir():
+        check_folder(sources[0])
+        if read_layout(sources[0]).share(dtype) >= _IN_PLACE:
+            return sources[0]
     return _converted(_short(name, sources), sources, cache, dtype)
 
 

@@ -45,11 +45,23 @@ class Geometry:
             kv_heads=int(config.num_key_value_heads),
             head_dim=head_dim,
             vocab=int(config.vocab_size),
-            max_positions=int(config.max_position_embeddings),
+            max_positions=_positions(config),
             sliding_windows=_windows(config),
             softcap=float(getattr(config, "attn_logit_softcapping", None) or 0.0),
             eos=_ids(config.eos_token_id) | _ids(generation.eos_token_id) | _ids(tokenizer_eos),
         )
+
+
+def _positions(config: Any) -> int:
+    """YaRN's usual recipe names a factor and leaves max_position_embeddings as the model was trained with."""
+    ropes: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    each = [ropes, *(part for part in ropes.values() if isinstance(part, dict))]
+    reached = [
+        int(rope["original_max_position_embeddings"] * rope["factor"])
+        for rope in each
+        if rope.get("rope_type") == "yarn" and rope.get("factor")
+    ]
+    return max([int(config.max_position_embeddings), *reached])
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:
@@ -57,6 +69,8 @@ def _windows(config: Any) -> tuple[int | None, ...]:
     if config.model_type in ("mistral", "phi3"):  # every layer slides, whatever layer_types may say
         return (window,) * int(config.num_hidden_layers)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    if unknown := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+        raise UnsupportedModel(f"layers with {', '.join(unknown)} are not supported")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 

@@ -21,7 +21,8 @@ from spilld.cuda_ext.tensors import gpu_errors
 
 from .catalog import default_cache, identify, resolve
 from .digest import digest
-from .errors import ConfigError, CorruptModel, DeviceUnusable, UnsupportedModel
+from .errors import ConfigError, CorruptModel, DeviceUnusable
+from .folder import check_folder, read_config
 from .geometry import Geometry
 from .interface import IMPLEMENTATION
 from .linear import has_bfloat16_products, widen
@@ -32,10 +33,7 @@ from .rope import fix_rope, rope_bytes
 from .text import Tokenizer
 from .weights import read_layout
 
-__all__ = ["FAMILIES", "Model", "identify", "load", "load_module", "resolve"]
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
-"""config.json's model_type of the supported families."""
+__all__ = ["Model", "identify", "load", "load_module", "resolve"]
 
 _LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
@@ -93,7 +91,7 @@ def load(
     GPU does not take the weights, or ConfigError if max_context is more than the model's positions or the
     cache cannot be written.
     """
-    _check_supported(folder, _read_config(folder))
+    check_folder(folder)
     cache = cache or default_cache()
     contents = digest(read_layout(folder).files, cache)
     module = load_module(folder, dtype, attention)
@@ -142,8 +140,7 @@ def load_module(folder: Path, dtype: str, attention: str) -> Any:
 
     Weights already stored in `dtype` are mapped; others are cast, which needs memory for both.
     """
-    config = _read_config(folder)
-    _check_supported(folder, config)
+    check_folder(folder)
     read_layout(folder)
     with _quiet():
         try:
@@ -164,34 +161,9 @@ def load_module(folder: Path, dtype: str, attention: str) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CorruptModel(f"{folder} has no config.json") from None
-    except ValueError as error:
-        raise CorruptModel(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise CorruptModel(f"{path} names no model_type")
-    return config
-
-
-def _check_supported(folder: Path, config: dict[str, Any]) -> None:
-    if config["model_type"] not in FAMILIES:
-        raise UnsupportedModel(
-            f"{folder}: model_type {config['model_type']!r} is not supported; {', '.join(FAMILIES)} are"
-        )
-    if config.get("quantization_config"):
-        raise UnsupportedModel(f"{folder}: quantised weights are not supported except as GGUF")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if "dynamic" in json.dumps(rope):
-        raise UnsupportedModel(f"{folder}: dynamic RoPE depends on the longest sequence in the batch")
-
-
 def _fingerprint(folder: Path, dtype: str, module: Any, contents: bytes, steps: bytes) -> bytes:
     """contents, steps: digests of the folder's weights, and of those that steps read instead, if they do."""
-    config = {key: value for key, value in _read_config(folder).items() if key not in _VOLATILE}
+    config = {key: value for key, value in read_config(folder).items() if key not in _VOLATILE}
     hasher = hashlib.blake2b(digest_size=32, person=b"spilld model v1")
     for part in (
         contents,

@@ -25,7 +25,7 @@ def probe(module: Any, geometry: Geometry) -> None:
     seen = _Seen(geometry)
     with FakeTensorMode() as mode, torch.inference_mode():
         tensors = (*module.named_parameters(), *module.named_buffers())
-        shapes = {name: mode.from_tensor(tensor) for name, tensor in tensors}
+        shapes: dict[str, torch.Tensor] = {name: mode.from_tensor(tensor) for name, tensor in tensors}
         tokens = torch.zeros(1, _TOKENS, dtype=torch.long)
         inputs = {"input_ids": tokens, "position_ids": tokens, "use_cache": False, "spilld_step": seen}
         torch.func.functional_call(module, shapes, kwargs=inputs)

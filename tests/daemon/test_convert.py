@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from spilld.daemon import convert
 from spilld.daemon import digest as digests
@@ -84,6 +84,33 @@ class TestFolders:
         assert model.tokenizer.encode("same text") == Tokenizer.load(llama).encode("same text")
         assert not list((tmp_path / "models").glob("*tmp*"))
 
+    def test_few_tensors_of_another_dtype_are_cast_in_memory(self, tmp_path: Path) -> None:
+        """Norms in float32 among matrices in bfloat16: the folder is mapped where it is."""
+        folder = self.mixed(tmp_path / "model", ("norm.weight",))
+        assert resolve(str(folder), tmp_path / "cache", "bfloat16") == folder
+        assert not (tmp_path / "cache").exists()
+        stored = load_file(folder / "model.safetensors")
+        found = load(folder, "bfloat16", "eager", cache=tmp_path).module.state_dict()
+        assert {tensor.dtype for tensor in stored.values()} == {torch.float32, torch.bfloat16}
+        assert all(torch.equal(found[name], stored[name].bfloat16()) for name in stored)
+
+    def test_many_tensors_of_another_dtype_are_converted_once(
+        self, tmp_path: Path, in_process: list[list[str]]
+    ) -> None:
+        folder = self.mixed(tmp_path / "model", ("norm.weight", "down_proj.weight"))
+        assert resolve(str(folder), tmp_path / "cache", "bfloat16") != folder
+        assert in_process
+
+    def mixed(self, folder: Path, wide: tuple[str, ...]) -> Path:
+        build("llama", folder)
+        tensors = load_file(folder / "model.safetensors")
+        save_file(
+            {name: t if name.endswith(wide) else t.bfloat16() for name, t in tensors.items()},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        return folder
+
     def test_changed_source_is_converted_again(self, tmp_path: Path, in_process: list[list[str]]) -> None:
         source = build("qwen2", tmp_path / "model")
         first = resolve(str(source), tmp_path, "bfloat16")
@@ -93,8 +120,9 @@ class TestFolders:
 
     def test_corrupt_source_leaves_nothing(self, tmp_path: Path, in_process: list[list[str]]) -> None:
         source = build("qwen2", tmp_path / "model")
-        (source / "config.json").write_text("{")
-        with pytest.raises(CorruptModel, match="not JSON"):
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+        with pytest.raises(CorruptModel, match="cannot be loaded"):
             resolve(str(source), tmp_path, "bfloat16")
         assert in_process
         assert [path.suffix for path in (tmp_path / "models").iterdir()] == [".lock"]

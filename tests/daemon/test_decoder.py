@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from spilld.daemon import model
 from spilld.daemon.decoder import Decoder
 from spilld.daemon.errors import CorruptModel, UnsupportedModel
+from spilld.daemon.folder import FAMILIES as SERVED
 from spilld.daemon.model import Model, load
 from spilld.daemon.packable import check_packable
 from spilld.daemon.packed import Form, Packed, quantise, stack, unpack
@@ -20,7 +20,7 @@ from spilld.daemon.packing import WEIGHTS, matrices, pack_module, packed_file, r
 from spilld.daemon.slices import Slice
 
 from .harness import engine, greedy, reference, some_tokens
-from .tiny_models import FAMILIES, build
+from .tiny_models import FAMILIES, STRANGERS, build
 
 PROMPT = some_tokens(3, 700)
 COUNT = 24
@@ -139,7 +139,7 @@ def test_a_family_that_would_be_another_model_is_refused(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever lets its name in: their tensors have the names and shapes of Llama's."""
-    monkeypatch.setattr(model, "FAMILIES", (family,))
+    monkeypatch.setitem(SERVED, family, STRANGERS[family][1].__name__)
     folder = build(family, tmp_path / "m")
     with pytest.raises(UnsupportedModel, match=rf"modeling_{family}.*bf16"):
         packed(folder)

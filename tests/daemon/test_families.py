@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from spilld.daemon.model import load
 from spilld.daemon.protocol import PromptLogprob
+from spilld.daemon.rope import fix_rope
 
-from .harness import column_bytes, engine, greedy, load_tiny, random_split, reference
-from .tiny_models import FAMILIES, VOCAB, build
+from .harness import column_bytes, engine, greedy, load_tiny, random_split, reference, some_tokens
+from .tiny_models import FAMILIES, LONGROPE_ORIGINAL, VOCAB, build
 
 LENGTH = 1400
 
@@ -37,6 +39,34 @@ def test_exact_records_give_transformers_logits(family: str, tmp_path: Path) -> 
         _check(done.prompt_logprobs, prompt, wanted.numpy())
         assert tokens == greedy(plain, prompt, 12)
         assert harness.ask(prompt, max_tokens=12, ignore_eos=True) == tokens
+
+
+@pytest.mark.parametrize(
+    ("longest", "length"), [(LONGROPE_ORIGINAL, 40), (4096, LONGROPE_ORIGINAL + 1), (4096, 1100)]
+)
+def test_longrope_is_transformers_own_by_the_longest_context(
+    longest: int, length: int, tmp_path: Path
+) -> None:
+    """Short factors where no more than the original length is served, else the long ones."""
+    folder = build("phi3-longrope", tmp_path / "m")
+    model = load(folder, "float32", cache=tmp_path, max_context=longest)
+    prompt = some_tokens(4, length)
+    with engine(model, tmp_path / "s", format="exact", max_context=longest) as harness:
+        found = harness.ask(prompt, max_tokens=16, ignore_eos=True)
+    assert found == greedy(reference(folder), prompt, 16)
+
+
+def test_longrope_has_long_factors_for_short_prompts_if_more_is_served(tmp_path: Path) -> None:
+    """The stated difference from transformers, which changes factors when a sequence grows."""
+    folder, prompt = build("phi3-longrope", tmp_path / "m"), torch.tensor([some_tokens(4, 40)])
+    plain = reference(folder)
+    served = load(folder, "float32", "sdpa", cache=tmp_path, max_context=4096)
+    rotary = plain.model.rotary_emb
+    with torch.inference_mode():
+        assert not torch.allclose(served.module(prompt).logits, plain(prompt).logits, atol=0.1)
+        fix_rope(plain, 4096)
+        assert torch.equal(rotary.inv_freq, served.module.model.rotary_emb.inv_freq)
+        assert torch.equal(served.module(prompt).logits, plain(prompt).logits)
 
 
 def _check(found: tuple[PromptLogprob, ...], prompt: list[int], wanted: np.ndarray) -> None:

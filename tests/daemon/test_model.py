@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from spilld.daemon.errors import ConfigError, CorruptModel, ModelError, UnsupportedModel
-from spilld.daemon.model import Model, load, load_module
+from spilld.daemon.model import Model, load, load_module, resolve
 from spilld.daemon.rope import fix_rope
 
 from .tiny_models import END, FAMILIES, LONGROPE_ORIGINAL, VOCAB, build
@@ -36,6 +36,10 @@ def llama(folders: dict[str, Path], tmp_path: Path) -> Path:
 
 def load_eager(folder: Path, **options: Any) -> Model:
     return load(folder, "float32", "eager", cache=folder.parent / "cache", **options)
+
+
+def load_ours(folder: Path) -> Model:
+    return load(folder, "float32", cache=folder.parent / "cache")
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -155,7 +159,18 @@ UNSUPPORTED: dict[str, Callable[[Path], object]] = {
     "dynamic rope": lambda folder: edit_config(
         folder, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     ),
-    "quantised": lambda folder: edit_config(folder, quantization_config={"quant_method": "awq"}),
+    "not causal": lambda folder: edit_config(folder, is_causal=False),
+    "code of its own": lambda folder: edit_config(
+        folder, auto_map={"AutoModelForCausalLM": "modeling_llama.OtherLlamaForCausalLM"}
+    ),
+    "another class": lambda folder: edit_config(folder, architectures=["LlamaForSequenceClassification"]),
+    "an adapter": lambda folder: (folder / "adapter_config.json").write_text("{}"),
+    "layers of a kind": lambda folder: edit_config(
+        folder, layer_types=["full_attention", "chunked_attention"]
+    ),
+    "layers that slide in config.json only": lambda folder: edit_config(
+        folder, layer_types=["full_attention", "sliding_attention"], sliding_window=64
+    ),
     "pickled weights": lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
     "integer weights": lambda folder: edit_weights(
         folder, lambda tensors: tensors.update({NORM: torch.ones(96, dtype=torch.int8)})
@@ -167,7 +182,81 @@ UNSUPPORTED: dict[str, Callable[[Path], object]] = {
 def test_unsupported_folder_is_refused(change: Callable[[Path], object], llama: Path) -> None:
     change(llama)
     with pytest.raises(UnsupportedModel):
-        load_eager(llama)
+        load_ours(llama)
+
+
+QUANTISED = {
+    "fp8": ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+    "awq": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
+    "gptq": ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+    "mxfp4": ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+    "bitsandbytes": ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes"),
+    "compressed-tensors": (
+        {"quantization_config": {"quant_method": "compressed-tensors"}},
+        "compressed-tensors",
+    ),
+    "older": ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+    "MLX": ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
+}
+
+
+@pytest.mark.parametrize(("config", "method"), QUANTISED.values(), ids=QUANTISED)
+def test_quantised_folder_is_refused_by_its_method(
+    config: dict[str, Any], method: str, llama: Path, tmp_path: Path
+) -> None:
+    """Also where the dtypes of its weights would be refused, and before anything is converted."""
+    edit_weights(llama, lambda tensors: tensors.update({NORM: torch.ones(96, dtype=torch.int8)}))
+    edit_config(llama, **config)
+    with pytest.raises(UnsupportedModel, match=f"quantised by {method} are not read; take a GGUF file"):
+        resolve(str(llama), tmp_path, "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
+def test_quantised_folder_that_says_so_in_a_file(name: str, llama: Path, tmp_path: Path) -> None:
+    (llama / name).write_text("{}")
+    with pytest.raises(UnsupportedModel, match=r"quantised by .* take a GGUF file"):
+        resolve(str(llama), tmp_path, "bfloat16")
+
+
+def test_what_a_folder_without_safetensors_has(llama: Path, tmp_path: Path) -> None:
+    (llama / "model.safetensors").rename(llama / "m.gguf")
+    with pytest.raises(UnsupportedModel, match=r"give the file, --model .*m\.gguf"):
+        resolve(str(llama), tmp_path, "bfloat16")
+    (llama / "m.gguf").rename(llama / "pytorch_model.bin")
+    with pytest.raises(UnsupportedModel, match=r"pytorch_model\.bin is a pickle"):
+        resolve(str(llama), tmp_path, "bfloat16")
+
+
+def test_code_that_transformers_has_by_now_is_no_obstacle(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["phi3"], tmp_path / "phi3"))
+    edit_config(
+        folder,
+        auto_map={
+            "AutoConfig": "configuration_phi3.Phi3Config",
+            "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+        },
+    )
+    (folder / "modeling_phi3.py").write_text("raise SystemExit")
+    assert load_eager(folder).geometry.layers == 2
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_yarn_reaches_as_far_as_its_factor(
+    family: str, key: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The recipe of model cards, with max_position_embeddings as it was."""
+    folder = Path(shutil.copytree(folders[family], tmp_path / "m"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    kind = {"rope_scaling": "type", "rope_parameters": "rope_type"}[key]
+    yarn = {kind: "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    config |= {key: yarn, "rope_theta": 1e6}
+    for positions, reached in ((4096, 16384), (32768, 32768)):
+        (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
+        assert load_eager(folder, max_context=reached).geometry.max_positions == reached
+        with pytest.raises(ConfigError, match=str(reached)):
+            load_eager(folder, max_context=reached + 1)
 
 
 def test_unsupported_family_names_the_supported_ones(llama: Path) -> None:

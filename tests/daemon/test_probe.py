@@ -9,22 +9,23 @@ from typing import Any
 import pytest
 import torch
 
-from spilld.daemon import model
 from spilld.daemon.errors import UnsupportedModel
+from spilld.daemon.folder import FAMILIES
 from spilld.daemon.interface import _forward
 from spilld.daemon.model import load, load_module
 from spilld.daemon.probe import probe
 
 from .tiny_models import STRANGERS, build
 
-SERVED = {"granite", "glm4", "smollm3", "ministral3"}
+PLAIN = {"granite", "glm4", "smollm3", "ministral3"}
 """Strangers whose attention is plain: the module itself computes what is theirs."""
 
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every family is let in."""
-    monkeypatch.setattr(model, "FAMILIES", tuple(STRANGERS))
+    for family, (_, module, _) in STRANGERS.items():
+        monkeypatch.setitem(FAMILIES, family, module.__name__)
 
 
 @pytest.mark.usefixtures("opened")
@@ -41,7 +42,7 @@ def test_strange_attention_is_refused(family: str, why: str, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("opened")
-@pytest.mark.parametrize("family", sorted(SERVED))
+@pytest.mark.parametrize("family", sorted(PLAIN))
 def test_plain_attention_passes(family: str, tmp_path: Path) -> None:
     assert load(build(family, tmp_path / family), "float32", cache=tmp_path).geometry.layers == 2
 
@@ -98,7 +99,12 @@ def test_every_other_keyword_is_an_error(keyword: dict[str, Any]) -> None:
     layer = torch.nn.Linear(1, 1)
     layer.layer_idx = 0  # type: ignore[assignment]
     usual: dict[str, Any] = {"attention_mask": None, "scaling": 0.25, "spilld_step": Seen()}
-    harmless = {"dropout": 0.0, "s_aux": None, "is_causal": True, "position_ids": torch.zeros(1, 3)}
+    harmless: dict[str, Any] = {
+        "dropout": 0.0,
+        "s_aux": None,
+        "is_causal": True,
+        "position_ids": torch.zeros(1, 3),
+    }
     assert _forward(layer, heads, heads, heads, **usual, **harmless)[0] is heads
     with pytest.raises(UnsupportedModel, match=f"Linear asks for an attention with {next(iter(keyword))},"):
         _forward(layer, heads, heads, heads, **{**usual, **keyword})
