@@ -7,6 +7,7 @@
 # make cubins  compiles the CUDA kernels of known models for every architecture, for `make wheel` to take along, and
 #             estimates the instructions that attention issues per byte of KV
 # make lint   ruff and mypy
+# make pins   resolves the pinned versions against plain PyPI for every Python that is supported; installs nothing
 # make bench  every benchmark, as tables, and the goals of all in one (after what the next one builds; with REPEATS=1
 #             an hour, one run of each instead of medians of three)
 # make bench-peers  one of them: against llama.cpp, vLLM and transformers; builds llama.cpp (about ten minutes), which
@@ -40,7 +41,7 @@ COMMAND := $(DESTDIR)$(bindir)/spilld
 CONFIG := $(DESTDIR)$(sysconfdir)/spilld.toml
 INSTALLED_PIP := $(prefix)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-slow torture soak mutants cubins lint bench bench-peers wheel install install-venv install-files uninstall clean
+.PHONY: demo test test-slow torture soak mutants cubins lint pins bench bench-peers wheel install install-venv install-files uninstall clean
 
 demo: $(VENV)/.ready
 	@echo "== spilld demo: the first run also converts the model and compiles kernels, about two minutes"
@@ -59,6 +60,8 @@ torture: $(VENV)/.ready
 soak: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest -m slow --timeout 3600 -s tests/daemon/test_soak.py tests/daemon/test_malformed.py
 	$(PIP) install -q -c constraints.txt -e ".[fuzz]"
+	@$(VENV)/bin/python -c "import atheris" 2>/dev/null || { echo "== atheris has no wheel for this Python: the" \
+		"last part of make soak needs 3.13 or older"; exit 1; }
 	mkdir -p build/corpus
 	$(VENV)/bin/python -m tests.daemon.fuzz_decode build/corpus -runs=1000000 -max_len=65536 -rss_limit_mb=2048 -timeout=5
 
@@ -73,6 +76,9 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+pins:
+	$(PYTHON) tests/pins.py $(MODELS)
 
 bench: $(VENV)/.ready $(PEERS)/.ready
 	$(VENV)/bin/python bench/goals.py
