@@ -1,7 +1,8 @@
 """Compiles kernels to CUBIN with NVRTC, through cuda.core: without a toolkit, a GPU or a driver.
 
-NVRTC and cuda.core come with the extra `cuda`. A CUBIN lies in a folder under a name made of everything that
-it depends on: in one that came with spilld, or in a cache.
+NVRTC and cuda.core come with the extra `cuda`. A CUBIN lies in a folder under a name made of what it was
+compiled from. One that came with spilld is used beside any NVRTC, or none; its folder says which compiled it.
+The cache has a folder for each version, so that what an older one compiled, perhaps wrongly, goes with it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from .variant import KERNELS, Variant
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SHIPPED = Path(__file__).parent / "cubins"
 """What `make cubins` compiled before the wheel was made; it need not be there."""
+COMPILER = "nvrtc-version"
+"""The file in it that says by which NVRTC."""
 OPTIONS = ("c++17",)
 """What kernels are compiled with, beside their constants."""
 
@@ -47,40 +50,53 @@ def cubin(variant: Variant, architecture: str, cache: Path) -> bytes:
 
     Raises CompilerMissing and KernelRejected; on any error the cache is as it was.
     """
-    name = name_of(variant, architecture)
-    for folder in (SHIPPED, cache):
-        if (folder / name).exists():
-            return (folder / name).read_bytes()
-    code = _compile(variant, architecture)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
-        file.write(code)
-    Path(file.name).replace(cache / name)
-    return code
+    return path_of(variant, architecture, cache).read_bytes()
+
+
+def path_of(variant: Variant, architecture: str, cache: Path) -> Path:
+    """The file that has it. Raises as cubin."""
+    shipped = SHIPPED / name_of(variant, architecture)
+    return shipped if shipped.exists() else compiled(variant, architecture, cache / f"nvrtc-{compiler()}")
+
+
+def compiled(variant: Variant, architecture: str, folder: Path) -> Path:
+    """Its file in this folder of one compiler's, compiled unless it is there already. Raises as cubin."""
+    path = folder / name_of(variant, architecture)
+    if not path.exists():
+        code = _compile(variant, architecture)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            file.write(code)
+        Path(file.name).replace(path)
+    return path
 
 
 def name_of(variant: Variant, architecture: str) -> str:
-    """The file that the machine code lies in. Raises CompilerMissing."""
+    """The name of the file that the machine code lies in."""
     return f"{variant.name}-{architecture}-{recipe(variant, architecture)}.cubin"
 
 
 def recipe(variant: Variant, architecture: str) -> str:
-    """A name for what the machine code depends on: sources, constants, options and compiler."""
-    try:
-        compiler = version("nvidia-cuda-nvrtc")
-    except PackageNotFoundError:
-        raise CompilerMissing(f"NVRTC, NVIDIA's run-time compiler, is not installed: {INSTALL}") from None
+    """A name for what is compiled, and how: sources, constants, architecture and options."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in (compiler, architecture, *OPTIONS, repr(variant)):
+    for part in (architecture, *OPTIONS, repr(variant)):
         digest.update(part.encode() + b"\0")
     for path in (variant.source, *sorted(KERNELS.glob("*.cuh"))):
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
+def compiler() -> str:
+    """The version of NVRTC. Raises CompilerMissing."""
+    try:
+        return version("nvidia-cuda-nvrtc")
+    except PackageNotFoundError:
+        raise CompilerMissing(f"NVRTC, NVIDIA's run-time compiler, is not installed: {INSTALL}") from None
+
+
 def check_driver() -> None:
-    """Raises DriverMissing and DriverTooOld."""
-    needed, present = _compiler_major(), _driver_version()
+    """Raises DriverMissing, DriverTooOld and, where there are no kernels at all, CompilerMissing."""
+    needed, present = max(map(_major, _compilers())), _driver_version()
     if present // 1000 < needed:
         has = f"{present // 1000}.{present % 1000 // 10}"
         raise DriverTooOld(
@@ -110,19 +126,29 @@ def _compile(variant: Variant, architecture: str) -> bytes:
     return code
 
 
-def _compiler_major() -> int:
+def _compilers() -> list[str]:
+    """The versions of NVRTC whose machine code may be loaded: of what came with spilld, and the one here."""
+    note = SHIPPED / COMPILER
+    shipped = [note.read_text().strip()] if note.exists() else []
     try:
-        from cuda.bindings import nvrtc
-    except ImportError as error:
-        raise CompilerMissing(f"cuda.bindings, which runs NVRTC, is not installed: {INSTALL}") from error
-    return int(nvrtc.nvrtcVersion()[1])
+        return [*shipped, compiler()]
+    except CompilerMissing:
+        if not shipped:
+            raise
+        return shipped
+
+
+def _major(release: str) -> int:
+    return int(release.partition(".")[0])
 
 
 def _driver_version() -> int:
     """As the driver counts: 13020 is CUDA 13.2."""
-    from cuda.bindings import driver
-    from cuda.pathfinder import DynamicLibNotFoundError
-
+    try:
+        from cuda.bindings import driver
+        from cuda.pathfinder import DynamicLibNotFoundError
+    except ImportError as error:
+        raise CompilerMissing(f"cuda.bindings, which loads kernels, is not installed: {INSTALL}") from error
     try:
         status, number = driver.cuDriverGetVersion()
     except DynamicLibNotFoundError as error:

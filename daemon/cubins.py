@@ -51,18 +51,25 @@ def known() -> Iterator[Layout]:
 
 def ship(layouts: Iterable[Layout], architectures: Iterable[str]) -> list[Path]:
     """Compile the kernels of these layouts, for the wheel to take along; what else was there for it goes."""
+    note = build.SHIPPED / build.COMPILER
+    build.SHIPPED.mkdir(exist_ok=True)
+    if not note.exists() or note.read_text() != build.compiler():
+        _keep(())
+    note.write_text(build.compiler())
     made = dict.fromkeys(kernel for layout in layouts for kernel in kernels(layout))
-    pairs = list(product(made, architectures))
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        kept = list(pool.map(_shipped, *zip(*pairs, strict=True)))
-    for path in set(build.SHIPPED.iterdir()) - set(kept):
+        paths = list(pool.map(_shipped, *zip(*product(made, architectures), strict=True)))
+    _keep((note, *paths))
+    return paths
+
+
+def _keep(paths: Iterable[Path]) -> None:
+    for path in set(build.SHIPPED.iterdir()) - set(paths):
         path.unlink()
-    return kept
 
 
 def _shipped(kernel: Variant, architecture: str) -> Path:
-    build.cubin(kernel, architecture, build.SHIPPED)
-    return build.SHIPPED / build.name_of(kernel, architecture)
+    return build.compiled(kernel, architecture, build.SHIPPED)
 
 
 def main() -> None:

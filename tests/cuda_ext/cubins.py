@@ -10,7 +10,7 @@ from pathlib import Path
 import nvidia
 
 from spilld.cuda_ext import build
-from spilld.cuda_ext.variant import KERNELS, Variant
+from spilld.cuda_ext.variant import KERNELS
 
 RESOURCES = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
@@ -20,13 +20,6 @@ def tool(name: str) -> Path:
     """A program of the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm."""
     (path,) = (path for folder in nvidia.__path__ for path in Path(folder).glob(f"*/bin/{name}"))
     return path
-
-
-def path_of(made: Variant, architecture: str, cache: Path) -> Path:
-    """The file of a kernel's CUBIN, which is compiled unless it is there."""
-    build.cubin(made, architecture, cache)
-    paths = [folder / build.name_of(made, architecture) for folder in (build.SHIPPED, cache)]
-    return next(path for path in paths if path.exists())
 
 
 def resources(cubin: Path) -> dict[str, int]:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spilld.cuda_ext import variant
+from spilld.cuda_ext.build import path_of
 from spilld.cuda_ext.variant import BLOCK, Variant, plane_bytes
 from spilld.daemon.catalog import default_cache
 from spilld.offload.record import SEALED, Element, Layout
 
-from .cubins import disassembly, path_of
+from .cubins import disassembly
 from .machine_code import Loop, loops_of
 
 VECTORS = 32 * 16

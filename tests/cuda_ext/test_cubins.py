@@ -49,11 +49,24 @@ def test_what_is_shipped_is_found_and_nothing_else_left(
     layout = Layout(Format.INT4, Element.BFLOAT16, 3, 64)
     paths = cubins.ship([layout], ["sm_80", "sm_90"])
     assert len(set(paths)) == 12
-    assert set(folder.iterdir()) == set(paths)
+    assert set(folder.iterdir()) == {*paths, folder / build.COMPILER}
+    assert (folder / build.COMPILER).read_text() == build.compiler()
     monkeypatch.setattr(build, "_compile", None)
     for kernel in cubins.kernels(layout):
         assert build.cubin(kernel, "sm_90", tmp_path / "cache") == kernel.name.encode()
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_is_shipped_is_all_of_one_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cubins"
+    monkeypatch.setattr(build, "SHIPPED", folder)
+    for release in ("13.0.88", "13.0.88", "13.5.37"):
+        monkeypatch.setattr(build, "version", lambda name, release=release: release)
+        monkeypatch.setattr(
+            build, "_compile", lambda variant, architecture, release=release: release.encode()
+        )
+        paths = cubins.ship([Layout(Format.INT4, Element.BFLOAT16, 3, 64)], ["sm_80"])
+        assert {path.read_text() for path in (*paths, folder / build.COMPILER)} == {release}
 
 
 def test_known_models_have_every_format_once() -> None:

@@ -8,12 +8,12 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from spilld.cuda_ext import variant
-from spilld.cuda_ext.build import ARCHITECTURES
+from spilld.cuda_ext.build import ARCHITECTURES, path_of
 from spilld.cuda_ext.variant import MOST_SHARED, Variant
 from spilld.offload.record import Format
 
 from .cases import cases
-from .cubins import instructions, path_of, resources
+from .cubins import instructions, resources
 from .instructions import per_byte
 from .numbers import Number, integers, layout_of
 
