@@ -1,6 +1,7 @@
 """The matrix: every kernel, what it is compiled with, and checks of what it computes against numpy.
 
-test_matrix.py runs it over the kernels as they are; mutants.py runs it over each with a bug, which must fail.
+test_matrix.py runs it over the kernels as they are, emulated, and test_matrix_gpu.py on a GPU; mutants.py
+runs it over each with a bug, which must fail.
 """
 
 from __future__ import annotations
@@ -17,8 +18,19 @@ from spilld.cuda_ext.variant import BLOCK, Variant
 from spilld.offload import reference
 from spilld.offload.record import Format, Layout
 
-from .emulator import Emulated, Landing, Order
-from .kernels import Records, Way, Window, assert_close, by_query, frozen, merged, window_variant
+from .emulator import Landing, Order
+from .kernels import (
+    Launches,
+    Records,
+    Way,
+    Window,
+    assert_close,
+    assert_near,
+    by_query,
+    frozen,
+    merged,
+    window_variant,
+)
 from .numbers import Number, integers, layout_of, narrow, number_of, seal, stored, widen
 
 CLOSE = 2e-5
@@ -38,7 +50,7 @@ class Case:
 
     name: str
     variant: Variant
-    check: Callable[[Emulated], None]
+    check: Callable[[Launches], None]
     always: bool
     """In every run of the suite; others only in the slow one."""
 
@@ -112,16 +124,16 @@ def _records() -> Iterator[Case]:
                 yield Case(name, made, partial(check, layout), always)
 
 
-def plain(layout: Layout, kernel: Emulated) -> None:
+def plain(layout: Layout, kernel: Launches) -> None:
     """In every order and landing, and in any split, the numbers of the softmax; every plane is read once."""
     records = Records(layout, blocks=5, queries=3, group=2)
     for way, per_part in zip(WAYS, (2, 5, 3), strict=True):
         out = records.attend(kernel, per_part, way)
-        assert kernel.copied_bytes == 5 * layout.kv_heads * sum(variant.plane_bytes(integers(layout)))
+        assert kernel.copied_bytes in (None, 5 * layout.kv_heads * sum(variant.plane_bytes(integers(layout))))
         assert_close(merged(*out, records.group), records.oracle(), CLOSE)
 
 
-def many_rows(layout: Layout, kernel: Emulated) -> None:
+def many_rows(layout: Layout, kernel: Launches) -> None:
     """15 queries of 3 heads each, in three tiles of rows, the last not full; softcap; blocks in any order."""
     records = Records(layout, blocks=3, queries=15, group=3)
     records.softcap, records.scale = 3.0, 0.5
@@ -132,7 +144,7 @@ def many_rows(layout: Layout, kernel: Emulated) -> None:
     assert_close(merged(*out, records.group), records.oracle(), CLOSE)
 
 
-def bounds(layout: Layout, kernel: Emulated) -> None:
+def bounds(layout: Layout, kernel: Launches) -> None:
     """Every query has bounds of its own, among them none, one token, and the edges of blocks."""
     records = Records(layout, blocks=4, queries=10, group=1)
     records.low = np.array([64, 65, 127, 128, 191, 0, 150, 319, 400, 200], np.int64)
@@ -145,7 +157,7 @@ def bounds(layout: Layout, kernel: Emulated) -> None:
     assert np.isneginf(wanted[1]).any(), "some query sees nothing"
 
 
-def unseen_nan(layout: Layout, kernel: Emulated) -> None:
+def unseen_nan(layout: Layout, kernel: Launches) -> None:
     """NaN where no query looks, or not this one, changes nothing; who looks at it becomes NaN."""
     records = Records(layout, blocks=3, queries=4, group=4)
     records.low = np.array([70, 70, 80, 80], np.int64)
@@ -166,7 +178,7 @@ def unseen_nan(layout: Layout, kernel: Emulated) -> None:
             assert_close((out[m, h], lse[m, h]), (wanted[0][m, h], wanted[1][m, h]), CLOSE)
 
 
-def seen_nan(layout: Layout, kernel: Emulated) -> None:
+def seen_nan(layout: Layout, kernel: Launches) -> None:
     """What every row sees and is infinite or NaN stays in its channels, or in those of its scale."""
     records = Records(layout, blocks=1, queries=3, group=2)
     records.v[0, 9, 1], records.v[1, 62, 4] = np.nan, -np.inf
@@ -179,24 +191,24 @@ def seen_nan(layout: Layout, kernel: Emulated) -> None:
     assert_close((out[there], lse), (wanted[0][there], wanted[1]), CLOSE)
 
 
-def one_query(layout: Layout, kernel: Emulated) -> None:
+def one_query(layout: Layout, kernel: Launches) -> None:
     """A decode step: one query, 4 heads a KV head, large numbers, and parts that see, and read, nothing."""
     records = Records(layout, blocks=6, queries=1, group=4)
     records.q *= 8
     records.low[0], records.high[0] = 130, 333
     out, lse = records.attend(kernel, 1, WAYS[0])
-    assert kernel.copied_bytes == 4 * layout.kv_heads * sum(variant.plane_bytes(integers(layout)))
+    assert kernel.copied_bytes in (None, 4 * layout.kv_heads * sum(variant.plane_bytes(integers(layout))))
     assert np.isneginf(lse[0]).all()
     assert np.isneginf(lse[5]).all()
     assert np.isfinite(lse[1:5]).all()
     assert_close(merged(out, lse, records.group), records.oracle(), 5 * CLOSE)
 
 
-def nothing(layout: Layout, kernel: Emulated) -> None:
+def nothing(layout: Layout, kernel: Launches) -> None:
     records = Records(layout, blocks=2, queries=16, group=1)
     records.high[:] = 64
     out, lse = records.attend(kernel, 2, WAYS[0])
-    assert kernel.copied_bytes == 0
+    assert kernel.copied_bytes in (None, 0)
     assert not out.any()
     assert np.isneginf(lse).all()
 
@@ -214,16 +226,16 @@ def _windows() -> Iterator[Case]:
     yield Case("attend_window-bfloat16-64-long_window", window_variant(BF16, 64), long_window, True)
 
 
-def whole_window(number: Number, head_dim: int, kernel: Emulated) -> None:
+def whole_window(number: Number, head_dim: int, kernel: Launches) -> None:
     """Three tiles, one of a single slot, and two tiles of rows."""
     window = Window(number, head_dim, slots=129, queries=3, group=7)
     window.softcap = 5.0
     for way, per_part in zip(WAYS, (1, 2, 3), strict=True):
         assert_close(merged(*window.attend(kernel, per_part, way), 7), window.oracle(), CLOSE)
-        assert kernel.copied_bytes == 2 * window.planes.nbytes, "both tiles of rows read all"
+        assert kernel.copied_bytes in (None, 2 * window.planes.nbytes), "both tiles of rows read all"
 
 
-def ragged_window(number: Number, head_dim: int, kernel: Emulated) -> None:
+def ragged_window(number: Number, head_dim: int, kernel: Launches) -> None:
     """Sinks and two ranges of a ring, causal to each query, NaN in every slot that none sees."""
     window = Window(number, head_dim, slots=203, queries=4, group=2)
     ranges = [[[0, 5], [20 + m, 40], [195, 200 + m]] for m in range(3)]
@@ -232,10 +244,10 @@ def ragged_window(number: Number, head_dim: int, kernel: Emulated) -> None:
     slot_bytes = window.planes[:, :, 0].nbytes
     for way, per_part in zip(WAYS, (2, 1, 4), strict=True):
         assert_close(merged(*window.attend(kernel, per_part, way), 2), window.oracle(), CLOSE)
-        assert kernel.copied_bytes == (203 - 64) * slot_bytes, "one of four tiles is seen by none"
+        assert kernel.copied_bytes in (None, (203 - 64) * slot_bytes), "one of four tiles is seen by none"
 
 
-def long_window(kernel: Emulated) -> None:
+def long_window(kernel: Launches) -> None:
     """Weights are relative to the largest logit, not to what has become of it after many tiles."""
     window = Window(BF16, 64, slots=170 * BLOCK, queries=1, group=1, kv_heads=1)
     assert_close(merged(*window.attend(kernel, 170, WAYS[0]), 1), window.oracle(), CLOSE)
@@ -250,7 +262,7 @@ def _seals() -> Iterator[Case]:
             yield Case(name, made, partial(sealed, layout), always)
 
 
-def sealed(layout: Layout, kernel: Emulated) -> None:
+def sealed(layout: Layout, kernel: Launches) -> None:
     """Every byte of the records, and no other."""
     rng = np.random.default_rng(layout.head_dim)
     heads, blocks, slots = layout.kv_heads, 3, 4 * BLOCK
@@ -285,7 +297,7 @@ def _opened() -> Iterator[Case]:
             yield Case(f"dequantise-{form}-{number}-{dim}", made, partial(opened, layout), always)
 
 
-def opened(layout: Layout, kernel: Emulated) -> None:
+def opened(layout: Layout, kernel: Launches) -> None:
     """The numbers nearest to those that a reader has; records in any places, and nothing else is written."""
     records = Records(layout, blocks=3, queries=1, group=1)
     numbers = np.stack([records.k, records.v])
@@ -336,7 +348,7 @@ def _others() -> Iterator[Case]:
     yield Case("move_records", variant.move_records(4160), moves, True)
 
 
-def merges(head_dim: int, kernel: Emulated) -> None:
+def merges(head_dim: int, kernel: Launches) -> None:
     rng = np.random.default_rng(head_dim)
     parts, heads, group, queries = 160, 2, 3, 2
     out = rng.standard_normal((parts, heads, queries * group, head_dim)).astype(np.float32)
@@ -357,7 +369,7 @@ def merges(head_dim: int, kernel: Emulated) -> None:
     assert_close((merged_out, merged_lse), wanted, CLOSE)
 
 
-def rotates(head_dim: int, kernel: Emulated) -> None:
+def rotates(head_dim: int, kernel: Launches) -> None:
     x = np.random.default_rng(head_dim).standard_normal((3, head_dim)).astype(np.float32)
     x[1, 0] = -np.nan
     out = np.full_like(x, 7)
@@ -365,7 +377,7 @@ def rotates(head_dim: int, kernel: Emulated) -> None:
     np.testing.assert_array_equal(out.view(np.uint32), reference.rotate(x).view(np.uint32))
 
 
-def scores(layout: Layout, kernel: Emulated) -> None:
+def scores(layout: Layout, kernel: Launches) -> None:
     """The bound, never below a logit but for float32's roundings, and the mean key's logit."""
     records = Records(layout, blocks=4, queries=3, group=2)
     records.k[1, 70, 0] = np.nan  # what lanes beyond the last channel of the other head would read
@@ -392,10 +404,10 @@ def scores(layout: Layout, kernel: Emulated) -> None:
             for given_scores, exact in zip((bounds, means), wanted, strict=True):
                 capped = softcap * np.tanh(exact / softcap) if softcap else exact
                 mine = by_query(given_scores[..., block], 2).reshape(3, layout.kv_heads, 2)
-                np.testing.assert_allclose(mine, capped, atol=CLOSE)
+                assert_near(mine, capped, CLOSE)
 
 
-def moves(kernel: Emulated) -> None:
+def moves(kernel: Launches) -> None:
     made = variant.move_records(4160)
     pool = np.random.default_rng(0).integers(0, 256, 6 * 4160 + 64, np.uint8)
     to = np.full(4 * 4160, 0xFF, np.uint8)

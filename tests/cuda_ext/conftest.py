@@ -1,4 +1,4 @@
-"""The emulator, compiled once for each kernel and its constants, and kept between runs."""
+"""The emulator, compiled once for each kernel and its constants, and kept between runs; errors of a GPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,25 @@ from spilld.cuda_ext.variant import Variant
 
 from .emulator import Emulated, Unavailable, compile_kernel
 from .fake import FakeDevice
+from .kernels import Errors
 
 Emulate = Callable[[Path, Mapping[str, int | str]], Emulated]
+
+ERRORS = pytest.StashKey[dict[str, list[Errors]]]()
+"""Of each kernel, in the cases that it passed."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ERRORS] = {}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What tests over real numbers of a device found, for bench/device_check.py among others."""
+    for kernel, errors in config.stash[ERRORS].items():
+        largest, beyond = max(each.largest for each in errors), sum(each.beyond > 0 for each in errors)
+        terminalreporter.line(
+            f"== {kernel}: error {largest:.2g} at most in {len(errors)} cases, {beyond} beyond the emulator's"
+        )
 
 
 @pytest.fixture(scope="session")
