@@ -15,6 +15,7 @@ from spilld.cuda_ext.landing import Landing
 from spilld.cuda_ext.ops import Ops, Queries, Records
 from spilld.cuda_ext.pool import RecordPool
 from spilld.cuda_ext.variant import ROWS
+from spilld.offload import samples
 from spilld.offload.partial import Partial
 from spilld.offload.record import BLOCK, Layout
 from spilld.offload.system import PAGE, page_aligned
@@ -61,7 +62,7 @@ def _line(work: Callable[[int, int], None], records: int, queries: int) -> tuple
 
 
 class _Trial:
-    """Records of zeros in registered host memory."""
+    """Random records in registered host memory, and random queries."""
 
     def __init__(
         self, device: Device[Any], ops: Ops, flash: Flash | None, layout: Layout, records: int
@@ -69,7 +70,9 @@ class _Trial:
         self._device, self._ops, self._flash, self._layout = device, ops, flash, layout
         self.record_bytes = layout.record_bytes
         self._host = page_aligned(-(-records * layout.record_bytes // PAGE) * PAGE)
-        self._host[:] = 0
+        samples.fill(layout, self._host[: records * layout.record_bytes].reshape(records, -1))
+        shape = (max(ROWS, PROMPT), ops.heads, layout.head_dim)
+        self._queries = np.random.default_rng(0).standard_normal(shape, np.float32)
         self._positions = np.arange(1, records + 1) * BLOCK
         self._places = np.arange(records) * layout.record_bytes
         self._bounds = np.zeros(ROWS, np.int64), np.full(ROWS, (records + 1) * BLOCK)
@@ -90,7 +93,7 @@ class _Trial:
         with landing.turn(), pool.use(Stream.COMPUTE, reads=slots):
             low, high = (bound[:queries] for bound in self._bounds)
             places = np.array(slots) * self._layout.record_bytes
-            q = self._queries(queries)
+            q = self._queries[:queries]
             at = landing.bring(q, low, high, places, self._positions[:count])
             to = ops.room(landing, ops.parts(count, queries), queries)
             records = Records(pool.address(0), at[3], at[4], count)
@@ -104,7 +107,7 @@ class _Trial:
         landing, pool, slots = self._landing, self._pool, self._slots[:count]
         with landing.turn(), pool.use(Stream.COMPUTE, reads=slots):
             places = np.array(slots) * self._layout.record_bytes
-            at = landing.bring(self._queries(queries), places, self._positions[:count])
+            at = landing.bring(self._queries[:queries], places, self._positions[:count])
             to = self._ops.room(landing, 1, queries)
             records = Records(pool.address(0), at[1], at[2], count)
             self._flash.attend(to, Queries(at[0], queries), records, 1.0)
@@ -113,7 +116,7 @@ class _Trial:
 
     def attend(self, count: int, queries: int) -> None:
         low, high = (bound[:queries] for bound in self._bounds)
-        q = self._queries(queries)
+        q = self._queries[:queries]
         out, lse = np.empty_like(q), np.empty(q.shape[:2], np.float32)
         places, positions = self._places[:count], self._positions[:count]
         self._partial.attend(q, self._host, places, positions, low, high, 1.0, 0.0, out, lse)
@@ -122,6 +125,3 @@ class _Trial:
         self._pool.close()
         self._landing.close()
         self._device.unregister(self._host.ctypes.data)
-
-    def _queries(self, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        return np.zeros((count, self._ops.heads, self._layout.head_dim), np.float32)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import gpu
+import ctypes
 
+import gpu
+import numpy as np
+
+from spilld.cuda_ext.cpu_device import CpuDevice
 from spilld.cuda_ext.cuda import CudaDevice
 from spilld.daemon.cubins import kernels
+from spilld.offload import reference
 from spilld.offload.record import Format
 
 from ..cuda_ext.conftest import Emulate, emulate
@@ -13,6 +18,16 @@ from ..cuda_ext.driver import FakeDriver
 from ..cuda_ext.fake import FakeDevice
 
 __all__ = ["emulate"]
+
+
+def test_records_are_random() -> None:
+    device, layout = CpuDevice(), gpu.layouts()[Format.K8V4]
+    with gpu.pinned(device, layout, 5) as address:
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * (5 * layout.record_bytes)).from_address(address))
+        for record in memory.reshape(5, -1):
+            keys, _ = reference.values(layout, record)
+            assert abs(keys.std() - 1) < 0.1
+    assert gpu.random(3, 4).all()
 
 
 def test_every_figure_comes(emulate: Emulate) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from spilld.cuda_ext.flash import Flash
 from spilld.cuda_ext.ops import Ops
 from spilld.cuda_ext.window import WindowShape
 from spilld.daemon.costs import measure
+from spilld.offload.partial import Partial
 from spilld.offload.record import Element, Format, Layout
 
 from ..cuda_ext.conftest import Emulate, emulate, loader
@@ -31,3 +34,21 @@ def test_every_rate_comes(prompts: bool, emulate: Emulate) -> None:
     assert (costs.flash_bytes > 0) == prompts
     assert device.used_bytes == held
     assert not list(device.registered)
+
+
+def test_what_is_timed_is_not_zeros(emulate: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, layout = FakeDevice(3), Layout(Format.K8V4, Element.FLOAT32, 1, 64)
+    shape = WindowShape(slots=64, layers=1, kv_heads=1, head_dim=64, dtype=torch.float32)
+    ops = Ops(loader(device, emulate), layout.constants, shape, 2, warps=WARPS)
+    real, seen = Partial.attend, 0
+
+    def attend(self: Partial, q: Any, memory: Any, places: Any, *rest: Any) -> None:
+        nonlocal seen
+        seen = max(seen, len(places))
+        assert (q != 0).all()
+        assert memory[: 5 * layout.record_bytes].reshape(5, -1).any(axis=1).all()
+        real(self, q, memory, places, *rest)
+
+    monkeypatch.setattr(Partial, "attend", attend)
+    measure(device, ops, None, layout, records=5)
+    assert seen == 5
