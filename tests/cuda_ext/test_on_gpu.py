@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from spilld.cuda_ext import build, variant
 from spilld.cuda_ext.cpu_device import CpuDevice
 from spilld.cuda_ext.device import Kernel
 
+from . import compile_matrix
+from .cases import cases
 from .driver.process import run_tests
 from .kernels import assert_near, frozen, measured
 from .on_gpu import GUARD, OnGpu, WroteElsewhere
@@ -90,8 +93,22 @@ def test_errors_are_noted_up_to_a_bound() -> None:
         assert_near(wanted + 5e-4, wanted, 2e-5)
 
 
+def test_kernels_are_compiled_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("cuda.core")
+    assert {case.variant for case in cases()} < set(compile_matrix.variants())
+    made = [variant.move_records(nbytes) for nbytes in (64, 128)]
+    monkeypatch.setattr(compile_matrix, "variants", lambda: made)
+    monkeypatch.setattr(compile_matrix, "default_cache", lambda: tmp_path)
+    compile_matrix.main()
+    names = {path.name for path in (tmp_path / "cubins").iterdir()}
+    assert names == {build.name_of(each, compile_matrix.architecture()) for each in made}
+    assert capsys.readouterr().out.startswith("== 2 kernels for sm_")
+
+
 def test_the_matrix_over_the_fake_driver(cache_folder: Path) -> None:
     some = "merge-80 or move_records or seal-int8-bfloat16-64 or int8-bfloat16-80-bounds"
     said = run_tests(Path(__file__).with_name("matrix_under_driver.py"), cache_folder, "-k", some)
     assert "4 passed" in said
-    assert "== attend_records: error " in said
+    assert "attend_records: error " in said

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +33,11 @@ Wanted = Callable[[str], Tokens]
 PROMPTS = {"long": some_tokens(1, 640), "short": some_tokens(2, 90)}
 ANSWER = 8
 SETTINGS: dict[str, Any] = {"chunk_tokens": 128, "disk_floor": 0}
+ON_GPU: dict[str, Any] = {**SETTINGS, "device": "cuda", "device_budget": "256 MiB"}
+FORMS = ["exact", "k8v4", "int4"]
+
+ROUNDED = 0.05
+"""Nats between two computations in bfloat16, in the mean."""
 
 
 @pytest.fixture(scope="module")
@@ -150,18 +156,44 @@ def test_an_engine_that_cannot_be_made_leaves_nothing_open(
         assert len(harness.ask(PROMPTS["short"], max_tokens=1)) == 1
 
 
+def loaded(model: Model, dtype: str, device: str) -> Model:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("this torch finds no GPU")
+    return load(model.folder, dtype, cache=model.folder / "cache", device=device)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("weights_on", ["cpu", "cuda"])
 def test_the_tokens_on_a_gpu_are_the_cpus(
-    weights_on: str, model: Model, wanted: Wanted, tmp_path: Path
+    weights_on: str, form: str, model: Model, wanted: Wanted, tmp_path: Path
 ) -> None:
-    if weights_on == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("this torch finds no GPU")
-        model = load(model.folder, "float32", cache=model.folder / "cache", device="cuda")
-    settings = {**SETTINGS, "format": "exact", "device": "cuda", "device_budget": "256 MiB"}
-    with engine(model, tmp_path, **settings) as harness:
-        assert answers(harness) == wanted("exact")
+    model = loaded(model, "float32", weights_on)
+    with engine(model, tmp_path, format=form, **ON_GPU) as harness:
+        assert answers(harness) == wanted(form)
+
+
+def prompt_logprobs(harness: Harness) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Of every token of the long prompt but the first."""
+    harness.ask(PROMPTS["long"], max_tokens=1, prompt_logprobs=0)
+    return np.array([entry.logprob for entry in harness.done().prompt_logprobs or ()][1:], np.float64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("weights_on", ["cpu", "cuda"])
+def test_logprobs_on_a_gpu_are_the_cpus_but_for_bfloat16(
+    weights_on: str, form: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """By tensor cores, and with weights on the GPU by torch's flash attention, over several heads."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    tiny = shared(tmp_path_factory, "llama", num_hidden_layers=2, **heads)
+    with engine(loaded(tiny, "bfloat16", "cpu"), tmp_path / "cpu", format=form, **SETTINGS) as harness:
+        cpus = prompt_logprobs(harness)
+    with engine(loaded(tiny, "bfloat16", weights_on), tmp_path / "gpu", format=form, **ON_GPU) as harness:
+        gpus = prompt_logprobs(harness)
+    print(f"{form}, weights on {weights_on}: mean {np.abs(gpus - cpus).mean():.2g}")
+    assert np.abs(gpus - cpus).mean() < ROUNDED
 
 
 def test_the_engine_over_the_fake_driver(cache_folder: Path) -> None:
