@@ -1,36 +1,59 @@
-"""The listening socket: a zmq ROUTER, behind a gate or not, and for ipc a file that only we may replace."""
+"""The listening socket, behind a gate or not, and for ipc a file that only we may replace."""
 
 from __future__ import annotations
 
 import fcntl
 import logging
 import os
+import resource
 import socket
 import stat
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
-
-import zmq
 
 from .address import check_address, socket_path
 from .errors import ConfigError
 from .gate import Gate
-from .protocol import HEARTBEAT_MS, MAX_FRAME_BYTES, SILENT_MS
+from .protocol import HEARTBEAT_MS, SILENT_MS
+from .router import Router
+from .zmtp import Null
 
 log = logging.getLogger(__name__)
 
-LINGER_MS = 500
-"""How long the last words to slow clients may take when the daemon ends."""
+BACKLOG = 1024
+
+SO_PEERGROUPS = 59
+"""socket(7); not in Python's socket module."""
+
+TCP_OPTIONS = (
+    ((socket.IPPROTO_TCP, socket.TCP_NODELAY), 1),
+    ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), HEARTBEAT_MS // 1000),
+    ((socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), HEARTBEAT_MS // 1000),
+    ((socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), SILENT_MS),
+)
+"""A machine without power is noticed whatever its client knows of heartbeats."""
+
+
+RESERVED = 256
+"""Descriptors that are kept for files and what else the daemon opens."""
 
 
 @contextmanager
 def listen(
-    address: str, send_queue: int, gate: Gate | None = None, *, open_to_group: bool = False
-) -> Iterator[zmq.Socket[bytes]]:
-    """A bound ROUTER that keeps at most send_queue messages for a client; without a gate all may connect who
-    can reach the address. ConfigError if it cannot be had.
+    address: str,
+    send_queue: int,
+    gate: Gate | None = None,
+    *,
+    open_to_group: bool = False,
+    max_connections: int = 1000,
+) -> Iterator[tuple[Router, str]]:
+    """A router that keeps at most send_queue messages for a client, and the address that it has; without a
+    gate all may connect who can reach the address. ConfigError if it cannot be had.
 
     An ipc socket is its owner's alone, or its group's, too: by the modes of its file, and by what the kernel
     says of who connects.
@@ -38,56 +61,104 @@ def listen(
     ipc = check_address(address, keyed=gate is not None).startswith("ipc://")
     if gate is None and not ipc:
         log.warning("every user of this machine can connect to %s; to change that: `spilld keys`", address)
-    with (
-        SocketFile(socket_path(address)) if ipc else nullcontext(),
-        _router(address, send_queue, gate, open_to_group) as router,
-    ):
-        yield router
-
-
-@contextmanager
-def _router(
-    address: str, send_queue: int, gate: Gate | None, open_to_group: bool
-) -> Iterator[zmq.Socket[bytes]]:
+    most = _connections(max_connections)
     with ExitStack() as stack:
-        context = stack.enter_context(zmq.Context())
-        if gate is not None:
-            stack.enter_context(gate.answering(context))
-        router = stack.enter_context(context.socket(zmq.ROUTER))
-        if gate is not None:
-            gate.lock(router)
-        router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        router.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_FRAME_BYTES)
-        router.setsockopt(zmq.SNDHWM, send_queue)
-        router.setsockopt(zmq.LINGER, LINGER_MS)
-        router.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-        router.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
-        router.setsockopt(zmq.IPV6, int("[" in address))
-        if address.startswith("ipc://"):
-            _look_at_peers(router, _group(socket_path(address).parent) if open_to_group else None)
-        mask = 0o117 if open_to_group else 0o177
-        before = os.umask(mask)  # the socket is never open to others, not even between bind and a chmod
-        try:
-            router.bind(address)
-        except zmq.ZMQError as error:
-            raise ConfigError(f"cannot listen at {address}: {error}") from error
-        finally:
-            os.umask(before)
-        yield router
+        admits: Callable[[socket.socket], bool] = _anybody
+        if ipc:
+            path = socket_path(address)
+            stack.enter_context(SocketFile(path))
+            listening = _bind_path(path, open_to_group=open_to_group)
+            admits = _Peers.of(_group(path.parent) if open_to_group else None)
+        else:
+            listening, address = _bind_tcp(address)
+        stack.callback(listening.close)
+        mechanism = Null if gate is None else gate.mechanism
+        router = Router(listening, send_queue, most, mechanism, admits)
+        stack.callback(router.close)
+        yield router, address
 
 
-def _look_at_peers(router: zmq.Socket[bytes], group: int | None) -> None:
-    """Let in only the daemon's user, root, and members of the group, whatever the file's modes become."""
-    if not _sees_all_users():
-        log.info("in a user namespace only the modes of the socket's file say who may connect")
-        return
+def _connections(wanted: int) -> int:
+    """As many as wanted, or as the limit of descriptors allows."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = max(16, limit - RESERVED) if limit != resource.RLIM_INFINITY else wanted
+    if most < wanted:
+        log.warning("at most %d clients can be connected: this process may open %d files", most, limit)
+    return min(most, wanted)
+
+
+def _bind_path(path: Path, *, open_to_group: bool) -> socket.socket:
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o117 if open_to_group else 0o177)
+    try:  # the socket is never open to others, not even between bind and a chmod
+        path.unlink(missing_ok=True)
+        listening.bind(os.fspath(path))
+        listening.listen(BACKLOG)
+    except OSError as error:
+        listening.close()
+        raise ConfigError(f"cannot listen at ipc://{path}: {error}") from error
+    finally:
+        os.umask(before)
+    return listening
+
+
+def _bind_tcp(address: str) -> tuple[socket.socket, str]:
+    """The socket and its address, with the port that it has."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    number = 0 if port == "*" else int(port)
+    host = "0.0.0.0" if host == "*" else host.strip("[]")
+    listening = None
     try:
-        for user in {os.geteuid(), 0}:
-            router.setsockopt(zmq.IPC_FILTER_UID, user)
-        if group is not None:
-            router.setsockopt(zmq.IPC_FILTER_GID, group)
-    except zmq.ZMQError as error:  # they may be gone from a later libzmq
-        log.warning("only the modes of the socket's file say who may connect: %s", error)
+        family, kind, proto, _, place = socket.getaddrinfo(
+            host, number, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, proto)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for option, value in TCP_OPTIONS:
+            listening.setsockopt(*option, value)  # what is accepted has them, too
+        listening.bind(place)
+        listening.listen(BACKLOG)
+    except OSError as error:
+        if listening is not None:
+            listening.close()
+        raise ConfigError(f"cannot listen at {address}: {error}") from error
+    name = f"[{host}]" if ":" in host else host
+    return listening, f"tcp://{name}:{listening.getsockname()[1]}"
+
+
+def _anybody(_peer: socket.socket) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class _Peers:
+    """The daemon's user, root, and members of a group, whatever the modes of the file become."""
+
+    users: frozenset[int]
+    group: int | None
+
+    @classmethod
+    def of(cls, group: int | None) -> Callable[[socket.socket], bool]:
+        if not _sees_all_users():
+            log.info("in a user namespace only the modes of the socket's file say who may connect")
+            return _anybody
+        return cls(frozenset({os.geteuid(), 0}), group).admit
+
+    def admit(self, peer: socket.socket) -> bool:
+        try:
+            credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            _process, user, group = struct.unpack("iII", credentials)
+            if user in self.users or group == self.group:
+                return True
+            return self.group is not None and self.group in _groups(peer)
+        except OSError:
+            return False
+
+
+def _groups(peer: socket.socket) -> Sequence[int]:
+    """The supplementary groups of who connects."""
+    found = peer.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)
+    return struct.unpack(f"{len(found) // 4}I", found)
 
 
 def _sees_all_users(users: Path = Path("/proc/self/uid_map")) -> bool:
@@ -107,9 +178,9 @@ def _group(folder: Path) -> int:
 class SocketFile:
     """The right to bind one ipc path, held as a context.
 
-    libzmq replaces whatever lies at the path, so two daemons would steal each other's clients: a lock
-    file beside it is held as long as the socket lives. It is never removed, because another daemon may
-    be waiting with it open.
+    What a daemon that was killed has left there is replaced, so two daemons could steal each other's clients:
+    a lock file beside it is held as long as the socket lives. It is never removed, because another daemon
+    may be waiting with it open.
     """
 
     def __init__(self, path: Path) -> None:

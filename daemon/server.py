@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import select
 import signal
 import threading
 import time
@@ -21,8 +22,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Protocol, Self
-
-import zmq
 
 from .errors import (
     Draining,
@@ -37,6 +36,7 @@ from .gate import Gate
 from .limits import Account, Limits
 from .listener import listen
 from .notify import Notifier
+from .porch import Porch
 from .protocol import (
     Acknowledge,
     Cancel,
@@ -55,6 +55,7 @@ from .protocol import (
     Welcome,
     is_last,
 )
+from .router import Full, Gone, Received
 from .wire import decode, encode
 
 log = logging.getLogger(__name__)
@@ -150,11 +151,12 @@ class Server:
         keys: Path | None = None,
         max_open: int = 32,
         max_rate: float = 1000.0,
+        max_connections: int = 1000,
     ) -> None:
         """send_queue: messages that may wait for a client before it counts as too slow. open_to_group: the
         socket is its owner's group's, too. on_failed: told the code of every error that is sent. keys: a
         folder that `spilld keys` made; clients must then have one of them. max_open, max_rate: requests that
-        a client may have open, messages that it may send in a second.
+        a client may have open, messages that it may send in a second. max_connections: of all clients.
 
         ConfigError if something in the folder of keys is wrong.
         """
@@ -164,6 +166,8 @@ class Server:
         self._open_to_group = open_to_group
         self.drain_seconds = drain_seconds
         self._send_queue = send_queue
+        self._max_connections = max_connections
+        self._early: deque[Received] = deque()  # what came before `run`
         self._on_failed = on_failed
         self.notifier = Notifier()
         self._posted: deque[tuple[bytes, Reply]] = deque()
@@ -204,9 +208,15 @@ class Server:
 
     def __enter__(self) -> Self:
         """Listen; requests wait until `run`. ConfigError if the address cannot be had."""
-        listening = listen(self.address, self._send_queue, self._gate, open_to_group=self._open_to_group)
-        self._router = self._open.enter_context(listening)
-        self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        listening = listen(
+            self.address,
+            self._send_queue,
+            self._gate,
+            open_to_group=self._open_to_group,
+            max_connections=self._max_connections,
+        )
+        self._router, self.address = self._open.enter_context(listening)
+        self._porch = self._open.enter_context(Porch(self._router))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -221,6 +231,7 @@ class Server:
         """
         self._service = service
         self._on_reload = on_reload
+        self._early.extend(self._porch.leave())
         with self._signals():
             self._startup()
             try:
@@ -230,17 +241,19 @@ class Server:
                 self._shutdown()
 
     def _startup(self) -> None:
-        self._poller = zmq.Poller()
-        self._poller.register(self._router, zmq.POLLIN)
-        self._poller.register(self._woken_fd, zmq.POLLIN)
+        self._poll = select.poll()
+        self._poll.register(self._router, select.POLLIN)
+        self._poll.register(self._woken_fd, select.POLLIN)
         self.notifier.ready()
 
     def _turn(self) -> None:
-        ready = dict(self._poller.poll(math.ceil(self._patience_s() * 1000)))
+        ready = dict(self._poll.poll(math.ceil(self._patience_s() * 1000)))
         if self._woken_fd in ready:
             os.read(self._woken_fd, 65536)
-        if self._router in ready:
-            self._receive()
+        self._router.turn()
+        self._receive()
+        for client in self._router.departed():
+            self._part(client)
         self._deliver()
         self._pay_owed()
         if self._drain_asked and self._drain_by is None:
@@ -250,11 +263,11 @@ class Server:
         self.notifier.alive(self._service.progress())
 
     def _patience_s(self) -> float:
-        if self._posted:
+        if self._posted or self._early:
             return 0.0
         if self._owed or self._drain_asked:
-            return POLL_S
-        return self.notifier.due_s()
+            return min(POLL_S, self._router.wait_s())
+        return min(self.notifier.due_s(), self._router.wait_s())
 
     def _finished(self) -> bool:
         if self._stop_asked or self._drain_by is None:
@@ -289,20 +302,19 @@ class Server:
 
     def _receive(self) -> None:
         for _ in range(BATCH):
-            try:
-                client, *frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            received = self._early.popleft() if self._early else self._router.receive()
+            if received is None:
                 return
-            self._take(client.bytes, frames)
+            self._take(received.client, received.key, received.frames)
 
-    def _take(self, client: bytes, frames: Sequence[zmq.Frame]) -> None:
+    def _take(self, client: bytes, key: str, frames: Sequence[bytes]) -> None:
         """One message of a client."""
         request_id, seq = "", 0
         try:
-            message = decode([frame.bytes for frame in frames])
+            message = decode(frames)
             request_id = message.request_id
             seq = message.next_seq if isinstance(message, Resume) else 0
-            guest = None if self._gate is None else self._gate.guest(frames[0])
+            guest = None if self._gate is None else self._gate.guest(key)
             account = self.limits.account(client, guest)
             self.limits.count(account, time.monotonic())
             self._handle(client, message if guest is None else guest.admit(message), account)
@@ -390,13 +402,11 @@ class Server:
         """False if the client cannot take it: its requests are cancelled if it is slow, and may be
         resumed if it is gone."""
         try:
-            self._router.send_multipart([client, *encode(message)], zmq.NOBLOCK)
-        except zmq.Again:
+            self._router.send(client, encode(message))
+        except Full:
             self._give_up(client)
             return False
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
+        except Gone:
             self._part(client)
             return False
         if isinstance(message, Failed):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import random
-import socket
 import struct
 import time
 import tracemalloc
@@ -49,6 +48,7 @@ from spilld.daemon.wire import decode, encode
 
 from .mutate import LIES, mutated
 from .peer import Peer
+from .raw import received, zmtp
 from .test_protocol import MESSAGES
 
 if TYPE_CHECKING:
@@ -229,29 +229,6 @@ def test_very_many(running: Running, caplog: pytest.LogCaptureFixture) -> None:
     assert max(sizes[5:]) - sizes[4] < 8 << 20  # what libraries hold on to grows until about 400,000
     assert not caplog.records
     assert running.thread.is_alive()
-
-
-def zmtp(address: str) -> socket.socket:
-    """A connection that has shaken hands, as a DEALER (ZMTP 3.0, ZeroMQ RFC 23, mechanism NULL)."""
-    peer = socket.socket(socket.AF_UNIX)
-    peer.settimeout(5)
-    peer.connect(address.removeprefix("ipc://"))
-    peer.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32))
-    received(peer, 64)
-    ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00"
-    peer.sendall(b"\x04" + bytes([len(ready)]) + ready)
-    received(peer, received(peer, 2)[1])
-    return peer
-
-
-def received(peer: socket.socket, count: int) -> bytes:
-    """The next so many bytes."""
-    got = b""
-    while len(got) < count:
-        more = peer.recv(count - len(got))
-        assert more, "the server has closed the connection"
-        got += more
-    return got
 
 
 def test_a_huge_frame_is_refused_by_its_head(running: Running) -> None:

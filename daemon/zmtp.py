@@ -1,0 +1,152 @@
+"""ZMTP 3.1 (ZeroMQ RFC 37) as bytes, without sockets: the greeting, frames, commands, and the mechanism NULL.
+
+Why the daemon has its own end of it: libzmq (4.3.5, and its master of July 2026) aborts the process when
+a peer fills the receive queue (RCVHWM) and goes away. `in_event_internal` of stream_engine_base.cpp takes the
+hang-up of a peer whose input is stopped for `_io_error`, and keeps the engine until the queue is drained;
+then the next PING that it decodes, or its own heartbeat timer, comes to `out_event`, which asserts
+`!_io_error`.
+Without heartbeats a PING of the peer's is enough; without a high-water mark input is never stopped, and
+nothing bounds the memory, as nothing ever bounds the frames of one message. Descriptors that run out abort
+it, too. Here whatever a peer does ends that peer's connection, and no more.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Protocol
+
+MORE, LONG, COMMAND = 1, 2, 4
+"""Flags of a frame."""
+
+GREETING_BYTES = 64
+
+SENDERS = (b"DEALER", b"ROUTER", b"REQ")
+"""Who may talk to a ROUTER."""
+
+
+class Broken(Exception):
+    """The peer does not keep to the protocol; its connection ends."""
+
+
+def greeting(mechanism: bytes) -> bytes:
+    return b"\xff" + bytes(8) + b"\x7f\x03\x01" + mechanism.ljust(20, b"\0") + b"\1" + bytes(31)
+
+
+def pings(given: bytes, mechanism: bytes) -> bool:
+    """Whether the peer with this greeting knows PING (3.1). Broken if it wants another mechanism."""
+    if given[0] != 0xFF or given[9] & 1 == 0 or given[10] < 3:
+        raise Broken("not ZMTP 3")
+    if given[12:32].rstrip(b"\0") != mechanism:
+        raise Broken("another security mechanism")
+    return (given[10], given[11]) >= (3, 1)
+
+
+def head(flags: int, length: int) -> bytes:
+    """What comes before the body of a frame."""
+    if length > 255:
+        return struct.pack(">BQ", flags | LONG, length)
+    return bytes((flags, length))
+
+
+def frame_at(buffer: bytearray, start: int) -> tuple[int, int, int] | None:
+    """Flags of the frame that begins there, start and end of its body; None if its head is not whole."""
+    if len(buffer) - start < 2:
+        return None
+    flags = buffer[start]
+    if flags & ~(MORE | LONG | COMMAND):
+        raise Broken("unknown flags")
+    if not flags & LONG:
+        return flags, start + 2, start + 2 + buffer[start + 1]
+    if len(buffer) - start < 9:
+        return None
+    return flags & ~LONG, start + 9, start + 9 + int.from_bytes(buffer[start + 1 : start + 9], "big")
+
+
+def command(name: bytes, data: bytes = b"") -> bytes:
+    return bytes((len(name),)) + name + data
+
+
+def parse_command(body: bytes) -> tuple[bytes, bytes]:
+    """Name and data."""
+    if not body or len(body) < 1 + body[0]:
+        raise Broken("not a command")
+    return body[1 : 1 + body[0]], body[1 + body[0] :]
+
+
+def metadata(**properties: bytes) -> bytes:
+    """Of READY; the _ in a name stands for -."""
+    return b"".join(
+        bytes((len(name),)) + name.replace("_", "-").encode() + struct.pack(">I", len(value)) + value
+        for name, value in properties.items()
+    )
+
+
+ROUTER = metadata(Socket_Type=b"ROUTER", Identity=b"")
+"""What this side says of itself."""
+
+
+def check_sender(data: bytes) -> None:
+    """The metadata of one who may talk to a ROUTER."""
+    kinds = [value for name, value in _properties(data) if name == b"socket-type"]
+    if len(kinds) != 1 or kinds[0] not in SENDERS:
+        raise Broken("not a DEALER")
+
+
+def _properties(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    at = 0
+    while at < len(data):
+        name_end = at + 1 + data[at]
+        if len(data) < name_end + 4:
+            raise Broken("metadata cut short")
+        end = name_end + 4 + int.from_bytes(data[name_end : name_end + 4], "big")
+        if len(data) < end:
+            raise Broken("metadata cut short")
+        yield data[at + 1 : name_end].lower(), data[name_end + 4 : end]
+        at = end
+
+
+class Mechanism(Protocol):
+    """How a connection is secured."""
+
+    name: bytes
+    key: str
+    """The peer's public key in Z85; empty where there are none."""
+    ready: bool
+    """Whether the handshake is over."""
+    refused: bool
+    """Whether it is over, and what it answered last is why the peer may not come in."""
+
+    def handshake(self, body: bytes) -> bytes:
+        """The command that answers a command. Raises Broken."""
+
+    def seal(self, flags: int, body: bytes) -> bytes:
+        """A frame as it goes over the wire."""
+
+    def open(self, flags: int, body: bytes) -> tuple[int, bytes]:
+        """Flags and body of a frame that came. Raises Broken."""
+
+
+class Null:
+    """No security: who can connect is in."""
+
+    name = b"NULL"
+    key = ""
+    refused = False
+
+    def __init__(self) -> None:
+        self.ready = False
+
+    def handshake(self, body: bytes) -> bytes:
+        name, data = parse_command(body)
+        if name != b"READY":
+            raise Broken("not READY")
+        check_sender(data)
+        self.ready = True
+        return command(b"READY", ROUTER)
+
+    def seal(self, flags: int, body: bytes) -> bytes:
+        return head(flags, len(body)) + body
+
+    def open(self, flags: int, body: bytes) -> tuple[int, bytes]:
+        return flags, body
