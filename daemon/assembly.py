@@ -29,6 +29,7 @@ from spilld.offload.wear import WriteBudget
 
 from . import journal, sessions
 from .config import Config
+from .descriptors import raise_limit
 from .device_tier import TIERS, DeviceTier, Tier
 from .engine import Engine, Post
 from .errors import BudgetError, DeviceUnusable, InternalError, ModelError, StateFolderError
@@ -69,6 +70,7 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
 
     Raises ConfigError if it cannot start like this.
     """
+    raise_limit()
     use_threads(config.threads)
     metrics = Metrics()
     with (
@@ -80,6 +82,7 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
             keys=config.keys,
             max_open=config.max_open,
             max_rate=config.max_rate,
+            max_connections=config.max_connections,
         ) as server,
         metrics.served(config.metrics),
     ):

@@ -115,6 +115,7 @@ class Config:
     max_queue: Annotated[int, Int(1, 65536)] = 64
     max_open: Annotated[int, MAX_OPEN] = 32
     max_rate: Annotated[float, MAX_RATE] = 1000.0
+    max_connections: Annotated[int, Int(1, 65536)] = 1000
     drain_seconds: Annotated[float, Real(0, 86400)] = 30.0
     read_deadline_s: Annotated[float, Real(0, 86400, above=True)] = 30.0
     threads: Annotated[int | None, Maybe(Int(1, 4096))] = None

@@ -33,6 +33,7 @@ UNKNOWN_KEY = f"its clients.toml does not have this client's key. {BEGINNING} ma
 WRONG_SERVER = (
     f"it has no keys, or another than this client's key file says. {BEGINNING} makes a file that fits"
 )
+FULL = "it closed the connection at once: it may have max_connections of them, or be another user's"
 
 
 class Link:
@@ -95,9 +96,11 @@ class Link:
     def _turned_away(self, event: int) -> None:
         """libzmq connects again only where the other side closed without a word."""
         why = WRONG_SERVER if self._keyed else NO_KEY
+        final = event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             why = UNKNOWN_KEY
-        final = event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        elif not final:
+            why = f"{WRONG_SERVER}; or {FULL}" if self._keyed else FULL
         self._calls.turned_away(why, time.monotonic(), final=final)
 
     def _take(self) -> bool:

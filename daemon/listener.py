@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import resource
 import socket
 import stat
 import struct
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from .address import check_address, socket_path
+from .descriptors import connections
 from .errors import ConfigError
 from .gate import Gate
 from .protocol import HEARTBEAT_MS, SILENT_MS
@@ -39,10 +39,6 @@ TCP_OPTIONS = (
 """A machine without power is noticed whatever its client knows of heartbeats."""
 
 
-RESERVED = 256
-"""Descriptors that are kept for files and what else the daemon opens."""
-
-
 @contextmanager
 def listen(
     address: str,
@@ -61,7 +57,7 @@ def listen(
     ipc = check_address(address, keyed=gate is not None).startswith("ipc://")
     if gate is None and not ipc:
         log.warning("every user of this machine can connect to %s; to change that: `spilld keys`", address)
-    most = _connections(max_connections)
+    most = connections(max_connections)
     with ExitStack() as stack:
         admits: Callable[[socket.socket], bool] = _anybody
         if ipc:
@@ -76,15 +72,6 @@ def listen(
         router = Router(listening, send_queue, most, mechanism, admits)
         stack.callback(router.close)
         yield router, address
-
-
-def _connections(wanted: int) -> int:
-    """As many as wanted, or as the limit of descriptors allows."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    most = max(16, limit - RESERVED) if limit != resource.RLIM_INFINITY else wanted
-    if most < wanted:
-        log.warning("at most %d clients can be connected: this process may open %d files", most, limit)
-    return min(most, wanted)
 
 
 def _bind_path(path: Path, *, open_to_group: bool) -> socket.socket:

@@ -51,6 +51,7 @@ def test_units_fit_the_daemon(name: str) -> None:
         "without a file, SIGHUP ends the daemon"
     )
     assert unit["RestrictAddressFamilies"].split() == ["AF_UNIX", "AF_INET", "AF_INET6"]
+    assert int(unit["LimitNOFILE"]) >= 4 * defaults.max_connections
     assert unit["StateDirectoryMode"] == unit["CacheDirectoryMode"] == "0700"
 
 

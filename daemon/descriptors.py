@@ -1,0 +1,33 @@
+"""How many files and connections this process may have open."""
+
+from __future__ import annotations
+
+import logging
+import resource
+
+log = logging.getLogger(__name__)
+
+RESERVED = 256
+"""Descriptors that connections leave to files and what else the daemon opens."""
+
+
+def raise_limit() -> None:
+    """Allow as many as the hard limit says: the soft one (often 1024) is for programs that use select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        log.warning("the limit of open files stays %d, not %d: %s", soft, hard, error)
+
+
+def connections(wanted: int) -> int:
+    """As many as wanted, or, if fewer, as leave RESERVED descriptors, or half of them, to the rest."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return wanted
+    most = max(limit - RESERVED, limit // 2)
+    if most < wanted:
+        log.warning("at most %d clients can be connected: this process may open %d files", most, limit)
+    return min(most, wanted)
