@@ -595,14 +595,14 @@ class Engine:
 
     # Ends.
 
-    def cancel(self, request_id: str) -> None:
-        """End a request; one that has ended already is ignored."""
-        if (generation := self._running(request_id)) is not None:
+    def cancel(self, request_id: str, tenant: str | None = None) -> None:
+        """End a request; one that has ended already, or is of another tenant if one is given, is ignored."""
+        if (generation := self._running(request_id, tenant)) is not None:
             self._abort(generation, Cancelled("cancelled by the client"))
 
-    def acknowledge(self, request_id: str, next_seq: int) -> None:
-        """Its client has all events of a request before next_seq."""
-        if (generation := self._running(request_id)) is not None:
+    def acknowledge(self, request_id: str, next_seq: int, tenant: str | None = None) -> None:
+        """Its client has all events of a request before next_seq. Ignored as in `cancel`."""
+        if (generation := self._running(request_id, tenant)) is not None:
             generation.acknowledged = max(generation.acknowledged, next_seq)
 
     def leave(self, client: bytes, request_id: str) -> None:
@@ -628,8 +628,9 @@ class Engine:
             generation.acknowledged = request.next_seq
         return missed
 
-    def _running(self, request_id: str) -> Generation | None:
-        return next((g for g in self._all() if g.request.request_id == request_id), None)
+    def _running(self, request_id: str, tenant: str | None = None) -> Generation | None:
+        found = next((g for g in self._all() if g.request.request_id == request_id), None)
+        return found if found is None or tenant in (None, found.request.tenant) else None
 
     def lose(self) -> None:
         """The device is lost, in a step whose KV nobody has: nothing may be saved any more, nothing computed.

@@ -18,7 +18,7 @@ from typing import Annotated
 
 from .errors import AccessDenied, ConfigError
 from .fields import Int, Maybe, Real
-from .keys import Key
+from .keys import Key, refuse_if_others_write
 from .protocol import TENANT, Reply, Request, Tenanted
 from .toml_file import TomlFile
 
@@ -41,7 +41,7 @@ class Guest:
         """The message, as one of this client's tenant. AccessDenied if it names another."""
         if not isinstance(message, Tenanted):
             return message
-        if message.tenant not in ("", self.tenant):
+        if message.tenant and message.tenant != self.tenant:
             raise AccessDenied("this key is of another tenant; name that of the key, or none")
         return replace(message, tenant=self.tenant)
 
@@ -71,12 +71,13 @@ class Guests:
             found = self._path.stat()
         except OSError:
             return ()
-        return found.st_ino, found.st_size, found.st_mtime_ns
+        return found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode, found.st_uid
 
 
 def load(path: Path) -> dict[str, Guest]:
-    """By public key. Raises ConfigError."""
+    """By public key. Raises ConfigError, also if others can write the file or its folder."""
     file = TomlFile(path)
+    refuse_if_others_write(path)
     guests: dict[str, Guest] = {}
     for name in file.values:
         guest = file.read(Guest, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import struct
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,8 +37,10 @@ class ServerKey:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Raises ConfigError if there is none, or if others than its owner can read it."""
-        return _secret_file(path).read(cls)
+        """Raises ConfigError if there is none, or if others than its owner can read or replace it."""
+        file = _secret_file(path)
+        refuse_if_others_write(path)
+        return file.read(cls)
 
     @property
     def public(self) -> str:
@@ -59,6 +62,20 @@ class ClientKey:
     @property
     def public(self) -> str:
         return public_of(self.secret)
+
+
+def refuse_if_others_write(path: Path) -> None:
+    """ConfigError if others than the daemon's user and root can change a file that says who may come in, or
+    put another in its place."""
+    for place in (path, path.parent):
+        status = place.stat()
+        if os.geteuid() not in (0, status.st_uid) and status.st_uid != 0:
+            raise ConfigError(f"{place} is another user's; `chown` it to the daemon's user, or to root")
+        safe = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+        if status.st_mode & 0o022 and not safe:
+            raise ConfigError(
+                f"{place} can be written by others: look what is in it, then `chmod go-w {place}`"
+            )
 
 
 def public_of(secret: str) -> str:

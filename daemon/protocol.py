@@ -81,7 +81,7 @@ Prompt = tuple[int, ...] | str | tuple[Message, ...]
 class Generate:
     """Continue a prompt. Answered by Accepted, any number of Progress and Token, then Done or Failed.
 
-    request_id names it in later connections too, and lets anybody cancel it: 128 random bits.
+    request_id names it in later connections too, and without keys lets anybody cancel it: 128 random bits.
     """
 
     request_id: Id
@@ -126,6 +126,8 @@ class Acknowledge:
 
     request_id: Id
     next_seq: Annotated[int, COUNT]
+    tenant: Annotated[str | None, Maybe(TENANT)] = None
+    """As for Cancel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,8 @@ class Cancel:
     came first."""
 
     request_id: Id
+    tenant: Annotated[str | None, Maybe(TENANT)] = None
+    """Whose it must be, else nothing happens; where there are keys, the key's. None: whoever knows the id."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -461,10 +465,20 @@ Request = (
     | TransferRequest
 )
 
-Tenanted = Generate | Resume | Release | ListSessions | ChangeSession | ExportSession | ImportSession
+Tenanted = (
+    Generate
+    | Resume
+    | Acknowledge
+    | Cancel
+    | Release
+    | ListSessions
+    | ChangeSession
+    | ExportSession
+    | ImportSession
+)
 """The requests that name a tenant."""
 
-TYPES: dict[str, type] = {
+REQUESTS: dict[str, type] = {
     "generate": Generate,
     "resume": Resume,
     "cancel": Cancel,
@@ -474,6 +488,15 @@ TYPES: dict[str, type] = {
     "change_session": ChangeSession,
     "hello": Hello,
     "stats": Stats,
+    "export_session": ExportSession,
+    "open_transfer": OpenTransfer,
+    "read_transfer": ReadTransfer,
+    "write_transfer": WriteTransfer,
+    "import_session": ImportSession,
+    "close_transfer": CloseTransfer,
+}
+
+REPLIES: dict[str, type] = {
     "accepted": Accepted,
     "progress": Progress,
     "token": Token,
@@ -483,14 +506,10 @@ TYPES: dict[str, type] = {
     "sessions": Sessions,
     "welcome": Welcome,
     "stats_reply": StatsReply,
-    "export_session": ExportSession,
-    "open_transfer": OpenTransfer,
-    "read_transfer": ReadTransfer,
-    "write_transfer": WriteTransfer,
-    "import_session": ImportSession,
-    "close_transfer": CloseTransfer,
     "exported": Exported,
     "piece": Piece,
     "transfer": Transfer,
     "imported": Imported,
 }
+
+TYPES = REQUESTS | REPLIES

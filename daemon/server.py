@@ -38,6 +38,7 @@ from .listener import listen
 from .notify import Notifier
 from .porch import Porch
 from .protocol import (
+    REQUESTS,
     Acknowledge,
     Cancel,
     ChangeSession,
@@ -81,11 +82,11 @@ class Service(Protocol):
     def resume(self, client: bytes, request: Resume) -> None:
         """Post what the client has missed of a request, and from then on its events; or Failed."""
 
-    def cancel(self, request_id: str) -> None:
-        """End a request soon; one that has ended is ignored."""
+    def cancel(self, request_id: str, tenant: str | None = None) -> None:
+        """End a request soon; one that has ended, or is of another tenant if one is given, is ignored."""
 
-    def acknowledge(self, request_id: str, next_seq: int) -> None:
-        """All events of a request before next_seq have come to its client."""
+    def acknowledge(self, request_id: str, next_seq: int, tenant: str | None = None) -> None:
+        """All events of a request before next_seq have come to its client. Ignored as in `cancel`."""
 
     def leave(self, client: bytes, request_id: str) -> None:
         """A client is gone that heard of a request."""
@@ -332,10 +333,10 @@ class Server:
             case Resume(request_id=request_id, next_seq=next_seq):
                 self._service.resume(client, message)
                 self._running[client, request_id] = _InFlight(account.name, next_seq, resumed=True)
-            case Acknowledge(request_id=request_id, next_seq=next_seq):
-                self._service.acknowledge(request_id, next_seq)
-            case Cancel(request_id=request_id):
-                self._service.cancel(request_id)
+            case Acknowledge(request_id=request_id, next_seq=next_seq, tenant=tenant):
+                self._service.acknowledge(request_id, next_seq, tenant)
+            case Cancel(request_id=request_id, tenant=tenant):
+                self._service.cancel(request_id, tenant)
             case Release() | ListSessions() | ChangeSession():
                 self._refuse(message.request_id, account)
                 self._service.manage(client, message)
@@ -349,11 +350,7 @@ class Server:
             case Stats(request_id=request_id):
                 self._send(client, StatsReply(request_id=request_id, values=self._service.stats()))
             case _:
-                raise InvalidRequest(
-                    "type is that of a reply; allowed: generate, resume, cancel, acknowledge, release, "
-                    "list_sessions, change_session, hello, stats, export_session, open_transfer, "
-                    "read_transfer, write_transfer, import_session, close_transfer"
-                )
+                raise InvalidRequest(f"type is that of a reply; allowed: {', '.join(REQUESTS)}")
 
     def _start(self, client: bytes, request: Generate, account: Account) -> None:
         self._refuse(request.request_id, account)

@@ -112,11 +112,11 @@ class EngineService:
     def resume(self, client: bytes, request: Resume) -> None:
         self._in_turn(partial(self._resume, client, request))
 
-    def cancel(self, request_id: str) -> None:
-        self._in_turn(partial(self._engine.cancel, request_id))
+    def cancel(self, request_id: str, tenant: str | None = None) -> None:
+        self._in_turn(partial(self._engine.cancel, request_id, tenant))
 
-    def acknowledge(self, request_id: str, next_seq: int) -> None:
-        self._inbox.put(partial(self._engine.acknowledge, request_id, next_seq))
+    def acknowledge(self, request_id: str, next_seq: int, tenant: str | None = None) -> None:
+        self._inbox.put(partial(self._engine.acknowledge, request_id, next_seq, tenant))
 
     def leave(self, client: bytes, request_id: str) -> None:
         self._in_turn(partial(self._engine.leave, client, request_id))

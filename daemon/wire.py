@@ -12,6 +12,7 @@ from .protocol import (
     MAGIC,
     MAX_FRAME_BYTES,
     PROTOCOL,
+    REQUESTS,
     TOKEN,
     TYPES,
     Generate,
@@ -107,7 +108,7 @@ def _build(fields: Mapping[str, object]) -> Request | Reply:
     cls = TYPES.get(name) if isinstance(name, str) else None
     try:
         if cls is None:
-            raise FieldError("type", name, ", ".join(TYPES))
+            raise FieldError("type", name, ", ".join(REQUESTS))
         values = dict(fields)
         values["request_id"] = readers(cls)["request_id"].read(fields.get("id"), "id")
         if cls is Generate:

@@ -125,12 +125,16 @@ class Echo:
             for event in self._said[name][request.next_seq :]:
                 self.post(client, event)
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, tenant: str | None = None) -> None:
+        if tenant not in (None, self._tenants.get(request_id)):
+            return
         self.cancelled.append(request_id)
         if (ended := self._running.get(request_id)) is not None:
             ended.set()
 
-    def acknowledge(self, request_id: str, next_seq: int) -> None:
+    def acknowledge(self, request_id: str, next_seq: int, tenant: str | None = None) -> None:
+        if tenant not in (None, self._tenants.get(request_id)):
+            return
         self.acknowledged.append((request_id, next_seq))
 
     def leave(self, client: bytes, request_id: str) -> None:

@@ -24,6 +24,8 @@ from spilld.daemon.keyring import CLIENTS, SERVER, default_folder, make_client, 
 from spilld.daemon.keys import ClientKey, ServerKey
 from spilld.daemon.protocol import (
     TYPES,
+    Accepted,
+    Acknowledge,
     Cancel,
     ChangeSession,
     Done,
@@ -43,7 +45,7 @@ from spilld.daemon.protocol import (
 )
 from spilld.daemon.server import Server
 
-from .peer import Peer
+from .peer import Peer, until
 
 if TYPE_CHECKING:
     from tests.daemon.conftest import Running, Start
@@ -225,6 +227,39 @@ def test_key_files_that_others_can_read(keys: Path) -> None:
         Server(LOOPBACK, keys=keys)
     (keys / SERVER).unlink()
     with pytest.raises(ConfigError, match=r"cannot read .*server\.key"):
+        Server(LOOPBACK, keys=keys)
+
+
+@pytest.mark.parametrize("name", [CLIENTS, SERVER, "."])
+@pytest.mark.parametrize("mode", [0o020, 0o002])
+def test_files_that_others_can_write(keys: Path, name: str, mode: int) -> None:
+    """Or replace: who can, lets in whom they like."""
+    path = keys / name
+    path.chmod(path.stat().st_mode | mode)
+    says = "open to others" if name == SERVER else f"can be written by others.*chmod go-w {path}"
+    with pytest.raises(ConfigError, match=says):
+        Server(LOOPBACK, keys=keys)
+
+
+def test_a_list_that_becomes_writable_is_not_read(keys: Path, caplog: pytest.LogCaptureFixture) -> None:
+    guests, eve = Guests(keys / CLIENTS), ClientKey.load(make_client(keys, "eve")).public
+    (keys / CLIENTS).chmod(0o666)
+    assert guests.find(eve) is None
+    assert "chmod go-w" in caplog.text
+    (keys / CLIENTS).chmod(0o600)
+    assert guests.find(eve) is not None
+
+
+@needs_root
+@pytest.mark.parametrize("name", [CLIENTS, "."])
+def test_files_of_another_user(keys: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read what is the service's; the service takes its own files and root's."""
+    os.chown(keys / name, 12345, 12345)
+    Server(LOOPBACK, keys=keys)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    Server(LOOPBACK, keys=keys)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    with pytest.raises(ConfigError, match="is another user's"):
         Server(LOOPBACK, keys=keys)
 
 
@@ -433,6 +468,9 @@ class KeyedDealer(Peer):
         return reply
 
 
+SILENT: list[Cancel | Acknowledge] = [Cancel(request_id="x"), Acknowledge(request_id="x", next_seq=1)]
+"""Those that have no answer, unless they are refused."""
+
 REQUESTS: list[Tenanted] = [
     Generate(request_id="x", prompt="a", max_tokens=1),
     Resume(request_id="x"),
@@ -446,7 +484,7 @@ REQUESTS: list[Tenanted] = [
 
 def test_every_request_that_names_a_tenant_is_known() -> None:
     named = {cls for cls in TYPES.values() if "tenant" in readers(cls)}
-    assert set(get_args(Tenanted)) == {type(request) for request in REQUESTS} == named
+    assert set(get_args(Tenanted)) == {type(request) for request in (*REQUESTS, *SILENT)} == named
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: type(request).__name__)
@@ -465,6 +503,31 @@ def test_a_key_speaks_for_its_tenant_alone(running: Running, keys: Path, request
         assert [asked.tenant for asked in arrived] == ["of alice", "of alice"]
 
 
+@pytest.mark.parametrize("request_", SILENT, ids=lambda request: type(request).__name__)
+def test_a_request_is_another_tenants_whoever_knows_its_id(
+    running: Running, keys: Path, request_: Cancel | Acknowledge
+) -> None:
+    """Ids are in logs; what can be done with them is its own tenant's to do."""
+    running.echo.pace_s = 0.01
+    laptop = make_client(keys, "laptop", "of alice")
+    done: list[Any] = running.echo.cancelled if isinstance(request_, Cancel) else running.echo.acknowledged
+    with (
+        KeyedDealer(running.address, ClientKey.load(keys / "alice.key")) as alice,
+        KeyedDealer(running.address, ClientKey.load(keys / "bob.key")) as bob,
+        KeyedDealer(running.address, ClientKey.load(laptop)) as other,
+    ):
+        assert isinstance(alice.ask(Generate(request_id="x", prompt="a", max_tokens=10**6)), Accepted)
+        failed = bob.ask(replace(request_, tenant="of alice"))
+        assert isinstance(failed, Failed)
+        assert failed.code == "access_denied"
+        for tenant in (None, "", "of bob"):
+            bob.say(replace(request_, tenant=tenant))
+        assert isinstance(bob.ask(ListSessions(request_id="l")), Sessions)
+        assert not done
+        other.say(request_)
+        until(lambda: done)
+
+
 def test_two_keys_of_one_tenant_share_and_others_do_not(running: Running, keys: Path) -> None:
     running.echo.pace_s = 0.01
     laptop = make_client(keys, "laptop", "of alice")
@@ -480,14 +543,12 @@ def test_two_keys_of_one_tenant_share_and_others_do_not(running: Running, keys: 
 
 def test_what_has_no_tenant_passes(running: Running, keys: Path) -> None:
     with KeyedDealer(running.address, ClientKey.load(keys / "alice.key")) as alice:
-        alice.say(Cancel(request_id="x"))
         assert isinstance(alice.ask(Release(request_id="r", context="c")), Released)
         assert isinstance(alice.ask(ListSessions(request_id="l")), Sessions)
         reply = alice.ask(Generate(request_id="g", prompt="a", max_tokens=1))
         while not isinstance(reply, Done):
             assert not isinstance(reply, Failed)
             reply = alice.reply()
-    assert running.echo.cancelled == ["x"]
 
 
 # The address

@@ -202,6 +202,9 @@ def test_who_does_not_read_pauses_and_makes_way(model: Model, tmp_path: Path) ->
         stats = harness.engine.stats()
         assert (stats["preemptions"], stats["requests_waiting"], stats["requests_paused"]) == (1, 1, 1)
         harness.engine.acknowledge("unknown", 20)
+        harness.engine.acknowledge("long", 20, "not a's")
+        harness.engine.cancel("long", "")
+        assert harness.engine.stats()["requests_paused"] == 1
         harness.engine.acknowledge("long", 5)
         harness.run()
         assert len(harness.events["long"]) == 25

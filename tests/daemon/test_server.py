@@ -26,6 +26,7 @@ from spilld.daemon.errors import ConfigError
 from spilld.daemon.notify import Notifier
 from spilld.daemon.protocol import (
     MAX_FRAME_BYTES,
+    REQUESTS,
     Accepted,
     Cancel,
     Done,
@@ -121,6 +122,14 @@ def test_refusals_name_the_request(running: Running) -> None:
             assert (failed.code, failed.request_id, failed.seq) == (code, request_id, 0)
         dealer.send(*encode(Hello(request_id="still alive")))
         assert isinstance(dealer.reply(), Welcome)
+
+
+def test_the_types_that_are_allowed_are_those_of_requests(running: Running) -> None:
+    with Dealer(running.address) as dealer:
+        for name in ("telepathy", "released"):
+            dealer.send(HEADER, bytes(msgpack.packb({"type": name, "id": "t", "context": "c"})))
+            said = dealer.refusal().message
+            assert set(said.partition("allowed: ")[2].split(", ")) == set(REQUESTS)
 
 
 def test_unknown_fields_are_tolerated(running: Running) -> None:
