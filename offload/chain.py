@@ -15,9 +15,11 @@ CHAIN_BYTES = 32
 def root(fingerprint: bytes, form: str, tenant: bytes = b"") -> bytes:
     """Parent of a sequence's block 0: K/V is the same only for the same model, format and tenant.
 
-    The tenant's key (at most 64 bytes) separates tenants: without it nobody can name what is stored under it.
+    The tenant's secret separates tenants: without it nobody can name what is stored under it. One longer than
+    a key of blake2b is hashed first, as in HMAC (RFC 2104, section 2).
     """
-    return blake2b(fingerprint + form.encode(), key=tenant, digest_size=CHAIN_BYTES).digest()
+    key = tenant if len(tenant) <= blake2b.MAX_KEY_SIZE else blake2b(tenant).digest()
+    return blake2b(fingerprint + form.encode(), key=key, digest_size=CHAIN_BYTES).digest()
 
 
 def chain_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
