@@ -17,6 +17,7 @@ from .errors import InvalidRequest, SpilldError, Unreachable
 from .extra import engine
 from .keyring import default_folder, make_client, make_server
 from .protocol import PRIORITIES
+from .repeats import Repeats
 
 if TYPE_CHECKING:
     from .client import Client
@@ -63,6 +64,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 def _serve(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Repeats())
     faulthandler.enable(2)  # systemd ends a daemon that hangs by SIGABRT: the log then says where it was
     given = {setting.name: _value(getattr(options, setting.name)) for setting in fields(Config)}
 

@@ -110,7 +110,7 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
 
         server.run(service, Reload(config, again, apply) if again else None)
         if service.lost is not None:
-            raise InternalError(f"the device is lost: {service.lost}")
+            raise InternalError(f"{service.lost}; the log says more")
 
 
 def use_threads(count: int | None) -> None:
@@ -214,8 +214,10 @@ def _balance(model: Model) -> float:
 
 
 def _book(path: Path) -> Database:
-    """Sessions and requests. Schema 1 had sessions only."""
-    return Database.open(path, 2, sessions.CREATE + journal.CREATE, {1: journal.CREATE})
+    """Sessions and requests. Schema 1 had sessions only; 2 said neither of which model they are nor how
+    often a request was taken up."""
+    upgrades = {1: sessions.UPGRADE + journal.CREATE, 2: sessions.UPGRADE + journal.UPGRADE}
+    return Database.open(path, 3, sessions.CREATE + journal.CREATE, upgrades)
 
 
 def _device_tier(make: Tier, config: Config, store: Store, geometry: Geometry) -> DeviceTier:

@@ -34,6 +34,7 @@ from .errors import (
     ForeignArchive,
     InternalError,
     InvalidRequest,
+    PromptTooLong,
     SpilldError,
     StorageFailed,
 )
@@ -107,13 +108,16 @@ class Courier:
         store: Store,
         model: Model,
         refuse_if_busy: Callable[[Key], None],
+        longest: Callable[[], int],
     ) -> None:
-        """refuse_if_busy raises InvalidRequest if a request runs on a session."""
+        """refuse_if_busy raises InvalidRequest if a request runs on a session. longest: tokens that one may
+        have."""
         self._transfers = transfers
         self._keeper = keeper
         self._store = store
         self._model = model
         self._refuse_if_busy = refuse_if_busy
+        self._longest = longest
         self._waiting: list[_Export] = []
         self._tasks: set[_Task] = set()
         self._ended: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -245,6 +249,7 @@ class Courier:
     def _pack(self, export: _Export, *, bare: bool = False) -> None:
         """bare: without KV, which cannot be read."""
         session = export.session = self._keeper.book.get(export.request.tenant, export.request.session)
+        self._keeper.refuse_foreign(session)
         resume = self._keeper.stored(session)
         if bare or resume is None or resume.position < CELL:
             resume = None
@@ -305,6 +310,11 @@ class Courier:
             )
         if not manifest.tokens or max(manifest.tokens) >= self._model.geometry.vocab:
             raise CorruptArchive(f"the archive holds tokens that the model does not know; {AGAIN}")
+        if len(manifest.tokens) > (longest := self._longest()):
+            raise PromptTooLong(
+                f"the archive holds {len(manifest.tokens)} tokens, a session here at most {longest}: raise "
+                "max_context, or the host and disk budgets, as far as the model allows"
+            )
 
     def _refuse_taken(self, task: _Import) -> None:
         tenant, name = task.request.tenant, task.request.session
@@ -375,6 +385,8 @@ class Courier:
             tokens=manifest.tokens,
             messages=about.messages,
             ttl_s=about.ttl_s,
+            model=self._model.name,
+            identity=self._model.identity,
         )
         self._keeper.put(new)
         session = self._keeper.book.get(*new.key)

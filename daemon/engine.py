@@ -9,7 +9,8 @@ import logging
 import secrets
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from spilld.cuda_ext.errors import OutOfMemory
 from spilld.cuda_ext.window import Windows
-from spilld.offload.errors import ExtentCorrupt, IndexDamaged, OffloadError
+from spilld.offload.errors import ExtentCorrupt, OffloadError
 from spilld.offload.extent import RunKey
 from spilld.offload.store import Store
 
@@ -30,6 +31,7 @@ from .errors import (
     Cancelled,
     DeadlineExceeded,
     Draining,
+    InternalError,
     InvalidRequest,
     Overloaded,
     PromptTooLong,
@@ -37,6 +39,7 @@ from .errors import (
     SpilldError,
     StorageFailed,
 )
+from .faults import is_lost, logged, typed
 from .forecast import Forecast
 from .generation import NOBODY, Generation
 from .journal import Entry, Journal, Unfinished
@@ -49,6 +52,7 @@ from .pace import Pace
 from .protocol import (
     ChangeSession,
     Event,
+    Failed,
     Generate,
     ListSessions,
     PromptLogprob,
@@ -79,6 +83,9 @@ PROMPT_LOGPROB_CHUNK = 64
 """Tokens a step where the logits of every token are wanted: they take 4 bytes * vocabulary each."""
 
 NO_ROOM = Room(windows=0, blocks=-1)
+
+LIVES = 3
+"""Daemons in a row that may end with a request before it gets any further: then it is set aside."""
 
 TICK_S = 1.0
 """How often sessions are looked at: which have expired, which are still to be pinned."""
@@ -117,7 +124,9 @@ class Engine:
         self._desk = SessionDesk(self._keeper, self.contexts, self._sequences, self._all)
         self._journal = journal
         self._retention_s = retention_s
-        self.courier = Courier(transfers, self._keeper, store, model, self._desk.refuse_if_busy)
+        self.courier = Courier(
+            transfers, self._keeper, store, model, self._desk.refuse_if_busy, lambda: self.longest
+        )
         self._store = store
         self._runner = runner
         self._metrics = metrics
@@ -188,14 +197,36 @@ class Engine:
         """Admit, run one step, deal with its results; False if there was nothing to run."""
         self._expire()
         self._store.settle()
-        self.courier.tend()
+        with logged("archives are not tended"):
+            self.courier.tend()
         self._bring_back()
         plan = self._plan()
-        for job in plan.admit:
-            self._admit(self._generations[job])
+        for generation in [self._generations[job] for job in plan.admit]:
+            with self._blaming(generation):
+                self._admit(generation)
         running = self._scheduler.plan(NO_ROOM)  # the admitted may begin further on than was planned
-        self._step(running)
+        for batch in self._batches(running):
+            self._step(batch)
+            self._store.settle()
         return bool(plan.admit or running.run)
+
+    @contextmanager
+    def _blaming(self, generation: Generation) -> Iterator[None]:
+        """What goes wrong inside ends this request, and no other. A lost device is raised."""
+        try:
+            yield
+        except Exception as error:
+            if is_lost(error):
+                raise
+            self._abort(generation, typed(error, "the request failed"))
+
+    def _batches(self, plan: Plan) -> list[Plan]:
+        """What is computed together: all but those under suspicion, each of which goes alone."""
+        alone = [part for part in plan.run if self._generations[part[0]].suspect]
+        if not alone:
+            return [plan]
+        together = tuple(part for part in plan.run if part not in alone)
+        return [Plan((), run) for run in (together, *((part,) for part in alone)) if run]
 
     @property
     def writing(self) -> bool:
@@ -218,7 +249,8 @@ class Engine:
             self._store.promotes = not self._memory.short
             if self._memory.short:
                 self._relieve()
-            self._desk.tend()
+            with logged("sessions are not tended"):
+                self._desk.tend()
             self._journal.sweep(self._retention_s)
 
     def _all(self) -> list[Generation]:
@@ -279,21 +311,25 @@ class Engine:
         if job is None:
             return False
         generation = self._generations[job]
+        with self._blaming(generation):
+            self._send_away(generation)
+        return True
+
+    def _send_away(self, generation: Generation) -> None:
         sequence = _sequence(generation)
         saved = self._sequences.save(sequence, generation.milestone)
         generation.milestone = saved if generation.produced else None
         if not self._sequences.saved(sequence, saved):
-            self._scheduler.fix(job)  # its KV would be lost
-            return True
+            self._scheduler.fix(generation.job)  # its KV would be lost
+            return
         log.info("request %s makes way for another", generation.request.request_id)
         self._tally.preemptions += 1
         self._runner.rest()
         generation.history = sequence.tokens[: generation.first]
         generation.sequence = None
         self._sequences.discard(sequence)
-        self._scheduler.remove(job)
-        self._away[job] = saved
-        return True
+        self._scheduler.remove(generation.job)
+        self._away[generation.job] = saved
 
     def _bring_back(self) -> None:
         """Queue requests again that made way, once they are on disk and somebody takes what they produce."""
@@ -301,11 +337,8 @@ class Engine:
             generation = self._generations[job]
             if generation.unread or (saved is not None and self._store.saving(saved)):
                 continue
-            try:
+            with self._blaming(generation):
                 queued = self._job(generation)
-            except SpilldError as error:
-                self._abort(generation, error)
-            else:
                 del self._away[job]
                 self._scheduler.add(queued)
 
@@ -322,7 +355,13 @@ class Engine:
         self._note_first_steps(generations)
         read, stalled = self._store.disk_read_bytes, self._store.stall_seconds
         kept = [self._kept(g, s) for g, s in zip(generations, slices, strict=True)]
-        logits = self._runner.run(slices, kept)
+        try:
+            logits = self._runner.run(slices, kept)
+        except Exception as error:
+            if is_lost(error):
+                raise
+            self._suspect(generations, typed(error, "a step failed"))
+            return
         share = 1 / len(slices)
         read, stalled = self._store.disk_read_bytes - read, self._store.stall_seconds - stalled
         took = time.monotonic() - began
@@ -330,9 +369,10 @@ class Engine:
         self._metrics.step.observe(took)
         self._metrics.rows.observe(sum(part.count for part in slices))
         for generation, part, rows in zip(generations, slices, logits, strict=True):
-            generation.account(part, int(read * share), stalled * share, took)
-            self._tally.attended(part.read_bytes)
-            self._advance(generation, part, rows.numpy())
+            with self._blaming(generation):
+                generation.account(part, int(read * share), stalled * share, took)
+                self._tally.attended(part.read_bytes)
+                self._advance(generation, part, rows.numpy())
         chunks = [(part.position, part.count) for part in slices if part.count > 1]
         self._store.make_room((self._chunk_tokens if chunks else CELL) // BLOCK)
         self._store.write_behind()
@@ -341,6 +381,19 @@ class Engine:
         else:
             host, disk = (sum(part.read_bytes[tier] for part in slices) for tier in ("host", "disk"))
             self._forecast.took(len(slices), host, disk, time.monotonic() - began)
+
+    def _suspect(self, generations: list[Generation], error: SpilldError) -> None:
+        """A step broke. Where several took part in it each goes on alone, and so fails alone if it was the
+        cause. What was to be sealed is in doubt and is computed again; all else a step writes once more."""
+        if len(generations) == 1:
+            self._abort(generations[0], error)
+            return
+        for generation in generations:
+            generation.suspect = True
+            sequence = _sequence(generation)
+            if sequence.table.sealed < sequence.table.stop:
+                with self._blaming(generation):
+                    self._begin_anew(generation)
 
     def _charge(
         self, generations: list[Generation], slices: list[Slice], seconds: float, stalled: float
@@ -381,23 +434,40 @@ class Engine:
         )
         generation = self._generation(client, entry)
         self._queue(generation)
-        generation.number = self._journal.begin(entry)
+        try:
+            generation.number = self._journal.begin(entry)
+        except BaseException:
+            self._remove(generation, keep=True)
+            raise
 
     def left_behind(self) -> list[Unfinished]:
         """Requests of the last process, in order of arrival, each to be restored. To be asked once."""
         return self._journal.unfinished()
 
     def restore(self, left: Unfinished) -> None:
-        """Go on with a request of the last process. Nobody listens to it until its client resumes it."""
+        """Go on with a request of the last process, or fail it for good. Nobody listens to it until its
+        client resumes it."""
+        try:
+            self._restore(left)
+        except Exception as error:
+            request_id, failure = left.entry.request.request_id, typed(error, "the request cannot go on")
+            log.error("request %s is set aside: %s", request_id, failure)
+            event = Failed.because(failure, request_id, len(left.events))
+            self._tally.event(event, 0)
+            with logged("a request is not set aside"):
+                self._journal.note(left.number, event)
+            self._post(NOBODY, event)
+            if is_lost(error):
+                raise
+
+    def _restore(self, left: Unfinished) -> None:
+        if left.lives > LIVES:
+            raise InternalError(f"{LIVES} daemons in a row ended before it got any further; send it again")
+        if left.entry.fingerprint != self.model.fingerprint:
+            raise StorageFailed("the daemon came back with another model; send the request again")
         generation = self._generation(NOBODY, left.entry)
         generation.number = left.number
-        try:
-            if left.entry.fingerprint != self.model.fingerprint:
-                raise StorageFailed("the daemon came back with another model; send the request again")
-            self._queue(generation, left.events)
-        except SpilldError as error:
-            generation.told = len(left.events)
-            self._tell(generation, generation.failed(error))
+        self._queue(generation, left.events)
 
     def _generation(self, client: bytes, entry: Entry) -> Generation:
         self._jobs += 1
@@ -418,6 +488,8 @@ class Engine:
             generation.prompt = self._keeper.prompt(request, generation.prompt, generation.session)
             generation.history = [] if sequence else list(generation.session.tokens)
         before = sequence.tokens if sequence else generation.history
+        self._refuse_unknown("the session", before)
+        self._refuse_unknown("the prompt", generation.prompt)
         generation.prepare(before, self.model.tokenizer, self.model.geometry.eos, told)
         generation.sequence = sequence
         try:
@@ -430,6 +502,14 @@ class Engine:
         self._generations[generation.job] = generation
         self._scheduler.add(job)
 
+    def _refuse_unknown(self, what: str, tokens: list[int]) -> None:
+        """Raises InvalidRequest for ids that the model has no embedding of."""
+        vocabulary = self.model.geometry.vocab
+        if (largest := max(tokens, default=0)) >= vocabulary:
+            raise InvalidRequest(
+                f"{what} holds token {largest}, which is not below the vocabulary of {vocabulary}"
+            )
+
     def _job(self, generation: Generation) -> Job:
         """What the scheduler must know. max_tokens is cut to what the sequence may still hold."""
         sequence = generation.sequence
@@ -438,9 +518,12 @@ class Engine:
         known = len(before) + len(generation.prompt)
         if known == position and not generation.appends:
             raise InvalidRequest("there is nothing to compute: the prompt has no tokens")
-        if known >= self.longest:
+        longest, room = (
+            (self.longest, "fit") if generation.appends else (self.longest - 1, "leave room to answer")
+        )
+        if known > longest:
             raise PromptTooLong(
-                f"context and prompt have {known} tokens; at most {self.longest - 1} leave room to answer: "
+                f"context and prompt have {known} tokens; at most {longest} {room}: "
                 f"the model allows {self._max_context}, the host and disk budgets decide the rest"
             )
         generation.max_tokens = min(generation.request.max_tokens, self.longest - known)
@@ -463,8 +546,7 @@ class Engine:
             try:
                 sequence = generation.sequence = self._sequences.open(root, generation.history)
             except OutOfMemory as error:
-                self._abort(generation, Overloaded(f"there is no memory for its window: {error}"))
-                return
+                raise Overloaded(f"there is no memory for its window: {error}") from error
         first = len(sequence.tokens)
         sequence.tokens.extend(generation.prompt)
         sequence.table.idle = False
@@ -507,15 +589,14 @@ class Engine:
             generation = self._generations[job]
             sequence = _sequence(generation)
             newest = sequence.computed + count - 1
-            try:
-                self._store.grow(
-                    sequence.table, sequence.hashes(len(sequence.table.chain), sealed_by(newest))
-                )
-            except OffloadError as error:
-                self._abort(generation, StorageFailed(f"{error}; raise the host or the disk budget"))
-                continue
-            slices.append(Slice(sequence, count, sequence.computed))
-            generations.append(generation)
+            with self._blaming(generation):
+                hashes = sequence.hashes(len(sequence.table.chain), sealed_by(newest))
+                try:
+                    self._store.grow(sequence.table, hashes)
+                except OffloadError as error:
+                    raise StorageFailed(f"{error}; raise the host or the disk budget") from error
+                slices.append(Slice(sequence, count, sequence.computed))
+                generations.append(generation)
         return slices, generations
 
     def _kept(self, generation: Generation, part: Slice) -> range:
@@ -564,11 +645,7 @@ class Engine:
                 )
 
     def _sample(self, generation: Generation, sequence: Sequence, logits: Logits) -> None:
-        try:
-            choice = generation.sampler.choose(logits, len(sequence.tokens), sequence.tokens)
-        except SpilldError as error:
-            self._abort(generation, error)
-            return
+        choice = generation.sampler.choose(logits, len(sequence.tokens), sequence.tokens)
         waits = self._metrics.next_token if generation.produced else self._metrics.first_token
         waits.observe(generation.waited_s)
         self._tell(generation, generation.token(choice))
@@ -589,8 +666,11 @@ class Engine:
         log.warning("request %s is computed again: %s", generation.request.request_id, failure)
         self._tally.recomputations += 1
         generation.recomputed += 1
+        self._begin_anew(generation, damaged=isinstance(failure, ExtentCorrupt))
+
+    def _begin_anew(self, generation: Generation, *, damaged: bool = False) -> None:
         generation.restart()
-        self._sequences.restart(_sequence(generation), damaged=isinstance(failure, ExtentCorrupt))
+        self._sequences.restart(_sequence(generation), damaged=damaged)
         self._scheduler.rewind(generation.job)
 
     # Ends.
@@ -644,7 +724,10 @@ class Engine:
             if not generation.number:
                 self._abort(generation, Draining("the daemon has stopped, and could not save this request"))
             elif generation.started and generation.sequence is not None:
-                self._sequences.save(generation.sequence, generation.milestone)
+                with logged("what was computed of a request is not saved, and is computed again"):
+                    self._sequences.save(generation.sequence, generation.milestone)
+        with logged("sessions that were held in memory are lost"):
+            self._keeper.book.write_held()
         left = frozenset(generation.request.request_id for generation in self._all())
         if left:
             log.info("%d requests are saved: they go on at the next start", len(left))
@@ -656,58 +739,98 @@ class Engine:
             if generation.started and generation.sequence is not None:
                 self._abort(generation, error)
 
+    def fail_all(self, error: SpilldError) -> None:
+        """Fail every request, whether it runs or waits."""
+        for generation in self._all():
+            self._abort(generation, error)
+
     def close(self) -> None:
-        self._runner.rest()
-        self._runner.close()
-        self.courier.close()
-        self._store.close()
-        self._journal.close()
+        """Every part is closed, whatever becomes of the others."""
+        with ExitStack() as stack:
+            stack.callback(self._journal.close)
+            stack.callback(self._store.close)
+            stack.callback(self.courier.close)
+            stack.callback(self._runner.close)
+            stack.callback(self._runner.rest)
 
     def _finish(self, generation: Generation) -> None:
-        sequence, session = _sequence(generation), generation.session
-        self._sequences.save(sequence, generation.milestone)
+        generation.conclude()
+        sequence, session, held = _sequence(generation), generation.session, self._keeper.held(generation)
+        after = None if session is None else self._keeper.after(session, generation, held)
+        goes_on = self._leave(generation, held)
         form, handle = str(self._store.layout.format), session.name if session else None
         event = generation.done(self._keeper.kv_bytes(sequence), form, handle)
-        self._note(generation, event, session)
-        self._remove(generation, keep=session is not None)
-        self._post(generation.client, event)
+        if not self._note(generation, event, after):
+            event = replace(event, saved=session is None)
+        self._remove(generation, keep=goes_on and session is not None)
+        self._send(generation, event)
 
     def _abort(self, generation: Generation, error: SpilldError) -> None:
-        """Fail a request. Its session survives a cancel, with what was appended so far; after an error of
-        ours it is what it was before."""
-        session = generation.session
+        """Fail a request, whatever else fails with it. Its session survives a cancel, with what was appended
+        and what was told of the answer; after an error of ours it is what it was before."""
+        session, after = generation.session, None
         known = session is not None and (session.listed or bool(session.tokens))
         harmless = isinstance(error, Cancelled | DeadlineExceeded | Draining)
-        appended = harmless and generation.started
-        if appended and generation.sequence is not None:
-            self._sequences.save(generation.sequence, generation.milestone)
+        keep = known and (harmless or not generation.started)
+        if harmless and generation.started:
+            try:
+                held = self._keeper.held(generation)
+                if session is not None and known:
+                    after = self._keeper.after(session, generation, held)
+                keep = self._leave(generation, held) and keep
+            except Exception as failure:
+                if is_lost(failure):
+                    raise
+                log.exception("what request %s had appended is lost", generation.request.request_id)
+                after, keep = None, False
         event = generation.failed(error)
-        self._note(generation, event, session if appended and known else None)
-        self._remove(generation, keep=known and (harmless or not generation.started))
-        self._post(generation.client, event)
+        self._note(generation, event, after)
+        self._remove(generation, keep=keep)
+        self._send(generation, event)
 
-    def _note(self, generation: Generation, event: Event, session: Session | None = None) -> None:
-        """Count an event and make it durable, and with the last what a session holds now: both or neither."""
+    def _leave(self, generation: Generation, held: list[int]) -> bool:
+        """Save what was computed of a request that ends; its sequence holds these tokens from now on. False
+        if it cannot be gone on with."""
+        if (sequence := generation.sequence) is None:
+            return False
+        goes_on = self._sequences.reaches(sequence, held)
+        self._sequences.save(sequence, generation.milestone if goes_on else None)
+        self._sequences.end(sequence, held)
+        return goes_on
+
+    def _note(self, generation: Generation, event: Event, after: Session | None = None) -> bool:
+        """Count an event and make it durable, and with the last what its session is now: both or neither.
+        False if that failed; the session then waits in memory to be saved."""
         self._tally.event(event, generation.uncounted)
         generation.uncounted = 0
         try:
             with self._journal.transaction():
-                if session is not None:
-                    self._keeper.record(session, generation)
+                if after is not None:
+                    self._keeper.put(after)
                 self._journal.note(generation.number, event)
-        except (OSError, IndexDamaged) as error:
-            request_id = generation.request.request_id
-            log.error("an event of request %s will not outlive this process: %s", request_id, error)
+        except Exception as error:  # noqa: BLE001 (it is logged)
+            if after is not None:
+                self._keeper.hold(after)
+            request_id, failure = generation.request.request_id, typed(error, "the state folder")
+            log.error("an event of request %s will not outlive this process: %s", request_id, failure)
+            return False
+        return True
 
     def _remove(self, generation: Generation, keep: bool) -> None:
         waiting = self._behind.get(generation.key) if generation.key else None
         if waiting and generation in waiting:
             waiting.remove(generation)
             return
-        self._runner.rest()
         self._scheduler.remove(generation.job)
         self._away.pop(generation.job, None)
-        del self._generations[generation.job]
+        self._generations.pop(generation.job, None)
+        with logged("what a request held is not given back"):
+            self._runner.rest()
+            self._give_back(generation, keep)
+        if waiting:
+            self._follow(waiting.popleft())
+
+    def _give_back(self, generation: Generation, keep: bool) -> None:
         sequence, session = generation.sequence, generation.session
         if sequence is not None and keep and session is not None:
             sequence.table.idle = True
@@ -715,15 +838,15 @@ class Engine:
             self.contexts.keep(sequence, session.key)
         elif sequence is not None:
             self._sequences.discard(sequence)
-        if waiting:
-            self._follow(waiting.popleft())
 
     def _follow(self, generation: Generation) -> None:
         """Begin a request that waited for another on its session."""
         try:
             self._begin(generation, [])
-        except SpilldError as error:
-            self._tell(generation, generation.failed(error))
+        except Exception as error:
+            self._tell(generation, generation.failed(typed(error, "the request cannot begin")))
+            if is_lost(error):
+                raise
             waiting = self._behind.get(generation.key) if generation.key else None
             if waiting:
                 self._follow(waiting.popleft())
@@ -736,6 +859,10 @@ class Engine:
 
     def _tell(self, generation: Generation, event: Event) -> None:
         self._note(generation, event)
+        self._send(generation, event)
+
+    def _send(self, generation: Generation, event: Event) -> None:
+        generation.told = event.seq + 1
         self._post(generation.client, event)
 
 

@@ -11,6 +11,7 @@ SpilldError                   code (stable, on the wire), message, retryable
 ├── TransferNotFound          transfer_not_found   the transfer is unknown, or over
 ├── CorruptArchive            corrupt_archive      the file is no archive, or not whole
 ├── ForeignArchive            foreign_archive      an archive of another model, or of a newer spilld
+├── ForeignSession            foreign_session      a session of another model
 ├── Cancelled                 cancelled
 ├── DeadlineExceeded          deadline_exceeded
 ├── Draining                  draining             the daemon is stopping (retryable)
@@ -87,6 +88,10 @@ class CorruptArchive(SpilldError):
 
 class ForeignArchive(SpilldError):
     code = "foreign_archive"
+
+
+class ForeignSession(SpilldError):
+    code = "foreign_session"
 
 
 class Cancelled(SpilldError):

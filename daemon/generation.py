@@ -9,6 +9,7 @@ from collections.abc import Sequence as Sequence_
 from spilld.offload.extent import RunKey
 
 from .contexts import Key
+from .cut import cut
 from .errors import SpilldError
 from .journal import Entry
 from .ledger import Flow
@@ -44,6 +45,7 @@ class Generation:
         self.history: list[int] = []
         self.max_tokens = self.request.max_tokens
         self.recomputed = 0
+        self.suspect = False  # a step that it was part of broke: it is computed alone
         self.sampler = Sampler(self.request.sampling, self.request.logprobs)
         self.produced: list[int] = []
         self.prompt_logprobs: list[PromptLogprob] = []
@@ -63,6 +65,8 @@ class Generation:
         self._arrived = self._waits_since = time.monotonic() - (time.time() - entry.arrived)
         self._cached: int | None = None
         self._text: list[str] = []
+        self._ends: list[int] = []  # of each token, where the text that it completed ends
+        self._whole = False  # all its text was shown, and none held back
         self._stops = StopStrings(self.request.stop)
         self._stopped = False
         self._eos: frozenset[int] = frozenset()
@@ -131,6 +135,11 @@ class Generation:
         return bool(self.produced) and self.produced[-1] in self._eos
 
     @property
+    def before(self) -> list[int]:
+        """What its sequence held before its prompt, once it has started."""
+        return self.history if self.sequence is None else self.sequence.tokens[: self.first]
+
+    @property
     def tokens(self) -> list[int]:
         """All of its sequence that is known."""
         before = self.history if self.sequence is None else self.sequence.tokens
@@ -154,6 +163,7 @@ class Generation:
     ) -> None:
         """The answer will follow `before` and the prompt. told: what the last process had said of it."""
         self._eos = frozenset() if self.request.ignore_eos else eos
+        self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, [*before, *self.prompt])
         if told:
             self._waits_since = time.monotonic()
@@ -178,7 +188,7 @@ class Generation:
         return [
             Accepted(
                 request_id=self.request.request_id,
-                seq=self._next(),
+                seq=self.told,
                 prompt_tokens=len(self.prompt),
                 cached_tokens=self._cached,
                 first_token_s=first_token_s,
@@ -218,14 +228,14 @@ class Generation:
         """Tokens of the prefill, which a recomputation starts anew."""
         cached = min(self._cached or 0, sequence.computed)
         done, total = sequence.computed - cached, len(sequence.tokens) - cached
-        return Progress(request_id=self.request.request_id, seq=self._next(), done=done, total=total)
+        return Progress(request_id=self.request.request_id, seq=self.told, done=done, total=total)
 
     def token(self, choice: Choice) -> Event:
         """The event of a sampled token; `reason` says whether it was the last."""
         self._waits_since = time.monotonic()
         return Token(
             request_id=self.request.request_id,
-            seq=self._next(),
+            seq=self.told,
             token=choice.token,
             text=self._take(choice.token),
             logprob=choice.logprob,
@@ -234,25 +244,45 @@ class Generation:
 
     def _take(self, token: int) -> str:
         self.produced.append(token)
-        text = ""
-        if not self._at_eos:
-            text, hit = self._stops.push(self._detokenizer.push(token))
-            self._stopped = hit is not None
+        if self._at_eos:
+            return ""
+        shown = self._detokenizer.push(token)
+        self._ends.append((self._ends[-1] if self._ends else 0) + len(shown))
+        text, hit = self._stops.push(shown)
+        self._stopped = hit is not None
         self._text.append(text)
         return text
 
-    def done(self, kv_bytes: dict[str, int], form: str, handle: str | None) -> Event:
-        """The last event. Its text has what was held back for a stop or a character that never came. form: of
-        the records."""
-        reason = self.reason or "length"
-        if reason != "stop":
-            text, hit = self._stops.push(self._detokenizer.finish())
-            self._text.append(text if hit else text + self._stops.finish())
+    def conclude(self) -> None:
+        """No token will come: what was held back is text, be it for a stop or for a character that never
+        came."""
+        if self._stopped:
+            return
+        text, hit = self._stops.push(self._detokenizer.finish())
+        self._stopped = hit is not None
+        self._whole = not self._stopped
+        self._text.append(text if hit else text + self._stops.finish())
+
+    @property
+    def answered(self) -> bool:
+        """There is an answer, if an empty one: it has ended, or some of it was told."""
+        return bool(self.text) or (not self.appends and (self._whole or self._stopped))
+
+    def kept(self) -> list[int]:
+        """The answer as a session goes on with it: tokens that show what was told of it, and no more."""
+        return (
+            self.answer
+            if self._whole
+            else cut(self._tokenizer, [*self.before, *self.prompt], self.answer, self._ends, self.text)
+        )
+
+    def done(self, kv_bytes: dict[str, int], form: str, handle: str | None) -> Done:
+        """The last event, after `conclude`. form: of the records."""
         wanted = self.request.prompt_logprobs is not None
         return Done(
             request_id=self.request.request_id,
-            seq=self._next(),
-            reason=reason,
+            seq=self.told,
+            reason=self.reason or "length",
             text=self.text,
             usage=self._usage(kv_bytes, form),
             context=handle,
@@ -260,7 +290,7 @@ class Generation:
         )
 
     def failed(self, error: SpilldError) -> Event:
-        return Failed.because(error, self.request.request_id, self._next())
+        return Failed.because(error, self.request.request_id, self.told)
 
     def _usage(self, kv_bytes: dict[str, int], form: str) -> Usage:
         queued_s = self.waited_s if self.queue_s is None else self.queue_s
@@ -280,7 +310,3 @@ class Generation:
             prefetch_stalls=self.prefetch_stalls,
             engine_ms=self.engine_s * 1e3,
         )
-
-    def _next(self) -> int:
-        self.told += 1
-        return self.told - 1

@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,16 +28,30 @@ log = logging.getLogger(__name__)
 HEADER_BYTES = len(MAGIC) + 1
 """Of a message, which is kept as its two frames in one piece."""
 
-CREATE = """
+REQUESTS = """
 CREATE TABLE requests (
     number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, message BLOB NOT NULL, prompt BLOB, handle TEXT,
-    fingerprint BLOB NOT NULL, arrived REAL NOT NULL, ended REAL
+    fingerprint BLOB NOT NULL, arrived REAL NOT NULL, ended REAL, lives INTEGER NOT NULL,
+    reached INTEGER NOT NULL
 );
 CREATE INDEX requests_by_end ON requests (ended);
+"""
+
+CREATE = f"""
+{REQUESTS}
 CREATE TABLE events (
     request INTEGER, seq INTEGER, message BLOB NOT NULL, PRIMARY KEY (request, seq)
 ) WITHOUT ROWID;
 """
+
+UPGRADE = f"""
+ALTER TABLE requests RENAME TO requests_before;
+DROP INDEX requests_by_end;
+{REQUESTS}
+INSERT INTO requests SELECT *, 0, 0 FROM requests_before;
+DROP TABLE requests_before;
+"""
+"""From schema 2, which did not count how often a request was taken up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +71,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A request that the last process left, and the events that it had posted."""
+    """A request that the last process left, and the events that it had posted. lives: how many processes in a
+    row have begun with no more of it than these."""
 
     number: int
     entry: Entry
     events: list[Event]
+    lives: int
 
 
 class Journal:
@@ -84,7 +102,7 @@ class Journal:
             values = (request.request_id, message, prompt, entry.handle, entry.fingerprint, entry.arrived)
             with self._db.transaction() as db:
                 self._delete("id = ?", request.request_id)
-                db.execute("INSERT INTO requests VALUES (NULL, ?, ?, ?, ?, ?, ?, NULL)", values)
+                db.execute("INSERT INTO requests VALUES (NULL, ?, ?, ?, ?, ?, ?, NULL, 0, 0)", values)
                 ((number,),) = self._db.rows("SELECT last_insert_rowid()")
         except (OSError, IndexDamaged, SpilldError) as error:
             log.error("request %s will not outlive this process: %s", request.request_id, error)
@@ -122,32 +140,61 @@ class Journal:
         return [event for event in found if isinstance(event, Event)]
 
     def unfinished(self) -> list[Unfinished]:
-        """Requests that the last process left, in order of arrival. To be asked once, at start: the clock of
-        what had ended then starts anew, for its client may be waiting for this."""
-        self._db.run("UPDATE requests SET ended = ? WHERE ended IS NOT NULL", (time.time(),))
-        rows = self._db.rows(
-            "SELECT number, message, prompt, handle, fingerprint, arrived FROM requests"
-            " WHERE ended IS NULL ORDER BY number"
-        )
-        found = []
-        for number, message, prompt, handle, fingerprint, arrived in rows:
-            try:
-                request, events = _unpack(message), self.events(number)
-            except SpilldError as error:
-                log.error("request %d cannot be read and is forgotten: %s", number, error)
-                self._delete("number = ?", number)
-                continue
-            assert isinstance(request, Generate)
-            self._db.run("DELETE FROM events WHERE request = ? AND seq >= ?", (number, len(events)))
-            entry = Entry(
-                request=request,
-                prompt=None if prompt is None else tuple(np.frombuffer(prompt, "<u4").tolist()),
-                handle=handle,
-                fingerprint=fingerprint,
-                arrived=arrived,
+        """Requests that the last process left, in order of arrival; one that cannot be read is forgotten.
+        To be asked once, at start: the clock of what had ended then starts anew, for its client may be
+        waiting for this."""
+        with self._noting("ended requests may be forgotten too early"):
+            self._db.run("UPDATE requests SET ended = ? WHERE ended IS NOT NULL", (time.time(),))
+        rows: list[tuple[Any, ...]] = []
+        with self._noting("requests of the last process are not taken up"):
+            rows = self._db.rows(
+                "SELECT number, message, prompt, handle, fingerprint, arrived, lives, reached FROM requests"
+                " WHERE ended IS NULL ORDER BY number"
             )
-            found.append(Unfinished(number, entry, events))
+        found = []
+        for number, *row in rows:
+            try:
+                found.append(self._left(number, *row))
+            except Exception as error:  # noqa: BLE001 (a start must not end here, now and ever again)
+                log.error("request %d cannot be read and is forgotten: %r", number, error)
+                with self._noting("a request is not forgotten"):
+                    self._delete("number = ?", number)
         return found
+
+    def _left(
+        self,
+        number: int,
+        message: bytes,
+        prompt: bytes | None,
+        handle: str | None,
+        fingerprint: bytes,
+        arrived: float,
+        lives: int,
+        reached: int,
+    ) -> Unfinished:
+        request, events = _unpack(message), self.events(number)
+        if not isinstance(request, Generate):
+            raise TypeError(f"a {type(request).__name__} is in the journal")
+        entry = Entry(
+            request=request,
+            prompt=None if prompt is None else tuple(np.frombuffer(prompt, "<u4").tolist()),
+            handle=handle,
+            fingerprint=fingerprint,
+            arrived=arrived,
+        )
+        lives = lives + 1 if len(events) == reached else 1
+        with self._noting("a request may be taken up too often"), self._db.transaction() as db:
+            db.execute("DELETE FROM events WHERE request = ? AND seq >= ?", (number, len(events)))
+            note = "UPDATE requests SET lives = ?, reached = ? WHERE number = ?"
+            db.execute(note, (lives, len(events), number))
+        return Unfinished(number, entry, events, lives)
+
+    @contextmanager
+    def _noting(self, otherwise: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, IndexDamaged) as error:
+            log.error("%s: %s", otherwise, error)
 
     def sweep(self, retention_s: float) -> None:
         """Forget what ended longer ago."""

@@ -10,7 +10,7 @@ from spilld.offload.store import Store
 
 from . import tail
 from .contexts import Key
-from .errors import InvalidRequest
+from .errors import ForeignSession, InvalidRequest
 from .generation import Generation
 from .model import Model
 from .protocol import ChangeSession, Generate, Message, SessionInfo
@@ -42,7 +42,13 @@ class SessionKeeper:
 
     def session(self, request: Generate, handle: str | None) -> Session | None:
         """What a request continues or will leave behind, under `handle` if it names nothing. Raises
-        ContextNotFound for an unknown context."""
+        ContextNotFound for an unknown context, ForeignSession for one of another model."""
+        session = self._session(request, handle)
+        if session is not None:
+            self.refuse_foreign(session)
+        return session
+
+    def _session(self, request: Generate, handle: str | None) -> Session | None:
         if request.context is not None:
             return self.book.get(request.tenant, request.context)
         if request.session is not None:
@@ -52,26 +58,63 @@ class SessionKeeper:
             return Session(tenant=request.tenant, name=handle, listed=False, ttl_s=self.context_ttl_s)
         return None
 
+    def refuse_foreign(self, session: Session) -> None:
+        """Raises ForeignSession for one whose tokens are another model's. Of which model one is that was
+        written before this was noted, nobody knows: it is taken for this one's."""
+        if session.identity not in (b"", self._model.identity):
+            raise ForeignSession(
+                f"session {session.name!r} is of model {session.model!r}, here is {self._model.name!r}, or "
+                "its weights differ: serve that model again, or begin another session"
+            )
+
     def prompt(self, request: Generate, tokens: list[int], session: Session) -> list[int]:
         """Tokens of what a session goes on with. `tokens` are those of a text or of token ids; how a text
         begins, and what a message is, depends on what the session holds. Raises InvalidRequest."""
-        tokenizer = self._model.tokenizer
+        tokenizer, answer = self._model.tokenizer, request.max_tokens > 0
+        if not request.prompt and _unanswered(session.messages):
+            return tokenizer.chat_append(session.messages or (), [], answer=answer)
         if isinstance(request.prompt, str):
             new = request.session is not None and not session.tokens
             return (tokenizer.encode("") if new else []) + tokens
         messages = [part for part in request.prompt if isinstance(part, Message)]
         if not messages:
             return tokens
+        return self._messages(session, messages, answer=answer)
+
+    def _messages(self, session: Session, messages: list[Message], *, answer: bool) -> list[int]:
+        tokenizer = self._model.tokenizer
         if not session.tokens:
-            return tokenizer.chat(messages)
+            return tokenizer.chat(messages, answer=answer)
         if session.messages is None:
             raise InvalidRequest("the session holds a raw prompt: append text or tokens, not messages")
-        chat = session.messages
-        return tokenizer.chat_continue(chat[:-1], chat[-1].content, messages, closed=False)
+        return tokenizer.chat_append(session.messages, messages, answer=answer)
 
-    def record(self, session: Session, generation: Generation) -> None:
-        """Note what a session holds after a request. Errors are those of Database."""
-        self.put(replace(session, tokens=tuple(generation.tokens), messages=_chat(session, generation)))
+    def held(self, generation: Generation) -> list[int]:
+        """Tokens that a session holds after a request, which end where the text that was told does. Before
+        anything was told of an answer to messages, no turn of the model's has begun."""
+        session, prompt = generation.session, generation.prompt
+        if session is None:
+            return list(generation.tokens)
+        messages = [part for part in generation.request.prompt if isinstance(part, Message)]
+        chat = messages or (not generation.request.prompt and _unanswered(session.messages))
+        if chat and not generation.appends and not generation.answered:
+            prompt = self._messages(session, messages, answer=False)
+        return [*generation.before, *prompt, *generation.kept()]
+
+    def after(self, session: Session, generation: Generation, held: list[int]) -> Session:
+        """What a session is after a request, which has left it these tokens."""
+        return replace(
+            session,
+            tokens=tuple(held),
+            messages=_chat(session, generation),
+            model=self._model.name,
+            identity=self._model.identity,
+        )
+
+    def hold(self, session: Session) -> None:
+        """As `put`, where that has failed: it will be written once that can be done."""
+        self.book.hold(session)
+        self._to_keep[session.key] = None
 
     def put(self, session: Session) -> None:
         """As SessionBook.put; what is on disk for it is kept as that of a session."""
@@ -122,6 +165,7 @@ class SessionKeeper:
             created=session.created,
             used=session.used,
             chat=session.messages is not None,
+            model=session.model,
         )
 
     def kv_bytes(self, sequence: Sequence) -> dict[str, int]:
@@ -137,8 +181,10 @@ class SessionKeeper:
         return {"device": 0, "host": 0, "disk": blocks * self._store.column_bytes}
 
     def keep_what_waits(self) -> None:
-        """Of sessions that were written meanwhile: their KV is evicted after that of requests without a
-        session, or not at all if they are pinned. A few at a time: each is looked up block by block."""
+        """Write what is held in memory. Of sessions that were written meanwhile: their KV is evicted after
+        that of requests without a session, or not at all if they are pinned. A few at a time: each is looked
+        up block by block."""
+        self.book.write_held()
         if not self._store.writing:
             for key in list(self._to_keep)[:KEPT_AT_ONCE]:
                 del self._to_keep[key]
@@ -171,13 +217,22 @@ def _given(action: str, into: str | None) -> str:
     return into
 
 
+def _unanswered(messages: tuple[Message, ...] | None) -> bool:
+    """Whether the model is to speak next."""
+    return messages is not None and len(messages) > 0 and messages[-1].role != "assistant"
+
+
 def _chat(session: Session, generation: Generation) -> tuple[Message, ...] | None:
     """The chat that a session holds after a request; None once anything but messages went into it."""
     asked = generation.request.prompt
     new = tuple(message for message in asked if isinstance(message, Message))
-    if not asked:
-        return session.messages
     if len(new) != len(asked) or (session.tokens and session.messages is None):
         return None
-    before = (*(session.messages or ()), *new)
-    return before if generation.appends else (*before, Message(role="assistant", content=generation.text))
+    chat = (*(session.messages or ()), *new)
+    if not chat or not generation.answered:
+        return chat or None
+    if chat[-1].role == "assistant":  # it went on with that
+        chat, text = chat[:-1], chat[-1].content + generation.text
+    else:
+        text = generation.text
+    return (*chat, Message(role="assistant", content=text))

@@ -81,6 +81,9 @@ Prompt = tuple[int, ...] | str | tuple[Message, ...]
 class Generate:
     """Continue a prompt. Answered by Accepted, any number of Progress and Token, then Done or Failed.
 
+    Cancelled, overdue or drained after Accepted, it leaves the prompt and what was told of the answer in its
+    session; before Accepted, or failed otherwise, it leaves that as it was.
+
     request_id names it in later connections too, and without keys lets anybody cancel it: 128 random bits.
     """
 
@@ -281,6 +284,9 @@ class Done(Event):
     text: Annotated[str, Text()]
     usage: Annotated[Usage, Struct(Usage)]
     context: Annotated[str | None, Maybe(HANDLE)] = None
+    saved: Annotated[bool, Flag()] = True
+    """False: its session or context could not be written to disk. It goes on from memory, and is written once
+    that can be done; it is lost if the daemon ends before."""
     prompt_logprobs: Annotated[tuple[PromptLogprob, ...] | None, Maybe(Many(Struct(PromptLogprob)))] = None
 
 
@@ -328,6 +334,8 @@ class SessionInfo:
     used: Annotated[float, Real(0)]
     chat: Annotated[bool | None, Maybe(Flag())] = None
     """Whether it holds messages, which messages go on with; None: an older daemon does not say."""
+    model: Annotated[str, Text()] = ""
+    """The name of the model that it goes on with; empty where that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)

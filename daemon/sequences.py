@@ -17,7 +17,7 @@ from . import tail
 from .runner import Runner
 from .sequence import Sequence
 from .slices import Slice
-from .visibility import CELL, highest_block, sealed_by
+from .visibility import CELL, boundary, highest_block, sealed_by
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,19 @@ class Sequences:
             return None
         return tail.save(self._store, window, sequence, instead_of)
 
+    def reaches(self, sequence: Sequence, tokens: list[int]) -> bool:
+        """Whether its window still holds what follows what it has in common with these tokens: numbers of a
+        cell replace those of the cell before the last."""
+        position = _goes_on_at(sequence, tokens)
+        newest = max(0, sequence.computed - 1)
+        return position == sequence.computed or boundary(position) == boundary(newest)
+
+    def end(self, sequence: Sequence, tokens: list[int]) -> None:
+        """Between requests it holds these tokens; the last, or the first that is another, will be computed
+        next. To be discarded if it does not reach so far."""
+        sequence.computed = _goes_on_at(sequence, tokens)
+        sequence.tokens[:] = tokens
+
     def saved(self, sequence: Sequence, tail_run: RunKey | None) -> bool:
         """Whether `save`, which has returned this tail, could save all that is worth it."""
         return self._store.holds(sequence.table) and (tail_run is not None or sequence.computed < CELL)
@@ -142,3 +155,9 @@ class Sequences:
         assert len(taken) + self._windows.free == self._windows.capacity, "a window is lost"
         self._store.check_integrity([sequence.table for sequence in mine])
         self._runner.check_integrity(mine)
+
+
+def _goes_on_at(sequence: Sequence, tokens: list[int]) -> int:
+    pairs = enumerate(zip(sequence.tokens, tokens, strict=False))
+    common = next((i for i, (a, b) in pairs if a != b), min(len(sequence.tokens), len(tokens)))
+    return max(0, min(sequence.computed, common, len(tokens) - 1))

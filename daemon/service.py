@@ -10,8 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from spilld.cuda_ext.errors import DeviceError, OutOfMemory
-from spilld.offload.errors import OffloadError
+from spilld.cuda_ext.errors import DeviceError
 
 from .config import Config
 from .engine import Engine, Post
@@ -22,8 +21,8 @@ from .errors import (
     InvalidRequest,
     Overloaded,
     SpilldError,
-    StorageFailed,
 )
+from .faults import is_lost, logged, typed
 from .generation import NOBODY
 from .protocol import (
     ChangeSession,
@@ -50,6 +49,10 @@ SETTLE_S = 0.02
 """How often it looks whether a write has ended, which the index does not know before."""
 
 
+HOPELESS = 3
+"""Turns in a row that fail with no request to blame: the engine ends then, and the next may do better."""
+
+
 class EngineService:
     """Implements server.Service. An intake thread turns text into tokens, the engine's thread does the rest,
     so that neither a long text nor a long step makes the server wait."""
@@ -62,8 +65,8 @@ class EngineService:
         max_queue: int,
         on_lost: Callable[[], None] = lambda: None,
     ) -> None:
-        """build makes the engine, given where its events go. on_lost: called in its thread when the device is
-        lost: the engine computes nothing any more, and `lost` says why."""
+        """build makes the engine, given where its events go. on_lost: called in its thread when the engine
+        computes nothing any more, and `lost` says why: the device is lost, or no turn succeeds."""
         self.lost: str | None = None
         self._on_lost = on_lost
         self._welcome = welcome
@@ -72,6 +75,7 @@ class EngineService:
         self._engine = build(self._pass_on)
         self._unfinished = 0
         self._turns = 0
+        self._failures = 0
         self._count_lock = threading.Lock()
         self._draining = False
         self._stopping = False
@@ -195,7 +199,7 @@ class EngineService:
                 )
             return tokens
         if request.context is None and request.session is None:
-            return model.tokenizer.chat(messages)
+            return model.tokenizer.chat(messages, answer=request.max_tokens > 0)
         return []
 
     # The engine's thread.
@@ -207,71 +211,91 @@ class EngineService:
                 self._take_messages()
                 if not self._engine.turn():
                     self._wait()
+                self._failures = 0
             except Exception as error:  # noqa: BLE001 (it is logged)
                 self._failed(error)
         self._end()
 
     def _failed(self, error: Exception) -> None:
-        if isinstance(error, DeviceError) and not isinstance(error, OutOfMemory):
-            log.critical("the device is lost: %s", error)
-            self.lost = str(error)
-            self._engine.lose()
-            self._on_lost()
+        """A turn failed, and the engine blamed no request: those that ran may be the cause, else any is."""
+        if is_lost(error):
+            self._give_up(f"the device is lost: {error}")
             return
-        log.exception("a step failed", exc_info=error)
-        self._engine.fail_running(InternalError(f"a step failed: {error!r}; the daemon's log says where"))
+        self._failures += 1
+        if self._failures >= HOPELESS:
+            self._give_up(f"{HOPELESS} steps in a row failed: {error!r}")
+            return
+        failure = typed(error, "a step failed")
+        with logged("what ran in it could not be ended"):
+            if self._failures == 1:
+                self._engine.fail_running(failure)
+            else:
+                self._engine.fail_all(failure)
+
+    def _give_up(self, why: str) -> None:
+        log.critical("%s", why)
+        self.lost = why
+        self._engine.lose()
+        self._on_lost()
 
     def _end(self) -> None:
         """Save what runs, as far as the device is there."""
         try:
             self._take_messages()
             self._suspended = self._engine.suspend()
-        except DeviceError as error:
-            self._failed(error)
-            self._suspended = self._engine.suspend()
+        except Exception as error:  # noqa: BLE001 (it is logged)
+            self._give_up(f"what runs cannot be saved: {error!r}")
+            with logged("the engine could not be stopped in order"):
+                self._suspended = self._engine.suspend()
         finally:
             self._engine.close()
 
     def _take_messages(self) -> None:
         while not self._inbox.empty():
-            self._inbox.get()()
+            self._take(self._inbox.get())
+
+    def _take(self, act: Callable[[], None]) -> None:
+        """One message. What goes wrong with it touches no other."""
+        with logged("a message could not be dealt with"):
+            act()
 
     def _wait(self) -> None:
         self._engine.rest()
         try:
-            self._inbox.get(timeout=SETTLE_S if self._engine.writing else IDLE_S)()
+            act = self._inbox.get(timeout=SETTLE_S if self._engine.writing else IDLE_S)
         except queue.Empty:
             return
+        self._take(act)
 
     def _arrive(self, client: bytes, request: Generate, prompt: list[int], arrived: float) -> None:
         try:
             self._engine.add(client, request, prompt, arrived)
-        except SpilldError as error:
-            self._refuse(client, request, error)
         except Exception as error:
-            log.exception("request %s could not be added", request.request_id)
-            self._refuse(client, request, InternalError(f"the request could not be added: {error!r}"))
+            self._refuse(client, request, typed(error, "the request could not be added"))
+            if is_lost(error):
+                raise
 
     def _resume(self, client: bytes, request: Resume) -> None:
         """What was missed is posted as it was, not counted again."""
         try:
             for event in self._engine.resume(client, request):
                 self._post(client, event)
-        except SpilldError as error:
-            self._post(client, Failed.because(error, request.request_id, request.next_seq))
-        except (OSError, OffloadError) as error:
-            failed = StorageFailed(f"the events of this request cannot be read: {error}")
-            self._post(client, Failed.because(failed, request.request_id, request.next_seq))
+        except Exception as error:
+            failure = typed(error, "the events of this request cannot be read")
+            self._post(client, Failed.because(failure, request.request_id, request.next_seq))
+            if is_lost(error):
+                raise
 
     def _manage(self, client: bytes, request: Release | ListSessions | ChangeSession) -> None:
         try:
             reply = self._engine.manage(request)
-        except SpilldError as error:
-            reply = Failed.because(error, request.request_id)
-        except (OSError, OffloadError) as error:
-            failed = StorageFailed(f"the sessions cannot be changed: {error}")
-            reply = Failed.because(failed, request.request_id)
-        self._pass_on(client, reply)
+        except Exception as error:
+            failure = typed(error, "the sessions cannot be listed or changed")
+            self._pass_on(client, Failed.because(failure, request.request_id))
+            if is_lost(error):
+                raise
+        else:
+            self._pass_on(client, reply)
 
     # Both.
 

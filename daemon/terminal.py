@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,10 @@ from .errors import ContextNotFound, StateFolderError
 from .extra import engine
 
 ABOUT = "{text}\n\n"
+UNSAVED = (
+    "spilld: the session could not be written to disk, the daemon's log says why: it goes on, and is kept once "
+    "there is room, but is lost if the daemon is killed before"
+)
 QUESTION = "Question: {question}\nAnswer:"
 
 
@@ -106,6 +111,8 @@ def show(generation: Generation, console: Console) -> Done:
                 console.print(event.text, end="", markup=False, highlight=False, soft_wrap=True)
             elif isinstance(event, Done):
                 console.print(event.text[shown:], markup=False, highlight=False, soft_wrap=True)
+    if not generation.result.saved:
+        print(UNSAVED, file=sys.stderr)
     return generation.result
 
 
@@ -119,14 +126,16 @@ def prefill_bar(console: Console) -> Iterator[Bar]:
 
 def sessions(client: Client) -> None:
     """The sessions, and where their KV lies."""
-    table = Table("session", "tokens", "device", "host", "disk", "used", "")
+    table = Table("session", "model", "tokens", "device", "host", "disk", "used", "")
     for info in client.sessions():
         sizes = [size(info.kv_bytes.get(tier, 0)) for tier in ("device", "host", "disk")]
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.used))
         marks = [word for word, on in (("pinned", info.pinned), ("running", info.running)) if on]
         if info.ttl_s is not None:
             marks.append(f"expires after {info.ttl_s:g} s")
-        table.add_row(escape(info.name), f"{info.tokens:,}", *sizes, used, ", ".join(marks))
+        table.add_row(
+            escape(info.name), escape(info.model), f"{info.tokens:,}", *sizes, used, ", ".join(marks)
+        )
     Console().print(table)
 
 

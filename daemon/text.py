@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a decoder shows for bytes that are no character, or not one yet."""
 
+CHANGED = (
+    "this model's chat template changes earlier turns, so a context cannot be continued: "
+    "send the whole conversation without a context"
+)
+
 
 class Tokenizer:
     """A model's tokenizer and chat template.
@@ -87,34 +92,56 @@ class Tokenizer:
         """Whether a token never shows in text: special, or an id the tokenizer does not know."""
         return token in self._special or self._backend.id_to_token(token) is None
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to where the model's answer begins.
+    def chat(self, messages: Sequence[Message], *, answer: bool = True) -> list[int]:
+        """Token ids of a conversation up to where the model's answer begins; without `answer` up to the end
+        of the last message.
 
         Raises InvalidRequest if the model has no chat template or its template refuses these messages.
         """
-        return self.encode(self._render([_turn(message) for message in messages]), start=False)
+        return self.encode(self._render([_turn(message) for message in messages], answer=answer), start=False)
+
+    def chat_append(
+        self, past: Sequence[Message], messages: Sequence[Message], *, answer: bool = True
+    ) -> list[int]:
+        """Token ids to append to a context that holds `past`: all of it, or, where its last message is the
+        model's, all up to the end of what that says. Raises as chat_continue."""
+        if past and past[-1].role == "assistant":
+            return self.chat_continue(past[:-1], past[-1].content, messages, closed=False, more=answer)
+        turns = [_turn(message) for message in past]
+        before = self._render(turns, answer=False) if turns else ""
+        whole = self._render([*turns, *(_turn(message) for message in messages)], answer=answer)
+        if not whole.startswith(before):
+            raise InvalidRequest(CHANGED)
+        return self.encode(whole[len(before) :], start=False)
 
     def chat_continue(
-        self, previous: Sequence[Message], answer: str, messages: Sequence[Message], *, closed: bool
+        self,
+        previous: Sequence[Message],
+        answer: str,
+        messages: Sequence[Message],
+        *,
+        closed: bool,
+        more: bool = True,
     ) -> list[int]:
         """Token ids to append to a context that holds `previous` and the model's `answer` to it.
 
         closed: the context's last token already ends the answer's turn; otherwise the first ids returned do.
-        Raises InvalidRequest if the template renders the past otherwise once the conversation goes on.
+        more: the model is to answer again. Raises InvalidRequest if the template renders the past otherwise
+        once the conversation goes on.
         """
+        if not messages:
+            return []
         turns = [_turn(message) for message in previous]
         opened = self._render(turns)
         whole = self._render(
-            [*turns, {"role": "assistant", "content": answer}, *(_turn(message) for message in messages)]
+            [*turns, {"role": "assistant", "content": answer}, *(_turn(message) for message in messages)],
+            answer=more,
         )
         rest = whole[len(opened) :]
         if not rest.startswith(answer):  # templates may strip the answer or set it off by a space
             rest, answer = rest.lstrip(), answer.strip()
         if not whole.startswith(opened) or not rest.startswith(answer):
-            raise InvalidRequest(
-                "this model's chat template changes earlier turns, so a context cannot be continued: "
-                "send the whole conversation without a context"
-            )
+            raise InvalidRequest(CHANGED)
         tail = self.encode(rest[len(answer) :], start=False)
         return self._without_turn_end(tail) if closed else tail
 
@@ -124,7 +151,7 @@ class Tokenizer:
             return tail
         return tail[end + 1 :]
 
-    def _render(self, turns: list[dict[str, str]]) -> str:
+    def _render(self, turns: list[dict[str, str]], *, answer: bool = True) -> str:
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -134,7 +161,7 @@ class Tokenizer:
             rendered, _ = render_jinja_template(
                 conversations=[turns],
                 chat_template=self._template,
-                add_generation_prompt=True,
+                add_generation_prompt=answer,
                 **self._variables,
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:

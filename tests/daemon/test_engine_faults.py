@@ -16,7 +16,7 @@ import pytest
 from spilld.cuda_ext.cpu_device import CpuDevice
 from spilld.cuda_ext.errors import OutOfMemory
 from spilld.daemon.attention import TieredAttention
-from spilld.daemon.errors import InternalError, PromptTooLong, StorageFailed
+from spilld.daemon.errors import PromptTooLong, StorageFailed
 from spilld.daemon.model import Model
 from spilld.daemon.protocol import Failed, PromptLogprob
 from spilld.offload.errors import ExtentMissing
@@ -270,10 +270,8 @@ def test_a_step_that_breaks_leaves_nothing_behind(
             harness.add(name, PROMPT, **FIELDS)
             until_said(harness, 2, name)
             monkeypatch.setattr(TieredAttention, "attend", breaks)
-            with pytest.raises(RuntimeError, match="a bug"):
-                harness.engine.turn()
+            harness.engine.turn()
             monkeypatch.undo()
-            harness.engine.fail_running(InternalError("a step failed"))
             harness.engine.check_integrity()
             assert isinstance(harness.events[name][-1], Failed)
         assert harness.ask(PROMPT, **FIELDS) == expected

@@ -298,7 +298,7 @@ def test_a_gpu_that_fails_is_a_lost_device(model: Model, tmp_path: Path) -> None
         service.submit(CLIENT, Generate(request_id="long", prompt=tuple(PROMPTS["long"]), **FIELDS))
         lost.wait(60)
         assert service.stop() == {"long"}
-        assert service.lost == "torch: an illegal memory access"
+        assert service.lost == "the device is lost: torch: an illegal memory access"
         assert [event.token for event in posted if isinstance(event, Token)] == wanted[:1]
     with engine(model, tmp_path, **SETTINGS) as harness:
         for left in harness.engine.left_behind():

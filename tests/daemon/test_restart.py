@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from spilld.daemon import sessions
 from spilld.daemon.errors import InvalidRequest, RequestNotFound, StorageFailed
 from spilld.daemon.model import Model
 from spilld.daemon.protocol import (
@@ -395,13 +394,58 @@ def test_events_that_could_not_be_written(
         assert_same(resumed(harness), wanted)
 
 
-def test_a_schema_without_a_journal_is_upgraded(model: Model, tmp_path: Path) -> None:
+SESSIONS_BEFORE = """
+CREATE TABLE sessions (
+    tenant TEXT, name TEXT, tokens BLOB NOT NULL, messages BLOB, listed INTEGER NOT NULL,
+    pinned INTEGER NOT NULL, ttl_s REAL, created REAL NOT NULL, used REAL NOT NULL, PRIMARY KEY (tenant, name)
+) WITHOUT ROWID;
+"""
+JOURNAL_BEFORE = """
+CREATE TABLE requests (
+    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, message BLOB NOT NULL, prompt BLOB, handle TEXT,
+    fingerprint BLOB NOT NULL, arrived REAL NOT NULL, ended REAL
+);
+CREATE INDEX requests_by_end ON requests (ended);
+CREATE TABLE events (
+    request INTEGER, seq INTEGER, message BLOB NOT NULL, PRIMARY KEY (request, seq)
+) WITHOUT ROWID;
+"""
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_the_book_of_an_older_version_is_upgraded(model: Model, schema: int, tmp_path: Path) -> None:
+    """Its sessions go on, and, where it has a journal, its requests."""
     with life(model, tmp_path / "s") as harness:
-        harness.ask(PROMPT, session="s", **FIELDS)
-    with sqlite3.connect(tmp_path / "s" / "sessions.sqlite") as db:
-        db.executescript("DROP TABLE requests; DROP TABLE events; PRAGMA user_version = 1")
-    db.close()
-    Database(tmp_path / "s" / "sessions.sqlite", 1, sessions.CREATE).close()
-    with life(model, tmp_path / "s") as harness:
-        assert harness.engine._keeper.book.get("", "s").tokens[: len(PROMPT)] == tuple(PROMPT)
-        assert harness.ask(PROMPT[:40], session="s", **FIELDS)
+        harness.ask(PROMPT, "first", session="s", **FIELDS)
+        harness.add("r", PROMPT, **FIELDS)
+        for _ in range(10):
+            harness.engine.turn()
+        copy = killed(tmp_path / "s")
+        harness.run()
+        wanted = harness.events["r"]
+    new, old = (copy / name for name in ("sessions.sqlite", "old.sqlite"))
+    Database(old, schema, SESSIONS_BEFORE + (JOURNAL_BEFORE if schema == 2 else "")).close()
+    with closing(sqlite3.connect(old)) as db:
+        db.execute("ATTACH ? AS new", (str(new),))
+        db.execute(
+            "INSERT INTO sessions SELECT tenant, name, tokens, messages, listed, pinned, ttl_s, created, used"
+            " FROM new.sessions"
+        )
+        if schema == 2:
+            columns = "number, id, message, prompt, handle, fingerprint, arrived, ended"
+            db.execute(f"INSERT INTO requests SELECT {columns} FROM new.requests")
+            db.execute("INSERT INTO events SELECT * FROM new.events")
+        db.commit()
+    for left in copy.glob("sessions.sqlite*"):
+        left.unlink()
+    old.rename(new)
+    with life(model, copy) as harness:
+        (info,) = harness.engine._keeper.book.of("")
+        assert info.tokens[: len(PROMPT)] == tuple(PROMPT)
+        assert info.model == "", "nobody knows"
+        if schema == 2:
+            assert_same(resumed(harness), wanted)
+        assert harness.ask(PROMPT[:40], "more", session="s", **FIELDS)
+        (info,) = harness.engine._keeper.book.of("")
+        assert info.model == model.name
+    assert not list(copy.glob("*.damaged"))

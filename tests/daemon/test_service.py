@@ -48,7 +48,7 @@ class Desk:
     """A running service, and what it has said by request id."""
 
     def __init__(self, model: Model, state: Path, **settings: Any) -> None:
-        config = Config.load(None, {"dtype": "float32", "state": str(state), **settings})
+        self.config = config = Config.load(None, {"dtype": "float32", "state": str(state), **settings})
         self.events: dict[str, list[Reply]] = {}
         self._change = threading.Condition()
         self.engine: Engine
