@@ -487,6 +487,9 @@ class Engine:
         if generation.session is not None:
             generation.prompt = self._keeper.prompt(request, generation.prompt, generation.session)
             generation.history = [] if sequence else list(generation.session.tokens)
+            if sequence is not None and self._is_computed(sequence, generation):
+                self._sequences.discard(self.contexts.claim(generation.session.key) or sequence)
+                sequence, generation.history = None, list(generation.session.tokens)
         before = sequence.tokens if sequence else generation.history
         self._refuse_unknown("the session", before)
         self._refuse_unknown("the prompt", generation.prompt)
@@ -501,6 +504,10 @@ class Engine:
             self.contexts.claim(key)
         self._generations[generation.job] = generation
         self._scheduler.add(job)
+
+    def _is_computed(self, sequence: Sequence, generation: Generation) -> bool:
+        """Nothing is left of which there would be logits: what is on disk is without the last token."""
+        return not (generation.prompt or generation.appends or sequence.computed < len(sequence.tokens))
 
     def _refuse_unknown(self, what: str, tokens: list[int]) -> None:
         """Raises InvalidRequest for ids that the model has no embedding of."""
@@ -531,7 +538,7 @@ class Engine:
         return Job(
             id=generation.job,
             position=position,
-            known=known + len(generation.answer) - generation.held_back,
+            known=max(position, known + len(generation.answer) - generation.held_back),
             chunk=self._chunk_tokens if generation.request.prompt_logprobs is None else PROMPT_LOGPROB_CHUNK,
             window=sequence is None,
             blocks=max(0, blocks - (sequence.table.promised if sequence else 0)),

@@ -84,14 +84,15 @@ class Sequences:
 
     def reaches(self, sequence: Sequence, tokens: list[int]) -> bool:
         """Whether its window still holds what follows what it has in common with these tokens: numbers of a
-        cell replace those of the cell before the last."""
+        cell replace those of the cell before the last, which its first token seals."""
         position = _goes_on_at(sequence, tokens)
         newest = max(0, sequence.computed - 1)
-        return position == sequence.computed or boundary(position) == boundary(newest)
+        within = boundary(position) == boundary(newest) and not _seals(position)
+        return position == sequence.computed or within
 
     def end(self, sequence: Sequence, tokens: list[int]) -> None:
-        """Between requests it holds these tokens; the last, or the first that is another, will be computed
-        next. To be discarded if it does not reach so far."""
+        """Between requests it holds these tokens; the first that is another will be computed next, or the
+        last: its logits are wanted. To be discarded if it does not reach so far."""
         sequence.computed = _goes_on_at(sequence, tokens)
         sequence.tokens[:] = tokens
 
@@ -160,4 +161,10 @@ class Sequences:
 def _goes_on_at(sequence: Sequence, tokens: list[int]) -> int:
     pairs = enumerate(zip(sequence.tokens, tokens, strict=False))
     common = next((i for i, (a, b) in pairs if a != b), min(len(sequence.tokens), len(tokens)))
-    return max(0, min(sequence.computed, common, len(tokens) - 1))
+    position, last = min(sequence.computed, common), max(0, len(tokens) - 1)
+    return last if position > last and not _seals(last) else position
+
+
+def _seals(position: int) -> bool:
+    """To compute this token is to seal a cell, which is done once."""
+    return position % CELL == 0 and position >= SEALS

@@ -26,7 +26,7 @@ from .extra import engine
 
 ABOUT = "{text}\n\n"
 UNSAVED = (
-    "spilld: the session could not be written to disk, the daemon's log says why: it goes on, and is kept once "
+    "spilld: the session could not be written to disk, as the daemon's log says: it goes on, is kept once "
     "there is room, but is lost if the daemon is killed before"
 )
 QUESTION = "Question: {question}\nAnswer:"

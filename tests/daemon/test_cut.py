@@ -1,0 +1,109 @@
+"""Where an answer's text is cut, tokens are found that show it: its own, then the rest of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spilld.daemon.cut import LOOK_BACK, cut
+from spilld.daemon.text import Detokenizer, Tokenizer
+
+from .tiny_models import SPECIAL, VOCAB, byte_fallback, byte_level
+
+WORDS = [
+    "the",
+    "model",
+    "hello",
+    "Question:",
+    "\n",
+    "\n\n",
+    " ",
+    "  ",
+    "日本語",
+    "😀",
+    "é",
+    "e\u0301",
+    "1234",
+    "...",
+    "a b",
+]
+TEXT = st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(" ".join) | st.text(max_size=60)
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_float32: Path) -> Tokenizer:
+    return Tokenizer.load(smollm2_float32)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tokenizer:
+    return Tokenizer(byte_level().backend_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def fallback() -> Tokenizer:
+    return Tokenizer(byte_fallback())
+
+
+@pytest.fixture(scope="module", params=["smollm2", "tiny", "fallback"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    found: Tokenizer = request.getfixturevalue(request.param)
+    return found
+
+
+def pushed(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, prompt)
+    return [detokenizer.push(token) for token in answer]
+
+
+def check(tokenizer: Tokenizer, prompt: list[int], answer: list[int], length: int) -> None:
+    """Cut behind so many characters."""
+    pieces = pushed(tokenizer, prompt, answer)
+    ends, text = list(accumulate(map(len, pieces))), "".join(pieces)[:length]
+    kept = cut(tokenizer, prompt, answer, ends, text)
+    detokenizer = Detokenizer(tokenizer, prompt)
+    shown = "".join([*map(detokenizer.push, kept), detokenizer.finish()])
+    assert shown == text
+    whole = sum(end <= len(text) for end in ends)
+    sure = max(0, whole - LOOK_BACK)
+    assert kept[:sure] == answer[:sure]
+
+
+@settings(max_examples=200)
+@given(data=st.data(), before=st.sampled_from(["", "Once", "a\n", "the model: "]), text=TEXT)
+def test_any_text_anywhere(tokenizer: Tokenizer, data: st.DataObject, before: str, text: str) -> None:
+    prompt = tokenizer.encode(before)
+    whole = tokenizer.encode(before + text)
+    answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt else tokenizer.encode(text, start=False)
+    length = data.draw(st.integers(0, len("".join(pushed(tokenizer, prompt, answer)))))
+    check(tokenizer, prompt, answer, length)
+
+
+@settings(max_examples=200)
+@given(data=st.data(), answer=st.lists(st.integers(len(SPECIAL), VOCAB - 1), min_size=1, max_size=60))
+def test_any_tokens_anywhere(tiny: Tokenizer, data: st.DataObject, answer: list[int]) -> None:
+    """As a model with random weights has it: no tokenizer would write them so."""
+    prompt = tiny.encode("the model")
+    length = data.draw(st.integers(0, len("".join(pushed(tiny, prompt, answer)))))
+    check(tiny, prompt, answer, length)
+
+
+def test_a_token_is_cut_in_two(smollm2: Tokenizer) -> None:
+    prompt, answer = smollm2.encode("It is"), smollm2.encode(" wonderful")
+    assert len(answer) == 1
+    kept = cut(smollm2, prompt, answer, [10], " won")
+    assert kept == smollm2.encode(" won")
+
+
+def test_half_a_character_does_not_stay(smollm2: Tokenizer) -> None:
+    """Its bytes came in tokens of their own, whose text is empty."""
+    answer = smollm2.encode("ok 🦖", start=False)
+    ends = list(accumulate(map(len, pushed(smollm2, [], answer))))
+    assert ends[-3] == ends[-2] < ends[-1], "the character is several tokens"
+    for text in ("o", "ok", "ok "):
+        assert smollm2.decode(cut(smollm2, [], answer, ends, text)) == text
