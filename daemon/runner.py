@@ -76,11 +76,11 @@ class Runner:
         every slice where the GPU had no memory for the module. Raises LaunchFailed if the device is lost.
         """
         parts = _in_rows(slices)
-        self._read_for(parts)
-        self._begin_promotions(parts)
         forward = self._forward if self._decoder is None else self._decoder.run
         rows = [part.start + row for part, kept in zip(slices, keep, strict=True) for row in kept]
         try:
+            self._read_for(parts)
+            self._begin_promotions(parts)
             with torch.inference_mode(), gpu_errors():
                 logits = forward(parts, rows)
         except BaseException as error:  # reads that nobody takes would keep their staging buffers for good

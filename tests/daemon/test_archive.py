@@ -19,8 +19,10 @@ from spilld.daemon.errors import (
     CorruptArchive,
     Draining,
     ForeignArchive,
+    ForeignSession,
     InvalidRequest,
     Overloaded,
+    PromptTooLong,
     TransferNotFound,
 )
 from spilld.daemon.model import Model
@@ -319,6 +321,31 @@ class TestRefused:
             _, content = exported(harness)
         with engine(model, tmp_path / "b") as harness, pytest.raises(CorruptArchive, match="does not know"):
             imported(harness, content)
+
+    @pytest.mark.parametrize("longest", [300, 308, 309])
+    def test_more_tokens_than_a_session_may_have(self, model: Model, longest: int, tmp_path: Path) -> None:
+        """A full one is taken: it can be looked at, and exported again."""
+        with engine(model, tmp_path / "a") as harness:
+            harness.ask(PROMPT[:300], session="s", **FIELDS)
+            _, content = exported(harness)
+        with engine(model, tmp_path / "b", max_context=longest) as harness:
+            if longest < 308:
+                with pytest.raises(PromptTooLong, match="holds 308 tokens, a session here at most 300"):
+                    imported(harness, content)
+                assert names(harness) == []
+            else:
+                assert imported(harness, content).session.tokens == 308
+                assert harness.ask([], session="s", max_tokens=0) == []
+
+    def test_a_session_of_another_model_is_not_exported_as_one_of_this(
+        self, model: Model, tmp_path: Path
+    ) -> None:
+        with engine(model, tmp_path / "a") as harness:
+            harness.ask(PROMPT[:30], session="s", **FIELDS)
+            book = harness.engine._keeper.book
+            book.put(replace(book.get("", "s"), model="other", identity=b"another"))
+            with pytest.raises(ForeignSession, match="is of model 'other', here is"):
+                exported(harness)
 
 
 @pytest.fixture(scope="session")
