@@ -11,14 +11,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .convert import FAILED, refuse_what_would_load_wrongly
-from .digest import digest
+from .convert import FAILED
+from .digest import digest, is_noted
 from .errors import ConfigError, ModelError, UnknownModel, error_for
 from .folder import check_folder
 from .gguf_header import read_header
+from .gguf_metadata import check_header
 from .weights import model_files, read_layout, tokenizer_files
 
-CONVERSION = 2
+CONVERSION = 3
 """Part of a converted folder's name: raise it when convert.py turns the same source into something else."""
 
 
@@ -125,12 +126,12 @@ def _what_is_known() -> str:
 
 def _converted(name: str, sources: list[Path], cache: Path, dtype: str) -> Path:
     files = model_files(sources[0]) if sources[0].is_dir() else sources
+    if len(sources) == 1 and sources[0].is_file() and not is_noted(sources[0], cache):
+        check_header(read_header(sources[0]), name)  # refused at once, before all of it is read
     key = digest(files, cache).hex()[:12]
     target = cache / "models" / f"{re.sub('[^A-Za-z0-9._-]', '_', name)}-{dtype}-{key}-v{CONVERSION}"
     if not target.is_dir():
         _make_room(target.parent)
-        if sources[0].is_file() and len(sources) == 1:  # refused at once, without the child
-            refuse_what_would_load_wrongly(read_header(sources[0]), name)
         _run_converter(name, sources, target, dtype)
     return target
 

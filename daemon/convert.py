@@ -21,10 +21,8 @@ from typing import Any
 
 from .errors import CorruptModel, ModelError, UnsupportedModel
 from .gguf_header import GgufHeader, read_header
+from .gguf_metadata import check_config, check_header, complete
 from .weights import model_files
-
-GGUF_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
-"""GGUF's general.architecture of the supported families."""
 
 FAILED = 3
 """Exit status of a failure that was reported on stdout."""
@@ -72,29 +70,9 @@ def convert(sources: list[Path], target: Path, dtype: str) -> None:
             shutil.rmtree(building, ignore_errors=True)
 
 
-def refuse_what_would_load_wrongly(header: GgufHeader, name: str) -> None:
-    """Raise UnsupportedModel for a GGUF whose metadata transformers' reader drops in silence."""
-    if header.architecture not in GGUF_ARCHITECTURES:
-        raise UnsupportedModel(
-            f"{name}: GGUF architecture {header.architecture!r} is not supported; "
-            f"{', '.join(GGUF_ARCHITECTURES)} are"
-        )
-    scaling = header.of_model("rope.scaling.type")
-    if scaling not in (None, "none") or any(tensor.startswith("rope_") for tensor in header.tensors):
-        raise UnsupportedModel(
-            f"{name}: its RoPE scaling cannot be read from GGUF; use the model's Hugging Face folder"
-        )
-    if header.of_model("expert_count"):
-        raise UnsupportedModel(f"{name}: mixture-of-experts models are not supported")
-    if header.architecture in ("gemma2", "gemma3") and header.of_model("attention.key_length") != 256:
-        raise UnsupportedModel(
-            f"{name}: GGUF does not state this size's attention scale; use the model's Hugging Face folder"
-        )
-
-
 def _from_gguf(gguf: Path, target: Path, dtype: str) -> None:
     header = read_header(gguf)
-    refuse_what_would_load_wrongly(header, gguf.name)
+    check_header(header, gguf.name)
     from .gguf_reader import parsed_once
 
     with parsed_once():
@@ -103,19 +81,25 @@ def _from_gguf(gguf: Path, target: Path, dtype: str) -> None:
 
 def _load_and_save(gguf: Path, header: GgufHeader, target: Path, dtype: str) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from .model import LOADING_ERRORS
 
     _say(f"reading {gguf.name} ({gguf.stat().st_size >> 20} MiB) as {dtype}")
     where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     try:
+        config = AutoConfig.from_pretrained(gguf.parent, **where)
+        complete(config, header, gguf.name)
+        check_config(config, header, gguf.name)
         module, report = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
+            config=config,
             dtype=getattr(torch, dtype),
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
             **where,
         )
-    except (ValueError, KeyError, RuntimeError) as error:
+    except LOADING_ERRORS as error:
         raise CorruptModel(f"{gguf.name} cannot be loaded: {error}") from error
     _check_complete(gguf.name, module, report, header)
     module.generation_config.eos_token_id = _end_ids(module.config.eos_token_id, header)
@@ -145,9 +129,7 @@ def _check_complete(name: str, module: Any, report: dict[str, Any], header: Gguf
             f"{name} has {len(header.tensors)} tensors where its family has {parameters}; "
             "it would not be the same model"
         )
-    window = header.of_model("attention.sliding_window")
-    if window and window != getattr(module.config, "sliding_window", None):
-        raise UnsupportedModel(f"{name}: its sliding window of {window} tokens cannot be read from GGUF")
+    check_config(module.config, header, name)
 
 
 def _end_ids(eos: int | list[int] | None, header: GgufHeader) -> list[int]:

@@ -47,8 +47,18 @@ def digest(files: Iterable[Path], cache: Path) -> bytes:
     return xxhash.xxh3_128_digest(b"".join(_file_digest(file.resolve(), cache) for file in files))
 
 
+def is_noted(file: Path, cache: Path) -> bool:
+    """Whether `digest` knows the file without reading it."""
+    file = file.resolve()
+    return _noted(_note(file, cache), _state(file)) is not None
+
+
+def _note(file: Path, cache: Path) -> Path:
+    return cache / "digests" / hashlib.blake2b(os.fsencode(file), digest_size=16).hexdigest()
+
+
 def _file_digest(file: Path, cache: Path) -> bytes:
-    note = cache / "digests" / hashlib.blake2b(os.fsencode(file), digest_size=16).hexdigest()
+    note = _note(file, cache)
     if (known := _noted(note, _state(file))) is not None:
         return known
     for _ in range(_ATTEMPTS):

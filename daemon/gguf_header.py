@@ -1,6 +1,7 @@
 """The header of a GGUF file: enough to refuse what transformers would load wrongly, without its 11 s reader.
 
-Layout: github.com/ggml-org/ggml docs/gguf.md, versions 2 and 3, little endian.
+Layout: github.com/ggml-org/ggml docs/gguf.md, versions 2 and 3, little endian. Whatever a header claims,
+reading it takes seconds and little memory: counts and lengths are bounded before they are believed.
 """
 
 from __future__ import annotations
@@ -32,19 +33,37 @@ _SCALARS = {
 }
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
-Value = int | float | bool | str | None
+_MOST_VALUES = 1 << 16
+_MOST_TENSORS = 1 << 16
+_MOST_STRINGS = 1 << 22
+"""Of all arrays together: a vocabulary and its merges."""
+
+_LONGEST_STRING = 1 << 24
+_LONGEST_ARRAY = 1 << 12
+"""Of numbers, to be kept: one for each layer."""
+
+_MOST_DIMENSIONS = 4
+
+Scalar = int | float | bool | str
+Value = Scalar | tuple[Scalar, ...] | None
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """`values` has the scalar and string keys; arrays are None there (only their presence is known)."""
+    """`values` has the scalar and string keys and short arrays of numbers; other arrays are None there (only
+    their presence is known). tensors: names and GGML types."""
 
     values: dict[str, Value]
-    tensors: tuple[str, ...]
+    tensors: dict[str, int]
 
     @property
     def architecture(self) -> str:
         return str(self.values["general.architecture"])
+
+    def model_keys(self) -> list[str]:
+        """Those under the architecture's own prefix, without it."""
+        prefix = f"{self.architecture}."
+        return [key.removeprefix(prefix) for key in self.values if key.startswith(prefix)]
 
     def of_model(self, key: str) -> Value:
         """The value under the architecture's own prefix, or None."""
@@ -54,7 +73,8 @@ class GgufHeader:
 def read_header(path: Path) -> GgufHeader:
     """Read and check the header and that every tensor lies inside the file.
 
-    Raises CorruptModel (no GGUF, damaged or truncated) or UnsupportedModel (version or tensor type).
+    Raises CorruptModel (no GGUF, damaged or truncated) or UnsupportedModel (version, tensor type, or one part
+    of a file that was split).
     """
     size = path.stat().st_size
     if size < 24:
@@ -73,27 +93,40 @@ class _Cursor:
         self._data = data
         self._path = path
         self._at = 4
+        self._strings = 0
 
     def header(self) -> GgufHeader:
         version, tensor_count, value_count = self._number(_U32), self._number(_U64), self._number(_U64)
         if version not in (2, 3):
             raise UnsupportedModel(f"{self._path} is GGUF version {version}; 2 and 3 are supported")
+        _bounded("values", value_count, _MOST_VALUES)
+        _bounded("tensors", tensor_count, _MOST_TENSORS)
         values: dict[str, Value] = {}
         for _ in range(value_count):
-            key = self._string()
+            if (key := self._string()) in values:
+                raise IndexError(f"{key} twice")
             values[key] = self._value(self._number(_U32))
+        _refuse_a_part(self._path, values)
         if "general.architecture" not in values:
             raise CorruptModel(f"{self._path}: the GGUF header names no general.architecture")
-        tensors = [self._tensor() for _ in range(tensor_count)]
-        alignment = int(values.get("general.alignment") or 32)
+        alignment = values.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise IndexError(f"an alignment of {alignment}")
+        tensors: dict[str, int] = {}
+        last, reached = "", 0
+        for _ in range(tensor_count):
+            name, kind, end = self._tensor()
+            if name in tensors:
+                raise IndexError(f"tensor {name} twice")
+            tensors[name] = kind
+            last, reached = max((last, reached), (name, end), key=lambda found: found[1])
         start = -(-self._at // alignment) * alignment
-        for name, end in tensors:
-            if start + end > len(self._data):
-                raise CorruptModel(
-                    f"{self._path} is cut off: tensor {name} ends at byte {start + end}, "
-                    f"the file at {len(self._data)}"
-                )
-        return GgufHeader(values, tuple(name for name, _ in tensors))
+        if start + reached > len(self._data):
+            raise CorruptModel(
+                f"{self._path} is cut off: tensor {last} ends at byte {start + reached}, "
+                f"the file at {len(self._data)}"
+            )
+        return GgufHeader(values, tensors)
 
     def _number(self, code: struct.Struct) -> int:
         value: int = code.unpack_from(self._data, self._at)[0]
@@ -101,7 +134,7 @@ class _Cursor:
         return value
 
     def _string(self) -> str:
-        length = self._number(_U64)
+        length = _bounded("bytes of a string", self._number(_U64), _LONGEST_STRING)
         text = self._data[self._at : self._at + length]
         if len(text) != length:
             raise IndexError(f"a string of {length} bytes at {self._at}")
@@ -115,22 +148,49 @@ class _Cursor:
             return self._number(_SCALARS[kind])
         of, count = self._number(_U32), self._number(_U64)
         if of == _STRING:
+            self._strings = _bounded("strings", self._strings + count, _MOST_STRINGS)
             for _ in range(count):
                 self._at += 8 + _U64.unpack_from(self._data, self._at)[0]
-        else:
-            self._at += count * _SCALARS[of].size
-        return None
+            return None
+        code = _SCALARS[of]
+        if count * code.size > len(self._data) - self._at:
+            raise IndexError(f"an array of {count} numbers at {self._at}")
+        if count > _LONGEST_ARRAY:
+            self._at += count * code.size
+            return None
+        return tuple(self._number(code) for _ in range(count))
 
-    def _tensor(self) -> tuple[str, int]:
-        """(name, end relative to the start of the data section)"""
+    def _tensor(self) -> tuple[str, int, int]:
+        """(name, GGML type, end relative to the start of the data section)"""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         name = self._string()
         elements = 1
-        for _ in range(self._number(_U32)):
+        for _ in range(_bounded("dimensions", self._number(_U32), _MOST_DIMENSIONS)):
             elements *= self._number(_U64)
         kind, offset = self._number(_U32), self._number(_U64)
-        if kind not in set(GGMLQuantizationType):
-            raise UnsupportedModel(f"{self._path}: tensor {name} has the unknown GGML type {kind}")
-        per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        return name, offset + elements // per_block * block_bytes
+        try:
+            per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        except ValueError:
+            raise UnsupportedModel(f"{self._path}: tensor {name} has the unknown GGML type {kind}") from None
+        return name, kind, offset + elements // per_block * block_bytes
+
+
+def _bounded(what: str, count: int, most: int) -> int:
+    if count > most:
+        raise IndexError(f"{count} {what} where {most} are the most")
+    return count
+
+
+def _refuse_a_part(path: Path, values: dict[str, Value]) -> None:
+    """Of a file that gguf-split has cut: only the first part has the metadata, and none has all tensors."""
+    count, number = values.get("split.count"), values.get("split.no")
+    if not isinstance(count, int) or not isinstance(number, int) or count < 2:
+        return
+    end = f"-of-{count:05}.gguf"
+    stem = path.name.removesuffix(f"-{number + 1:05}{end}")
+    parts = [f"{stem}-{part:05}{end}" for part in range(1, count + 1)]
+    raise UnsupportedModel(
+        f"{path} is part {number + 1} of {count} of a split GGUF file ({parts[0]} to {parts[-1]}): join them "
+        f"with `llama-gguf-split --merge {path.with_name(parts[0])} {stem}.gguf`, and give that file"
+    )

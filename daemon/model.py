@@ -35,10 +35,12 @@ from .weights import read_layout
 
 __all__ = ["Model", "identify", "load", "load_module", "resolve"]
 
-_LOADING_ERRORS = (
+LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
     *(StrictDataclassError, SafetensorError),
 )
+"""What transformers raises for a damaged model."""
+
 _VOLATILE = (
     "transformers_version",
     "_name_or_path",
@@ -153,7 +155,7 @@ def load_module(folder: Path, dtype: str, attention: str) -> Any:
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-        except _LOADING_ERRORS as error:
+        except LOADING_ERRORS as error:
             raise CorruptModel(f"{folder} cannot be loaded: {error}") from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if keys := sorted(map(str, report[kind])):

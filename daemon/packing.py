@@ -1,7 +1,7 @@
 """Packed weights of a model for its steps, made once and mapped from then on.
 
-A GGUF file's own codes are kept where they fit (Q4_0, Q4_1, Q8_0), so that nothing is rounded twice; what it
-stores in other ways becomes int8. Matrices that read the same input lie together: `layers.N.qkv`,
+A quantised GGUF file's own codes are kept where they fit (Q4_0, Q4_1, Q8_0): nothing is rounded twice. What
+it stores in other ways becomes int8. Matrices that read the same input lie together: `layers.N.qkv`,
 `layers.N.out`, `layers.N.gate_up`, `layers.N.down`, and `head`, which is int8 also beside int4.
 """
 
@@ -39,6 +39,9 @@ PACKING = 1
 
 QUANTISED = ("Q4_0", "Q4_1", "Q8_0")
 """GGUF types whose codes are kept."""
+
+PLAIN = ("F32", "F16", "BF16")
+"""Those that are no codes."""
 
 ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
 """Those with a kernel: whether it is GELU, by the name in config.json."""
@@ -130,13 +133,17 @@ def packed_file(module: Any, folder: Path, weights: str, cache: Path) -> Path | 
 def pack_gguf(module: Any, gguf: Path, target: Path) -> None:
     """Write what steps read of a GGUF file, whose weights the module has too, to a file.
 
-    Raises UnsupportedModel if it does not fit.
+    Raises UnsupportedModel if it does not fit, or has no quantised weights.
     """
     from gguf import GGUFReader
 
     tensors = {tensor.name: tensor for tensor in GGUFReader(str(gguf)).tensors}
+    found = matrices(module)
+    names = [part.gguf for parts in found.values() for part in parts if part.gguf in tensors]
+    if all(tensors[name].tensor_type.name in PLAIN for name in names):
+        raise UnsupportedModel("its weights are not quantised")
     packs = {}
-    for name, parts in matrices(module).items():
+    for name, parts in found.items():
         kept = [_kept(part, tensors) for part in parts]
         whole = [part for part in kept if part is not None]
         if len(whole) == len(parts) and len({part.form for part in whole}) == 1:

@@ -28,6 +28,7 @@ from spilld.daemon.model import load
 from spilld.daemon.text import Tokenizer
 
 from .replaced import overwrite, replace, settled
+from .tiny_gguf import add
 from .tiny_models import build
 
 
@@ -209,8 +210,7 @@ def write_gguf(file: Path, architecture: str = "llama", **changes: Any) -> Path:
     writer.add_array("tokenizer.ggml.tokens", ["a", "é", ""])
     writer.add_array("tokenizer.ggml.scores", [0.5, 1.5, 2.5])
     for key, value in changes.items():
-        add = {str: writer.add_string, int: writer.add_uint32, bool: writer.add_bool}[type(value)]
-        add(key.replace("__", "."), value)
+        add(writer, key.replace("__", "."), value)
     writer.add_tensor(changes.get("tensor", "token_embd.weight"), np.ones((4, 32), dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -305,7 +305,7 @@ class TestGguf:
         ("changes", "why"),
         [
             ({"architecture": "bert"}, "'bert' is not supported"),
-            ({"llama__rope__scaling__type": "yarn"}, "RoPE scaling"),
+            ({"llama__rope__scaling__type": "yarn"}, "RoPE scaling 'yarn'"),
             ({"tensor": "rope_freqs.weight"}, "RoPE scaling"),
             ({"llama__expert_count": 8}, "mixture-of-experts"),
             ({"architecture": "gemma2", "gemma2__attention__key_length": 128}, "attention scale"),
@@ -319,8 +319,13 @@ class TestGguf:
         assert not in_process
 
     def test_header_without_the_model(self, tmp_path: Path, in_process: list[list[str]]) -> None:
+        sizes = ("context_length", "embedding_length", "feed_forward_length", "attention__head_count")
+        changes: dict[str, Any] = {f"llama__{key}": 32 for key in sizes}
+        file = write_gguf(
+            tmp_path / "x.gguf", **changes, llama__attention__layer_norm_rms_epsilon=1e-6, llama__vocab_size=3
+        )
         with pytest.raises(CorruptModel, match=r"x\.gguf"):
-            resolve(str(write_gguf(tmp_path / "x.gguf")), tmp_path, "float32")
+            resolve(str(file), tmp_path, "float32")
         assert in_process
 
     def test_end_tokens(self, tmp_path: Path) -> None:

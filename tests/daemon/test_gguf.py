@@ -1,0 +1,257 @@
+"""GGUF files are the models that their metadata says, or are refused: at once, whatever headers claim."""
+
+from __future__ import annotations
+
+import os
+import struct
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+
+from spilld.daemon import digest
+from spilld.daemon.catalog import resolve
+from spilld.daemon.convert import convert
+from spilld.daemon.errors import CorruptModel, ModelError, UnsupportedModel
+from spilld.daemon.gguf_header import read_header
+from spilld.daemon.gguf_metadata import check_header
+from spilld.daemon.model import load
+
+from .harness import reference
+from .replaced import replace
+from .tiny_gguf import write
+from .tiny_models import build
+
+TOKENS = torch.arange(5, 60)[None]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("tiny")
+    return {family: build(family, root / family) for family in ("llama", "qwen2", "qwen3")}
+
+
+def logits(folder: Path, rope: dict[str, Any] | None = None) -> torch.Tensor:
+    """Of plain transformers, with other RoPE parameters if given."""
+    module = reference(folder, "eager")
+    if rope:
+        config = module.config
+        config.rope_parameters = {**config.rope_parameters, **rope}
+        module.model.rotary_emb = type(module.model.rotary_emb)(config)
+    with torch.inference_mode():
+        found: torch.Tensor = module(TOKENS).logits
+    return found
+
+
+def converted(file: Path, dtype: str = "float32") -> Path:
+    convert([file], file.with_suffix(""), dtype)
+    return file.with_suffix("")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_file_is_the_model_of_its_folder(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """qwen3's heads are smaller here than what transformers takes where it reads no key_length."""
+    found = converted(write(folders[family], tmp_path / "m.gguf"))
+    assert torch.equal(logits(found), logits(folders[family]))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope__scale_linear": 4.0},
+        {"rope__scaling__factor": 4.0},
+        {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0, "rope__scale_linear": 2.0},
+    ],
+    ids=["legacy", "factor alone", "both"],
+)
+def test_linear_rope_scaling_is_applied(
+    keys: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """As llama.cpp does: a factor without a type is linear, and the older key counts where there is none."""
+    metadata = {f"llama__{key}": value for key, value in keys.items()}
+    found = converted(write(folders["llama"], tmp_path / "m.gguf", **metadata))
+    wanted = logits(folders["llama"], {"rope_type": "linear", "factor": 4.0})
+    assert torch.equal(logits(found), wanted)
+    assert not torch.allclose(wanted, logits(folders["llama"]), atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope__scale_linear": 1.0},
+        {"rope__scaling__type": "none", "rope__scaling__factor": 4.0},
+        {"rope__scaling__factor": 0.0},
+        {"attention__causal": True, "expert_count": 0, "logit_scale": 1.0, "pooling_type": 3},
+        {"rope__scaling__finetuned": True, "tensor_data_layout": "Meta AI original pth"},
+        {"attention__value_length": 16, "attention__key_length": 16, "rope__dimension_count": 16},
+        {"rope__freq_base": None},
+        {"attention__head_count_kv": 2},
+    ],
+)
+def test_keys_that_ask_for_nothing_else(
+    keys: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    metadata = {f"llama__{key}": value for key, value in keys.items()}
+    more: dict[str, Any] = {"general__tags": ["a"], "quantize__imatrix__file": "x", "somebody__note": 1.5}
+    found = converted(write(folders["llama"], tmp_path / "m.gguf", **metadata, **more))
+    assert torch.equal(logits(found), logits(folders["llama"]))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "yarn": ({"llama__rope__scaling__type": "yarn"}, "RoPE scaling 'yarn'"),
+    "longrope": ({"llama__rope__scaling__type": "longrope"}, "RoPE scaling 'longrope'"),
+    "factor of attention": ({"llama__rope__scaling__attn_factor": 1.2}, r"llama\.rope\.scaling\.attn_factor"),
+    "not causal": ({"llama__attention__causal": False}, r"llama\.attention\.causal = False"),
+    "clamped": ({"llama__attention__clamp_kqv": 8.0}, r"llama\.attention\.clamp_kqv"),
+    "alibi": ({"llama__attention__max_alibi_bias": 8.0}, "max_alibi_bias"),
+    "scaled logits": ({"llama__logit_scale": 0.5}, r"llama\.logit_scale = 0\.5"),
+    "scaled embeddings": ({"llama__embedding_scale": 12.0}, r"llama\.embedding_scale"),
+    "scaled residuals": ({"llama__residual_scale": 0.22}, r"llama\.residual_scale"),
+    "attention scale": ({"llama__attention__scale": 0.1}, r"llama\.attention\.scale"),
+    "parallel": ({"llama__use_parallel_residual": True}, "use_parallel_residual"),
+    "experts": ({"llama__expert_count": 8}, "mixture-of-experts"),
+    "more tokens ahead": ({"llama__nextn_predict_layers": 1}, "nextn_predict_layers"),
+    "a key that nobody knows": ({"llama__new_thing": 1}, r"what llama\.new_thing says"),
+    "a word for each layer": ({"llama__new_things": ["a", "b"]}, r"what llama\.new_things says"),
+    "heads by layer": ({"llama__attention__head_count_kv": [2, 2]}, r"llama\.attention\.head_count_kv"),
+    "an adapter": ({"general__type": "adapter"}, "is no model"),
+}
+
+
+@pytest.mark.parametrize(("keys", "why"), REFUSED.values(), ids=REFUSED)
+def test_keys_of_another_model_are_refused_at_once(
+    keys: dict[str, Any], why: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(folders["llama"], tmp_path / "m.gguf", **keys)
+    monkeypatch.delattr(digest, "_read")
+    with pytest.raises(UnsupportedModel, match=why):
+        resolve(str(file), tmp_path / "cache", "float32")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"attention__sliding_window": 64},
+        {"attention__value_length": 8},
+        {"rope__dimension_count_swa": 8},
+        {"attn_logit_softcapping": 50.0},
+    ],
+    ids=lambda keys: next(iter(keys)),
+)
+def test_what_the_reader_leaves_out_is_refused(
+    keys: dict[str, Any], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    file = write(
+        folders["llama"], tmp_path / "m.gguf", **{f"llama__{key}": value for key, value in keys.items()}
+    )
+    check_header(read_header(file), "m")
+    [key] = keys
+    with pytest.raises(ModelError, match=key.replace("__", ".")):
+        converted(file)
+    assert not file.with_suffix("").exists()
+
+
+@pytest.mark.parametrize("key", ["context_length", "attention__head_count", "feed_forward_length"])
+def test_what_a_header_must_say(key: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    without: dict[str, Any] = {f"llama__{key}": None}
+    file = write(folders["llama"], tmp_path / "m.gguf", **without)
+    with pytest.raises(CorruptModel, match=f"does not say llama.{key.replace('__', '.')}"):
+        resolve(str(file), tmp_path / "cache", "float32")
+
+
+@pytest.mark.parametrize(
+    ("kind", "packed"),
+    [(Kind.F32, False), (Kind.F16, False), (Kind.BF16, False), (Kind.Q8_0, True), (Kind.Q5_0, True)],
+)
+def test_only_quantised_files_have_codes(
+    kind: Kind, packed: bool, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """weights = "auto" reads the rest as bf16."""
+    folder = converted(write(folders["llama"], tmp_path / "m.gguf", kind), "bfloat16")
+    model = load(folder, "bfloat16", cache=tmp_path, weights="auto")
+    assert (model.packed is not None) == packed
+
+
+def test_a_file_of_the_same_size_and_time_is_converted_anew(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digest, "_SETTLED_NS", 0)
+    other = write(build("llama", tmp_path / "other", seed=1), tmp_path / "other.gguf")
+    file = write(folders["llama"], tmp_path / "m.gguf")
+    first = resolve(str(file), tmp_path / "cache", "float32")
+    assert resolve(str(file), tmp_path / "cache", "float32") == first
+    replace(file, other.read_bytes())
+    second = resolve(str(file), tmp_path / "cache", "float32")
+    assert torch.equal(logits(first), logits(folders["llama"]))
+    assert torch.equal(logits(second), logits(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("part", [1, 2, 3])
+def test_a_part_of_a_split_file_names_the_others(
+    part: int, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(folders["llama"], tmp_path / "m.gguf", split=8)
+    assert len(list(tmp_path.iterdir())) == 3
+    monkeypatch.delattr(digest, "_read")
+    with pytest.raises(
+        UnsupportedModel,
+        match=rf"is part {part} of 3 .*m-00001-of-00003\.gguf to m-00003-of-00003\.gguf.*"
+        r"--merge .*m-00001-of-00003\.gguf m\.gguf",
+    ):
+        resolve(str(tmp_path / f"m-{part:05}-of-00003.gguf"), tmp_path / "cache", "float32")
+
+
+U32, U64 = struct.Struct("<I").pack, struct.Struct("<Q").pack
+
+
+def header(values: bytes = b"", count: int = 0, tensors: bytes = b"", tensor_count: int = 0) -> bytes:
+    name = text("general.architecture") + U32(8) + text("llama")
+    return b"GGUF" + U32(3) + U64(tensor_count) + U64(count + 1) + name + values + tensors
+
+
+def text(content: str) -> bytes:
+    return U64(len(content)) + content.encode()
+
+
+BOMBS = {
+    "values": header(count=2**60),
+    "values that a large file could hold": header(count=2**30),
+    "tensors": header(tensor_count=2**60),
+    "tensors that a large file could hold": header(tensor_count=2**30),
+    "a long key": header(U64(2**60), 1),
+    "a key as long as the file": header(U64(2**35), 1),
+    "a long string": header(text("a") + U32(8) + U64(2**35), 1),
+    "strings": header(text("a") + U32(9) + U32(8) + U64(2**60), 1),
+    "strings that a large file could hold": header(text("a") + U32(9) + U32(8) + U64(2**32), 1),
+    "numbers": header(text("a") + U32(9) + U32(12) + U64(2**60), 1),
+    "arrays of arrays": header(text("a") + U32(9) + U32(9) + U64(1), 1),
+    "a kind that is none": header(text("a") + U32(77), 1),
+    "a long element": header(text("a") + U32(9) + U32(8) + U64(2) + U64(2**63), 1),
+    "dimensions": header(tensors=text("a") + U32(2**32 - 1), tensor_count=1),
+    "a large tensor": header(
+        tensors=text("a") + U32(2) + U64(2**40) * 2 + U32(0) + U64(2**63), tensor_count=1
+    ),
+    "an alignment of 3": header(text("general.alignment") + U32(4) + U32(3), 1),
+    "an alignment of 0": header(text("general.alignment") + U32(4) + U32(0), 1),
+    "an alignment that is a word": header(text("general.alignment") + U32(8) + text("x"), 1),
+    "a key twice": header((text("a") + U32(4) + U32(1)) * 2, 2),
+    "a tensor twice": header(tensors=(text("a") + U32(1) + U64(1) + U32(0) + U64(0)) * 2, tensor_count=2),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+def test_whatever_a_header_claims_takes_little(bomb: bytes, tmp_path: Path) -> None:
+    """Also where the file, of holes, is as large as it says."""
+    file = tmp_path / "x.gguf"
+    for size in (len(bomb), 2**36):
+        file.write_bytes(bomb)
+        os.truncate(file, max(24, size))
+        tracemalloc.start()
+        with pytest.raises(CorruptModel):
+            read_header(file)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+        tracemalloc.stop()
