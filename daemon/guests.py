@@ -19,7 +19,7 @@ from typing import Annotated
 from .errors import AccessDenied, ConfigError
 from .fields import Int, Maybe, Real
 from .keys import Key, refuse_if_others_write
-from .protocol import TENANT, Reply, Request, Tenanted
+from .protocol import TENANT, Request, Tenanted
 from .toml_file import TomlFile
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Guest:
     max_open: Annotated[int | None, Maybe(MAX_OPEN)] = None
     max_rate: Annotated[float | None, Maybe(MAX_RATE)] = None
 
-    def admit(self, message: Request | Reply) -> Request | Reply:
+    def admit(self, message: Request) -> Request:
         """The message, as one of this client's tenant. AccessDenied if it names another."""
         if not isinstance(message, Tenanted):
             return message

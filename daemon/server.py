@@ -38,7 +38,6 @@ from .listener import listen
 from .notify import Notifier
 from .porch import Porch
 from .protocol import (
-    REQUESTS,
     Acknowledge,
     Cancel,
     ChangeSession,
@@ -57,7 +56,7 @@ from .protocol import (
     is_last,
 )
 from .router import Full, Gone, Received
-from .wire import decode, encode
+from .wire import decode_request, encode
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +65,9 @@ POLL_S = 0.1
 
 BATCH = 64
 """Requests handled, or events sent, before the others have their turn."""
+
+AFFORDABLE = 65536
+"""Items that a prompt may have whatever the model takes: the service says so then."""
 
 
 class Service(Protocol):
@@ -231,6 +233,7 @@ class Server:
         on_reload reads settings again, in this thread; without it there are none, and SIGHUP is as before.
         """
         self._service = service
+        self._most_items = max(AFFORDABLE, service.welcome().max_context)
         self._on_reload = on_reload
         self._early.extend(self._porch.leave())
         with self._signals():
@@ -312,7 +315,7 @@ class Server:
         """One message of a client."""
         request_id, seq = "", 0
         try:
-            message = decode(frames)
+            message = decode_request(frames, self._most_items)
             request_id = message.request_id
             seq = message.next_seq if isinstance(message, Resume) else 0
             guest = None if self._gate is None else self._gate.guest(key)
@@ -326,7 +329,7 @@ class Server:
             bug = InternalError("a bug in spilld; see its log")
             self._send(client, Failed.because(bug, request_id, seq))
 
-    def _handle(self, client: bytes, message: Request | Reply, account: Account) -> None:
+    def _handle(self, client: bytes, message: Request, account: Account) -> None:
         match message:
             case Generate():
                 self._start(client, message, account)
@@ -349,8 +352,6 @@ class Server:
                 self._send(client, replace(self._service.welcome(), request_id=request_id))
             case Stats(request_id=request_id):
                 self._send(client, StatsReply(request_id=request_id, values=self._service.stats()))
-            case _:
-                raise InvalidRequest(f"type is that of a reply; allowed: {', '.join(REQUESTS)}")
 
     def _start(self, client: bytes, request: Generate, account: Account) -> None:
         self._refuse(request.request_id, account)

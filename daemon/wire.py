@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgpack
 
-from .errors import FrameTooLarge, InvalidRequest, ProtocolError, SpilldError, WrongVersion
+from .errors import FrameTooLarge, InvalidRequest, PromptTooLong, ProtocolError, SpilldError, WrongVersion
 from .fields import FieldError, Ints, Many, Reader, Struct, Text, read, readers
 from .protocol import (
     MAGIC,
@@ -21,6 +21,7 @@ from .protocol import (
     Reply,
     Request,
 )
+from .unpack import TooMuch, unpack
 
 SMALL_BYTES = 2048
 """Whatever lists in so short a body claim, it is soon found out."""
@@ -28,6 +29,15 @@ SMALL_BYTES = 2048
 _NAMES = {cls: name for name, cls in TYPES.items()}
 
 _PROMPTS: dict[str, Reader] = {"tokens": Ints(TOKEN), "text": Text(), "messages": Many(Struct(Message))}
+
+_LISTS = {"tokens": 0, "messages": 4}
+"""Fields with many items, and how many lists and maps each of these may be; more than one where it has fields
+that are not known here."""
+
+_FIELDS = tuple(
+    dict.fromkeys(["id", "type", *_PROMPTS, *(name for cls in REQUESTS.values() for name in readers(cls))])
+)
+"""All that requests may have, the one first that says which it is."""
 
 
 def encode(message: Request | Reply) -> list[bytes]:
@@ -60,21 +70,60 @@ def decode(frames: Sequence[bytes]) -> Request | Reply:
     Raises InvalidRequest (an unknown type, a field of a request), WrongVersion, FrameTooLarge, or
     ProtocolError for all else. `request_id` of the error is set where the message named one.
     """
-    fields = _unpack(frames)
-    request_id = fields.get("id")
+    return _decoded(frames, _whole, TYPES)
+
+
+def decode_request(frames: Sequence[bytes], most: int) -> Request:
+    """As decode, of frames that may mean harm: at a bounded cost, and no reply. PromptTooLong for a prompt of
+    over `most` tokens or messages."""
+
+    def careful(body: bytes) -> object:
+        return unpack(body, _FIELDS, _LISTS, most) if len(body) > SMALL_BYTES else _whole(body)
+
+    message = _decoded(frames, careful, REQUESTS)
+    assert isinstance(message, Request)
+    return message
+
+
+def _decoded(
+    frames: Sequence[bytes], unpacked: Callable[[bytes], object], types: Mapping[str, type]
+) -> Request | Reply:
+    fields: Mapping[str, object] = {}
     try:
+        fields = _fields(_body(frames), unpacked)
         if (version := frames[0][-1]) != PROTOCOL:
             raise WrongVersion(
                 f"the peer speaks protocol {version}, this side {PROTOCOL}; upgrade the older one"
             )
-        return _build(fields)
+        return _build(fields, types)
+    except TooMuch as much:
+        fields = much.fields
+        wrong = PromptTooLong if much.name in _LISTS else InvalidRequest
+        raise _about(wrong(str(much)), fields) from None
     except SpilldError as error:
-        if isinstance(request_id, str) and 1 <= len(request_id) <= 64:
-            error.request_id = request_id
+        _about(error, fields)
         raise
 
 
-def _unpack(frames: Sequence[bytes]) -> dict[str, object]:
+def _about(error: SpilldError, fields: Mapping[str, object]) -> SpilldError:
+    """The error, which names the message that these fields are of."""
+    request_id = fields.get("id")
+    if isinstance(request_id, str) and 1 <= len(request_id) <= 64:
+        error.request_id = request_id
+    return error
+
+
+def _fields(body: bytes, unpacked: Callable[[bytes], object]) -> Mapping[str, object]:
+    try:
+        fields = unpacked(body)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"frame 1 is not msgpack: {error}") from error
+    if not isinstance(fields, dict):
+        raise ProtocolError(f"frame 1 is a {type(fields).__name__}; allowed: a map")
+    return fields
+
+
+def _body(frames: Sequence[bytes]) -> bytes:
     if len(frames) != 2:
         raise ProtocolError(f"a message has 2 frames, this one {len(frames)}")
     for number, frame in enumerate(frames):
@@ -83,15 +132,14 @@ def _unpack(frames: Sequence[bytes]) -> dict[str, object]:
     header, body = frames
     if len(header) != len(MAGIC) + 1 or not header.startswith(MAGIC):
         raise ProtocolError(f"frame 0 is {header[:16]!r}; allowed: {MAGIC!r} and one version byte")
-    try:
-        if len(body) > SMALL_BYTES:
-            _walk(body)
-        fields = msgpack.unpackb(body)
-    except (ValueError, msgpack.UnpackException) as error:
-        raise ProtocolError(f"frame 1 is not msgpack: {error}") from error
-    if not isinstance(fields, dict):
-        raise ProtocolError(f"frame 1 is a {type(fields).__name__}; allowed: a map")
-    return fields
+    return body
+
+
+def _whole(body: bytes) -> object:
+    """What a peer says who is trusted, or who says little."""
+    if len(body) > SMALL_BYTES:
+        _walk(body)
+    return msgpack.unpackb(body)
 
 
 def _walk(body: bytes) -> None:
@@ -102,10 +150,10 @@ def _walk(body: bytes) -> None:
     walker.skip()
 
 
-def _build(fields: Mapping[str, object]) -> Request | Reply:
+def _build(fields: Mapping[str, object], types: Mapping[str, type] = TYPES) -> Request | Reply:
     """The message that a map from the wire stands for."""
     name = fields.get("type")
-    cls = TYPES.get(name) if isinstance(name, str) else None
+    cls = types.get(name) if isinstance(name, str) else None
     try:
         if cls is None:
             raise FieldError("type", name, ", ".join(REQUESTS))

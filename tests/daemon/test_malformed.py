@@ -18,9 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spilld.daemon.errors import InvalidRequest, ProtocolError
+from spilld.daemon.errors import InvalidRequest, PromptTooLong, ProtocolError, SpilldError
 from spilld.daemon.protocol import (
     MAX_FRAME_BYTES,
+    PIECE_BYTES,
     TYPES,
     Acknowledge,
     Cancel,
@@ -44,7 +45,7 @@ from spilld.daemon.protocol import (
     Welcome,
     WriteTransfer,
 )
-from spilld.daemon.wire import decode, encode
+from spilld.daemon.wire import decode, decode_request, encode
 
 from .mutate import LIES, mutated
 from .peer import Peer
@@ -155,6 +156,105 @@ def test_a_frame_at_the_limit() -> None:
     assert items == Stats(request_id="a")
 
 
+LONG = 16_000_000
+MOST = 65536
+ARRAY = b"\xdd" + LONG.to_bytes(4, "big")
+
+
+def asked(name: str, value: bytes) -> bytes:
+    head = b"\x83\xa4type\xa8generate\xa2id\xa1a" + bytes([0xA0 | len(name)]) + name.encode()
+    return head + value
+
+
+HOSTILE = {
+    "lists": asked("x", ARRAY + b"\x90" * LONG),
+    "maps": asked("x", ARRAY + b"\x80" * LONG),
+    "lists as tokens": asked("tokens", ARRAY + b"\x90" * LONG),
+    "few lists as tokens": asked("tokens", b"\xdc\xff\xff" + b"\x92\x90\x90" * 65535),
+    "long lists as tokens": asked("tokens", b"\xdc\x00\xff" + (b"\xdc\xff\x00" + b"\x90" * 65280) * 255),
+    "lists as messages": asked("messages", ARRAY + b"\x90" * LONG),
+    "lists in messages": asked("messages", b"\x91\x81\xa1x" + ARRAY + b"\x90" * LONG),
+    "keys in messages": asked("messages", b"\x91\xdf\x00\x7a\x12\x00" + b"\xa0\xc0" * 8_000_000),
+    "lists as a text": asked("text", ARRAY + b"\x90" * LONG),
+    "lists as stop strings": asked("stop", ARRAY + b"\xa0" * LONG),
+    "lists as sampling": asked("sampling", b"\x81\xa1x" + ARRAY + b"\x90" * LONG),
+    "lists as a key": b"\x81" + ARRAY + b"\x90" * LONG + b"\xc0",
+    "many fields": b"\xdf\x00\x7a\x12\x00" + b"\xa0\xc0" * 8_000_000,
+    "timestamps": asked("tokens", b"\xdd\x00\x20\x00\x00" + b"\xd6\xff\0\0\0\1" * 0x200000),
+    "strings": asked("tokens", b"\xdd\x00\x50\x00\x00" + b"\xa2ab" * 0x500000),
+    "a reply": b"\x83\xa4type\xa8sessions\xa2id\xa1a\xa8sessions" + ARRAY + b"\x90" * LONG,
+    "no map": ARRAY + b"\x90" * LONG,
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
+def test_what_is_not_wanted_is_not_made(body: bytes) -> None:
+    """Objects are counted by the memory that they take; besides, the body is copied once."""
+    assert len(body) <= MAX_FRAME_BYTES
+    tracemalloc.start()
+    try:
+        with pytest.raises((InvalidRequest, ProtocolError)) as caught:
+            decode_request([HEADER, body], MOST)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * MAX_FRAME_BYTES
+    assert len(caught.value.message) < 1000
+
+
+def test_what_is_long_and_is_wanted() -> None:
+    for request in (
+        Generate(request_id="a", prompt=tuple(range(MOST))),
+        Generate(request_id="a", prompt="x" * (MAX_FRAME_BYTES - 400)),
+        Generate(request_id="a", prompt=tuple(Message(role="user", content="x" * 200) for _ in range(5000))),
+        Generate(request_id="a", prompt="x" * 3000, stop=("y" * 256,) * 16, tenant="t" * 64),
+        WriteTransfer(request_id="a", transfer="0" * 32, offset=0, data=bytes(PIECE_BYTES)),
+    ):
+        assert decode_request(encode(request), MOST) == request
+    body = msgpack.packb({"type": "stats", "id": "a", "x": [0] * (MAX_FRAME_BYTES // 4)})
+    assert decode_request([HEADER, body], MOST) == Stats(request_id="a"), "what is unknown is ignored"
+    message = {"role": "user", "content": "x", "future": [{"a": [1]}, "y" * 3000]}
+    body = msgpack.packb({"type": "generate", "id": "a", "messages": [message]})
+    read = decode_request([HEADER, body], MOST)
+    assert isinstance(read, Generate)
+    assert read.prompt == (Message(role="user", content="x"),)
+
+
+@pytest.mark.parametrize("name", ["tokens", "messages"])
+def test_a_prompt_longer_than_the_model_takes_is_not_read(name: str) -> None:
+    message = Message(role="user", content="x")
+    prompt = tuple(range(5000)) if name == "tokens" else (message,) * 5000
+    with pytest.raises(PromptTooLong, match=f"{name} has 5000 items; allowed: 4999") as caught:
+        decode_request(encode(Generate(request_id="a", prompt=prompt)), 4999)
+    assert caught.value.request_id == "a"
+    body = {"type": "generate", "id": "a", "text": "x", "stop": ["s" * 1000] * 20}
+    with pytest.raises(InvalidRequest, match="stop has 20063 bytes; allowed: 16384") as large:
+        decode_request([HEADER, msgpack.packb(body)], 9)
+    assert large.value.request_id == "a"
+
+
+@settings(max_examples=500, deadline=None)
+@given(message=st.sampled_from(REQUESTS), draw=DRAWS)
+def test_careful_or_not_a_request_is_the_same(message: Request, draw: random.Random) -> None:
+    """What is unpacked part by part is what is unpacked as a whole, and errors name the same message."""
+    frames = mutated([encode(message)[0], _padded(encode(message)[1])], BODIES, draw)
+    try:
+        whole = decode(frames)
+    except ProtocolError:
+        return  # it may lie in what is ignored
+    except InvalidRequest as error:
+        with pytest.raises(SpilldError) as caught:
+            decode_request(frames, 2**24)
+        assert caught.value.request_id == error.request_id  # noqa: PT017 (another error than caught)
+    else:
+        assert decode_request(frames, 2**24) == whole
+
+
+def _padded(body: bytes) -> bytes:
+    """So long that it is unpacked with care."""
+    return bytes(msgpack.packb({**msgpack.unpackb(body), "future": "x" * 3000}))
+
+
 # The server
 
 
@@ -186,6 +286,7 @@ CODES = {
     "wrong_version",
     "frame_too_large",
     "overloaded",
+    "prompt_too_long",
     "request_not_found",
 }
 
@@ -253,7 +354,11 @@ def test_a_huge_frame_is_refused_by_its_head(running: Running) -> None:
 # The code
 
 
-WIRE = ("wire", "protocol", "fields", "server", "service", "courier", "transfers", "guests", "limits")
+TRANSPORT = ("zmtp", "curve", "connection", "router", "porch", "unpack")
+WIRE = (
+    *TRANSPORT,
+    *("wire", "protocol", "fields", "server", "service", "courier", "transfers", "guests", "limits"),
+)
 BEHIND = ("contexts", "sessions", "keeper", "generation", "scheduler", "engine", "sequence", "sampler")
 LOOKS_UP = {"getattr", "setattr", "delattr", "eval", "exec", "compile", "__import__", "globals", "open"}
 LOADS_CODE = {"pickle", "marshal", "shelve", "runpy", "importlib"}
