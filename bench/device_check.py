@@ -31,7 +31,10 @@ TAIL = 25
 """Lines of what failed that are shown before the table."""
 
 ROOT = Path(__file__).parents[1]
-SANITIZED = "merge-80 or seal-k8v4-bfloat16-80 or k8v4-bfloat16-80-plain or attend_window-bfloat16-64-whole"
+SANITIZED = (
+    "merge-80 or seal-k8v4-bfloat16-80 or k8v4-bfloat16-80-plain or attend_window-bfloat16-64-whole"
+    " or dequantise-k8v4-bfloat16-80"
+)
 FAKED = "merge-80 or move_records or seal-int8-bfloat16-64 or int8-bfloat16-80-bounds"
 """Cases of the matrix: compute-sanitizer and the emulator are slow."""
 
@@ -163,6 +166,7 @@ def on_gpu() -> Iterator[Stage]:
         command = (sanitizer or "", "--tool", tool, "--error-exitcode", "9", *checked)
         yield Stage(tool, 40, command, lacks="" if sanitizer else "there is no compute-sanitizer on PATH")
     yield Stage("bench", 150, (sys.executable, "bench/gpu.py", "--json"))
+    yield Stage("copies", 40, (sys.executable, "bench/gpu_copies.py", "--json"))
 
 
 def over_fake_driver(folder: Path) -> Iterator[Stage]:

@@ -18,7 +18,8 @@ PACKAGES = (
     *("hypothesis", "ziglang"),
 )
 ASKED = (
-    *("name", "driver_version", "compute_cap", "memory.total", "memory.free", "power.limit", "pstate"),
+    *("name", "driver_version", "compute_cap", "memory.total", "memory.used", "utilization.gpu"),
+    *("power.limit", "power.max_limit", "power.draw", "temperature.gpu", "pstate", "clocks.sm"),
     *("clocks.max.sm", "clocks.max.mem", "pcie.link.gen.max", "pcie.link.width.max", "ecc.mode.current"),
 )
 SMI_S = 15
@@ -45,7 +46,7 @@ def show_host() -> None:
 
 def show_smi() -> None:
     """What nvidia-smi says, if it is there and answers."""
-    for options in ((f"--query-gpu={','.join(ASKED)}", "--format=csv"), ("topo", "-m"), ()):
+    for options in ((f"--query-gpu={','.join(ASKED)}", "--format=csv"), ("topo", "-m")):
         try:
             done = subprocess.run(
                 ["nvidia-smi", *options], capture_output=True, text=True, timeout=SMI_S, check=False

@@ -244,7 +244,7 @@ def results(form: Format, layout: Layout, gpu: Numbers, cpu: Numbers, dram: floa
     sealed = SEALED * (layout.record_bytes + 2 * 2 * layout.kv_heads * layout.head_dim * BLOCK)
     for name, metric, nbytes in (
         ("seal", f"seal {SEALED} blocks", sealed),
-        ("fetch", "fetch all records", None),
+        ("fetch", "fetch all records in one copy", None),
     ):
         limit = None if nbytes is None else 1e3 * nbytes / dram
         yield Result(

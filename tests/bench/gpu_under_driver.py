@@ -1,10 +1,11 @@
-"""bench/gpu.py over the fake driver, whose times mean nothing: that it runs. Run by test_gpu.py."""
+"""The benchmarks over the fake driver, whose times mean nothing: that they run. Run by test_gpu.py."""
 
 from __future__ import annotations
 
 import ctypes
 
 import gpu
+import gpu_copies
 import numpy as np
 
 from spilld.cuda_ext.cpu_device import CpuDevice
@@ -42,3 +43,16 @@ def test_every_figure_comes(emulate: Emulate) -> None:
     lines = list(gpu.results(Format.K8V4, layout, numbers, numbers, 1e12))
     assert [line.case for line in lines] == ["k8v4 M=1", "k8v4 M=4", "k8v4 M=16", "k8v4", "k8v4"]
     assert all(line.ours > 0 for line in lines)
+
+
+def test_copies_in_batches_and_one_by_one() -> None:
+    driver = FakeDriver(FakeDevice(3), {})
+    driver.connect()
+    device = CudaDevice()
+    found = gpu_copies.measured(device, (2, 3), calls=1)
+    device.close()
+    driver.assert_empty()
+    limits, lines = gpu_copies.results(found)
+    assert limits["fetch_bytes_s"] > 0
+    assert [line.case for line in lines[:3]] == ["2 x 23 KB", "3 x 23 KB", "2 x 119 KB"]
+    assert all(line.ours > 0 and line.baseline and line.limit for line in lines)

@@ -146,7 +146,7 @@ def test_stages_name_what_there_is() -> None:
     stages = list(on_gpu())
     assert max(stage.limit_s for stage in stages) < device_check.TOTAL_S / 2
     files = [word for stage in stages for word in stage.command if word.endswith(".py")]
-    assert len(files) == 9
+    assert len(files) == 10
     assert all((device_check.ROOT / file).exists() for file in files)
     names = [case.name for case in cases()]
     assert all(any(part in name for name in names) for part in SANITIZED.split(" or "))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from spilld.cuda_ext.cuda import CudaDevice
+from spilld.cuda_ext.errors import LaunchFailed
 from spilld.cuda_ext.variant import Variant
 
 from .cases import Case, cases
@@ -18,6 +19,9 @@ from .on_gpu import OnGpu
 pytestmark = pytest.mark.gpu
 
 Load = Callable[[Variant], OnGpu]
+
+LOST_BY = pytest.StashKey[str]()
+"""The case after which a GPU refuses everything."""
 
 BOUND = 1e-3
 """What a GPU's tensor cores and its exp2 may differ by; half of a number that was lost differs by more."""
@@ -37,6 +41,13 @@ def load(device: CudaDevice, cache_folder: Path) -> Load:
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases()])
 def test_kernel(case: Case, load: Load, request: pytest.FixtureRequest) -> None:
-    with measured(BOUND) as errors:
-        case.check(load(case.variant))
-    request.config.stash[ERRORS].setdefault(case.variant.name, []).append(errors)
+    stash = request.config.stash
+    if lost := stash.get(LOST_BY, ""):
+        pytest.skip(f"{lost} lost the GPU for this process")
+    try:
+        with measured(BOUND) as errors:
+            case.check(load(case.variant))
+    except LaunchFailed:
+        stash[LOST_BY] = case.name
+        raise
+    stash[ERRORS].setdefault(case.variant.name, []).append(errors)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from numpy.typing import NDArray
 from spilld.cuda_ext import build, variant
 from spilld.cuda_ext.cpu_device import CpuDevice
 from spilld.cuda_ext.device import Kernel
+from spilld.cuda_ext.errors import LaunchFailed
 
-from . import compile_matrix
+from . import compile_matrix, test_matrix_gpu
 from .cases import cases
 from .driver.process import run_tests
 from .kernels import assert_near, frozen, measured
@@ -91,6 +94,18 @@ def test_errors_are_noted_up_to_a_bound() -> None:
             assert_near(np.nan_to_num(wanted), wanted, 2e-5)
     with pytest.raises(AssertionError):
         assert_near(wanted + 5e-4, wanted, 2e-5)
+
+
+def test_what_a_lost_gpu_refuses_is_no_failure_of_the_next_kernel() -> None:
+    def lost(_: variant.Variant) -> OnGpu:
+        raise LaunchFailed("illegal address")
+
+    first, second, *_ = cases()
+    run = cast(pytest.FixtureRequest, SimpleNamespace(config=SimpleNamespace(stash=pytest.Stash())))
+    with pytest.raises(LaunchFailed):
+        test_matrix_gpu.test_kernel(first, lost, run)
+    with pytest.raises(pytest.skip.Exception, match=f"{first.name} lost the GPU"):
+        test_matrix_gpu.test_kernel(second, lost, run)
 
 
 def test_kernels_are_compiled_beforehand(

@@ -290,6 +290,13 @@ class FakeDriver:
         if recorded is not None:
             recorded.synchronise()
 
+    @function(c_uint64, c_uint64, c_size_t, c_void_p)
+    def cuMemcpyAsync(self, to: int, source: int, nbytes: int, stream: int) -> int | None:
+        if stream not in self.streams:
+            return INVALID_VALUE
+        self.device.copy(self.streams[stream], [Copy(to, source, nbytes)])
+        return None
+
     @function(c_void_p, c_void_p, c_void_p, c_size_t, c_void_p, c_void_p, c_size_t, c_void_p)
     def cuMemcpyBatchAsync(
         self,
