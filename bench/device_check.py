@@ -86,7 +86,12 @@ class Check:
         if left_s < 1:
             return Outcome(stage.name, "skipped", 0.0, f"all stages together have {self.total_s:.0f} s")
         began, limit_s = time.monotonic(), min(stage.limit_s, left_s)
-        status = finished(stage.command, self.log(stage.name), limit_s)
+        try:
+            status = finished(stage.command, self.log(stage.name), limit_s)
+        except (KeyboardInterrupt, SystemExit):
+            ended = Outcome(stage.name, "FAILED", time.monotonic() - began, "interrupted")
+            self.outcomes.append(ended)
+            raise
         seconds, why = time.monotonic() - began, said(self.log(stage.name))
         if status is None:
             return Outcome(stage.name, "TOO LONG", seconds, f"ended after {limit_s:.0f} s; at last: {why}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -85,6 +87,21 @@ def test_all_stages_together_have_a_limit(tmp_path: Path) -> None:
     check.run([stage("long", "import time; time.sleep(600)"), stage("late", "pass")])
     assert time.monotonic() - began < 20
     assert [outcome.result for outcome in check.outcomes] == ["TOO LONG", "skipped"]
+
+
+def test_a_run_that_is_interrupted_says_where(tmp_path: Path) -> None:
+    check = Check(tmp_path)
+    timer = threading.Timer(0.5, lambda: signal.raise_signal(signal.SIGUSR1))
+    before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(143))
+    try:
+        timer.start()
+        with pytest.raises(SystemExit):
+            check.run([stage("long", "import os, time; print(os.getpid(), flush=True); time.sleep(600)")])
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert table(check.outcomes).splitlines()[0].split()[::4] == ["long", "interrupted"]
+    assert not alive(int(check.log("long").read_text()))
 
 
 def test_without_a_gpu_what_needs_one_is_skipped(tmp_path: Path) -> None:
@@ -185,7 +202,7 @@ def test_the_script_over_the_fake_driver(tmp_path: Path) -> None:
     done = script(tmp_path, "--fake")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    results = {line.split()[0]: line.split()[1] for line in lines[-8:-2] if line}
+    results = {line.split()[0]: line.split()[1] for line in lines[-9:-3]}
     assert results == {
         "machine": "no",
         **dict.fromkeys(("import", "contract", "matrix", "engine"), "ok"),
