@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from spilld.daemon.attention import TieredAttention
+from spilld.daemon.client import Client
 from spilld.daemon.engine import LIVES
 from spilld.daemon.errors import InternalError, SpilldError
 from spilld.daemon.generation import Generation
@@ -36,7 +38,7 @@ from spilld.daemon.slices import Call
 from spilld.daemon.text import Detokenizer, Tokenizer
 from spilld.offload.store import Store
 
-from .harness import Harness, engine, said, shared, some_tokens
+from .harness import Harness, daemon, engine, said, shared, some_tokens
 from .test_service import CLIENT, Desk, desk
 
 GOOD = some_tokens(1, 700)
@@ -268,6 +270,19 @@ def test_a_tenant_of_many_bytes(model: Model, tenant: str, tmp_path: Path) -> No
         assert harness.done().usage.cached_tokens > 0
         harness.ask(GOOD, tenant=tenant[:-1], **FIELDS)
         assert harness.done().usage.cached_tokens == 0
+
+
+def test_over_the_wire(model: Model, tmp_path: Path) -> None:
+    """Such a request did not end, nor did any after it, nor the daemon."""
+    text = "the model"
+    with daemon(model, state=tmp_path / "s") as running:
+        for tenant in ("é" * 33, "", "\N{WHALE}" * 64):
+            with Client(running.address, tenant=tenant) as client:
+                assert client.generate(text, session="s", max_tokens=4, ignore_eos=True).text()
+        began = time.monotonic()
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(20) == 0
+        assert time.monotonic() - began < 15
 
 
 class TestRestored:

@@ -59,13 +59,10 @@ def holds(harness: Harness, model: Model, *messages: Message, name: str = "s") -
     session = book(harness, name)
     assert session.messages == messages
     *turns, last = messages
-    opened = [*turns] if last.role == "assistant" else [*turns, last]
-    text = model.tokenizer._render(
-        [{"role": m.role, "content": m.content} for m in opened], answer=last.role == "assistant"
-    )
-    content = last.content if last.role == "assistant" else ""
-    plain = text.replace("<|im_start|>", "").replace("<|im_end|>", "")
-    assert model.tokenizer.decode(session.tokens) == plain + content
+    spoken = last.role == "assistant"
+    opened = model.tokenizer.chat(turns if spoken else messages, answer=spoken)
+    wanted = model.tokenizer.decode(opened) + (last.content if spoken else "")
+    assert model.tokenizer.decode(session.tokens) == wanted
 
 
 class TestAppended:
