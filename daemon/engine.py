@@ -59,6 +59,7 @@ from .protocol import (
     Release,
     Reply,
     Resume,
+    is_last,
 )
 from .runner import Runner
 from .sampler import logprobs
@@ -249,9 +250,17 @@ class Engine:
             self._store.promotes = not self._memory.short
             if self._memory.short:
                 self._relieve()
+            with logged("sessions are in memory only"):
+                self._write_held()
             with logged("sessions are not tended"):
                 self._desk.tend()
             self._journal.sweep(self._retention_s)
+
+    def _write_held(self) -> None:
+        """Sessions that could not be written, with the ends of their requests, if that can be done now."""
+        with self._journal.transaction():
+            self._keeper.book.write_held()
+        self._keeper.book.let_go()
 
     def _all(self) -> list[Generation]:
         """Requests that wait for another on their session first, so that to end one begins no other."""
@@ -708,6 +717,8 @@ class Engine:
                 f"no request {request.request_id!r} is known here: it never arrived, or ended long ago"
             )
         missed = self._journal.events(number, request.next_seq)
+        if generation is None and not (missed and is_last(missed[-1])):
+            raise StorageFailed("the end of this request could not be written to disk and is lost")
         if generation is not None:
             if request.next_seq + len(missed) < generation.told:
                 raise StorageFailed("events of this request could not be written to disk and are lost")
@@ -734,7 +745,7 @@ class Engine:
                 with logged("what was computed of a request is not saved, and is computed again"):
                     self._sequences.save(generation.sequence, generation.milestone)
         with logged("sessions that were held in memory are lost"):
-            self._keeper.book.write_held()
+            self._write_held()
         left = frozenset(generation.request.request_id for generation in self._all())
         if left:
             log.info("%d requests are saved: they go on at the next start", len(left))
@@ -818,6 +829,8 @@ class Engine:
         except Exception as error:  # noqa: BLE001 (it is logged)
             if after is not None:
                 self._keeper.hold(after)
+            if is_last(event):
+                self._journal.owe(generation.number, event)
             request_id, failure = generation.request.request_id, typed(error, "the state folder")
             log.error("an event of request %s will not outlive this process: %s", request_id, failure)
             return False

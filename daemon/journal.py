@@ -10,8 +10,8 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from spilld.offload.database import Database
 from spilld.offload.errors import IndexDamaged
 
 from .errors import SpilldError
-from .protocol import MAGIC, Event, Generate, Reply, Request, is_last
+from .protocol import MAGIC, Done, Event, Generate, Reply, Request, is_last
 from .wire import decode, encode
 
 log = logging.getLogger(__name__)
@@ -85,10 +85,22 @@ class Journal:
 
     def __init__(self, db: Database) -> None:
         self._db = db
+        self._owed: list[tuple[int, Event]] = []
 
-    def transaction(self) -> AbstractContextManager[object]:
-        """What is written inside, of sessions too, happens as a whole or not at all."""
-        return self._db.transaction()
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """What is written inside, of sessions too, happens as a whole or not at all; and with it the ends of
+        requests that could not be noted."""
+        with self._db.transaction():
+            for number, event in self._owed:
+                self.note(number, event)
+            yield
+        self._owed.clear()
+
+    def owe(self, number: int, event: Event) -> None:
+        """A last event that could not be noted is with the next transaction: a request that has ended must
+        not be taken up again, behind what it left in its session."""
+        self._owed.append((number, event))
 
     def close(self) -> None:
         self._db.close()
@@ -114,7 +126,7 @@ class Journal:
         if not number:
             return
         try:
-            self._db.run("INSERT INTO events VALUES (?, ?, ?)", (number, event.seq, _pack(event)))
+            self._db.run("INSERT OR REPLACE INTO events VALUES (?, ?, ?)", (number, event.seq, _pack(event)))
         except SpilldError as error:
             log.error("event %d of request %s is not kept: %s", event.seq, event.request_id, error)
         if is_last(event):
@@ -137,7 +149,9 @@ class Journal:
         )
         whole = itertools.takewhile(lambda row: row[1][0] == row[0], enumerate(rows, start))
         found = [_unpack(message) for _, (_, message) in whole]
-        return [event for event in found if isinstance(event, Event)]
+        events = [event for event in found if isinstance(event, Event)]
+        owed = (_unsaved(event) for owing, event in self._owed if owing == number)
+        return [*events, *(event for event in owed if event.seq == start + len(events))]
 
     def unfinished(self) -> list[Unfinished]:
         """Requests that the last process left, in order of arrival; one that cannot be read is forgotten.
@@ -199,7 +213,7 @@ class Journal:
     def sweep(self, retention_s: float) -> None:
         """Forget what ended longer ago."""
         try:
-            with self._db.transaction():
+            with self.transaction():
                 self._delete("ended < ?", time.time() - retention_s)
         except (OSError, IndexDamaged) as error:
             log.warning("ended requests stay in the journal: %s", error)
@@ -209,6 +223,11 @@ class Journal:
             f"DELETE FROM events WHERE request IN (SELECT number FROM requests WHERE {condition})", (value,)
         )
         self._db.run(f"DELETE FROM requests WHERE {condition}", (value,))
+
+
+def _unsaved(event: Event) -> Event:
+    """As it is told as long as it is not on disk."""
+    return replace(event, saved=False) if isinstance(event, Done) and event.context is not None else event
 
 
 def _pack(message: Generate | Event) -> bytes:

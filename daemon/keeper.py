@@ -181,10 +181,8 @@ class SessionKeeper:
         return {"device": 0, "host": 0, "disk": blocks * self._store.column_bytes}
 
     def keep_what_waits(self) -> None:
-        """Write what is held in memory. Of sessions that were written meanwhile: their KV is evicted after
-        that of requests without a session, or not at all if they are pinned. A few at a time: each is looked
-        up block by block."""
-        self.book.write_held()
+        """Of sessions that were written meanwhile: their KV is evicted after that of requests without a
+        session, or not at all if they are pinned. A few at a time: each is looked up block by block."""
         if not self._store.writing:
             for key in list(self._to_keep)[:KEPT_AT_ONCE]:
                 del self._to_keep[key]

@@ -64,7 +64,7 @@ class SessionBook:
     """Every session of a state folder. One thread calls everything. Errors are those of Database; unknown
     names raise ContextNotFound.
 
-    What could not be written is held in memory, where it is what the session is, until it can.
+    What could not be written is held in memory, where it is what the session is, until it can be.
     """
 
     def __init__(self, db: Database) -> None:
@@ -94,10 +94,17 @@ class SessionBook:
         self._held[session.key] = _used_now(session)
 
     def write_held(self) -> None:
-        """Keep what is held in memory, as far as it can be written."""
-        for key, session in list(self._held.items()):
+        """Write what is held in memory, in a transaction after which `let_go` is due."""
+        for session in self._held.values():
             self._write(session)
-            del self._held[key]
+
+    def let_go(self) -> None:
+        """What was held is on disk."""
+        self._held.clear()
+
+    def _refuse_held(self, tenant: str, name: str) -> None:
+        if (tenant, name) in self._held:
+            raise OSError(f"session {name!r} is in memory only until the state folder can be written")
 
     def _write(self, session: Session) -> None:
         values = (
@@ -131,7 +138,7 @@ class SessionBook:
         """Give a session another name; a kept context becomes a session that stays."""
         session = self.get(tenant, name)
         self.refuse_taken(tenant, into)
-        self.write_held()
+        self._refuse_held(tenant, name)
         ttl_s = session.ttl_s if session.listed else None
         self._db.run(
             "UPDATE sessions SET name = ?, listed = 1, ttl_s = ? WHERE tenant = ? AND name = ?",
@@ -140,7 +147,7 @@ class SessionBook:
 
     def keep(self, tenant: str, name: str, *, pinned: bool, ttl_s: float | None) -> None:
         """Change how long a session stays."""
-        self.write_held()
+        self._refuse_held(tenant, name)
         changed = self._db.run(
             "UPDATE sessions SET pinned = ?, ttl_s = ?, used = ? WHERE tenant = ? AND name = ?",
             (pinned, ttl_s, time.time(), tenant, name),

@@ -362,6 +362,25 @@ class TestFullDisk:
             assert book(harness, "new") == before
             assert say(harness, [TWO], session="new")
 
+    def test_a_turn_is_not_had_twice(self, model: Model, tmp_path: Path) -> None:
+        """Its session is written when there is room, and with it that the request has ended."""
+        with engine(model, tmp_path, keep_state=True) as harness:
+            add(harness, [ONE], session="s", **FIELDS)
+            while said(harness, "r") < 12 - 1:
+                harness.engine.turn()
+            harness.engine._journal._db.run("PRAGMA query_only = 1")
+            harness.run()
+            assert not harness.done().saved
+            harness.resume("r", harness.done().seq)
+            assert not harness.done().saved, "its client may have missed it"
+            harness.engine._journal._db.run("PRAGMA query_only = 0")
+            harness.engine._ticked = 0.0
+            harness.run()
+            before = book(harness)
+        with engine(model, tmp_path) as harness:
+            assert harness.engine.left_behind() == []
+            assert book(harness) == before
+
     def test_changes_meanwhile(self, model: Model, tmp_path: Path) -> None:
         with engine(model, tmp_path, keep_state=True) as harness:
             self.fill(harness)
@@ -369,7 +388,7 @@ class TestFullDisk:
             assert not harness.done().saved
             say(harness, [LONG], session="gone")
             for action, into in (("fork", "x"), ("rename", "y"), ("pin", None)):
-                with pytest.raises(OSError, match="full"):
+                with pytest.raises(OSError, match=r"full|in memory only"):
                     harness.engine.manage(
                         ChangeSession(request_id="m", session="new", action=action, into=into)
                     )
@@ -379,6 +398,8 @@ class TestFullDisk:
                     ChangeSession(request_id="m", session="new", action="rename", into="new")
                 )
             self.free(harness)
+            harness.engine._ticked = 0.0
+            harness.run()
             harness.engine.manage(ChangeSession(request_id="m", session="new", action="rename", into="kept"))
             infos = harness.engine.manage(ListSessions(request_id="m"))
             assert isinstance(infos, Sessions)
