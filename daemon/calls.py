@@ -74,6 +74,7 @@ class Options(TypedDict, total=False):
     prompt_logprobs: int | None
     context: str | None
     session: str | None
+    parse_special: bool
     keep: bool
     priority: str
     timeout: float | None

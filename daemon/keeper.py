@@ -75,7 +75,7 @@ class SessionKeeper:
             return tokenizer.chat_append(session.messages or (), [], answer=answer)
         if isinstance(request.prompt, str):
             new = request.session is not None and not session.tokens
-            return (tokenizer.encode("") if new else []) + tokens
+            return tokenizer.begun(tokens) if new else tokens
         messages = [part for part in request.prompt if isinstance(part, Message)]
         if not messages:
             return tokens

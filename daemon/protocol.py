@@ -93,6 +93,8 @@ class Generate:
     """Append the prompt to this handle's context. Only then, or with a session, may the prompt be empty."""
     session: Annotated[str | None, Maybe(HANDLE)] = None
     """Append the prompt to the session of this name, which is made if there is none."""
+    parse_special: Annotated[bool, Flag()] = False
+    """Control tokens that a text spells out, such as <|im_end|>, are meant as such; else they are text."""
     tenant: Annotated[str, TENANT] = ""
     """A secret: nothing that was stored under one can be named, read or noticed under another."""
     keep: Annotated[bool, Flag()] = False

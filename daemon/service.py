@@ -7,7 +7,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from spilld.cuda_ext.errors import DeviceError
@@ -15,6 +14,7 @@ from spilld.cuda_ext.errors import DeviceError
 from .config import Config
 from .engine import Engine, Post
 from .errors import (
+    Cancelled,
     DeviceUnusable,
     Draining,
     InternalError,
@@ -24,6 +24,7 @@ from .errors import (
 )
 from .faults import is_lost, logged, typed
 from .generation import NOBODY
+from .intake import Intake
 from .protocol import (
     ChangeSession,
     ExportSession,
@@ -54,8 +55,8 @@ HOPELESS = 3
 
 
 class EngineService:
-    """Implements server.Service. An intake thread turns text into tokens, the engine's thread does the rest,
-    so that neither a long text nor a long step makes the server wait."""
+    """Implements server.Service. The intake turns text into tokens, the engine's thread does the rest, so
+    that neither a long text nor a long step makes the server wait."""
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class EngineService:
         self._stopping = False
         self._suspended: frozenset[str] = frozenset()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._intake = ThreadPoolExecutor(1, "spilld-intake")
+        self._intake = Intake(self._inbox.put)
         self._thread = threading.Thread(target=self._loop, name="spilld-engine")
 
     def warm_up(self) -> None:
@@ -102,6 +103,7 @@ class EngineService:
         for left in self._engine.left_behind():
             self._count(+1)
             self._engine.restore(left)
+        self._engine.model.tokenizer.start()
         self._thread.start()
 
     def submit(self, client: bytes, request: Generate) -> None:
@@ -111,27 +113,29 @@ class EngineService:
         if self._unfinished >= self._max_queue:
             raise Overloaded(f"{self._max_queue} requests are queued or running; try again later")
         self._count(+1)
-        self._intake.submit(self._prepare, client, request, time.time())
+        self._intake.prepare(
+            client,
+            request,
+            partial(self._prepare, client, request, time.time()),
+            partial(self._refuse, client, request, Cancelled("cancelled by the client")),
+        )
 
     def resume(self, client: bytes, request: Resume) -> None:
-        self._in_turn(partial(self._resume, client, request))
+        self._intake.in_turn(client, partial(self._resume, client, request), request.request_id)
 
     def cancel(self, request_id: str, tenant: str | None = None) -> None:
-        self._in_turn(partial(self._engine.cancel, request_id, tenant))
+        if not self._intake.cancel(request_id, tenant):
+            self._inbox.put(partial(self._engine.cancel, request_id, tenant))
 
     def acknowledge(self, request_id: str, next_seq: int, tenant: str | None = None) -> None:
         self._inbox.put(partial(self._engine.acknowledge, request_id, next_seq, tenant))
 
     def leave(self, client: bytes, request_id: str) -> None:
-        self._in_turn(partial(self._engine.leave, client, request_id))
+        self._intake.in_turn(client, partial(self._engine.leave, client, request_id), request_id)
 
     def manage(self, client: bytes, request: Release | ListSessions | ChangeSession) -> None:
         self._count(+1)
-        self._in_turn(partial(self._manage, client, request))
-
-    def _in_turn(self, act: Callable[[], None]) -> None:
-        """Through the intake, so that it cannot overtake a request that came before."""
-        self._intake.submit(self._inbox.put, act)
+        self._intake.in_turn(client, partial(self._manage, client, request))
 
     def stats(self) -> dict[str, object]:
         return self._engine.stats()
@@ -159,7 +163,8 @@ class EngineService:
         """End the threads, after the step that is under way. The ids of the requests that are saved: they go
         on in the next process."""
         self._draining = self._stopping = True
-        self._intake.shutdown(wait=True, cancel_futures=True)
+        self._engine.model.tokenizer.close()
+        self._intake.stop()
         self._inbox.put(lambda: None)
         self._thread.join()
         return self._suspended
@@ -168,13 +173,14 @@ class EngineService:
         self._count(+1)
         courier, answer = self._engine.courier, partial(self._pass_on, client)
         if isinstance(request, ExportSession | ImportSession):
-            self._in_turn(partial(courier.begin, request, answer))
+            self._intake.in_turn(client, partial(courier.begin, request, answer))
         else:
             courier.serve(request, answer)
 
-    # The intake thread.
+    # The intake's threads.
 
-    def _prepare(self, client: bytes, request: Generate, arrived: float) -> None:
+    def _prepare(self, client: bytes, request: Generate, arrived: float) -> Callable[[], None] | None:
+        """What the engine's thread is to do with a request, None if it was refused."""
         try:
             prompt = self._tokens(request)
         except SpilldError as error:
@@ -183,13 +189,19 @@ class EngineService:
             log.exception("request %s could not be prepared", request.request_id)
             self._refuse(client, request, InternalError(f"the prompt could not be prepared: {error!r}"))
         else:
-            self._inbox.put(partial(self._arrive, client, request, prompt, arrived))
+            return partial(self._arrive, client, request, prompt, arrived)
+        return None
 
     def _tokens(self, request: Generate) -> list[int]:
         """Of a text, token ids, or a new chat; what continues a session is the engine's to complete."""
-        model, prompt = self._engine.model, request.prompt
+        model, prompt, most = self._engine.model, request.prompt, self._engine.longest
+        new = request.context is None and request.session is None
         if isinstance(prompt, str):
-            return model.tokenizer.encode(prompt, start=request.context is None and request.session is None)
+            return model.tokenizer.encode(prompt, start=new, special=request.parse_special, most=most)
+        if request.parse_special:
+            raise InvalidRequest(
+                "parse_special is of a text: in messages and token ids nothing is looked for"
+            )
         messages = [part for part in prompt if isinstance(part, Message)]
         if not messages:
             tokens = [part for part in prompt if isinstance(part, int)]
@@ -198,8 +210,8 @@ class EngineService:
                     f"tokens: {max(tokens)} is not below the vocabulary of {model.geometry.vocab}"
                 )
             return tokens
-        if request.context is None and request.session is None:
-            return model.tokenizer.chat(messages, answer=request.max_tokens > 0)
+        if new:
+            return model.tokenizer.chat(messages, answer=request.max_tokens > 0, most=most)
         return []
 
     # The engine's thread.

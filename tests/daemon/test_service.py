@@ -129,9 +129,9 @@ def turn(role: str, content: str) -> Message:
 
 def test_text_tokens_and_chat_are_the_same_prompt(opened: Desk, model: Model) -> None:
     text = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
-    tokens = tuple(model.tokenizer.encode(text))
+    tokens = tuple(model.tokenizer.encode(text, special=True))
     said = {
-        opened.ask("text", text).text,
+        opened.ask("text", text, parse_special=True).text,
         opened.ask("tokens", tokens).text,
         opened.ask("chat", (turn("user", "hello"),)).text,
     }

@@ -108,7 +108,7 @@ class TestDetokenizer:
         assert detokenizer.push(letter) == "\ufffd" * 100 + "a"
 
     def test_special_tokens_are_not_shown(self, tiny: Tokenizer) -> None:
-        tokens = tiny.encode("<|im_start|>assistant\nyes<|im_end|> no")
+        tokens = tiny.encode("<|im_start|>assistant\nyes<|im_end|> no", special=True)
         assert tokens[0] == 1
         assert "".join(pushed(tiny, tokens)) == "assistant\nyes no"
 
@@ -233,6 +233,26 @@ class TestChat:
         closed_tail = tokenizer.chat_continue(CHAT, answer, NEXT, closed=True)
         assert past + open_tail == whole
         assert [*past, END, *closed_tail] == whole
+
+    @pytest.mark.parametrize("which", ["smollm2", "tiny"])
+    def test_appended_turns_are_answered_later(self, which: str, request: pytest.FixtureRequest) -> None:
+        tokenizer = chatting(CHAT_TEMPLATE) if which == "tiny" else request.getfixturevalue("smollm2")
+        past, whole = tokenizer.chat(CHAT, answer=False), tokenizer.chat(CHAT)
+        assert whole[: len(past)] == past != whole
+        assert past + tokenizer.chat_append(CHAT, []) == whole
+        more = tokenizer.chat_append(CHAT, NEXT, answer=False)
+        assert past + more == tokenizer.chat([*CHAT, *NEXT], answer=False)
+        assert past + more + tokenizer.chat_append([*CHAT, *NEXT], []) == tokenizer.chat([*CHAT, *NEXT])
+
+    @pytest.mark.parametrize("answer", [True, False])
+    def test_an_answer_that_was_begun_goes_on(self, answer: bool) -> None:
+        tokenizer = chatting(CHAT_TEMPLATE)
+        begun = [*CHAT, Message(role="assistant", content="Sure, ")]
+        past = tokenizer.chat(begun, answer=answer)
+        assert past == tokenizer.chat(CHAT) + tokenizer.encode("Sure, ", start=False)
+        assert tokenizer.chat_append(begun, []) == [], "it goes on as it is"
+        whole = tokenizer.chat([*CHAT, Message(role="assistant", content="Sure, "), *NEXT])
+        assert past + tokenizer.chat_append(begun, NEXT) == whole
 
     def test_template_that_strips_the_answer(self) -> None:
         tokenizer = chatting(CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim"))
