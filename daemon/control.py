@@ -34,6 +34,10 @@ class Marks:
     def on_right(self, text: str, index: int) -> bool:
         return text.startswith((self.end, _escaped(self.end)), index)
 
+    def remove_tag(self, text: str) -> str:
+        """With the space behind it, where a template wrote the message twice."""
+        return text.replace(self.tag + " ", "").replace(_escaped(self.tag) + " ", "")
+
     def remove(self, text: str) -> str:
         """Also where a template wrote a text as JSON or as Python does."""
         for mark in (self.begin, self.end):

@@ -61,7 +61,7 @@ class Renderer:
             chat[-1] = {"role": role, "content": content + marks.tag + " "}
         text = self._run(chat, mode == "answer", most)
         if mode == "continue":
-            text = _cut(text, content, marks.tag)
+            text = _cut(text, content, marks)
         return self._control.settle(text, marks)
 
     def _marked(self, turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -93,11 +93,13 @@ class Renderer:
         return environment
 
 
-def _cut(text: str, content: str, tag: str) -> str:
-    """What comes before the tag. Templates that strip a message keep the tag, without the space behind it."""
-    if content.strip() not in text or tag not in text:
+def _cut(text: str, content: str, marks: Marks) -> str:
+    """What comes before the last tag. Templates that strip a message keep the tag, without the space behind
+    it."""
+    if content.strip() not in text or marks.tag not in text:
         raise ValueError("the last message is not in it as it was written, so it cannot be continued")
-    before, _, after = text.rpartition(tag)
+    before, _, after = text.rpartition(marks.tag)
+    before = marks.remove_tag(before)
     return before if after.startswith(" ") else before.rstrip()
 
 
