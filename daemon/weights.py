@@ -80,7 +80,10 @@ def _tensors(file: Path) -> list[tuple[str, int, int]]:
             entries = [entry for name, entry in header.items() if name != "__metadata__"]
             end = max((int(entry["data_offsets"][1]) for entry in entries), default=0)
             tensors = [_tensor(entry) for entry in entries]
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        except (
+            *(ValueError, TypeError, KeyError, IndexError, AttributeError),
+            *(RecursionError, OverflowError),
+        ) as error:
             raise CorruptModel(f"{file}: the safetensors header is damaged ({error!r})") from error
     if 8 + length + end != size:
         raise CorruptModel(f"{file} has {size} bytes where its header says {8 + length + end}")

@@ -116,6 +116,11 @@ def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Non
     return damage
 
 
+def headed(header: bytes) -> bytes:
+    """A safetensors file without tensors."""
+    return len(header).to_bytes(8, "little") + header
+
+
 NORM = "model.layers.1.input_layernorm.weight"
 CORRUPTIONS: dict[str, Callable[[Path], object]] = {
     "no config": lambda folder: (folder / "config.json").unlink(),
@@ -132,6 +137,15 @@ CORRUPTIONS: dict[str, Callable[[Path], object]] = {
     "header cut off": rewrite("model.safetensors", lambda data: data[:100]),
     "header length flipped": rewrite("model.safetensors", lambda data: data[:7] + b"\x7f" + data[8:]),
     "header not JSON": rewrite("model.safetensors", lambda data: data[:8] + b"?" + data[9:]),
+    "header nested": rewrite("model.safetensors", lambda data: headed(b"[" * 100_000)),
+    "header with endless numbers": rewrite(
+        "model.safetensors",
+        lambda data: headed(b'{"a": {"data_offsets": [0, 1e999], "dtype": "F32", "shape": []}}'),
+    ),
+    "header of another shape": rewrite("model.safetensors", lambda data: headed(b'{"a": []}')),
+    "config nested": rewrite("config.json", lambda data: b"[" * 100_000),
+    "tokenizer settings are a list": lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+    "template not text": lambda folder: (folder / "chat_template.jinja").write_bytes(b"\xff\xfe"),
     "a tensor missing": drop(NORM),
     "a tensor too many": lambda folder: edit_weights(
         folder, lambda tensors: tensors.update({"model.layers.9.mlp.up_proj.weight": torch.ones(2)})
@@ -151,6 +165,7 @@ def test_corrupt_folder_is_refused(damage: Callable[[Path], object], llama: Path
     with pytest.raises(CorruptModel) as caught:
         load_eager(llama)
     assert str(llama) in caught.value.message
+    assert "\n" not in caught.value.message
 
 
 UNSUPPORTED: dict[str, Callable[[Path], object]] = {

@@ -218,7 +218,8 @@ class TestControlTokens:
     def test_of_real_models(self, smollm2: Tokenizer, gemma3_float32: Path) -> None:
         gemma = Tokenizer.load(gemma3_float32)
         for tokenizer in (smollm2, gemma):
-            names = [tokenizer._backend.id_to_token(token) for token in sorted(tokenizer._special)]
+            added = tokenizer._backend.get_added_tokens_decoder()
+            names = [added[token].content for token in sorted(tokenizer._special)]
             for name in [*names[:40], names[-1]]:
                 for text in (name, f"a {name}b", name * 3, name[:-1], f"{name}\n{name}"):
                     tokens = tokenizer.encode(text, start=False)
@@ -381,15 +382,14 @@ class TestBounds:
         chat = [Message(role="user", content=text)]
         many = [Message(role="user", content="hi")] * 9000
         before = time.process_time()
-        for refused in (
-            lambda: smollm2.encode(text, most=8192),
-            lambda: smollm2.encode(text, most=8192, special=True),
-            lambda: smollm2.chat(chat, most=8192),
-            lambda: smollm2.chat(many, most=8192),
-            lambda: smollm2.chat_append([*CHAT, *chat], NEXT, most=8192),
-        ):
+        for special in (False, True):
             with pytest.raises(PromptTooLong):
-                refused()
+                smollm2.encode(text, most=8192, special=special)
+        for messages in (chat, many):
+            with pytest.raises(PromptTooLong):
+                smollm2.chat(messages, most=8192)
+            with pytest.raises(PromptTooLong):
+                smollm2.chat_append(CHAT, messages, most=8192)
         assert time.process_time() - before < 5, "to tokenise it takes many times as long"
 
     def test_templates_may_leave_out_what_they_are_given(self) -> None:
