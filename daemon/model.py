@@ -156,7 +156,8 @@ def load_module(folder: Path, dtype: str, attention: str) -> Any:
                 output_loading_info=True,
             )
         except LOADING_ERRORS as error:
-            raise CorruptModel(f"{folder} cannot be loaded: {error}") from error
+            said = " ".join(str(error).split())
+            raise CorruptModel(f"{folder} cannot be loaded: {said}") from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if keys := sorted(map(str, report[kind])):
             raise CorruptModel(f"{folder}: {len(keys)} {kind.replace('_', ' ')}, the first is {keys[0]}")

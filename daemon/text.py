@@ -82,7 +82,8 @@ class Tokenizer:
             }
             return cls(_backend(folder), _template(folder, settings), variables)
         except Exception as error:  # tokenizers raises bare Exception for a damaged file
-            raise CorruptModel(f"{folder} has no usable tokenizer: {error}") from error
+            said = " ".join(str(error).split())
+            raise CorruptModel(f"{folder} has no usable tokenizer: {said}") from error
 
     @property
     def eos(self) -> int | None:
