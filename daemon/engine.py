@@ -12,6 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ from .faults import is_lost, logged, typed
 from .forecast import Forecast
 from .generation import NOBODY, Generation
 from .journal import Entry, Journal, Unfinished
-from .keeper import SessionKeeper
+from .keeper import Chat, SessionKeeper
 from .ledger import shares
 from .memory import MemoryWatch
 from .metrics import Metrics
@@ -92,6 +93,8 @@ TICK_S = 1.0
 """How often sessions are looked at: which have expired, which are still to be pinned."""
 
 Post = Callable[[bytes, Reply], None]
+Composed = Callable[[tuple[list[int], list[int]] | SpilldError], None]
+Compose = Callable[[Chat, Composed], None]
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -141,7 +144,12 @@ class Engine:
             model.geometry.sliding_windows, store.layout.record_bytes, store.host_budget_bytes
         )
         self._scheduler = Scheduler(chunk_tokens, pace)
+        self.compose: Compose | None = None
+        """Has prompts made of messages, which may take long, and calls back in this thread; without it they
+        are made here."""
         self._generations: dict[int, Generation] = {}
+        self._composing: dict[int, Generation] = {}
+        """Whose prompts are being made of messages: each is the one that runs on its session."""
         self._behind: defaultdict[Key, deque[Generation]] = defaultdict(deque)
         self._away: dict[int, RunKey | None] = {}
         """Jobs that made way for others, and what is being written of each."""
@@ -174,7 +182,7 @@ class Engine:
         return {
             "requests_running": self._scheduler.running,
             "requests_paused": sum(g.unread for g in list(self._generations.values())),
-            "requests_waiting": self._scheduler.waiting + len(self._away) + behind,
+            "requests_waiting": self._scheduler.waiting + len(self._away) + len(self._composing) + behind,
             "memory_short": int(self._memory.short),
             "contexts_idle": len(self.contexts),
             "workspace_bytes": self._runner.workspace_bytes,
@@ -264,7 +272,8 @@ class Engine:
 
     def _all(self) -> list[Generation]:
         """Requests that wait for another on their session first, so that to end one begins no other."""
-        return [*(g for waiting in self._behind.values() for g in waiting), *self._generations.values()]
+        waiting = (g for waiting in self._behind.values() for g in waiting)
+        return [*waiting, *self._composing.values(), *self._generations.values()]
 
     def _plan(self) -> Plan:
         """What to admit and run; contexts make way for a request that finds no room beside them."""
@@ -484,17 +493,52 @@ class Engine:
 
     def _queue(self, generation: Generation, told: list[Event] | None = None) -> None:
         key = generation.key
-        if key is not None and any(other.key == key for other in self._generations.values()):
+        if key is not None and any(other.key == key for other in self._holders):
             self._behind[key].append(generation)
         else:
             self._begin(generation, told or [])
 
+    @property
+    def _holders(self) -> list[Generation]:
+        """Those of which no other on the same session may begin."""
+        return [*self._composing.values(), *self._generations.values()]
+
     def _begin(self, generation: Generation, told: list[Event]) -> None:
-        request, key = generation.request, generation.key
+        request = generation.request
         generation.session = self._keeper.session(request, generation.handle)
+        generation.told = told[-1].seq + 1 if told else 0
+        session, chat = generation.session, None
+        if session is not None:
+            generation.prompt = self._keeper.prompt(request, generation.prompt, session)
+            chat = self._keeper.chat(request, session, self.longest)
+        if chat is None:
+            self._enter(generation, told)
+        elif self.compose is None:
+            generation.prompt, generation.turns = chat()
+            self._enter(generation, told)
+        else:
+            self._composing[generation.job] = generation
+            self.compose(chat, partial(self._composed, generation, told))
+
+    def _composed(
+        self, generation: Generation, told: list[Event], made: tuple[list[int], list[int]] | SpilldError
+    ) -> None:
+        """The prompt of a request is there, or why there is none; nothing if it has ended meanwhile."""
+        if self._composing.pop(generation.job, None) is None:
+            return
+        try:
+            if isinstance(made, SpilldError):
+                raise made
+            generation.prompt, generation.turns = made
+            self._enter(generation, told)
+        except Exception as error:  # noqa: BLE001 (it is told, or raised)
+            self._never_begins(generation, error)
+
+    def _enter(self, generation: Generation, told: list[Event]) -> None:
+        """Have a request wait for its admission; its prompt is known."""
+        key = generation.key
         sequence = None if key is None else self.contexts.get(key)
         if generation.session is not None:
-            generation.prompt = self._keeper.prompt(request, generation.prompt, generation.session)
             generation.history = [] if sequence else list(generation.session.tokens)
             if sequence is not None and self._is_computed(sequence, generation):
                 self._sequences.discard(self.contexts.claim(generation.session.key) or sequence)
@@ -844,6 +888,7 @@ class Engine:
         self._scheduler.remove(generation.job)
         self._away.pop(generation.job, None)
         self._generations.pop(generation.job, None)
+        self._composing.pop(generation.job, None)
         with logged("what a request held is not given back"):
             self._runner.rest()
             self._give_back(generation, keep)
@@ -863,13 +908,17 @@ class Engine:
         """Begin a request that waited for another on its session."""
         try:
             self._begin(generation, [])
-        except Exception as error:
-            self._tell(generation, generation.failed(typed(error, "the request cannot begin")))
-            if is_lost(error):
-                raise
-            waiting = self._behind.get(generation.key) if generation.key else None
-            if waiting:
-                self._follow(waiting.popleft())
+        except Exception as error:  # noqa: BLE001 (it is told, or raised)
+            self._never_begins(generation, error)
+
+    def _never_begins(self, generation: Generation, error: Exception) -> None:
+        """End a request; the next on its session begins."""
+        self._tell(generation, generation.failed(typed(error, "the request cannot begin")))
+        if is_lost(error):
+            raise error
+        waiting = self._behind.get(generation.key) if generation.key else None
+        if waiting:
+            self._follow(waiting.popleft())
 
     # The rest.
 

@@ -38,6 +38,9 @@ class Generation:
         self.number = 0
         self.request = entry.request
         self.prompt = list(entry.prompt or ())
+        self.turns: list[int] | None = (
+            None  # the prompt without the beginning of an answer, if it is messages
+        )
         self.handle = entry.handle
         self.sequence: Sequence | None = None
         self.milestone: RunKey | None = None

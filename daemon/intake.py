@@ -62,6 +62,12 @@ class Intake:
             elif not self._stopped:
                 self._deliver(act)
 
+    def compose(self, run: Act) -> None:
+        """Have the prompt of a chat made whose request was delivered already."""
+        with self._lock:
+            if not self._stopped:
+                self._pools["chat"].submit(run)
+
     def cancel(self, request_id: str, tenant: str | None = None) -> bool:
         """End a request when its turn comes, if it is this tenant's where one is given; False if it is not in
         the intake."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from spilld.offload.chain import root
 from spilld.offload.extent import RunKey
@@ -17,12 +17,34 @@ from .protocol import ChangeSession, Generate, Message, SessionInfo
 from .sequence import Sequence
 from .sessions import Session, SessionBook
 from .tail import Resume
+from .text import Tokenizer
 from .visibility import BLOCK
 
 OF_A_SESSION = 1
 """Priority of KV that a named session goes on with; that of other requests is 0."""
 
 KEPT_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages that a session goes on with. It may be called in any thread, and may take long."""
+
+    tokenizer: Tokenizer
+    past: tuple[Message, ...]
+    messages: tuple[Message, ...]
+    answer: bool
+    most: int
+
+    def __call__(self) -> tuple[list[int], list[int]]:
+        """Their tokens, and those without the beginning of an answer. Raises SpilldError."""
+        turns = self._tokens(answer=False)
+        return (self._tokens(answer=True) if self.answer else turns), turns
+
+    def _tokens(self, *, answer: bool) -> list[int]:
+        if self.past:
+            return self.tokenizer.chat_append(self.past, self.messages, answer=answer, most=self.most)
+        return self.tokenizer.chat(self.messages, answer=answer, most=self.most)
 
 
 class SessionKeeper:
@@ -70,35 +92,30 @@ class SessionKeeper:
     def prompt(self, request: Generate, tokens: list[int], session: Session) -> list[int]:
         """Tokens of what a session goes on with. `tokens` are those of a text or of token ids; how a text
         begins, and what a message is, depends on what the session holds. Raises InvalidRequest."""
-        tokenizer, answer = self._model.tokenizer, request.max_tokens > 0
-        if not request.prompt and _unanswered(session.messages):
-            return tokenizer.chat_append(session.messages or (), [], answer=answer)
-        if isinstance(request.prompt, str):
-            new = request.session is not None and not session.tokens
-            return tokenizer.begun(tokens) if new else tokens
-        messages = [part for part in request.prompt if isinstance(part, Message)]
-        if not messages:
-            return tokens
-        return self._messages(session, messages, answer=answer)
+        new = request.session is not None and not session.tokens
+        if isinstance(request.prompt, str) and new:
+            return self._model.tokenizer.begun(tokens)
+        return tokens
 
-    def _messages(self, session: Session, messages: list[Message], *, answer: bool) -> list[int]:
-        tokenizer = self._model.tokenizer
-        if not session.tokens:
-            return tokenizer.chat(messages, answer=answer)
-        if session.messages is None:
+    def chat(self, request: Generate, session: Session, most: int) -> Chat | None:
+        """Makes the prompt of messages, which may have `most` tokens; None where there are none. Raises
+        InvalidRequest."""
+        messages = tuple(part for part in request.prompt if isinstance(part, Message))
+        if not messages and (request.prompt or not _unanswered(session.messages)):
+            return None
+        if session.tokens and session.messages is None:
             raise InvalidRequest("the session holds a raw prompt: append text or tokens, not messages")
-        return tokenizer.chat_append(session.messages, messages, answer=answer)
+        past = (session.messages or ()) if session.tokens else ()
+        return Chat(self._model.tokenizer, past, messages, request.max_tokens > 0, most)
 
     def held(self, generation: Generation) -> list[int]:
         """Tokens that a session holds after a request, which end where the text that was told does. Before
         anything was told of an answer to messages, no turn of the model's has begun."""
-        session, prompt = generation.session, generation.prompt
-        if session is None:
+        if generation.session is None:
             return list(generation.tokens)
-        messages = [part for part in generation.request.prompt if isinstance(part, Message)]
-        chat = messages or (not generation.request.prompt and _unanswered(session.messages))
-        if chat and not generation.appends and not generation.answered:
-            prompt = self._messages(session, messages, answer=False)
+        prompt = generation.prompt
+        if generation.turns is not None and not generation.answered:
+            prompt = generation.turns
         return [*generation.before, *prompt, *generation.kept()]
 
     def after(self, session: Session, generation: Generation, held: list[int]) -> Session:

@@ -12,7 +12,7 @@ from functools import partial
 from spilld.cuda_ext.errors import DeviceError
 
 from .config import Config
-from .engine import Engine, Post
+from .engine import Composed, Engine, Post
 from .errors import (
     Cancelled,
     DeviceUnusable,
@@ -25,6 +25,7 @@ from .errors import (
 from .faults import is_lost, logged, typed
 from .generation import NOBODY
 from .intake import Intake
+from .keeper import Chat
 from .protocol import (
     ChangeSession,
     ExportSession,
@@ -83,6 +84,7 @@ class EngineService:
         self._suspended: frozenset[str] = frozenset()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._intake = Intake(self._inbox.put)
+        self._engine.compose = self._compose
         self._thread = threading.Thread(target=self._loop, name="spilld-engine")
 
     def warm_up(self) -> None:
@@ -100,10 +102,10 @@ class EngineService:
 
     def start(self) -> None:
         """Take up what the last process left, and work."""
+        self._engine.model.tokenizer.start()
         for left in self._engine.left_behind():
             self._count(+1)
             self._engine.restore(left)
-        self._engine.model.tokenizer.start()
         self._thread.start()
 
     def submit(self, client: bytes, request: Generate) -> None:
@@ -210,9 +212,23 @@ class EngineService:
                     f"tokens: {max(tokens)} is not below the vocabulary of {model.geometry.vocab}"
                 )
             return tokens
-        if new:
+        if new and not request.keep:
             return model.tokenizer.chat(messages, answer=request.max_tokens > 0, most=most)
         return []
+
+    def _compose(self, chat: Chat, then: Composed) -> None:
+        """What continues a session was not known when it arrived."""
+
+        def run() -> None:
+            made: tuple[list[int], list[int]] | SpilldError
+            try:
+                made = chat()
+            except Exception as error:  # noqa: BLE001 (it is told, or logged)
+                made = typed(error, "the prompt could not be prepared")
+            if not self._stopping:  # else the next process makes it
+                self._inbox.put(partial(then, made))
+
+        self._intake.compose(run)
 
     # The engine's thread.
 
