@@ -18,6 +18,7 @@ from spilld.daemon.engine import Engine
 from spilld.daemon.errors import Draining, Overloaded
 from spilld.daemon.model import Model
 from spilld.daemon.protocol import (
+    Accepted,
     Done,
     Failed,
     Generate,
@@ -31,6 +32,7 @@ from spilld.daemon.protocol import (
 )
 from spilld.daemon.sequence import Sequence
 from spilld.daemon.service import EngineService
+from spilld.daemon.text import Tokenizer
 
 from .harness import load_tiny, one_thread, shared, some_tokens, window_bytes
 from .tiny_models import build
@@ -368,3 +370,74 @@ def test_a_template_that_loops_stops_nobody(tmp_path: Path) -> None:
         assert isinstance(last, Failed)
         assert (last.code, "chat template does not end" in last.message) == ("invalid_request", True)
         assert opened.ask("raw", "hello").reason == "length"
+
+
+class Held:
+    """A chat that is being made until it may go on."""
+
+    def __init__(self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.goes_on = threading.Event(), threading.Event()
+        self.threads: set[str] = set()
+        self._render = tokenizer._render
+        monkeypatch.setattr(tokenizer, "_render", self.render)
+
+    def render(self, messages: tuple[Message, ...], answer: bool, most: int | None) -> str:
+        self.threads.add(threading.current_thread().name)
+        if messages[-1].content == "held":
+            self.begun.set()
+            self.goes_on.wait(20)
+        return self._render(messages, answer, most)
+
+
+def test_no_chat_is_made_in_the_engine_s_thread(
+    opened: Desk, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(model.tokenizer, monkeypatch)
+    first = opened.ask("kept", (turn("user", "hello"),), keep=True)
+    opened.ask("1", (turn("user", "hello"),), session="s")
+    opened.ask("2", (turn("user", "again"),), session="s")
+    opened.ask("3", (turn("user", "later"),), session="s", max_tokens=0)
+    opened.ask("4", (), session="s")
+    opened.ask("5", (turn("user", "more"),), context=first.context)
+    opened.submit("6", tuple(turn("user", "x " * 300) for _ in range(3)), session="s", max_tokens=LONG)
+    opened.wait("6", Accepted)
+    opened.service.cancel("6")
+    assert opened.code("6") == "cancelled"
+    assert {name.split("_")[0] for name in held.threads} == {"spilld-chat"}
+
+
+def test_others_go_on_while_a_chat_is_made(
+    opened: Desk, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened.ask("1", (turn("user", "hello"),), session="s")
+    held = Held(model.tokenizer, monkeypatch)
+    opened.submit("held", (turn("user", "held"),), session="s")
+    opened.submit("next", (turn("user", "next"),), session="s")
+    assert held.begun.wait(20)
+    assert opened.ask("raw", "hello").reason == "length"
+    opened.service.cancel("held")
+    assert opened.code("held") == "cancelled", "at once"
+    held.goes_on.set()
+    assert opened.end("next").reason == "length"
+    messages = opened.engine._keeper.book.get("", "s").messages
+    assert messages is not None
+    assert [message.content for message in messages if message.role == "user"] == ["hello", "next"]
+
+
+def test_a_chat_that_was_being_made_goes_on_in_the_next_process(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with desk(model, tmp_path / "s") as opened, monkeypatch.context() as patched:
+        opened.ask("1", (turn("user", "hello"),), session="s")
+        held = Held(model.tokenizer, patched)
+        opened.submit("held", (turn("user", "held"),), session="s")
+        assert held.begun.wait(20)
+        threading.Timer(0.1, held.goes_on.set).start()
+        assert opened.service.stop() == {"held"}
+        assert "held" not in opened.events
+    with desk(model, tmp_path / "s") as opened:
+        opened.service.resume(CLIENT, Resume(request_id="held"))
+        assert opened.end("held").reason == "length"
+        messages = opened.engine._keeper.book.get("", "s").messages
+        assert messages is not None
+        assert [message.content for message in messages[:3:2]] == ["hello", "held"]
