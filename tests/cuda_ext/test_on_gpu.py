@@ -117,7 +117,7 @@ def test_kernels_are_compiled_beforehand(
     monkeypatch.setattr(compile_matrix, "variants", lambda: made)
     monkeypatch.setattr(compile_matrix, "default_cache", lambda: tmp_path)
     compile_matrix.main()
-    names = {path.name for path in (tmp_path / "cubins").iterdir()}
+    names = {path.name for path in (tmp_path / "cubins").rglob("*.cubin")}
     assert names == {build.name_of(each, compile_matrix.architecture()) for each in made}
     assert capsys.readouterr().out.startswith("== 2 kernels for sm_")
 
