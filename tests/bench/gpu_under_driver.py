@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
+import device_machine
 import gpu
 import gpu_copies
 import numpy as np
@@ -19,6 +20,14 @@ from ..cuda_ext.driver import FakeDriver
 from ..cuda_ext.fake import FakeDevice
 
 __all__ = ["emulate"]
+
+
+def test_what_a_gpu_is_in_a_line() -> None:
+    driver = FakeDriver(FakeDevice(memory_bytes=51_200_000), {})
+    driver.connect()
+    said = "no GPU, sm_90, driver of CUDA 13.0, 0.1 of 0.1 GB free, pages of 65536"
+    assert device_machine.gpu() == said
+    driver.assert_empty()
 
 
 def test_records_are_random() -> None:

@@ -154,6 +154,11 @@ class FakeDriver:
         self.device.call("synchronise")
         self.device.synchronise()
 
+    @function(c_void_p, c_void_p)
+    def cuMemGetInfo(self, free: int, total: int) -> None:
+        c_size_t.from_address(total).value = self.device.memory_bytes
+        c_size_t.from_address(free).value = self.device.memory_bytes - self.device.used_bytes
+
     @function(c_void_p, c_size_t)
     def cuMemAlloc(self, address: int, nbytes: int) -> None:
         c_uint64.from_address(address).value = self.device.allocate(nbytes)
