@@ -28,7 +28,7 @@ from .interface import IMPLEMENTATION
 from .linear import has_bfloat16_products, widen
 from .packed import Packed
 from .packing import packed_file, read
-from .probe import probe
+from .probe import probe_once
 from .rope import fix_rope, rope_bytes
 from .text import Tokenizer
 from .weights import read_layout
@@ -106,7 +106,7 @@ def load(
         )
     fix_rope(module, longest)
     if attention == IMPLEMENTATION:
-        probe(module, geometry)
+        probe_once(module, geometry, cache)
     steps = packed_file(module, folder, weights, cache) if device == "cpu" else None
     if device != "cpu":
         _move(module, device)

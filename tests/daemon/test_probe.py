@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
+from spilld.daemon import probe as probes
 from spilld.daemon.errors import UnsupportedModel
 from spilld.daemon.folder import FAMILIES
 from spilld.daemon.interface import _forward
 from spilld.daemon.model import load, load_module
-from spilld.daemon.probe import probe
+from spilld.daemon.probe import probe, probe_once
 
 from .tiny_models import STRANGERS, build
 
@@ -33,7 +35,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> None:
     ("family", "why"),
     [
         ("gpt_oss", "GptOssAttention asks for an attention with s_aux"),
-        ("lfm2", r"attends in layers \[1\] of 2"),
+        ("lfm2", "layers with conv are not supported"),
     ],
 )
 def test_strange_attention_is_refused(family: str, why: str, tmp_path: Path) -> None:
@@ -70,6 +72,18 @@ def test_no_weight_is_read_or_changed(tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     probe(module, load(folder, "float32", cache=tmp_path).geometry)
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_what_passed_is_not_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = build("llama", tmp_path / "m")
+    first = load(folder, "float32", cache=tmp_path)
+    monkeypatch.delattr(probes, "probe")
+    assert load(folder, "float32", cache=tmp_path).fingerprint == first.fingerprint
+    with pytest.raises(NameError):
+        probe_once(first.module, replace(first.geometry, softcap=30.0), tmp_path)
+    monkeypatch.setattr(transformers, "__version__", "99")
+    with pytest.raises(NameError):
+        load(folder, "float32", cache=tmp_path)
 
 
 class Seen:
