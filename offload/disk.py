@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -21,6 +22,7 @@ from .errors import (
     ReadError,
     TierFull,
     WriteFailed,
+    WriteRefused,
 )
 from .extent import ExtentIdentity, Move, RunKey, RunPlace, extent_bytes
 from .folder import Folder
@@ -31,6 +33,9 @@ from .segment import SEGMENT_BYTES, Range, SegmentSpace
 from .system import Bytes, SystemCalls, page_aligned, read_fully, write_fully
 
 log = logging.getLogger(__name__)
+
+PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR}
+"""Errors that say nothing of the disk: what it would take comes back."""
 
 NAMELESS = Contents(parent=b"")
 """Of a run that nobody will look for."""
@@ -203,7 +208,7 @@ class DiskTier:
             self._respect_floor(found)
             file = self._grow(found)
         except OSError as error:
-            raise WriteFailed(f"no room for run {run.hex()}: {error}") from error
+            raise _failed(f"no room for run {run.hex()}", error) from error
         self._space.take(found)
         place = RunPlace(identity, found, file.file, fresh=not file.durable_name)
         self._runs[run] = _Run(place, contents)
@@ -222,7 +227,7 @@ class DiskTier:
         try:
             write_fully(self.system, place.file, scratch[: identity.nbytes], place.offset(layer))
         except OSError as error:
-            raise WriteFailed(f"layer {layer} of run {place.run.hex()}: {error}") from error
+            raise _failed(f"layer {layer} of run {place.run.hex()}", error) from error
         return checksum
 
     def sync(self, place: RunPlace) -> None:
@@ -232,7 +237,7 @@ class DiskTier:
             if place.fresh:
                 self.system.fsync_folder(self._folder.path)
         except OSError as error:
-            raise WriteFailed(f"run {place.run.hex()} may not be durable: {error}") from error
+            raise _failed(f"run {place.run.hex()} may not be durable", error) from error
 
     def commit(self, place: RunPlace) -> None:
         """The run exists from now on: every layer was written, then synced.
@@ -543,3 +548,8 @@ class DiskTier:
             self.system.unlink(self._folder.segment(number))
         except OSError as error:
             log.warning("%s: segment %d stays behind: %s", self._folder.path, number, error)
+
+
+def _failed(what: str, error: OSError) -> WriteFailed:
+    """The error for a system call that did not write."""
+    return (WriteRefused if error.errno in PASSING else WriteFailed)(f"{what}: {error}")

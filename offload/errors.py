@@ -7,6 +7,7 @@ OffloadError
 ├── IndexDamaged        the index of the disk tier cannot be read: what it named is lost
 ├── TierFull            a tier has no room now; may pass once something is released
 ├── WriteFailed         a run could not be made durable; it is absent, earlier runs are intact
+│   └── WriteRefused    for want of descriptors or memory: the disk is as it was, and it may be tried again
 ├── ArchiveDamaged      a file is no archive, or not what was written
 ├── ArchiveUnknown      an archive of a version that this one does not read
 └── ReadFailed          a stored extent did not come back; the KV must be recomputed
@@ -70,6 +71,10 @@ class ReadCancelled(ReadFailed):
 
 class WriteFailed(OffloadError):
     """A run could not be made durable. It is absent; earlier runs are intact."""
+
+
+class WriteRefused(WriteFailed):
+    """The kernel lacked something that passes, such as descriptors; the disk has not failed."""
 
 
 class ArchiveDamaged(OffloadError):

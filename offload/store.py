@@ -25,7 +25,7 @@ from . import residency
 from .cache import RunCache
 from .compaction import Compaction
 from .disk import DiskTier
-from .errors import BudgetTooSmall, ExtentCorrupt, TierFull, WriteFailed
+from .errors import BudgetTooSmall, ExtentCorrupt, TierFull, WriteFailed, WriteRefused
 from .extent import RunKey, RunPlace, extent_bytes
 from .host import HostSlab
 from .index import Contents
@@ -51,6 +51,11 @@ RUN_STEP = 4
 
 PROMOTION_MARGIN = 16
 """Block columns of host memory that stay free when runs are copied back from disk."""
+
+REFUSALS = 3
+"""How often growth tries again to spill where the kernel lacks something that passes."""
+
+REFUSED_S = 0.05
 
 WRITES_AHEAD = 2
 """Runs and tails that may wait for the disk before more are written that need not be."""
@@ -141,6 +146,9 @@ class Store:
         self.layers = layers
         self.run_blocks = run_blocks
         self.spill_failure: WriteFailed | None = None
+        self._refused = 0
+        """Runs that were not written for want of something that passes, and why the last was not."""
+        self._refusal: WriteRefused | None = None
         self.promotes = True
         """Runs may be copied back from disk while host memory is free."""
         self.arriving_bytes = 0
@@ -226,13 +234,19 @@ class Store:
         columns = max(0, stop - start)
         if stop > table.promised + 1:
             raise ValueError(f"block {stop - 1} was not promised, only {table.promised} are")
+        before = self._refused
         while self._slab.free_slots < columns * self.layers:
             self.make_room(columns)
             if self._slab.free_slots >= columns * self.layers:
                 break
-            if not self._outgoing:
-                why = f": {self.spill_failure}" if self.spill_failure else ""
+            refused = self._refused - before
+            if refused > REFUSALS or not (self._outgoing or refused):
+                failure = self.spill_failure or (self._refusal if refused else None)
+                why = "" if failure is None else f": {failure}"
                 raise TierFull(f"host memory has no room for {columns} more blocks, none can be spilled{why}")
+            if not self._outgoing:
+                time.sleep(REFUSED_S)
+                continue
             ended = self._need_disk().spiller.wait(WRITE_DEADLINE_S)
             if not ended:
                 raise TierFull(f"no write to disk has ended within {WRITE_DEADLINE_S} s")
@@ -392,7 +406,11 @@ class Store:
             self._slab.free(outgoing.rows.ravel())
 
     def _give_up_spilling(self, failure: WriteFailed) -> None:
-        """Degrade to no disk tier: what is on disk stays readable, nothing more goes there."""
+        """Degrade to no disk tier: what is on disk stays readable, nothing more goes there. Only this run has
+        failed where the disk has not."""
+        if isinstance(failure, WriteRefused):
+            self._refused, self._refusal = self._refused + 1, failure
+            return
         log.error("the disk tier takes no more runs: %s", failure)
         self.spill_failure = failure
 

@@ -820,6 +820,40 @@ def test_a_disk_that_takes_no_more_loses_nothing(rig: Rig, call: str, number: in
     rig.check()
 
 
+PASSING = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN]
+
+
+@pytest.mark.parametrize("call", ["open", "ftruncate", "pwritev", "fdatasync", "fsync_folder"])
+@pytest.mark.parametrize("number", PASSING)
+def test_what_the_kernel_lacks_for_a_moment_ends_no_tier(rig: Rig, call: str, number: int) -> None:
+    """EMFILE while many clients connect: the run is written a little later, and no request fails."""
+    known = rig.open(COLUMNS + RUN + 4)
+    rig.fill(known, COLUMNS)
+    rig.system.script[call].extend([error(number)] * 2)
+    rig.fill(known, 1)
+    assert not rig.system.script[call], "it was met"
+    assert (rig.store.spill_failure, rig.store.stats()["disk_failure"]) == (None, "")
+    assert known.table.disk_blocks == RUN
+    rig.check()
+
+
+@pytest.mark.parametrize("call", ["open", "pwritev"])
+def test_what_the_kernel_lacks_for_long_fails_who_needs_it(rig: Rig, call: str) -> None:
+    """Not for ever: once it is there again, so is the tier."""
+    known = rig.open(COLUMNS + RUN + 4)
+    rig.fill(known, COLUMNS)
+    rig.system.script[call].extend([error(errno.EMFILE)] * 100)
+    with pytest.raises(TierFull, match=r"none can be spilled.*Too many open files"):
+        rig.grow(known, 1)
+    rig.settled()
+    assert rig.store.spill_failure is None
+    rig.check()
+    rig.system.script[call].clear()
+    rig.fill(known, 1)
+    assert known.table.disk_blocks == RUN
+    rig.check()
+
+
 def test_a_failed_write_of_a_forgotten_sequence_frees_its_rows(rig: Rig) -> None:
     known = rig.open(8)
     rig.fill(known, 8)
