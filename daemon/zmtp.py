@@ -30,7 +30,9 @@ class Broken(Exception):
 
 
 def greeting(mechanism: bytes) -> bytes:
-    return b"\xff" + bytes(8) + b"\x7f\x03\x01" + mechanism.ljust(20, b"\0") + b"\1" + bytes(31)
+    """Of this side, which is the server where the mechanism asks."""
+    as_server = bytes((mechanism != Null.name,))
+    return b"\xff" + bytes(8) + b"\x7f\x03\x01" + mechanism.ljust(20, b"\0") + as_server + bytes(31)
 
 
 def pings(given: bytes, mechanism: bytes) -> bool:
