@@ -43,8 +43,8 @@ MOST_FRAMES = 64
 OUT_BYTES = 2 * MAX_FRAME_BYTES
 """May wait to be sent, or one message."""
 
-BEHIND_BYTES = OUT_BYTES // 4
-"""While more waits to be sent nothing is read."""
+BEHIND_BYTES = 256 << 10
+"""While more waits to be sent nothing is read: so much can anybody have waiting who only asks."""
 
 HANDSHAKE_S = 10.0
 

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 LOOK_S = 1.0
 """How often all connections are looked at."""
 
+IDLE_S = 60.0
+
 LOG_S = 10.0
 """How often at most it is said that there are too many connections."""
 
@@ -79,6 +81,7 @@ class Router:
         self._queued: set[Connection] = set()
         self._departed: list[bytes] = []
         self._look_at = self._log_at = 0.0
+        self._paused = False
         listening.setblocking(False)
         self._epoll.register(listening, select.EPOLLIN)
 
@@ -88,7 +91,9 @@ class Router:
 
     def wait_s(self) -> float:
         """How long nothing is to be done if nothing comes."""
-        return 0.0 if self._due else max(0.0, self._look_at - time.monotonic())
+        if self._due or not (self._connections or self._paused):
+            return 0.0 if self._due else IDLE_S
+        return max(0.0, self._look_at - time.monotonic())
 
     def turn(self) -> None:
         """Find out who is to be read from, send what waits, and let in who comes."""
@@ -99,7 +104,7 @@ class Router:
                 self._changed(connection, events)
         if (now := time.monotonic()) >= self._look_at:
             self._look_at = now + LOOK_S
-            self._epoll.modify(self._listening, select.EPOLLIN)
+            self._pause(False)
             for connection in list(self._connections.values()):
                 self._guarded(connection, partial(connection.look, now))
                 self._queue(connection)  # there may be room for it now
@@ -165,7 +170,7 @@ class Router:
                 return
             except OSError as error:  # no descriptor, no memory: who waits is still there later
                 self._complain(f"nobody can connect now: {error}")
-                self._epoll.modify(self._listening, 0)
+                self._pause(True)
                 return
             if len(self._connections) >= self._most and not self._make_way():
                 self._complain(f"{self._most} clients are connected, which is as many as may be")
@@ -174,6 +179,11 @@ class Router:
                 peer.close()
             else:
                 self._take_in(peer)
+
+    def _pause(self, paused: bool) -> None:
+        """Let nobody in, or somebody again."""
+        self._paused = paused
+        self._epoll.modify(self._listening, 0 if paused else select.EPOLLIN)
 
     def _make_way(self) -> bool:
         """End the oldest connection that has not shaken hands."""
