@@ -232,6 +232,7 @@ def test_who_resumed_keeps_it_when_the_one_before_goes(running: Running) -> None
     with Dealer(running.address) as one, Dealer(running.address) as two:
         one.generate("x", max_tokens=100)
         one.generate("y", max_tokens=10**6)
+        until(lambda: len(running.echo.submitted) == 2)
         two.send(*encode(Resume(request_id="x")))
         assert two.reply().seq == 0
         one.socket.close()
