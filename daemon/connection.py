@@ -2,7 +2,7 @@
 
 What it holds: of what has come at most READ_BYTES beyond the message that is not whole yet, and of what is to
 be sent as many messages and bytes as `send_queue` and OUT_BYTES say. It is read only as far as somebody takes
-messages, and not while much waits to be sent: who does not read is not read from.
+messages, and not while many answers wait to be sent: who asks and does not read is not read from.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ OUT_BYTES = 2 * MAX_FRAME_BYTES
 """May wait to be sent, or one message."""
 
 BEHIND_BYTES = 256 << 10
-"""While more waits to be sent nothing is read: so much can anybody have waiting who only asks."""
+"""While more answers wait to be sent nothing is read. Events of what runs are bounded otherwise, and a cancel
+must get through beside them."""
 
 HANDSHAKE_S = 10.0
 
@@ -102,8 +103,10 @@ class Connection:
         self._message_bytes = 0
         self._reserved = 0
         self._begun: float | None = None
-        self._out: deque[bytes] = deque()
-        self._out_bytes = self._out_at = 0
+        self._out: deque[tuple[bytes, bool]] = deque()
+        """What is to be sent; True for an answer."""
+        self._out_bytes = self._answer_bytes = self._out_at = 0
+        self._deaf = False
         self._put(greeting(mechanism.name))
 
     def fileno(self) -> int:
@@ -116,7 +119,7 @@ class Connection:
     @property
     def behind(self) -> bool:
         """Whether it has to read before it is read from."""
-        return self._out_bytes > BEHIND_BYTES or len(self._out) > 3 * self._send_queue // 4
+        return self._answer_bytes > BEHIND_BYTES
 
     # in
 
@@ -209,38 +212,43 @@ class Connection:
     def _obey(self, body: bytes) -> None:
         name, data = parse_command(body)
         if name == b"PING":  # data: how long it waits (2 bytes), and what it wants back
-            self._put(self.mechanism.seal(COMMAND, command(b"PONG", data[2:18])))
+            self._put(self.mechanism.seal(COMMAND, command(b"PONG", data[2:18])), answer=True)
 
     # out
 
-    def send(self, frames: Sequence[bytes]) -> None:
-        """Have a message sent. Full if as much waits as may."""
+    def send(self, frames: Sequence[bytes], *, answer: bool) -> None:
+        """Have a message sent. answer: at once to what was asked. Full if as much waits as may."""
         nbytes = sum(map(len, frames))
         waits = len(self._out) >= self._send_queue or self._out_bytes + nbytes > OUT_BYTES
         if self._out and waits:
             raise Full
         last = len(frames) - 1
-        self._put(b"".join(self.mechanism.seal(MORE * (i < last), part) for i, part in enumerate(frames)))
+        sealed = b"".join(self.mechanism.seal(MORE * (i < last), part) for i, part in enumerate(frames))
+        self._put(sealed, answer=answer)
 
-    def _put(self, data: bytes) -> None:
-        self._out.append(data)
+    def _put(self, data: bytes, *, answer: bool = False) -> None:
+        self._out.append((data, answer))
         self._out_bytes += len(data)
+        self._answer_bytes += answer * len(data)
         self.flush()
 
     def flush(self) -> None:
         """Send what can be sent without waiting."""
         while self._out and self.writable:
+            data, answer = self._out[0]
             try:
-                sent = self._peer.send(memoryview(self._out[0])[self._out_at :])
+                sent = len(data) if self._deaf else self._peer.send(memoryview(data)[self._out_at :])
             except BlockingIOError:
                 self.writable = False
                 return
-            except OSError as error:
-                raise Gone(str(error)) from error
+            except OSError:  # what it said before, such as a cancel, is still to be read
+                self._deaf = True
+                continue
             self._out_at += sent
-            self._out_bytes -= sent
-            if self._out_at == len(self._out[0]):
+            if self._out_at >= len(data):
                 self._out.popleft()
+                self._out_bytes -= len(data)
+                self._answer_bytes -= answer * len(data)
                 self._out_at = 0
         if self.mechanism.refused:
             raise Gone("refused")

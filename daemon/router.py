@@ -123,13 +123,13 @@ class Router:
                 return Received(connection.client, connection.mechanism.key, message)
         return None
 
-    def send(self, client: bytes, frames: Sequence[bytes]) -> None:
-        """Raises Full, or Gone if there is no such client any more."""
+    def send(self, client: bytes, frames: Sequence[bytes], *, answer: bool = False) -> None:
+        """answer: at once to what was asked. Raises Full, or Gone if there is no such client any more."""
         connection = self._clients.get(client)
         if connection is None:
             raise Gone
         try:
-            connection.send(frames)
+            connection.send(frames, answer=answer)
         except Gone:
             self._close(connection)
             raise

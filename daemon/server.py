@@ -323,11 +323,11 @@ class Server:
             self.limits.count(account, time.monotonic())
             self._handle(client, message if guest is None else guest.admit(message), account)
         except SpilldError as error:
-            self._send(client, Failed.because(error, request_id or error.request_id, seq))
+            self._send(client, Failed.because(error, request_id or error.request_id, seq), answer=True)
         except Exception:
             log.exception("request %r failed", request_id)
             bug = InternalError("a bug in spilld; see its log")
-            self._send(client, Failed.because(bug, request_id, seq))
+            self._send(client, Failed.because(bug, request_id, seq), answer=True)
 
     def _handle(self, client: bytes, message: Request, account: Account) -> None:
         match message:
@@ -349,9 +349,10 @@ class Server:
                 self._service.transfer(client, message)
                 self._running[client, message.request_id] = _InFlight(account.name)
             case Hello(request_id=request_id):
-                self._send(client, replace(self._service.welcome(), request_id=request_id))
+                self._send(client, replace(self._service.welcome(), request_id=request_id), answer=True)
             case Stats(request_id=request_id):
-                self._send(client, StatsReply(request_id=request_id, values=self._service.stats()))
+                reply = StatsReply(request_id=request_id, values=self._service.stats())
+                self._send(client, reply, answer=True)
 
     def _start(self, client: bytes, request: Generate, account: Account) -> None:
         self._refuse(request.request_id, account)
@@ -396,11 +397,11 @@ class Server:
             self._fail(key, error)
             self._service.cancel(key[1])
 
-    def _send(self, client: bytes, message: Reply) -> bool:
+    def _send(self, client: bytes, message: Reply, *, answer: bool = False) -> bool:
         """False if the client cannot take it: its requests are cancelled if it is slow, and may be
         resumed if it is gone."""
         try:
-            self._router.send(client, encode(message))
+            self._router.send(client, encode(message), answer=answer)
         except Full:
             self._give_up(client)
             return False

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from spilld.daemon import connection, router
-from spilld.daemon.protocol import MAX_FRAME_BYTES, Hello
+from spilld.daemon.protocol import MAX_FRAME_BYTES, Cancel, Generate, Hello
 
+from .peer import until
 from .raw import PING, connected, frame, greeting, ready, received, said, zmtp
 from .test_flood import served
 
@@ -126,6 +127,20 @@ def test_a_large_frame_that_stops_is_let_go_and_idle_clients_are_not(start: Star
         stops.sendall(struct.pack(">BQ", 2, MAX_FRAME_BYTES) + bytes(1000))
         assert ended(stops)
         assert _open(idle)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_cancel_gets_through_beside_events_that_are_not_read(start: Start, leaves: bool) -> None:
+    """Also if it is the last that a client says."""
+    running = start()
+    running.echo.pace_s, running.echo.piece = 0.001, "x" * 2000
+    with zmtp(running.address) as peer:
+        peer.sendall(said(Generate(request_id="x", prompt="a", max_tokens=10**6)))
+        until(lambda: len(running.echo._said.get("x", ())) > 500)
+        peer.sendall(said(Cancel(request_id="x")))
+        if leaves:
+            peer.close()
+        until(lambda: running.echo.cancelled == ["x"])
 
 
 def test_large_frames_wait_for_room_and_small_ones_do_not(
