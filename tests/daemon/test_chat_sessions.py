@@ -106,6 +106,19 @@ class TestAppended:
             say(harness, [ONE], keep=True, max_tokens=0)
             assert say(harness, [TWO], context=harness.done().context) == wanted
 
+    def test_a_conversation_that_was_had_elsewhere(self, model: Model, tmp_path: Path) -> None:
+        """It ends with what the model said, or began to say: that is gone on with, or answered."""
+        with engine(model, tmp_path / "a") as harness:
+            begun = say(harness, [ONE, assistant("I say")], session="s")
+            holds(harness, model, ONE, assistant("I say" + begun))
+            wanted = say(harness, [ONE, assistant("I say"), TWO])
+        with engine(model, tmp_path / "s") as harness:
+            say(harness, [ONE, assistant("I say")], session="s", max_tokens=0)
+            holds(harness, model, ONE, assistant("I say"))
+            say(harness, [ONE, assistant("I say")], session="t", max_tokens=0)
+            assert say(harness, "", session="s") == begun
+            assert say(harness, [TWO], session="t") == wanted
+
     def test_a_raw_prompt_is_warmed_up(self, model: Model, tmp_path: Path) -> None:
         with engine(model, tmp_path) as harness:
             harness.ask(some_tokens(1, 300), session="s", **FIELDS)
