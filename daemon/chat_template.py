@@ -29,18 +29,14 @@ class ChatTemplate:
         self._setup = pack({"source": source, "variables": variables, "control": control})
         self._lock = threading.Lock()
         self._running: _Process | None = None
-        self._closed = False
 
     def start(self) -> None:
         """Have the process begin, without waiting for it."""
         with self._lock:
-            if self._closed:
-                self._closed, self._running = False, None
             self._process()
 
     def close(self) -> None:
-        """End the process, whatever it does; what waits for it, or comes before `start`, raises Draining."""
-        self._closed = True
+        """End the process, whatever it does: a rendering under way raises Draining."""
         if (running := self._running) is not None:
             running.kill()
 
@@ -58,22 +54,13 @@ class ChatTemplate:
                 answer = process.ask(request, 4 * most + (1 << 16))
             except (OSError, ValueError) as error:
                 self._running = None
-                raise self._ended(process.end(), error) from error
+                raise _ended(process, error) from error
         return _text(answer)
 
     def _process(self) -> _Process:
-        if self._closed:
-            raise Draining("the daemon is stopping; try again when it is back")
         if self._running is None or not self._running.alive:
             self._running = _Process(self._setup)
         return self._running
-
-    def _ended(self, code: int, error: Exception) -> InvalidRequest | Draining:
-        if self._closed:
-            return Draining("the daemon is stopping; try again when it is back")
-        if code == -signal.SIGXCPU or isinstance(error, TimeoutError):
-            return _fault(f"does not end: it was stopped after {CPU_S} s of computing")
-        return _fault(f"ended the process that renders it ({error}; exit code {code})")
 
 
 class _Process:
@@ -87,6 +74,7 @@ class _Process:
                 start_new_session=True,
             )
         self._setup = setup
+        self.killed = False
         self._finalizer = weakref.finalize(self, _end, self._process, self._link)
 
     def ask(self, request: bytes, most: int) -> Mapping[str, Any]:
@@ -106,9 +94,10 @@ class _Process:
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        return not self.killed and self._process.poll() is None
 
     def kill(self) -> None:
+        self.killed = True
         self._process.kill()
 
     def end(self) -> int:
@@ -123,6 +112,15 @@ def _end(process: subprocess.Popen[bytes], link: socket.socket) -> None:
     link.close()
     process.kill()
     process.wait()
+
+
+def _ended(process: _Process, error: Exception) -> InvalidRequest | Draining:
+    code = process.end()
+    if process.killed:
+        return Draining("the daemon is stopping; try again when it is back")
+    if code == -signal.SIGXCPU or isinstance(error, TimeoutError):
+        return _fault(f"does not end: it was stopped after {CPU_S} s of computing")
+    return _fault(f"ended the process that renders it ({error}; exit code {code})")
 
 
 def _text(answer: Mapping[str, Any]) -> str:

@@ -77,12 +77,15 @@ class Intake:
                 self._cancelled.add(request_id)
             return request_id in self._requests
 
-    def stop(self) -> None:
-        """Wait for what runs; what waits never does."""
+    def stop(self, interrupt: Act = lambda: None) -> None:
+        """What waits never runs; what runs is interrupted and waited for."""
         with self._lock:
             self._stopped = True
         for pool in self._pools.values():
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+        interrupt()
+        for pool in self._pools.values():
+            pool.shutdown(wait=True)
 
     def _queue(self, client: bytes, job: _Job) -> None:
         if self._stopped:

@@ -165,8 +165,7 @@ class EngineService:
         """End the threads, after the step that is under way. The ids of the requests that are saved: they go
         on in the next process."""
         self._draining = self._stopping = True
-        self._engine.model.tokenizer.close()
-        self._intake.stop()
+        self._intake.stop(self._engine.model.tokenizer.close)
         self._inbox.put(lambda: None)
         self._thread.join()
         return self._suspended
