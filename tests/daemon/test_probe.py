@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from spilld.daemon import probe as probes
 from spilld.daemon.errors import UnsupportedModel
@@ -81,7 +80,7 @@ def test_what_passed_is_not_looked_at_again(tmp_path: Path, monkeypatch: pytest.
     assert load(folder, "float32", cache=tmp_path).fingerprint == first.fingerprint
     with pytest.raises(NameError):
         probe_once(first.module, replace(first.geometry, softcap=30.0), tmp_path)
-    monkeypatch.setattr(transformers, "__version__", "99")
+    monkeypatch.setattr("spilld.daemon.probe.transformers.__version__", "99")
     with pytest.raises(NameError):
         load(folder, "float32", cache=tmp_path)
 
