@@ -16,7 +16,8 @@ from typing import Protocol
 from .client import Client
 from .errors import DeadlineExceeded, InternalError, Unreachable
 
-START_S = 180.0
+START_S = 600.0
+"""For a first start on a busy machine, which compiles kernels. One that ends is not waited for."""
 STOP_S = 30.0
 
 
