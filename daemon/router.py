@@ -10,7 +10,7 @@ import logging
 import select
 import socket
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -79,6 +79,8 @@ class Router:
         self._clients: dict[bytes, Connection] = {}
         self._due: deque[Connection] = deque()
         self._queued: set[Connection] = set()
+        self._keyed: defaultdict[str, set[bytes]] = defaultdict(set)
+        """Connections of each key that has some."""
         self._departed: list[bytes] = []
         self._look_at = self._log_at = 0.0
         self._paused = False
@@ -116,10 +118,13 @@ class Router:
             self._queued.discard(connection)
             if connection.client not in self._clients or connection.behind:
                 continue
+            came = connection.ready
             message = self._guarded(connection, connection.receive)
+            if connection.ready and not came:
+                self._count_in(connection)
             if connection.eager:
                 self._queue(connection)
-            if message is not None:
+            if message is not None and connection.client in self._clients:
                 return Received(connection.client, connection.mechanism.key, message)
         return None
 
@@ -193,6 +198,16 @@ class Router:
                 return True
         return False
 
+    def _count_in(self, connection: Connection) -> None:
+        """It has shaken hands. One key has at most half of all connections, so that others can come, too."""
+        key = connection.mechanism.key
+        if not key or connection.client not in self._clients:
+            return
+        self._keyed[key].add(connection.client)
+        if len(self._keyed[key]) > max(1, self._most // 2):
+            self._complain(f"a key has {self._most // 2} connections, which is half of all: {key}")
+            self._close(connection)
+
     def _complain(self, why: str) -> None:
         if (now := time.monotonic()) >= self._log_at:
             self._log_at = now + LOG_S
@@ -236,5 +251,9 @@ class Router:
     def _close(self, connection: Connection) -> None:
         if self._clients.pop(connection.client, None) is not None:
             del self._connections[connection.fileno()]
+            key = connection.mechanism.key
+            self._keyed[key].discard(connection.client)
+            if not self._keyed[key]:
+                del self._keyed[key]
             connection.close()
             self._departed.append(connection.client)

@@ -8,6 +8,7 @@ import pwd
 import socket
 import stat
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -549,6 +550,27 @@ def test_what_has_no_tenant_passes(running: Running, keys: Path) -> None:
         while not isinstance(reply, Done):
             assert not isinstance(reply, Failed)
             reply = alice.reply()
+
+
+def test_one_key_does_not_have_all_connections(start: Start, keys: Path) -> None:
+    running = start(LOOPBACK, keys=keys, max_connections=4)
+    alice = ClientKey.load(keys / "alice.key")
+    with ExitStack() as stack:
+        for number in range(2):
+            peer = stack.enter_context(KeyedDealer(running.address, alice))
+            assert isinstance(peer.ask(ListSessions(request_id=f"l{number}")), Sessions)
+        third = stack.enter_context(KeyedDealer(running.address, alice))
+        third.say(ListSessions(request_id="l"))
+        assert not third.socket.poll(300)
+        with Client(running.address, keys=keys / "bob.key") as bob:
+            assert bob.hello().model == "echo"
+        peer.socket.close()
+
+        def let_in() -> int:
+            third.say(ListSessions(request_id="l"))
+            return third.socket.poll(200)
+
+        until(let_in)  # libzmq tries again and again
 
 
 # The address
