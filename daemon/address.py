@@ -14,6 +14,14 @@ LONGEST_PATH = 107
 """Bytes of a unix socket's path (sun_path less its NUL)."""
 
 
+def home(instead: str) -> Path:
+    """The user's home directory; ConfigError where it is not known, which names what can be set `instead`."""
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise ConfigError(f"your home directory is not known; set HOME, or {instead}") from error
+
+
 def default_address(environ: Mapping[str, str] = os.environ) -> str:
     """ipc in $RUNTIME_DIRECTORY (set by systemd), $XDG_RUNTIME_DIR/spilld, /run/spilld for root, or
     ~/.local/state/spilld: the first that applies."""
@@ -24,8 +32,13 @@ def default_address(environ: Mapping[str, str] = os.environ) -> str:
     elif os.geteuid() == 0:
         folder = Path("/run/spilld")
     else:
-        folder = Path.home() / ".local/state/spilld"
+        folder = home("XDG_RUNTIME_DIR") / ".local/state/spilld"
     return f"ipc://{folder}/spilld.sock"
+
+
+def user_address() -> str:
+    """default_address as a client of the same user has it, which systemd does not start."""
+    return default_address({name: value for name, value in os.environ.items() if name != "RUNTIME_DIRECTORY"})
 
 
 def check_address(address: str, *, keyed: bool = False) -> str:

@@ -23,6 +23,7 @@ from .errors import (
 )
 from .fields import FieldError, Struct, readers
 from .protocol import (
+    Accepted,
     Acknowledge,
     Cancel,
     ChangeSession,
@@ -36,6 +37,7 @@ from .protocol import (
     Request,
     Resume,
     Sampling,
+    Token,
 )
 from .wire import decode, encode
 
@@ -135,6 +137,8 @@ class Call:
         self.open = True  # a reply may still come
         self.error: SpilldError | None = None
         self.done: Done | None = None
+        self.begun = False
+        self.pieces: list[str] = []
         self.on_change: Callable[[], None] | None = None
 
     @property
@@ -151,6 +155,16 @@ class Call:
         if self.done is None:
             raise self.error or RuntimeError("there is no result yet: read the generation to its end first")
         return self.done
+
+    def note(self, reply: Reply) -> None:
+        """Keep what is to be known of a reply before, or whether or not, it is taken."""
+        match reply:
+            case Accepted():
+                self.begun = True
+            case Token(text=text):
+                self.pieces.append(text)
+            case Done(text=text):
+                self.done, self.pieces = reply, [text]
 
     def changed(self) -> None:
         if self.on_change is not None:
@@ -231,10 +245,15 @@ class Calls:
         times = [moment for moment in (call.deadline, self._give_up(call)) if moment is not None]
         return max(0.0, min(times) - now) if times else None
 
+    def ask_to_cancel(self, call: Call) -> None:
+        """Tell the daemon to stop a call that has not ended: it ends with what the daemon says then."""
+        if call.open:
+            self.outbox.append(encode(Cancel(request_id=call.request_id)))
+
     def cancel(self, call: Call, error: SpilldError | None = None) -> None:
         """Tell the daemon to stop a call that has not ended; it ends here at once. From any thread."""
         if call.open:
-            self.outbox.append(encode(Cancel(request_id=call.request_id)))
+            self.ask_to_cancel(call)
             self._end(call, error)
         if error is None:
             call.replies.clear()
@@ -288,7 +307,7 @@ class Calls:
             self._end(call, reply.error())
             return
         call.replies.append(reply)
-        call.done = reply if isinstance(reply, Done) else None
+        call.note(reply)
         if call.done is not None or not isinstance(reply, Event):
             self._end(call)
         self._acknowledge(call)

@@ -125,9 +125,10 @@ class Client:
         those to come. RequestNotFound if the daemon does not know it any more."""
         return Generation(self, self._start(Resume(request_id=request_id, tenant=self.tenant), timeout))
 
-    def hello(self) -> Welcome:
-        """What the daemon serves."""
-        return self._ask(Hello(request_id=self._calls.next_id()), Welcome)
+    def hello(self, timeout: float = ASK_S) -> Welcome:
+        """What the daemon serves. DeadlineExceeded if it does not say so within timeout seconds: one that is
+        starting listens, and answers once it serves."""
+        return self._ask(Hello(request_id=self._calls.next_id()), Welcome, timeout)
 
     def stats(self) -> dict[str, object]:
         return self._ask(Stats(request_id=self._calls.next_id()), StatsReply).values
@@ -271,6 +272,23 @@ class Generation:
         """Reason, text, usage and context handle; only after the end."""
         return self._call.result()
 
+    @property
+    def begun(self) -> bool:
+        """Whether the daemon has begun with it: then the prompt is part of its session or context, also if it
+        is cancelled."""
+        return self._call.begun
+
+    @property
+    def text_so_far(self) -> str:
+        """What has come of the text, read or not."""
+        return "".join(self._call.pieces)
+
+    def cancel(self) -> None:
+        """Have the daemon end it. Its events go on, up to Cancelled, which the iteration raises, or to its
+        Done if that was first. `close` does not wait for either."""
+        self._client._calls.ask_to_cancel(self._call)
+        self._client._link.flush()
+
     def close(self) -> None:
         self._client._cancel(self._call)
 
@@ -335,9 +353,9 @@ class AsyncClient:
         """As `Client.resume`."""
         return AsyncGeneration(self, self._start(Resume(request_id=request_id, tenant=self.tenant), timeout))
 
-    async def hello(self) -> Welcome:
-        """What the daemon serves."""
-        return await self._ask(Hello(request_id=self._calls.next_id()), Welcome)
+    async def hello(self, timeout: float = ASK_S) -> Welcome:
+        """As Client.hello."""
+        return await self._ask(Hello(request_id=self._calls.next_id()), Welcome, timeout)
 
     async def stats(self) -> dict[str, object]:
         return (await self._ask(Stats(request_id=self._calls.next_id()), StatsReply)).values
@@ -474,6 +492,21 @@ class AsyncGeneration:
     def result(self) -> Done:
         """Reason, text, usage and context handle; only after the end."""
         return self._call.result()
+
+    @property
+    def begun(self) -> bool:
+        """As Generation.begun."""
+        return self._call.begun
+
+    @property
+    def text_so_far(self) -> str:
+        """As Generation.text_so_far."""
+        return "".join(self._call.pieces)
+
+    def cancel(self) -> None:
+        """As Generation.cancel."""
+        self._client._calls.ask_to_cancel(self._call)
+        self._client._move()
 
     async def aclose(self) -> None:
         self._client._cancel(self._call)

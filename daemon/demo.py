@@ -7,6 +7,7 @@ budget and 25 % in the host budget, so that the rest must lie on disk.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,13 +20,14 @@ from rich.table import Table
 
 from spilld.offload.record import BLOCK, Element, Format, Layout
 
+from .answer import Output, show
 from .catalog import resolve
 from .client import Client, Done, Token
 from .config import Config
 from .errors import InvalidRequest
 from .plain import greedy
 from .spawn import import_rss_bytes, spawned
-from .terminal import show, size
+from .tables import size
 from .visibility import SINKS, WINDOW_SLOTS, boundary
 
 MODEL = "smollm2-135m"
@@ -119,7 +121,9 @@ def main_job(folder: Path, prompt: Sequence[int], console: Console) -> Outcome:
     with spawned(settings) as process, Client(process.address) as client:
         console.print(f"[bold]3.[/] prefill, then the first question:{FIRST}", style="default")
         prefill = client.generate(list(prompt), keep=True, max_tokens=ANSWER_TOKENS, stop=["."])
-        first = show(prefill, console)
+        output = Output(sys.stderr if console.stderr else sys.stdout)
+        first = show(prefill, output, console)
+        output.end_line()
         console.print(f"[bold]4.[/] a second one on the same context, without prefilling again:{SECOND}")
         second, ttft = second_question(client, first, console)
         stats = {name: value for name, value in client.stats().items() if isinstance(value, int)}

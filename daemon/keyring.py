@@ -18,6 +18,7 @@ from pathlib import Path
 import zmq
 
 from . import guests
+from .address import home
 from .errors import ConfigError
 from .guests import Guest
 from .keys import ServerKey
@@ -51,7 +52,7 @@ def default_folder(environ: Mapping[str, str] = os.environ) -> Path:
     if os.geteuid() == 0:
         return Path("/etc/spilld/keys")
     base = Path(environ.get("XDG_CONFIG_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".config") / "spilld/keys"
+    return (base if base.is_absolute() else home("XDG_CONFIG_HOME") / ".config") / "spilld/keys"
 
 
 def make_server(folder: Path) -> Path:

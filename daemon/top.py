@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .client import Client
-from .terminal import size
+from .tables import size
 
 TRAFFIC = {
     "device": ("device_attended_bytes", ""),
@@ -41,9 +41,8 @@ class Look:
         return max(0.0, self.number(name) - before.number(name)) / (self.at - before.at)
 
 
-def top(client: Client, every_s: float, once: bool) -> None:
+def top(client: Client, model: str, every_s: float, once: bool) -> None:
     """Draw what is seen every so many seconds until Ctrl-C, or once. Rates are those since the last look."""
-    model = client.hello().model
     with Live(console=Console(), auto_refresh=False) as live, suppress(KeyboardInterrupt):
         for before, now in pairwise(_looks(client, every_s)):
             live.update(frame(model, before, now), refresh=True)

@@ -78,6 +78,8 @@ class Echo:
     piece: str = ""
     """Text of every token instead of the prompt's."""
     limit: int = 1000
+    chat: bool | None = None
+    """What it says of a chat template, and of its session."""
     saves: bool = False
     """What runs when it stops goes on somewhere else."""
     cancelled: list[str] = field(default_factory=list)
@@ -155,7 +157,7 @@ class Echo:
                 return ContextNotFound("no such context")
             return Released(request_id=request.request_id, context=request.context)
         if isinstance(request, ListSessions):
-            return Sessions(request_id=request.request_id, sessions=(INFO,))
+            return Sessions(request_id=request.request_id, sessions=(replace(INFO, chat=self.chat),))
         if request.session == "gone":
             return ContextNotFound("no such session")
         changed = () if request.action == "delete" else (replace(INFO, name=request.into or request.session),)
@@ -173,6 +175,7 @@ class Echo:
             format="exact",
             formats=("exact",),
             max_context=100,
+            chat=self.chat,
         )
 
     def drain(self) -> None:

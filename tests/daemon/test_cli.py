@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pty
+import pwd
 import re
 import signal
 import socket
@@ -12,12 +14,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from spilld.daemon.__main__ import main
+from spilld.daemon.__main__ import main, make_parser
 from spilld.daemon.client import Client
 from spilld.daemon.model import Model
 from spilld.daemon.spawn import Spawned, spawned
@@ -63,7 +66,7 @@ class TestServeThatCannotStart:
     @pytest.fixture(autouse=True)
     def _environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # serve would set it for good
-        monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+        monkeypatch.setattr("spilld.daemon.logs.set_up", lambda *_: None)
 
     @pytest.mark.parametrize(
         ("option", "words"),
@@ -135,6 +138,62 @@ class TestServeThatCannotStart:
         assert all(word in said for word in words)
 
 
+def test_every_option_has_a_sentence_and_its_default() -> None:
+    def options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for child in action.choices.values():
+                    yield from options(child)
+            elif not isinstance(action, argparse._HelpAction):
+                yield parser.prog, action
+
+    found = list(options(make_parser()))
+    assert len(found) > 90
+    for command, action in found:
+        assert action.help, (command, action.dest)
+        assert "default" in action.help or action.required or action.dest == "version", (command, action.dest)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["keys", "--help"]])
+def test_help_without_a_home_or_a_name(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    homeless(monkeypatch)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: spilld")
+
+
+@pytest.mark.parametrize("command", ["stats", "serve", "keys", "check"])
+def test_commands_without_a_home_or_a_name(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    homeless(monkeypatch)
+    monkeypatch.setattr("spilld.daemon.logs.set_up", lambda *_: None)
+    assert main([command]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("spilld: your home directory is not known; set HOME, or XDG_")
+    assert said.count("\n") == 1
+
+
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HOME is unset, and the user's id has no name."""
+
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_RUNTIME_DIR", "XDG_STATE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+
+
+def test_version() -> None:
+    shown = spilld("--version")
+    assert (shown.returncode, shown.stdout) == (0, f"spilld {version('spilld')}\n")
+
+
 def test_an_unknown_model_as_a_process(tmp_path: Path) -> None:
     """The whole way: exit status, nothing but the message, no socket left behind."""
     ended = spilld(*serve(tmp_path, "--model=gpt-17"))
@@ -182,7 +241,7 @@ def test_top_once(running: Spawned, model: Model) -> None:
 IN_THE_FOREGROUND = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from spilld.daemon.__main__ import main
+from spilld.daemon.__main__ import main, make_parser
 sys.exit(main(sys.argv[1:]))
 """
 

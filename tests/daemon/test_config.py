@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import pwd
 import re
 import tomllib
 from dataclasses import fields
@@ -10,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from spilld.daemon.__main__ import main
 from spilld.daemon.address import check_address, default_address
 from spilld.daemon.config import Config
 from spilld.daemon.errors import ConfigError
+from spilld.daemon.keyring import default_folder
+from spilld.daemon.settings import given
 
 EXAMPLE = Path(__file__).parents[2] / "systemd" / "spilld.toml"
 
@@ -66,6 +71,15 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         ("3 kB", 3000),
         ("0.1GB", 100_000_000),
         ("7B", 7),
+        ("8G", 8 * 2**30),
+        ("512M", 512 * 2**20),
+        ("64k", 64 * 2**10),
+        ("2T", 2 * 2**40),
+        ("8gib", 8 * 2**30),
+        ("8gb", 8 * 10**9),
+        ("1e9", 10**9),
+        (1e9, 10**9),
+        ("1.5e9", 1_500_000_000),
     ],
 )
 def test_sizes(given: object, size: int) -> None:
@@ -76,7 +90,10 @@ def test_sizes(given: object, size: int) -> None:
     ("key", "value", "says"),
     [
         ("host_budget", "2GB!", "host_budget is '2GB!'; allowed: bytes, or a string such as"),
-        ("host_budget", "2G", "host_budget is '2G'"),
+        ("host_budget", "2X", "host_budget is '2X'"),
+        ("host_budget", "2Gi", "host_budget is '2Gi'"),
+        ("host_budget", "1e99", "host_budget is '1e99'"),
+        ("host_budget", "\u0662G", "host_budget is "),
         ("host_budget", -1, "host_budget is -1"),
         ("host_budget", 1.5, "host_budget is 1.5"),
         ("host_budget", True, "host_budget is True"),
@@ -226,6 +243,43 @@ def test_metrics_on_the_loopback(given: str) -> None:
 def test_metrics_elsewhere_are_refused(given: str) -> None:
     with pytest.raises(ConfigError, match=r"metrics is .*allowed"):
         Config.load(None, {"metrics": given})
+
+
+def test_options_are_read_as_the_file_is() -> None:
+    """Each as its setting has it: a model may be called 7, a size has units."""
+    texts = {"model": "7", "host_budget": "1e9", "threads": "4", "max_rate": "2", "open_to_group": "true"}
+    options = argparse.Namespace(**(dict.fromkeys(each.name for each in fields(Config)) | texts))
+    config = Config.load(None, given(options))
+    assert (config.model, config.host_budget, config.threads) == ("7", 10**9, 4)
+    assert (config.max_rate, config.open_to_group) == (2.0, True)
+    options.open_to_group = "yes"
+    with pytest.raises(ConfigError, match="open_to_group is 'yes'; allowed: true or false"):
+        Config.load(None, given(options))
+
+
+def test_a_home_that_nobody_knows_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HOME is unset, and the user's id has no name."""
+
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    for find, instead in (
+        (Config, "XDG_STATE_HOME"),
+        (lambda: default_address({}), "XDG_RUNTIME_DIR"),
+        (lambda: default_folder({}), "XDG_CONFIG_HOME"),
+    ):
+        with pytest.raises(ConfigError, match=f"your home directory is not known; set HOME, or {instead}"):
+            find()
+    assert Config(state=Path("/a"), cache=Path("/b"), listen="ipc:///c").state == Path("/a")
+
+
+def test_the_example_is_made_of_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    """To change it, change them, and write `spilld config` to it."""
+    assert main(["config"]) == 0
+    assert capsys.readouterr().out == EXAMPLE.read_text()
 
 
 def test_the_example_shows_every_setting_with_its_default() -> None:

@@ -13,7 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ["torch", "numpy", "numba", "transformers", "xxhash", "prometheus_client"]
-LIGHT = ["__main__", "client", "protocol", "wire", "errors", "config", "server", "terminal", "top"]
+LIGHT = ["__main__", "client", "protocol", "wire", "errors", "config", "server", "settings", "tables"]
+LIGHT += [
+    "top",
+    "conversation",
+    *(f"commands.{path.stem}" for path in (ROOT / "daemon/commands").glob("[a-z]*.py")),
+]
 ALLOWED = {"daemon": {"offload", "cuda_ext"}, "offload": set[str](), "cuda_ext": set[str]()}
 
 

@@ -111,7 +111,7 @@ def test_one_that_fails_ends_the_start(
         raise MemoryError("no room for a step")
 
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # serve would set it for good
-    monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+    monkeypatch.setattr("spilld.daemon.logs.set_up", lambda *_: None)
     monkeypatch.setattr(Runner, "run", fails)
     monkeypatch.setattr(Notifier, "_send", lambda _, state: told.append(state))
     places = (f"--state={tmp_path}/state", f"--cache={model.folder}/cache", f"--listen=ipc://{tmp_path}/s")

@@ -1,0 +1,53 @@
+"""spilld chat: a conversation."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .connection import add_options, connected
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "chat",
+        help="talk to the model",
+        description="Talk to the model: a line is a message. Ctrl-C stops an answer, Ctrl-D ends the chat. "
+        "With --session it can be continued later, else it is forgotten.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--session",
+        metavar="NAME",
+        help="go on with this session, or begin it (default: none, it is not kept)",
+    )
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="what the model is told before the first message (default: what its template says)",
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=512, metavar="N", help="the longest answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.7,
+        metavar="T",
+        help="0: always the likeliest word; more: more varied (default: %(default)g)",
+    )
+    add_options(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    with connected(options) as (client, welcome):
+        from ..conversation import chat
+
+        chat(
+            client,
+            welcome,
+            session=options.session,
+            system=options.system,
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+        )

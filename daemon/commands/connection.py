@@ -1,0 +1,90 @@
+"""How every command that talks to a daemon finds it, waits for it and leaves it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import DeadlineExceeded, Unreachable
+from ..signals import ended_by_signals
+
+if TYPE_CHECKING:
+    from ..client import Client
+    from ..protocol import Welcome
+
+PATIENCE_S = 2.0
+"""A running daemon answers sooner; after that a command says what it waits for."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the daemon")
+    group.add_argument("--address", help="where it listens (default: its socket in your runtime directory)")
+    group.add_argument(
+        "--tenant", default="", help="a secret that separates what is stored for you (default: none)"
+    )
+    group.add_argument(
+        "--keys",
+        type=Path,
+        default=os.environ.get("SPILLD_KEYS") or None,
+        metavar="FILE",
+        help="what `spilld keys --client` made, for a daemon that has keys (default: $SPILLD_KEYS)",
+    )
+    group.add_argument(
+        "--wait",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long to wait for a daemon that starts (default: %(default)g)",
+    )
+
+
+@contextmanager
+def connected(options: argparse.Namespace) -> Iterator[tuple[Client, Welcome]]:
+    """A client, and what its daemon serves. What it asked is cancelled when the context ends, by a signal,
+    too. Raises Unreachable if no daemon serves within --wait seconds."""
+    with ended_by_signals():
+        give_up = time.monotonic() + options.wait
+        with _connect(options) as client:
+            yield client, _greet(client, options, give_up)
+
+
+def _connect(options: argparse.Namespace) -> Client:
+    from ..client import Client
+
+    def connect(timeout: float) -> Client:
+        return Client(options.address, tenant=options.tenant, keys=options.keys, connect_timeout=timeout)
+
+    try:
+        return connect(min(PATIENCE_S, options.wait))
+    except Unreachable as error:
+        if options.wait <= PATIENCE_S:
+            raise
+        _say(f"{error.message}; waiting for {options.wait:g} s")
+    return connect(options.wait - PATIENCE_S)
+
+
+def _greet(client: Client, options: argparse.Namespace, give_up: float) -> Welcome:
+    """A daemon listens while it starts, and answers once it serves."""
+    try:
+        return client.hello(PATIENCE_S)
+    except DeadlineExceeded:
+        left = give_up - time.monotonic()
+        if left > 0:
+            _say(f"the daemon at {client.address} is starting, or busy; waiting for {options.wait:g} s")
+    try:
+        return client.hello(max(left, 0.0))
+    except DeadlineExceeded:
+        raise Unreachable(
+            f"the daemon at {client.address} does not answer: its first start takes minutes, and its log "
+            "says how far it is; try again, or with --wait 300"
+        ) from None
+
+
+def _say(what: str) -> None:
+    print(f"spilld: {what}", file=sys.stderr, flush=True)
