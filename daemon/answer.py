@@ -15,7 +15,6 @@ from .client import Done, Generation, Progress, Token
 from .errors import SpilldError
 from .harmless import harmless
 
-
 UNSAVED = (
     "spilld: the session could not be written to disk, as the daemon's log says: it goes on, is kept once "
     "there is room, but is lost if the daemon is killed before"

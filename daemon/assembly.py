@@ -47,19 +47,19 @@ from .runner import Runner
 from .server import Server
 from .service import EngineService
 from .sessions import SessionBook
+from .startup import Startup
 from .tail import TAIL_BLOCKS
 from .transfers import Transfers
 
 log = logging.getLogger(__name__)
+
+COMPILING = "compiling kernels, the first time only"
 
 STAGING_BUFFERS = 16
 """Extents on their way from disk or being attended to: how far reads run ahead."""
 
 READERS = 4
 """Threads that read: a disk gives its rate only to several reads at a time."""
-
-STARTING_S = 1800.0
-"""What systemd is to allow for each part of a start: converting a large model, or compiling."""
 
 LEAST_TRANSFERS = 64 << 20
 """Bytes that archives on their way may take where there is no disk budget: tokens need room, too."""
@@ -86,8 +86,9 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
         ) as server,
         metrics.served(config.metrics),
     ):
-        server.notifier.starting(f"loading {config.model}, which is converted the first time", STARTING_S)
-        model = load_model(config)
+        startup = Startup(server.notifier)
+        startup.step(f"loading {config.model}")
+        model = load_model(config, startup.step)
         service = EngineService(
             lambda post: build_engine(config, model, post, metrics=metrics),
             server.post,
@@ -95,10 +96,10 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
             config.max_queue,
             server.stop,
         )
-        server.notifier.starting("preparing kernels, which are compiled the first time", STARTING_S)
+        startup.phase("preparing kernels, which are compiled the first time")
         layout, packed = record_layout(config, model.geometry), model.packed is not None
-        prepare(layout, model.geometry.heads, config.cache, packed=packed)
-        server.notifier.starting("warming up", STARTING_S)
+        prepare(layout, model.geometry.heads, config.cache, packed=packed, tell=startup.parts(COMPILING))
+        startup.phase("warming up")
         service.warm_up()
         metrics.follow(service.stats, service.welcome())
         service.start()
@@ -108,6 +109,9 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
             server.limits.max_open, server.limits.max_rate = changed.max_open, changed.max_rate
             service.adjust(changed)
 
+        startup.ready(
+            service.welcome(), service.longest, service.stats(), server.address, keyed=config.keys is not None
+        )
         server.run(service, Reload(config, again, apply) if again else None)
         if service.lost is not None:
             raise InternalError(f"{service.lost}; the log says more")
@@ -120,13 +124,15 @@ def use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
-def load_model(config: Config) -> Model:
-    """The configured model, converted first if need be. Raises ModelError or DeviceUnusable."""
+def load_model(config: Config, tell: Callable[[str], None] = log.info) -> Model:
+    """The configured model, converted first if need be, of which `tell` is given lines of progress.
+
+    Raises ModelError or DeviceUnusable."""
     device, missing = place(config)
     if missing:
         log.warning(missing)
     try:
-        folder = resolve(config.model, config.cache, config.dtype)
+        folder = resolve(config.model, config.cache, config.dtype, tell)
         identity = identify(config.model, config.cache)
     except OSError as error:
         raise ModelError(f"the model cannot be read: {error}; may the daemon's user read it?") from error

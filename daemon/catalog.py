@@ -8,9 +8,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .child import lines_to
 from .convert import FAILED
 from .digest import digest, is_noted
 from .errors import ConfigError, ModelError, UnknownModel, error_for
@@ -67,20 +69,25 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spilld"
 
 
-def resolve(name: str, cache: Path, dtype: str) -> Path:
+def _print(line: str) -> None:
+    print(f"spilld: {line}", file=sys.stderr, flush=True)
+
+
+def resolve(name: str, cache: Path, dtype: str, tell: Callable[[str], None] = _print) -> Path:
     """The folder to load `name` from in `dtype` ("float32" or "bfloat16").
 
     `name` is a known name, a .gguf file, or a folder with config.json and safetensors. What is not stored
-    in `dtype` is converted once into `cache/models` (up to minutes; progress on stderr); a folder that fits,
-    but for few tensors that are cast whenever it is loaded, is used in place. Raises UnknownModel,
-    CorruptModel, UnsupportedModel, or ConfigError if the cache cannot be written.
+    in `dtype` is converted once into `cache/models` (up to minutes; `tell` is given lines of progress, by
+    default for stderr); a folder that fits, but for few tensors that are cast whenever it is loaded, is used
+    in place. Raises UnknownModel, CorruptModel, UnsupportedModel, or ConfigError if the cache cannot be
+    written.
     """
     sources = _sources(name)
     if sources[0].is_dir():
         check_folder(sources[0])
         if read_layout(sources[0]).share(dtype) >= _IN_PLACE:
             return sources[0]
-    return _converted(_short(name, sources), sources, cache, dtype)
+    return _converted(_short(name, sources), sources, cache, dtype, tell)
 
 
 def identify(name: str, cache: Path) -> bytes:
@@ -124,7 +131,7 @@ def _what_is_known() -> str:
     return f"known names are {', '.join(PACKAGED)}; a .gguf file or a folder with safetensors will do too"
 
 
-def _converted(name: str, sources: list[Path], cache: Path, dtype: str) -> Path:
+def _converted(name: str, sources: list[Path], cache: Path, dtype: str, tell: Callable[[str], None]) -> Path:
     files = model_files(sources[0]) if sources[0].is_dir() else sources
     if len(sources) == 1 and sources[0].is_file() and not is_noted(sources[0], cache):
         check_header(read_header(sources[0]), name)  # refused at once, before all of it is read
@@ -132,7 +139,7 @@ def _converted(name: str, sources: list[Path], cache: Path, dtype: str) -> Path:
     target = cache / "models" / f"{re.sub('[^A-Za-z0-9._-]', '_', name)}-{dtype}-{key}-v{CONVERSION}"
     if not target.is_dir():
         _make_room(target.parent)
-        _run_converter(name, sources, target, dtype)
+        _run_converter(name, sources, target, dtype, tell)
     return target
 
 
@@ -143,15 +150,19 @@ def _make_room(folder: Path) -> None:
         raise ConfigError(f"the cache folder {folder} cannot be written: {error}") from error
 
 
-def _run_converter(name: str, sources: list[Path], target: Path, dtype: str) -> None:
-    print(f"spilld: preparing {name} in {dtype}, once, in {target}", file=sys.stderr, flush=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "spilld.daemon.convert", "--dtype", dtype, "--target", target, *sources],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
-        check=False,
-    )
+def _run_converter(
+    name: str, sources: list[Path], target: Path, dtype: str, tell: Callable[[str], None]
+) -> None:
+    tell(f"preparing {name} in {dtype}, once, in {target}")
+    with lines_to(lambda line: tell(line.removeprefix("spilld: "))) as errors:
+        done = subprocess.run(
+            [sys.executable, "-m", "spilld.daemon.convert", "--dtype", dtype, "--target", target, *sources],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+            check=False,
+        )
     if done.returncode == FAILED:
         reported = json.loads(done.stdout.splitlines()[-1])
         raise error_for(reported["code"], reported["message"])

@@ -73,9 +73,9 @@ def convert(sources: list[Path], target: Path, dtype: str) -> None:
 def _from_gguf(gguf: Path, target: Path, dtype: str) -> None:
     header = read_header(gguf)
     check_header(header, gguf.name)
-    from .gguf_reader import parsed_once
+    from .gguf_reader import counted, parsed_once
 
-    with parsed_once():
+    with parsed_once(), counted(_say):
         _load_and_save(gguf, header, target, dtype)
 
 

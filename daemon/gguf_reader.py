@@ -7,12 +7,18 @@ names anew for each module: with 262,144 words in the vocabulary most of a conve
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import gguf
 import numpy as np
 import numpy.typing as npt
+from transformers import modeling_gguf_pytorch_utils
+
+TELL_S = 3.0
+"""How often it is told how far reading is."""
 
 
 class Reader(gguf.GGUFReader):  # type: ignore[misc]
@@ -36,3 +42,28 @@ def parsed_once() -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map
+
+
+@contextmanager
+def counted(tell: Callable[[str], None]) -> Iterator[None]:
+    """A scope in which transformers' reading of a GGUF file tells how far it is, in place of its bar."""
+    bar = modeling_gguf_pytorch_utils.tqdm
+
+    def count(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
+        nbytes, read, began = sum(int(tensor.n_bytes) for tensor in tensors), 0, time.monotonic()
+        told = began
+        for number, tensor in enumerate(tensors):
+            if read and (now := time.monotonic()) - told >= TELL_S:
+                told, left = now, (now - began) / read * (nbytes - read)
+                tell(
+                    f"read {number} of {len(tensors)} tensors, {read >> 20} of {nbytes >> 20} MiB; about "
+                    f"{left:.0f} s left"
+                )
+            yield tensor
+            read += int(tensor.n_bytes)
+
+    modeling_gguf_pytorch_utils.tqdm = count
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = bar

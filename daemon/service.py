@@ -139,6 +139,11 @@ class EngineService:
         self._count(+1)
         self._intake.in_turn(client, partial(self._manage, client, request))
 
+    @property
+    def longest(self) -> int:
+        """Tokens that one sequence may have."""
+        return self._engine.longest
+
     def stats(self) -> dict[str, object]:
         return self._engine.stats()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import modeling_gguf_pytorch_utils
 
 from spilld.daemon import convert
 from spilld.daemon import digest as digests
@@ -23,7 +26,7 @@ from spilld.daemon.catalog import PACKAGED, resolve
 from spilld.daemon.digest import digest
 from spilld.daemon.errors import ConfigError, CorruptModel, ModelError, UnknownModel, UnsupportedModel
 from spilld.daemon.gguf_header import read_header
-from spilld.daemon.gguf_reader import parsed_once
+from spilld.daemon.gguf_reader import counted, parsed_once
 from spilld.daemon.model import load
 from spilld.daemon.text import Tokenizer
 
@@ -245,6 +248,18 @@ class TestGguf:
             expected = gguf.dequantize(tensor.data, tensor.tensor_type)
             assert np.array_equal(converted[names[name]].numpy(), expected)
         assert len(found) == 3
+
+    def test_reading_tells_how_far_it_is(self, smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As transformers' loop over the tensors does it."""
+        monkeypatch.setattr("spilld.daemon.gguf_reader.TELL_S", 0.0)
+        told: list[str] = []
+        with counted(told.append):
+            tensors = gguf.GGUFReader(smollm2_gguf).tensors
+            assert list(modeling_gguf_pytorch_utils.tqdm(tensors, desc="Converting")) == tensors
+        assert "in tqdm(reader.tensors" in inspect.getsource(modeling_gguf_pytorch_utils)
+        assert len(told) == 271
+        assert re.match(r"read 1 of 272 tensors, \d+ of 9\d MiB; about \d+ s left$", told[0])
+        assert re.match(r"read 271 of 272 tensors, 9\d of 9\d MiB; about 0 s left$", told[-1])
 
     def test_a_file_is_parsed_once(self, tmp_path: Path) -> None:
         file, maps = str(write_gguf(tmp_path / "x.gguf")), gguf.get_tensor_name_map

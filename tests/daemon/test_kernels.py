@@ -17,10 +17,13 @@ LAYOUT = Layout(Format.EXACT, Element.FLOAT32, 1, 64)
 
 
 def test_child_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels.prepare(LAYOUT, 2, tmp_path, packed=False)
+    told: list[tuple[int, int]] = []
+    kernels.prepare(LAYOUT, 2, tmp_path, packed=True, tell=lambda *parts: told.append(parts))
+    assert told == [(done, 9) for done in range(10)]
     (note,) = (tmp_path / "kernels").iterdir()
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    kernels.prepare(LAYOUT, 2, tmp_path, packed=False)
+    kernels.prepare(LAYOUT, 2, tmp_path, packed=True, tell=lambda *parts: told.append(parts))
+    assert len(told) == 10, "there is nothing to tell of"
     with pytest.raises(InternalError, match="cannot be compiled"):
         kernels.prepare(LAYOUT, 3, tmp_path, packed=True)
     assert list((tmp_path / "kernels").iterdir()) == [note], "a failure is tried again"
