@@ -49,9 +49,13 @@ def connected(options: argparse.Namespace) -> Iterator[tuple[Client, Welcome]]:
     """A client, and what its daemon serves. What it asked is cancelled when the context ends, by a signal,
     too. Raises Unreachable if no daemon serves within --wait seconds."""
     with ended_by_signals():
-        give_up = time.monotonic() + options.wait
+        began = time.monotonic()
         with _connect(options) as client:
-            yield client, _greet(client, options, give_up)
+            told = time.monotonic() - began >= PATIENCE_S
+            yield (
+                client,
+                _greet(client, began + options.wait, "" if told else f"waiting for {options.wait:g} s"),
+            )
 
 
 def _connect(options: argparse.Namespace) -> Client:
@@ -69,14 +73,14 @@ def _connect(options: argparse.Namespace) -> Client:
     return connect(options.wait - PATIENCE_S)
 
 
-def _greet(client: Client, options: argparse.Namespace, give_up: float) -> Welcome:
-    """A daemon listens while it starts, and answers once it serves."""
+def _greet(client: Client, give_up: float, waiting: str) -> Welcome:
+    """A daemon listens while it starts, and answers once it serves. waiting: said then, if anything."""
     try:
         return client.hello(PATIENCE_S)
     except DeadlineExceeded:
         left = give_up - time.monotonic()
-        if left > 0:
-            _say(f"the daemon at {client.address} is starting, or busy; waiting for {options.wait:g} s")
+        if left > 0 and waiting:
+            _say(f"the daemon at {client.address} is starting, or busy; {waiting}")
     try:
         return client.hello(max(left, 0.0))
     except DeadlineExceeded:
