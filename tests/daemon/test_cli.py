@@ -8,6 +8,7 @@ import os
 import pty
 import pwd
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -116,7 +117,8 @@ class TestServeThatCannotStart:
         assert main(serve(tmp_path, f"--model={folder}")) == 1
         self.check(capsys.readouterr().err, [str(folder)])
 
-    def test_weights_that_cannot_be_read(self, tmp_path: Path, capsys: Any) -> None:
+    def test_weights_that_cannot_be_read(self, model: Model, tmp_path: Path, capsys: Any) -> None:
+        shutil.copy(model.folder / "config.json", tmp_path)
         (tmp_path / "model.safetensors").mkdir()  # root may read any file, but not a folder
         assert main(serve(tmp_path, f"--model={tmp_path}")) == 1
         self.check(capsys.readouterr().err, [f"{tmp_path}/model.safetensors", "cannot be read"])
