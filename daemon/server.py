@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol, Self
 
+from .early import EarlyReader
 from .errors import (
     Draining,
     FrameTooLarge,
@@ -36,7 +37,6 @@ from .gate import Gate
 from .limits import Account, Limits
 from .listener import listen
 from .notify import Notifier
-from .porch import Porch
 from .protocol import (
     Acknowledge,
     Cancel,
@@ -219,7 +219,7 @@ class Server:
             max_connections=self._max_connections,
         )
         self._router, self.address = self._open.enter_context(listening)
-        self._porch = self._open.enter_context(Porch(self._router))
+        self._early_reader = self._open.enter_context(EarlyReader(self._router))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -235,7 +235,7 @@ class Server:
         self._service = service
         self._most_items = max(AFFORDABLE, service.welcome().max_context)
         self._on_reload = on_reload
-        self._early.extend(self._porch.leave())
+        self._early.extend(self._early_reader.stop())
         with self._signals():
             self._startup()
             try:

@@ -357,7 +357,7 @@ def test_a_huge_frame_is_refused_by_its_head(running: Running) -> None:
 # The code
 
 
-TRANSPORT = ("zmtp", "curve", "connection", "router", "porch", "unpack")
+TRANSPORT = ("zmtp", "curve", "connection", "router", "early", "unpack")
 WIRE = (
     *TRANSPORT,
     *("wire", "protocol", "fields", "server", "service", "courier", "transfers", "guests", "limits"),

@@ -1,4 +1,4 @@
-"""Who comes before the daemon is ready waits here: connections stand, and requests are kept."""
+"""Reads what comes before the daemon is ready: connections are answered, and requests kept for then."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ LOOK_MS = 100
 """How often connections are looked after when no more is kept."""
 
 
-class Porch:
-    """A thread that has the router until `leave`."""
+class EarlyReader:
+    """A thread that has the router until `stop`."""
 
     def __init__(self, router: Router) -> None:
         self._router = router
         self._kept: list[Received] = []
-        self._left = False
+        self._stopped = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         weakref.finalize(self, os.close, self._wake)
-        self._thread = threading.Thread(target=self._wait, name="spilld-porch", daemon=True)
+        self._thread = threading.Thread(target=self._wait, name="spilld-early", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.leave()
+        self.stop()
 
-    def leave(self) -> list[Received]:
+    def stop(self) -> list[Received]:
         """What has come; from now on the router is the caller's. Empty when called again."""
-        self._left = True
+        self._stopped = True
         os.eventfd_write(self._wake, 1)
         self._thread.join()
         kept, self._kept = self._kept, []
@@ -51,10 +51,10 @@ class Porch:
         poll.register(self._router, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
         full, nbytes = False, 0
-        while not self._left:
+        while not self._stopped:
             poll.poll(LOOK_MS if full else math.ceil(self._router.wait_s() * 1000))
             self._router.turn()
-            while not full and not self._left and (received := self._router.receive()) is not None:
+            while not full and not self._stopped and (received := self._router.receive()) is not None:
                 nbytes += sum(map(len, received.frames))
                 self._kept.append(received)
                 full = len(self._kept) >= MOST or nbytes >= MOST_BYTES
