@@ -23,6 +23,8 @@ from .fake import FakeDevice, Fault
 RECORD = 320
 SLOTS = 6
 SOURCES, TARGETS = 8, 8
+UNKNOWN = -1
+"""A slot that holds nothing, or what it held: there was no memory to fill it."""
 
 
 class Records(RuleBasedStateMachine):
@@ -39,7 +41,7 @@ class Records(RuleBasedStateMachine):
         self.host = Host(self.device, RECORD * (SOURCES + TARGETS))
         self.sent = fill(self.host)
         self.pool = RecordPool(self.device, SLOTS * RECORD + RECORD - 1, RECORD)
-        self.slots: dict[int, int | None] = {}  # of taken ones, the number of the record
+        self.slots: dict[int, int | None] = {}  # of taken ones, the number of the record, or UNKNOWN
         self.drained: dict[int, tuple[Event, int]] = {}  # of targets, when which record is there
 
     def source(self, number: int) -> int:
@@ -65,7 +67,7 @@ class Records(RuleBasedStateMachine):
     def fill(self, data: st.DataObject) -> None:
         slots = self.some_slots(data)
         numbers = [data.draw(st.integers(0, SOURCES - 1)) for _ in slots]
-        self.slots |= dict.fromkeys(slots)
+        self.slots |= dict.fromkeys(slots, UNKNOWN)
         with contextlib.suppress(OutOfMemory):
             self.pool.fill(slots, [self.source(number) for number in numbers])
             self.slots |= dict(zip(slots, numbers, strict=True))
@@ -89,8 +91,8 @@ class Records(RuleBasedStateMachine):
         if not full or not taken or full == taken:
             return
         address, moved = self.pool.address, self.slots[full[0]]
-        self.slots[taken[0]] = None
         with contextlib.suppress(OutOfMemory), self.pool.use(Stream.COMPUTE, reads=full, writes=taken):
+            self.slots[taken[0]] = None
             with pytest.raises(ValueError, match="within its use"):
                 self.pool.give_back(full)
             self.device.copy(Stream.COMPUTE, [Copy(address(taken[0]), address(full[0]), RECORD)])
@@ -131,7 +133,7 @@ class Records(RuleBasedStateMachine):
         return data.draw(st.lists(st.sampled_from(sorted(self.slots)), unique=True)) if self.slots else []
 
     def full_slots(self, data: st.DataObject) -> list[int]:
-        full = sorted(slot for slot, number in self.slots.items() if number is not None)
+        full = sorted(slot for slot, number in self.slots.items() if number not in (None, UNKNOWN))
         return data.draw(st.lists(st.sampled_from(full), unique=True)) if full else []
 
     def teardown(self) -> None:
