@@ -302,11 +302,12 @@ class Courier:
 
     def _refuse_foreign(self, manifest: Manifest) -> None:
         about = parcel.about(manifest)
-        if manifest.fingerprint != self._model.fingerprint:
+        foreign = about.identity not in (b"", self._model.identity)
+        if foreign or manifest.fingerprint != self._model.fingerprint:
             raise ForeignArchive(
                 f"the archive is of model {about.model} in {manifest.layout.element}, here is "
-                f"{self._model.name} in {self._store.layout.element}, or its weights differ: "
-                "import it where its model is served"
+                f"{self._model.name} in {self._store.layout.element}, or its weights or its tokenizer "
+                "differ: import it where its model is served"
             )
         if not manifest.tokens or max(manifest.tokens) >= self._model.geometry.vocab:
             raise CorruptArchive(f"the archive holds tokens that the model does not know; {AGAIN}")

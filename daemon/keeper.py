@@ -86,7 +86,7 @@ class SessionKeeper:
         if session.identity not in (b"", self._model.identity):
             raise ForeignSession(
                 f"session {session.name!r} is of model {session.model!r}, here is {self._model.name!r}, or "
-                "its weights differ: serve that model again, or begin another session"
+                "its weights or its tokenizer differ: serve that model again, or begin another session"
             )
 
     def prompt(self, request: Generate, tokens: list[int], session: Session) -> list[int]:

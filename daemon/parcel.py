@@ -22,7 +22,7 @@ from spilld.offload.system import Bytes
 from spilld.offload.table import RunRef
 
 from .errors import CorruptArchive
-from .fields import Many, Maybe, Real, Struct, Text, read
+from .fields import Blob, Many, Maybe, Real, Struct, Text, read
 from .model import Model
 from .protocol import Message
 from .sessions import Session
@@ -37,6 +37,8 @@ class About:
     """What an archive says of a session beside its tokens."""
 
     model: Annotated[str, Text()]
+    identity: Annotated[bytes, Blob(16)] = b""
+    """Of the model (Model.identity); empty where nobody noted it."""
     messages: Annotated[tuple[Message, ...] | None, Maybe(Many(Struct(Message)))]
     ttl_s: Annotated[float | None, Maybe(Real(0, above=True))]
 
@@ -66,7 +68,7 @@ def manifest_of(
         session.tokens,
         0 if resume is None else resume.position,
         tuple(sources),
-        {"model": model.name, "messages": messages, "ttl_s": ttl_s},
+        {"model": model.name, "identity": session.identity, "messages": messages, "ttl_s": ttl_s},
     )
     return manifest, {run.run: ref for run, ref in sources.items()}
 

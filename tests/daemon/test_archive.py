@@ -337,6 +337,24 @@ class TestRefused:
                 assert imported(harness, content).session.tokens == 308
                 assert harness.ask([], session="s", max_tokens=0) == []
 
+    def test_another_tokenizer(self, model: Model, original: Original, tmp_path: Path) -> None:
+        """The weights are the same, and its tokens say something else."""
+        other = replace(model, identity=b"another")
+        with engine(other, tmp_path) as harness:
+            with pytest.raises(ForeignArchive, match="its weights or its tokenizer differ"):
+                imported(harness, original["k8v4"][0])
+            assert names(harness) == []
+
+    def test_one_that_says_nothing_of_the_tokenizer(
+        self, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As older daemons wrote it."""
+        with engine(replace(model, identity=b""), tmp_path / "a") as harness:
+            harness.ask(PROMPT[:30], session="s", **FIELDS)
+            _, content = exported(harness)
+        with engine(model, tmp_path / "b") as harness:
+            assert imported(harness, content).session.tokens == 38
+
     def test_a_session_of_another_model_is_not_exported_as_one_of_this(
         self, model: Model, tmp_path: Path
     ) -> None:
