@@ -69,13 +69,16 @@ class Intake:
                 self._pools["chat"].submit(run)
 
     def cancel(self, request_id: str, tenant: str | None = None) -> bool:
-        """End a request when its turn comes, if it is this tenant's where one is given; False if it is not in
-        the intake."""
+        """End a request when its turn comes; False if there is none here, or not of this tenant, where one is
+        given."""
         with self._lock:
-            _, owner = self._requests.get(request_id, (b"", ""))
-            if request_id in self._requests and tenant in (None, owner):
-                self._cancelled.add(request_id)
-            return request_id in self._requests
+            if request_id not in self._requests:
+                return False
+            _, owner = self._requests[request_id]
+            if tenant not in (None, owner):
+                return False
+            self._cancelled.add(request_id)
+            return True
 
     def stop(self, interrupt: Act = lambda: None) -> None:
         """What waits never runs; what runs is interrupted and waited for."""

@@ -98,6 +98,14 @@ def test_a_cancel_does_not_wait(book: Book, held: threading.Event) -> None:
     assert not book.intake.cancel("runs")
 
 
+def test_a_cancel_is_not_lost_on_anothers_request(book: Book, held: threading.Event) -> None:
+    """Two tenants may have used one id: the cancel goes on to the engine, which may have the right one."""
+    book.prepare(A, "r", LONG_TEXT, held)
+    assert not book.intake.cancel("r", "tenant")
+    held.set()
+    assert book.wait(1) == ["r"]
+
+
 def test_what_is_about_a_request_does_not_overtake_it(book: Book, held: threading.Event) -> None:
     """A client whose connection was lost resumes over another one."""
     book.prepare(A, "r", LONG_TEXT, held)
