@@ -1,7 +1,7 @@
 """The configuration: defaults, a TOML file, and what the command line overrides.
 
 Each setting says here, and nowhere else, what it holds and what it is for: `spilld serve --help` and
-systemd/spilld.toml (settings_file.py) are made of it.
+systemd/spilld.toml (settings.py) are made of it.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from .errors import ConfigError
 from .zmtp import COMMAND, MORE, ROUTER, Broken, check_sender, command, head, parse_command
 
 MAC_BYTES = 16
-NONCE_BYTES = 24
 COOKIE_BYTES = 96
 
 DENIED = b"400"
