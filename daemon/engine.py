@@ -87,7 +87,7 @@ PROMPT_LOGPROB_CHUNK = 64
 NO_ROOM = Room(windows=0, blocks=-1)
 
 LIVES = 3
-"""Daemons in a row that may end with a request before it gets any further: then it is set aside."""
+"""Daemons in a row that may end, not in order, before a request gets any further: then it is set aside."""
 
 TICK_S = 1.0
 """How often sessions are looked at: which have expired, which are still to be pinned."""
@@ -533,6 +533,7 @@ class Engine:
             self._enter(generation, told)
         except Exception as error:  # noqa: BLE001 (it is told, or raised)
             self._never_begins(generation, error)
+            self._begin_next(generation.key)
 
     def _enter(self, generation: Generation, told: list[Event]) -> None:
         """Have a request wait for its admission; its prompt is known."""
@@ -790,6 +791,8 @@ class Engine:
                     self._sequences.save(generation.sequence, generation.milestone)
         with logged("sessions that were held in memory are lost"):
             self._write_held()
+        if not self._sequences.lost:
+            self._journal.end_life()
         left = frozenset(generation.request.request_id for generation in self._all())
         if left:
             log.info("%d requests are saved: they go on at the next start", len(left))
@@ -881,9 +884,10 @@ class Engine:
         return True
 
     def _remove(self, generation: Generation, keep: bool) -> None:
-        waiting = self._behind.get(generation.key) if generation.key else None
-        if waiting and generation in waiting:
-            waiting.remove(generation)
+        key = generation.key
+        if key is not None and generation in self._behind.get(key, ()):
+            self._behind[key].remove(generation)
+            self._forget_if_empty(key)
             return
         self._scheduler.remove(generation.job)
         self._away.pop(generation.job, None)
@@ -892,8 +896,7 @@ class Engine:
         with logged("what a request held is not given back"):
             self._runner.rest()
             self._give_back(generation, keep)
-        if waiting:
-            self._follow(waiting.popleft())
+        self._begin_next(key)
 
     def _give_back(self, generation: Generation, keep: bool) -> None:
         sequence, session = generation.sequence, generation.session
@@ -904,21 +907,27 @@ class Engine:
         elif sequence is not None:
             self._sequences.discard(sequence)
 
-    def _follow(self, generation: Generation) -> None:
-        """Begin a request that waited for another on its session."""
-        try:
-            self._begin(generation, [])
-        except Exception as error:  # noqa: BLE001 (it is told, or raised)
-            self._never_begins(generation, error)
+    def _begin_next(self, key: Key | None) -> None:
+        """Begin the request that has waited longest for others on this session; one that cannot begin ends,
+        and the next is due."""
+        while key is not None and key in self._behind:
+            generation = self._behind[key].popleft()
+            self._forget_if_empty(key)
+            try:
+                self._begin(generation, [])
+            except Exception as error:  # noqa: BLE001 (it is told, or raised)
+                self._never_begins(generation, error)
+            else:
+                return
+
+    def _forget_if_empty(self, key: Key) -> None:
+        if not self._behind[key]:
+            del self._behind[key]
 
     def _never_begins(self, generation: Generation, error: Exception) -> None:
-        """End a request; the next on its session begins."""
         self._tell(generation, generation.failed(typed(error, "the request cannot begin")))
         if is_lost(error):
             raise error
-        waiting = self._behind.get(generation.key) if generation.key else None
-        if waiting:
-            self._follow(waiting.popleft())
 
     # The rest.
 

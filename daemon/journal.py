@@ -72,7 +72,7 @@ class Entry:
 @dataclass(frozen=True)
 class Unfinished:
     """A request that the last process left, and the events that it had posted. lives: how many processes in a
-    row have begun with no more of it than these."""
+    row have begun with no more of it than these, since one ended in order."""
 
     number: int
     entry: Entry
@@ -100,7 +100,8 @@ class Journal:
     def owe(self, number: int, event: Event) -> None:
         """A last event that could not be noted is with the next transaction: a request that has ended must
         not be taken up again, behind what it left in its session."""
-        self._owed.append((number, event))
+        if number:
+            self._owed.append((number, event))
 
     def close(self) -> None:
         self._db.close()
@@ -174,6 +175,11 @@ class Journal:
                 with self._noting("a request is not forgotten"):
                     self._delete("number = ?", number)
         return found
+
+    def end_life(self) -> None:
+        """The process ends in order: none of the requests that it leaves has ended it."""
+        with self._noting("requests may be set aside too early"):
+            self._db.run("UPDATE requests SET lives = 0 WHERE ended IS NULL")
 
     def _left(
         self,

@@ -26,6 +26,7 @@ from spilld.daemon.protocol import (
     Failed,
     Generate,
     ListSessions,
+    Message,
     Resume,
     Sampling,
     Sessions,
@@ -329,6 +330,15 @@ class TestRestored:
         with engine(model, tmp_path) as harness:
             assert [each.entry.request.request_id for each in harness.engine.left_behind()] == ["good"]
 
+    def test_one_that_waits_while_the_daemon_is_restarted(self, model: Model, tmp_path: Path) -> None:
+        """It is not to blame for a stop in order, however many there are."""
+        self.left(model, tmp_path)
+        for _ in range(LIVES + 2):
+            with engine(model, tmp_path, keep_state=True) as harness:
+                for left in harness.engine.left_behind():
+                    harness.engine.restore(left)
+                assert harness.engine.suspend() == {"good", "bad"}
+
     @pytest.mark.parametrize("column", ["message = x'00'", "message = x''", "prompt = x'010203'"])
     def test_one_that_cannot_be_read(self, model: Model, column: str, tmp_path: Path) -> None:
         self.left(model, tmp_path)
@@ -418,6 +428,34 @@ def test_ids_outside_the_vocabulary(model: Model, alone: list[int], tmp_path: Pa
         with pytest.raises(SpilldError, match="the session holds token"):
             harness.add("later", GOOD, session="s", **FIELDS)
         harness.engine.contexts._idle.clear()
+
+
+def test_many_that_cannot_begin_behind_each_other(model: Model, tmp_path: Path) -> None:
+    with engine(model, tmp_path) as harness:
+        harness.add("first", GOOD[:40], session="s", max_tokens=2, ignore_eos=True)
+        names = [f"r{i}" for i in range(600)]
+        for name in names:
+            message = Message(role="user", content="x")
+            harness.engine.add(
+                CLIENT_OF_HARNESS, Generate(request_id=name, session="s", prompt=(message,)), None
+            )
+        harness.run()
+        for name in names:
+            (event,) = harness.events[name]
+            assert isinstance(event, Failed)
+            assert event.code == "invalid_request", event.message
+        assert not harness.engine._behind
+
+
+def test_what_was_never_noted_is_not_owed(model: Model, tmp_path: Path) -> None:
+    """However many end while the state folder is full."""
+    with engine(model, tmp_path) as harness:
+        harness.engine._journal._db.run("PRAGMA query_only = 1")
+        for _ in range(3):
+            harness.ask(GOOD[:40], session="s", max_tokens=2, ignore_eos=True)
+            assert not harness.done().saved
+        assert harness.engine._journal._owed == []
+        harness.engine._journal._db.run("PRAGMA query_only = 0")
 
 
 def test_every_kind_of_end_is_numbered(model: Model, tmp_path: Path) -> None:
