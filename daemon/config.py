@@ -317,8 +317,9 @@ class Config:
         int,
         Int(1, 65536),
         About(
-            "Clients that may be connected at a time; who comes then is turned away. Fewer where the process "
-            "may open fewer files (LimitNOFILE of the unit): 256 of these stay free for other things."
+            "Clients that may be connected at a time, with one key half of them; who comes then is turned "
+            "away. Fewer where the process may open fewer files (LimitNOFILE of the unit): 256 of these stay "
+            "free for other things."
         ),
     ] = 1000
     drain_seconds: Annotated[
