@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from pathlib import Path
 import xxhash
 
 from .errors import ConfigError, CorruptModel
+
+log = logging.getLogger(__name__)
 
 _CHUNK = 4 << 20
 _SETTLED_NS = 2_000_000_000
@@ -84,13 +87,13 @@ def _read(file: Path) -> bytes:
     with file.open("rb", buffering=0) as stream:
         size, read, said = os.fstat(stream.fileno()).st_size, 0, time.monotonic()
         if size >= _SAID_FROM:
-            _say(f"reading {file.name} ({size / 2**30:.1f} GiB), once, to know it again")
+            log.info("reading %s (%.1f GiB), once, to know it again", file.name, size / 2**30)
         while count := stream.readinto(buffer):
             hasher.update(buffer[:count])
             read += count
             if size >= _SAID_FROM and time.monotonic() - said > _SAID_EVERY_S:
                 said = time.monotonic()
-                _say(f"{file.name}: {100 * read // size} % read")
+                log.info("%s: %d %% read", file.name, 100 * read // size)
     return hasher.digest()
 
 
@@ -123,7 +126,3 @@ def _file_system(file: Path) -> int:
     except AttributeError:
         return 0
     return 0 if failed else int.from_bytes(found.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder)
-
-
-def _say(message: str) -> None:
-    print(f"spilld: {message}", file=sys.stderr, flush=True)
