@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 
 from zmq.utils import z85
@@ -16,9 +15,6 @@ from .keys import ServerKey
 
 log = logging.getLogger(__name__)
 
-LOG_S = 1.0
-"""How often at most a refusal is logged: whoever is refused comes again at once."""
-
 
 class Gate:
     def __init__(self, folder: Path) -> None:
@@ -26,7 +22,6 @@ class Gate:
         key = ServerKey.load(folder / SERVER)
         self._public, self._secret = z85.decode(key.public), z85.decode(key.secret)
         self._guests = Guests(folder / CLIENTS)
-        self._logged = 0.0
         self.mechanism()  # without libsodium there is none
 
     def mechanism(self) -> Curve:
@@ -36,8 +31,7 @@ class Gate:
     def admits(self, key: str) -> bool:
         """Whether who has a public key may connect."""
         known = self._guests.find(key) is not None
-        if not known and time.monotonic() - self._logged >= LOG_S:
-            self._logged = time.monotonic()
+        if not known:
             log.warning("a client was refused, its public key is not authorised: %s", key)
         return known
 
