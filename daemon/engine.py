@@ -609,8 +609,8 @@ class Engine:
             except OutOfMemory as error:
                 raise Overloaded(f"there is no memory for its window: {error}") from error
         first = len(sequence.tokens)
+        sequence.table.idle = False  # from here on it is no more what the session is
         sequence.tokens.extend(generation.prompt)
-        sequence.table.idle = False
         self._store.promise(sequence.table, highest_block(len(sequence.tokens) + generation.max_tokens))
         sequence.tokens.extend(generation.answer)
         if not sequence.computed and generation.request.prompt_logprobs is None:
@@ -836,13 +836,13 @@ class Engine:
         session, after = generation.session, None
         known = session is not None and (session.listed or bool(session.tokens))
         harmless = isinstance(error, Cancelled | DeadlineExceeded | Draining)
-        keep = known and (harmless or not generation.started)
+        keep = known and generation.sequence is not None and generation.sequence.table.idle
         if harmless and generation.started:
             try:
                 held = self._keeper.held(generation)
                 if session is not None and known:
                     after = self._keeper.after(session, generation, held)
-                keep = self._leave(generation, held) and keep
+                keep = self._leave(generation, held) and known
             except Exception as failure:
                 if is_lost(failure):
                     raise

@@ -44,6 +44,7 @@ from .test_service import CLIENT, Desk, desk
 
 GOOD = some_tokens(1, 700)
 BAD = some_tokens(2, 900)
+MORE = some_tokens(3, 100)
 FIELDS: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True}
 MARK = Sampling(temperature=0.5, seed=666)
 """By this the sampler knows the bad one."""
@@ -428,6 +429,32 @@ def test_ids_outside_the_vocabulary(model: Model, alone: list[int], tmp_path: Pa
         with pytest.raises(SpilldError, match="the session holds token"):
             harness.add("later", GOOD, session="s", **FIELDS)
         harness.engine.contexts._idle.clear()
+
+
+@pytest.mark.parametrize("held", ["nothing", "a context", "tokens"])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Store, "promise"), (Sequences, "find"), (Generation, "begin"), (Sequences, "open")]
+)
+def test_a_bug_in_an_admission_leaves_the_session_as_it_was(
+    model: Model, kind: type, name: str, held: str, tmp_path: Path
+) -> None:
+    """Its prompt must not be in what the next request goes on with."""
+    with engine(model, tmp_path) as harness:
+        if held != "nothing":
+            for session in ("s", "other"):
+                harness.ask(GOOD[:300], session=session, **FIELDS)
+        while held == "tokens" and (idle := harness.engine.contexts.oldest()) is not None:
+            harness.engine._sequences.discard(idle)
+        wanted = harness.ask(MORE, session="other", **FIELDS)
+        with pytest.MonkeyPatch.context() as patch:
+            first = iter([True])
+            breaks(patch, kind, name, lambda *_: next(first, False))
+            harness.add("bad", BAD, session="s", **FIELDS)
+            harness.run()
+            if next(first, None) is None:
+                with pytest.raises(InternalError, match=name):
+                    harness.tokens("bad")
+                assert harness.ask(MORE, session="s", **FIELDS) == wanted
 
 
 def test_many_that_cannot_begin_behind_each_other(model: Model, tmp_path: Path) -> None:
