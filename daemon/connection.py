@@ -54,6 +54,9 @@ MESSAGE_S = 60.0
 
 SLOWEST = 64 << 10
 
+GRACE_S = 1.0
+"""How long a message may take however many wait for its room."""
+
 
 class Gone(Exception):
     """The connection has ended, or has to."""
@@ -92,6 +95,8 @@ class Connection:
         self.readable = self.writable = True  # as far as is known; the kernel tells of changes only
         self._since = self._heard = self._pinged = time.monotonic()
         self.eager = True
+        self.lacks_room = False
+        """Whether its message waits for room that others have."""
         self._peer = peer
         self._send_queue = send_queue
         self._room = room
@@ -136,11 +141,19 @@ class Connection:
         found = frame_at(self._in, self._at) if self._greeted else None
         lacks = 0 if found is None else self._message_bytes + found[2] - found[1] - self._reserved
         if lacks <= READ_BYTES:
+            self.lacks_room = False
             return True
-        if not self._room.take(lacks):
-            return False
-        self._reserved += lacks
-        return True
+        self.lacks_room = not self._room.take(lacks)
+        if not self.lacks_room:
+            self._reserved += lacks
+        return not self.lacks_room
+
+    def pace(self, now: float) -> float | None:
+        """Bytes a second of its message, if that has room which others may want and its peer is late with it
+        for GRACE_S."""
+        if not self._reserved or self._begun is None or self.readable or now - self._begun < GRACE_S:
+            return None
+        return (self._message_bytes + len(self._in) - self._at) / (now - self._begun)
 
     def _read(self) -> None:
         try:

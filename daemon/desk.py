@@ -67,10 +67,14 @@ class SessionDesk:
         key = (request.tenant, request.session)
         if request.action in ("rename", "delete"):
             self.refuse_if_busy(key)
+        if request.action in ("fork", "rename") and request.into is not None:
+            self.refuse_if_busy((request.tenant, request.into))  # which would overwrite it
         if request.action == "delete":
             self._release(key)
             return []
         changed = self._keeper.change(request)
+        if (running := self._running(changed.key)) is not None:
+            running.session = changed
         if request.action == "rename" and (sequence := self._contexts.claim(key)) is not None:
             self._contexts.keep(sequence, changed.key)
         return [changed]
@@ -86,7 +90,11 @@ class SessionDesk:
 
     def _in_use(self, key: Key) -> tuple[Sequence | None, bool]:
         """The sequence of a session, if it is in memory, and whether a request runs on it."""
-        running = next((g for g in self._generations() if g.session and g.session.key == key), None)
+        running = self._running(key)
         if running is not None:
             return running.sequence, True
         return self._contexts.get(key), False
+
+    def _running(self, key: Key) -> Generation | None:
+        """The request that has a session."""
+        return next((g for g in self._generations() if g.session and g.session.key == key), None)

@@ -107,6 +107,8 @@ class Router:
         if (now := time.monotonic()) >= self._look_at:
             self._look_at = now + LOOK_S
             self._pause(False)
+            if any(connection.lacks_room for connection in self._connections.values()):
+                self._make_room(now)
             for connection in list(self._connections.values()):
                 self._guarded(connection, partial(connection.look, now))
                 self._queue(connection)  # there may be room for it now
@@ -197,6 +199,14 @@ class Router:
                 self._close(connection)
                 return True
         return False
+
+    def _make_room(self, now: float) -> None:
+        """End the slowest message under way: who claims a long one and does not send it must not keep others
+        from theirs."""
+        paces = [(pace, c) for c in self._connections.values() if (pace := c.pace(now)) is not None]
+        if paces:
+            self._complain("messages that come slowly make way for others: there is no room for more")
+            self._close(min(paces, key=lambda found: found[0])[1])
 
     def _count_in(self, connection: Connection) -> None:
         """It has shaken hands. One key has at most half of all connections, so that others can come, too."""

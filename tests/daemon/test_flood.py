@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from spilld.daemon.protocol import Cancel, Hello, Stats, Welcome
+from spilld.daemon.connection import LONGEST, READ_BYTES
+from spilld.daemon.protocol import Cancel, Failed, Hello, Stats, Welcome
+from spilld.daemon.router import IN_BYTES
 
 from .peer import Peer
 from .raw import PING, frame, greeting, message, ready, received, said, zmtp
@@ -151,3 +153,16 @@ def test_frames_without_an_end_and_unfinished_ones_are_bounded(start: Start) -> 
         peer.sendall(message([b""] * 64))
         assert b"protocol_error" in received(peer, 100)
     served(address)
+
+
+def test_who_claims_long_messages_and_does_not_send_them_makes_way(start: Start) -> None:
+    """They claim all the room that there is for messages that are under way. One that comes ends nobody's."""
+    address = start().address
+    claimed = frame(bytes(LONGEST))[:100]
+    with ExitStack() as stack:
+        for _ in range(IN_BYTES // LONGEST):
+            stack.enter_context(zmtp(address)).sendall(claimed)
+        with Peer(address) as peer:
+            peer.send(HEADER, bytes(4 * READ_BYTES))
+            assert isinstance(peer.reply(20_000), Failed)
+        served(address)

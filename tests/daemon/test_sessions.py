@@ -423,3 +423,35 @@ def again(harness: Harness, session: str | None) -> int:
     prompt = MORE if session else PROMPT + MORE
     harness.ask(prompt, session=session, **FIELDS)
     return harness.done().usage.cached_tokens
+
+
+def test_what_is_changed_while_a_request_runs_stays_changed(model: Model, tmp_path: Path) -> None:
+    with engine(model, tmp_path) as harness:
+        for name in ("pinned", "expiring"):
+            harness.ask(PROMPT[:100], session=name, **FIELDS)
+            harness.add(name, MORE, session=name, **FIELDS)
+        harness.engine.turn()
+        manage(harness, session="pinned", action="pin")
+        manage(harness, session="expiring", action="expire", ttl_s=3600.0)
+        harness.run()
+        expiring, pinned = manage(harness)
+        assert (pinned.pinned, expiring.ttl_s) == (True, 3600.0)
+        assert len({pinned.tokens, expiring.tokens, 100 + len(MORE) + 16}) == 1
+
+
+@pytest.mark.parametrize("action", ["fork", "rename"])
+def test_no_session_takes_the_name_of_one_that_a_request_begins(
+    model: Model, tmp_path: Path, action: str
+) -> None:
+    """It would be overwritten when that request ends."""
+    with engine(model, tmp_path) as harness:
+        harness.ask(PROMPT[:100], session="old", **FIELDS)
+        harness.add("new", MORE, session="new", **FIELDS)
+        harness.engine.turn()
+        with pytest.raises(InvalidRequest, match="'new'"):
+            manage(harness, session="old", action=action, into="new")
+        harness.run()
+        assert {info.name: info.tokens for info in manage(harness)} == {
+            "old": 100 + 8,
+            "new": len(MORE) + 8,
+        }
