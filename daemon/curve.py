@@ -20,6 +20,9 @@ from .zmtp import COMMAND, MORE, ROUTER, Broken, check_sender, command, head, pa
 MAC_BYTES = 16
 COOKIE_BYTES = 96
 
+SEALED_COMMAND = 2
+"""In a box the flag of a command is this, not that of a frame (ZMTP's LONG, which a box does not need)."""
+
 DENIED = b"400"
 """Status of a refusal (ZeroMQ RFC 27): the client does not come again."""
 
@@ -143,7 +146,8 @@ class Curve:
 
     def seal(self, flags: int, body: bytes) -> bytes:
         nonce = self._next_nonce()
-        sealed = self._box.close(bytes((flags,)) + body, b"CurveZMQMESSAGES" + nonce)
+        inside = flags & MORE | (SEALED_COMMAND if flags & COMMAND else 0)
+        sealed = self._box.close(bytes((inside,)) + body, b"CurveZMQMESSAGES" + nonce)
         return head(0, len(sealed) + 16) + b"\7MESSAGE" + nonce + sealed
 
     def open(self, flags: int, body: bytes) -> tuple[int, bytes]:
@@ -154,4 +158,4 @@ class Curve:
             raise Broken("a MESSAGE that comes again")
         self._had = nonce
         text = self._box.open(body[16:], b"CurveZMQMESSAGEC" + body[8:16])
-        return text[0] & (MORE | COMMAND), text[1:]
+        return text[0] & MORE | (COMMAND if text[0] & SEALED_COMMAND else 0), text[1:]

@@ -8,7 +8,7 @@ import random
 import pytest
 from zmq.utils import z85
 
-from spilld.daemon.curve import Box, Curve, key_pair
+from spilld.daemon.curve import SEALED_COMMAND, Box, Curve, key_pair
 from spilld.daemon.zmtp import COMMAND, MORE, Broken, command, metadata, parse_command
 
 SERVER, OTHER_SERVER = key_pair(), key_pair()
@@ -74,8 +74,9 @@ def test_who_is_admitted_is_in() -> None:
     assert client.curve.ready
     assert client.admits == [client.curve.key] == [z85.encode(CLIENT[0]).decode()]
     assert client.curve.open(0, client.message(b"ask", MORE)) == (MORE, b"ask")
-    assert client.curve.open(0, client.message(b"", COMMAND)) == (COMMAND, b"")
+    assert client.curve.open(0, client.message(b"", SEALED_COMMAND)) == (COMMAND, b"")
     assert client.read(client.curve.seal(MORE, b"told")) == (MORE, b"told")
+    assert client.read(client.curve.seal(COMMAND, b"do")) == (SEALED_COMMAND, b"do")
 
 
 def test_who_is_not_is_told() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 
-from spilld.daemon import keyring
+from spilld.daemon import connection, keyring, router
 from spilld.daemon.__main__ import main
 from spilld.daemon.client import AsyncClient, Client
 from spilld.daemon.errors import AccessDenied, ConfigError, SpilldError, Unreachable
@@ -33,6 +33,7 @@ from spilld.daemon.protocol import (
     ExportSession,
     Failed,
     Generate,
+    Hello,
     ImportSession,
     ListSessions,
     Release,
@@ -43,6 +44,7 @@ from spilld.daemon.protocol import (
     Sessions,
     Tenanted,
     Token,
+    Welcome,
 )
 from spilld.daemon.server import Server
 
@@ -325,6 +327,31 @@ def test_with_a_key(running: Running, keys: Path) -> None:
 
     assert asyncio.run(ask()) == "x x "
     assert running.echo.submitted[1].tenant == "of bob"
+
+
+def test_heartbeats_of_who_has_a_key_are_no_messages(
+    start: Start, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each side asks the other a few times whether it is there."""
+    monkeypatch.setattr(connection, "HEARTBEAT_MS", 50)
+    monkeypatch.setattr(router, "LOOK_S", 0.02)
+    running, key = start(LOOPBACK, keys=keys), ClientKey.load(keys / "alice.key")
+    secured = {
+        "CURVE_SERVERKEY": key.server.encode(),
+        "CURVE_PUBLICKEY": key.public.encode(),
+        "CURVE_SECRETKEY": key.secret.encode(),
+    }
+    with (
+        Peer(running.address, **secured) as asked,
+        Peer(running.address, **secured, HEARTBEAT_IVL=50) as asking,
+    ):
+        for peer in (asked, asking):
+            peer.say(Hello(request_id="h"))
+            assert isinstance(peer.reply(), Welcome)
+        for peer in (asked, asking):
+            assert not peer.socket.poll(300)
+            peer.say(Hello(request_id="h"))
+            assert isinstance(peer.reply(), Welcome)
 
 
 def test_a_restart_does_not_matter_to_who_has_a_key(start: Start, keys: Path) -> None:
