@@ -431,10 +431,8 @@ class Engine:
 
     # A request's way, from its arrival to its last event.
 
-    def add(
-        self, client: bytes, request: Generate, prompt: list[int] | None, arrived: float | None = None
-    ) -> None:
-        """A request with its prompt in tokens; None if the prompt is messages that continue a session.
+    def add(self, client: bytes, request: Generate, prompt: list[int], arrived: float | None = None) -> None:
+        """A request with its prompt in tokens; none yet if it is messages that go on with a session.
 
         arrived: seconds since 1970, None for now. Requests on one session run one after the other. Raises the
         SpilldError that refuses it, leaving no trace.
@@ -445,7 +443,7 @@ class Engine:
             )
         entry = Entry(
             request=_seeded(request),
-            prompt=None if prompt is None else tuple(prompt),
+            prompt=tuple(prompt),
             handle=new_handle() if request.keep else None,
             fingerprint=self.model.fingerprint,
             arrived=time.time() if arrived is None else arrived,

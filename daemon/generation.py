@@ -37,7 +37,7 @@ class Generation:
         self.job = job
         self.number = 0
         self.request = entry.request
-        self.prompt = list(entry.prompt or ())
+        self.prompt = list(entry.prompt)
         self.turns: list[int] | None = (
             None  # the prompt without the beginning of an answer, if it is messages
         )

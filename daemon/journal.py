@@ -58,12 +58,12 @@ DROP TABLE requests_before;
 class Entry:
     """All that a request's answer depends on, but the session that it continues.
 
-    request names its seed. prompt is in tokens, None where it depends on the session. handle: of the context
-    that it leaves. fingerprint: of the model. arrived: seconds since 1970.
+    request names its seed. prompt is in tokens, none where it is messages that go on with a session. handle:
+    of the context that it leaves. fingerprint: of the model. arrived: seconds since 1970.
     """
 
     request: Generate
-    prompt: tuple[int, ...] | None
+    prompt: tuple[int, ...]
     handle: str | None
     fingerprint: bytes
     arrived: float
@@ -109,7 +109,7 @@ class Journal:
     def begin(self, entry: Entry) -> int:
         """Note a request, in place of an ended one of the same id; its number, 0 if it could not be noted."""
         request = entry.request
-        prompt = None if entry.prompt is None else np.asarray(entry.prompt, "<u4").tobytes()
+        prompt = np.asarray(entry.prompt, "<u4").tobytes()
         try:
             message = _pack(request)
             values = (request.request_id, message, prompt, entry.handle, entry.fingerprint, entry.arrived)
@@ -197,7 +197,7 @@ class Journal:
             raise TypeError(f"a {type(request).__name__} is in the journal")
         entry = Entry(
             request=request,
-            prompt=None if prompt is None else tuple(np.frombuffer(prompt, "<u4").tolist()),
+            prompt=tuple(np.frombuffer(prompt or b"", "<u4").tolist()),
             handle=handle,
             fingerprint=fingerprint,
             arrived=arrived,

@@ -464,7 +464,7 @@ def test_many_that_cannot_begin_behind_each_other(model: Model, tmp_path: Path) 
         for name in names:
             message = Message(role="user", content="x")
             harness.engine.add(
-                CLIENT_OF_HARNESS, Generate(request_id=name, session="s", prompt=(message,)), None
+                CLIENT_OF_HARNESS, Generate(request_id=name, session="s", prompt=(message,)), []
             )
         harness.run()
         for name in names:

@@ -237,7 +237,7 @@ def test_a_chat_that_is_cut_holds_its_messages_once(model: Model, tmp_path: Path
 
     def ask(harness: Harness, request_id: str) -> None:
         request = Generate(request_id=request_id, prompt=prompt, session="c", max_tokens=20, ignore_eos=True)
-        harness.engine.add(b"test", request, None)
+        harness.engine.add(b"test", request, [])
 
     with life(model, tmp_path / "s") as harness:
         ask(harness, "1")
