@@ -30,9 +30,6 @@ LOOK_S = 1.0
 
 IDLE_S = 60.0
 
-LOG_S = 10.0
-"""How often at most it is said that there are too many connections."""
-
 LINGER_S = 0.5
 """How long the last words to slow clients may take when the daemon ends."""
 
@@ -82,7 +79,7 @@ class Router:
         self._keyed: defaultdict[str, set[bytes]] = defaultdict(set)
         """Connections of each key that has some."""
         self._departed: list[bytes] = []
-        self._look_at = self._log_at = 0.0
+        self._look_at = 0.0
         self._paused = False
         listening.setblocking(False)
         self._epoll.register(listening, select.EPOLLIN)
@@ -176,11 +173,11 @@ class Router:
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:  # no descriptor, no memory: who waits is still there later
-                self._complain(f"nobody can connect now: {error}")
+                log.warning("nobody can connect now: %s", error)
                 self._pause(True)
                 return
             if len(self._connections) >= self._most and not self._make_way():
-                self._complain(f"{self._most} clients are connected, which is as many as may be")
+                log.warning("%d clients are connected, which is as many as may be", self._most)
                 peer.close()
             elif not self._admits(peer):
                 peer.close()
@@ -205,7 +202,7 @@ class Router:
         from theirs."""
         paces = [(pace, c) for c in self._connections.values() if (pace := c.pace(now)) is not None]
         if paces:
-            self._complain("messages that come slowly make way for others: there is no room for more")
+            log.warning("messages that come slowly make way for others: there is no room for more")
             self._close(min(paces, key=lambda found: found[0])[1])
 
     def _count_in(self, connection: Connection) -> None:
@@ -215,13 +212,8 @@ class Router:
             return
         self._keyed[key].add(connection.client)
         if len(self._keyed[key]) > max(1, self._most // 2):
-            self._complain(f"a key has {self._most // 2} connections, which is half of all: {key}")
+            log.warning("a key has %d connections, which is half of all: %s", self._most // 2, key)
             self._close(connection)
-
-    def _complain(self, why: str) -> None:
-        if (now := time.monotonic()) >= self._log_at:
-            self._log_at = now + LOG_S
-            log.warning(why)
 
     def _take_in(self, peer: socket.socket) -> None:
         peer.setblocking(False)
