@@ -441,6 +441,10 @@ class Engine:
             raise InvalidRequest(
                 f"id is {request.request_id!r}, which is in flight; allowed: 128 random bits"
             )
+        if self._journal.is_anothers(request.tenant, request.request_id):
+            raise InvalidRequest(
+                f"id is {request.request_id!r}, which is another's; allowed: 128 random bits"
+            )
         entry = Entry(
             request=_seeded(request),
             prompt=tuple(prompt),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from .errors import InvalidRequest
 from .protocol import Generate, Message
 
 LONG = 1 << 16
@@ -46,8 +47,15 @@ class Intake:
         self, client: bytes, request: Generate, run: Callable[[], Act | None], on_cancel: Act
     ) -> None:
         """Have `run` prepare a request; what it returns is delivered, if the request was not cancelled
-        meanwhile. Nothing once the intake has stopped."""
+        meanwhile. Nothing once the intake has stopped. InvalidRequest for an id that is here already, of a
+        client that has gone."""
         with self._lock:
+            if self._stopped:
+                return
+            if request.request_id in self._requests:
+                raise InvalidRequest(
+                    f"id is {request.request_id!r}, which is in flight; allowed: 128 random bits"
+                )
             self._requests[request.request_id] = client, request.tenant
             self._queue(client, _Job(lane(request), run, request.request_id, on_cancel))
 

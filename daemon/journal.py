@@ -107,7 +107,8 @@ class Journal:
         self._db.close()
 
     def begin(self, entry: Entry) -> int:
-        """Note a request, in place of an ended one of the same id; its number, 0 if it could not be noted."""
+        """Note a request, in place of an ended one of the same id and tenant; its number, 0 if it could not
+        be noted."""
         request = entry.request
         prompt = np.asarray(entry.prompt, "<u4").tobytes()
         try:
@@ -142,6 +143,13 @@ class Journal:
             if isinstance(request, Generate) and request.tenant == tenant:
                 return int(number)
         return None
+
+    def is_anothers(self, tenant: str, request_id: str) -> bool:
+        """Whether another tenant's request has this id, and may still be asked for."""
+        with self._noting("what ended of another tenant's may be forgotten"):
+            known = self._db.rows("SELECT 1 FROM requests WHERE id = ?", (request_id,))
+            return bool(known) and self.find(tenant, request_id) is None
+        return False
 
     def events(self, number: int, start: int = 0) -> list[Event]:
         """The events of a request from sequence number `start` on, as far as none is missing."""

@@ -13,6 +13,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, Literal
 
@@ -212,7 +213,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     renderer = None
-    with socket.socket(fileno=0) as link:
+    with suppress(ConnectionError), socket.socket(fileno=0) as link:  # the daemon may be killed
         while (body := receive(link, MEMORY_BYTES)) is not None:
             limit = int(time.process_time()) + 1 + CPU_S + (len(body) >> 20)
             resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))

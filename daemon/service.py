@@ -109,18 +109,19 @@ class EngineService:
         self._thread.start()
 
     def submit(self, client: bytes, request: Generate) -> None:
-        """Queue a request. Raises Draining or Overloaded."""
+        """Queue a request. Raises Draining, Overloaded or InvalidRequest."""
         if self._draining:
             raise Draining("the daemon is stopping; try again when it is back")
         if self._unfinished >= self._max_queue:
             raise Overloaded(f"{self._max_queue} requests are queued or running; try again later")
+        prepare = partial(self._prepare, client, request, time.time())
+        on_cancel = partial(self._refuse, client, request, Cancelled("cancelled by the client"))
         self._count(+1)
-        self._intake.prepare(
-            client,
-            request,
-            partial(self._prepare, client, request, time.time()),
-            partial(self._refuse, client, request, Cancelled("cancelled by the client")),
-        )
+        try:
+            self._intake.prepare(client, request, prepare, on_cancel)
+        except SpilldError:
+            self._count(-1)
+            raise
 
     def resume(self, client: bytes, request: Resume) -> None:
         self._intake.in_turn(client, partial(self._resume, client, request), request.request_id)

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 
+from spilld.daemon.errors import InvalidRequest
 from spilld.daemon.intake import LONG, Intake, lane
 from spilld.daemon.protocol import Generate, Message, Prompt
 
@@ -114,6 +115,18 @@ def test_what_is_about_a_request_does_not_overtake_it(book: Book, held: threadin
     assert book.wait(1) == ["another"]
     held.set()
     assert book.wait(3) == ["another", "r", "resumed"]
+
+
+def test_an_id_is_of_one_request(book: Book, held: threading.Event) -> None:
+    """Its client may have gone, so that the server knows nothing of it any more."""
+    book.prepare(A, "r", LONG_TEXT, held)
+    with pytest.raises(InvalidRequest, match="in flight"):
+        book.prepare(B, "r")
+    assert book.intake.cancel("r")
+    held.set()
+    assert book.wait(1) == ["r cancelled"]
+    book.prepare(B, "r")
+    assert book.wait(2) == ["r cancelled", "r"]
 
 
 def test_what_refuses_delivers_nothing(book: Book) -> None:

@@ -349,7 +349,11 @@ def test_another_tenant_and_a_running_id(model: Model, tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match="in flight"):
             harness.add("r", PROMPT, **FIELDS)
         harness.engine.cancel("r")
-        assert harness.ask(PROMPT[:300], "r", **FIELDS), "an id that has ended is free"
+        with pytest.raises(InvalidRequest, match="another's"):
+            harness.add("r", PROMPT, **FIELDS)
+        harness.resume("r", tenant="mine")
+        assert isinstance(harness.events["r"][-1], Failed), "whoever else knows its id, its end is there"
+        assert harness.ask(PROMPT[:300], "r", tenant="mine", **FIELDS), "an id that has ended is free"
 
 
 def test_another_model(model: Model, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
