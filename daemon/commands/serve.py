@@ -6,6 +6,7 @@ import argparse
 import faulthandler
 import logging
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def run(options: argparse.Namespace) -> int:
         return Config.load(options.config, values)
 
     logs.set_up("json" if options.log_format == "json" else "text", "info")
+    # What comes while it loads is a reload, too, once the server takes it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP} if options.config else set())
     try:
         config = read()
         logs.set_up(config.log_format, config.log_level)
@@ -62,4 +65,6 @@ def run(options: argparse.Namespace) -> int:
     except Exception:
         log.critical("the daemon ends by a bug of spilld's", exc_info=True)
         return 1
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return 0

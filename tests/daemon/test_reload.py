@@ -6,12 +6,13 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
+from spilld.daemon import spawn
 from spilld.daemon.client import Client, Token
 from spilld.daemon.config import Config
 from spilld.daemon.errors import ConfigError, ContextNotFound, Overloaded
@@ -20,8 +21,9 @@ from spilld.daemon.protocol import Token as Piece
 from spilld.daemon.reload import SAFE, Reload
 from spilld.daemon.spawn import Spawned
 
-from .forked import spawned
+from .forked import Forked, spawned
 from .harness import shared
+from .peer import until
 from .test_service import LONG, desk
 
 
@@ -75,6 +77,28 @@ def daemon(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         monkeypatch.delenv("WATCHDOG_USEC", raising=False)
         with spawned({"config": file, "retention_s": 60, **settings}) as running:
             yield Daemon(running, file, systemd)
+
+
+def test_a_reload_while_it_loads_comes_after(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "spilld.toml"
+    file.write_text("max_queue = 1\n")
+
+    def reloaded(arguments: Sequence[str], log: Path) -> Forked:
+        process = Forked(arguments, log)
+        systemd.recv(4096)
+        file.write_text("max_queue = 2\n")
+        process.send_signal(signal.SIGHUP)
+        return process
+
+    settings = {"model": model.folder, "cache": model.folder / "cache", "dtype": "float32", "threads": 1}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(30)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        with spawn.spawned({"config": file, **settings}, start=reloaded) as running:
+            until(lambda: "max_queue is 2 now, no longer 1" in running.log.read_text())
 
 
 def answers(client: Client) -> bool:
