@@ -6,7 +6,8 @@ import itertools
 import logging
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from wsgiref.simple_server import WSGIRequestHandler
 
 from prometheus_client import (
     CollectorRegistry,
@@ -24,6 +25,9 @@ from .protocol import Welcome
 from .tally import OUTCOMES, TIERS
 
 log = logging.getLogger(__name__)
+
+SCRAPE_S = 5.0
+"""How long who scrapes may say nothing."""
 
 Stats = Callable[[], Mapping[str, object]]
 Family = GaugeMetricFamily | CounterMetricFamily
@@ -139,6 +143,7 @@ class Metrics:
             raise ConfigError(
                 f"cannot serve metrics at {address}: {error}; set `metrics` to another"
             ) from error
+        server.RequestHandlerClass = _Scrape
         url = f"http://{host}:{server.server_port}/metrics"
         log.info("metrics at %s", url)
         try:
@@ -147,6 +152,19 @@ class Metrics:
             server.socket.shutdown(socket.SHUT_RDWR)  # ends its poll, which else lasts up to half a second
             server.shutdown()
             server.server_close()
+
+
+class _Scrape(WSGIRequestHandler):
+    """Who connects and asks nothing does not stay: each has a thread."""
+
+    timeout = SCRAPE_S
+
+    def handle(self) -> None:
+        with suppress(TimeoutError):
+            super().handle()
+
+    def log_message(self, *_: object) -> None:
+        """A scrape is nothing to log."""
 
 
 class _FromStats(Collector):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from spilld.daemon import metrics as metrics_module
 from spilld.daemon.client import Client, Token
 from spilld.daemon.errors import ConfigError, InvalidRequest
 from spilld.daemon.metrics import COUNTERS, GAUGES, Metrics
@@ -251,6 +252,19 @@ def test_it_ends_at_once_whoever_is_connected() -> None:
             assert "spilld_queue_seconds_bucket" in fetch(address)
         idle.close()
     assert min(took) < 0.3, "the others may have waited for a core"
+
+
+def test_who_asks_nothing_does_not_stay(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metrics_module._Scrape, "timeout", 0.05)
+    with Metrics().served("127.0.0.1:0") as address:
+        here = ("127.0.0.1", int(address.split(":")[2].removesuffix("/metrics")))
+        for said in (b"", b"GET /metrics"):
+            with socket.create_connection(here, timeout=20) as idle:
+                idle.sendall(said)
+                assert idle.recv(1) == b""
+    assert capfd.readouterr().err == ""
 
 
 def test_nothing_is_served_unless_asked() -> None:
