@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import TextIO
 
+from .harmless import harmless
 from .repeats import Repeats
 
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
@@ -38,10 +39,17 @@ def _formatter(form: str, stream: TextIO) -> logging.Formatter:
         return JournalLines()
     if stream.isatty():
         return Lines()
-    return logging.Formatter("%(levelname)s %(name)s: %(message)s")
+    return OneLine("%(levelname)s %(name)s: %(message)s")
 
 
-class Lines(logging.Formatter):
+class OneLine(logging.Formatter):
+    """A message is one line, whatever clients called what it speaks of; an exception follows in more."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        return harmless(super().formatMessage(record)).replace("\n", "\\n")
+
+
+class Lines(OneLine):
     """For a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -49,7 +57,7 @@ class Lines(logging.Formatter):
         return f"spilld: {level}{super().format(record)}"
 
 
-class JournalLines(logging.Formatter):
+class JournalLines(OneLine):
     """Each line begins with its priority, as sd-daemon(3) has it."""
 
     def __init__(self) -> None:

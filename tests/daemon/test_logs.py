@@ -131,6 +131,17 @@ def test_the_journal_has_priorities(
     assert not logs.in_journal(sys.stdin, {})
 
 
+def test_a_name_with_line_breaks_forges_no_line(
+    root: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Clients name sessions and requests, and the log names these."""
+    logs.set_up("text", "info")
+    root.info("session %s has expired", "notes\nCRITICAL root: all is lost\r\x1b[2J")
+    assert capsys.readouterr().err == (
+        "INFO root: session notes\\nCRITICAL root: all is lost\\x0d\\x1b[2J has expired\n"
+    )
+
+
 def test_progress_says_how_long_it_will_take(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
