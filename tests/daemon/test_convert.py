@@ -420,17 +420,23 @@ class TestDigest:
                 digest([file], tmp_path / "cache")
 
     def test_a_large_file_is_said(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
+        """In the log: a line beside it that is no JSON would end who parses that."""
         file = settled(tmp_path / "a.gguf", b"x" * 1000, monkeypatch)
         monkeypatch.setattr(digests, "_SAID_FROM", 1000)
         monkeypatch.setattr(digests, "_SAID_EVERY_S", 0.0)
-        digest([file], tmp_path)
-        said = capsys.readouterr().err.splitlines()
-        assert said == [
-            "spilld: reading a.gguf (0.0 GiB), once, to know it again",
-            "spilld: a.gguf: 100 % read",
+        with caplog.at_level("INFO"):
+            digest([file], tmp_path)
+        assert caplog.messages == [
+            "reading a.gguf (0.0 GiB), once, to know it again",
+            "a.gguf: 100 % read",
         ]
+        assert capsys.readouterr().err == ""
 
     @pytest.mark.parametrize("torn", [b"", b"{", b"[]", b'{"state": [], "xxh3_128": "00"}', b"\xff"])
     def test_torn_note_is_no_answer(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from spilld.daemon import digest, logs
+from spilld.daemon import logs
 from spilld.daemon.__main__ import main
 from spilld.daemon.child import lines_to
 from spilld.daemon.client import Client
@@ -70,23 +70,6 @@ def test_json_is_one_object_a_line(model: Model) -> None:
     assert all(set(line) >= {"time", "level", "logger", "message"} for line in lines)
     assert any(line["message"].startswith("ready: ") for line in lines)
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"]) for line in lines)
-
-
-def test_what_is_said_while_weights_are_read_is_of_the_log(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """A large file is read for minutes; a line that is no JSON would end who parses the log."""
-    monkeypatch.setattr(digest, "_SAID_FROM", 1)
-    (tmp_path / "weights").write_bytes(b"weights")
-    with caplog.at_level(logging.INFO):
-        digest.digest([tmp_path / "weights"], tmp_path / "cache")
-    assert [record.getMessage() for record in caplog.records] == [
-        "reading weights (0.0 GiB), once, to know it again"
-    ]
-    assert capsys.readouterr().err == ""
 
 
 def test_a_level_leaves_out_what_is_less(model: Model) -> None:
