@@ -23,7 +23,8 @@ def engine() -> Iterator[None]:
         if (error.name or "spilld").partition(".")[0] == "spilld":
             raise
         raise ConfigError(
-            f'{error.name} is not installed: this command needs the engine, `pip install "spilld[engine]"`'
+            f"{error.name} is not installed: this command runs models, which needs the extra `engine`; in a "
+            'clone of spilld: `pip install -c constraints.txt ".[engine]"`'
         ) from error
     finally:
         gc.freeze()

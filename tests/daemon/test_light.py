@@ -162,6 +162,6 @@ def test_what_runs_models_says_what_to_install(light: Light, command: str) -> No
     ended = light.run("spilld", command)
     assert (ended.returncode, ended.stdout) == (1, "")
     assert re.fullmatch(
-        r'spilld: \w+ is not installed: this command needs the engine, `pip install "spilld\[engine\]"`\n',
+        r"spilld: \w+ is not installed: this command runs models, which needs the extra `engine`; .*\n",
         ended.stderr,
     )
