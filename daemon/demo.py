@@ -87,6 +87,9 @@ def demo(tokens: int, as_json: bool, verify: bool) -> int:
     """Run it; 0 if the pass key was found (and, with verify, the tokens equal transformers')."""
     console = Console(stderr=as_json)
     cache = Config().cache
+    console.print(
+        f"A document of {tokens:,} tokens with a pass key hidden in its middle, for which the model is asked."
+    )
     console.print(f"[bold]1.[/] the model, {MODEL}: converted once from its GGUF package into {cache}")
     folder = resolve(MODEL, cache, Element.BFLOAT16)
     prompt = document(folder, tokens)
@@ -94,6 +97,7 @@ def demo(tokens: int, as_json: bool, verify: bool) -> int:
     if verify:
         console.print("[bold]5.[/] the same in float32 with format exact, against plain transformers:")
         outcome.matches_transformers = matches(resolve(MODEL, cache, Element.FLOAT32), prompt, console)
+    console.print(f"Now with a model of yours: [bold]{sys.argv[0]} serve --help[/]", highlight=False)
     if as_json:
         print(json.dumps(asdict(outcome)))
     return 0 if outcome.needle_found and outcome.matches_transformers is not False else 1
@@ -116,7 +120,8 @@ def main_job(folder: Path, prompt: Sequence[int], console: Console) -> Outcome:
     settings = budgets(folder, len(prompt), Format.K8V4, Element.BFLOAT16)
     console.print(
         f"[bold]2.[/] a daemon of its own for {len(prompt):,} tokens: device budget "
-        f"{size(settings['device_budget'])}, host budget {size(settings['host_budget'])}, the rest on disk"
+        f"{size(settings['device_budget'])}, host budget {size(settings['host_budget'])}, the rest on "
+        "disk; the first time it also compiles kernels"
     )
     with spawned(settings) as process, Client(process.address) as client:
         console.print(f"[bold]3.[/] prefill, then the first question:{FIRST}", style="default")
