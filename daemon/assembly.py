@@ -18,7 +18,7 @@ from spilld.offload.cache import RunCache
 from spilld.offload.compaction import Compaction
 from spilld.offload.database import Database
 from spilld.offload.disk import DiskTier
-from spilld.offload.errors import BudgetTooSmall, FolderInUse, FolderUnusable
+from spilld.offload.errors import BudgetTooSmall, FolderInUse, FolderUnusable, MemoryRefused
 from spilld.offload.extent import extent_bytes
 from spilld.offload.host import HostSlab
 from spilld.offload.prefetch import Prefetcher
@@ -185,6 +185,8 @@ def build_engine(
             transfers = Transfers(config.state / "transfers", quota, config.disk_floor)
         except (BudgetTooSmall, ValueError) as error:
             raise BudgetError(f"{error}; raise it") from error
+        except MemoryRefused as error:
+            raise BudgetError(f"{error}; lower host_budget") from error
         except (FolderInUse, FolderUnusable, OSError) as error:
             raise StateFolderError(f"{error}; name another folder with `state`") from error
         windows, attention = _device_tier(tier or TIERS[config.device], config, store, model.geometry)
@@ -240,7 +242,7 @@ def record_layout(config: Config, geometry: Geometry) -> Layout:
 
 
 def build_store(config: Config, model: Model, planner: Planner, metrics: Metrics) -> Store:
-    """The host and disk tiers. Raises BudgetTooSmall, FolderInUse or FolderUnusable."""
+    """The host and disk tiers. Raises BudgetTooSmall, MemoryRefused, FolderInUse or FolderUnusable."""
     geometry = model.geometry
     layout = record_layout(config, geometry)
     rows = config.host_budget // layout.record_bytes

@@ -20,7 +20,7 @@ SpilldError                   code (stable, on the wire), message, retryable
 ├── StorageFailed             storage_failed       KV was lost and recomputing did not help
 ├── InternalError             internal             a bug in spilld
 ├── ConfigError               config               the daemon cannot start like this
-│   ├── BudgetError           budget               a budget cannot hold one window or one run
+│   ├── BudgetError           budget               a budget holds no window or run, or the machine lacks it
 │   ├── DeviceUnusable    device               there is no such device, or it cannot be used
 │   ├── StateFolderError      state_folder         missing, read-only, or in use by another daemon
 │   └── ModelError            model

@@ -25,6 +25,12 @@ def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgr
     return min(free, default=None)
 
 
+def physical_bytes(proc: Path = Path("/proc")) -> int | None:
+    """Memory of the machine. None where the kernel does not say."""
+    total = _fields(proc / "meminfo").get("MemTotal:")
+    return None if total is None else total * 1024
+
+
 def _of_the_machine(meminfo: Path) -> Iterator[int]:
     fields = _fields(meminfo)
     if "MemAvailable:" in fields:

@@ -2,6 +2,7 @@
 
 OffloadError
 ├── BudgetTooSmall      a budget cannot hold what one request needs at the least
+├── MemoryRefused       the kernel does not give what a budget says
 ├── FolderUnusable      the state folder is missing its parent, or cannot be written
 │   └── FolderInUse     another daemon holds it
 ├── IndexDamaged        the index of the disk tier cannot be read: what it named is lost
@@ -27,6 +28,10 @@ class OffloadError(Exception):
 
 class BudgetTooSmall(OffloadError):
     """A budget cannot hold what one request needs at the least."""
+
+
+class MemoryRefused(OffloadError):
+    """The kernel does not give the memory that a budget says."""
 
 
 class FolderUnusable(OffloadError):

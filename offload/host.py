@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .errors import BudgetTooSmall, TierFull
+from .errors import BudgetTooSmall, MemoryRefused, TierFull
+from .size import size
 from .system import Bytes, give_back, page_aligned
 
 Rows = npt.NDArray[np.int64]
@@ -20,7 +21,7 @@ class HostSlab:
     """
 
     def __init__(self, budget_bytes: int, record_bytes: int) -> None:
-        """Raises BudgetTooSmall when not even one record fits."""
+        """Raises BudgetTooSmall when not even one record fits, MemoryRefused when the kernel has no such memory."""
         if record_bytes < 64 or record_bytes % 64:
             raise ValueError(f"record_bytes must be a positive multiple of 64, got {record_bytes}")
         n_slots = budget_bytes // record_bytes
@@ -29,7 +30,13 @@ class HostSlab:
         self.budget_bytes = budget_bytes
         self.record_bytes = record_bytes
         self.n_slots = n_slots
-        self.records: Bytes = page_aligned(n_slots * record_bytes, huge=True).reshape(n_slots, record_bytes)
+        try:
+            memory = page_aligned(n_slots * record_bytes, huge=True)
+        except OSError as error:
+            raise MemoryRefused(
+                f"the kernel gives no {size(budget_bytes)} of memory: {error.strerror}"
+            ) from error
+        self.records: Bytes = memory.reshape(n_slots, record_bytes)
         self._free: Rows = np.arange(n_slots, dtype=np.int64)[::-1].copy()
         self._n_free = n_slots
         self._taken = np.zeros(n_slots, dtype=np.bool_)

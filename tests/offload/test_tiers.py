@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from spilld.offload.disk import DiskTier
-from spilld.offload.errors import BudgetTooSmall, ExtentMissing, TierFull, WriteFailed
+from spilld.offload.errors import BudgetTooSmall, ExtentMissing, MemoryRefused, TierFull, WriteFailed
 from spilld.offload.extent import RunKey
 from spilld.offload.host import HostSlab, Rows
 from spilld.offload.system import Bytes
@@ -115,6 +115,11 @@ def test_slab_stays_within_its_budget() -> None:
     assert slab.records.flags.c_contiguous
     with pytest.raises(BudgetTooSmall):
         HostSlab(191, 192)
+
+
+def test_memory_that_the_kernel_does_not_have() -> None:
+    with pytest.raises(MemoryRefused, match="the kernel gives no 1 PiB of memory"):
+        HostSlab(1 << 50, 1 << 30)
 
 
 def test_slab_memory_is_touched_only_with_use() -> None:

@@ -1,0 +1,59 @@
+"""What ends a start at once: before torch is imported, and with what to do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spilld.daemon.memory import physical_bytes
+from spilld.offload.size import size
+
+SCRIPT = """
+import sys
+from spilld.daemon.__main__ import main
+status = main(sys.argv[1:])
+assert "torch" not in sys.modules and "numba" not in sys.modules, "too late"
+sys.exit(status)
+"""
+
+
+def refusal(tmp_path: Path, *options: str) -> str:
+    """What `serve` says last, in a process that has not imported torch when it ends."""
+    places = (f"--state={tmp_path}/state", f"--cache={tmp_path}/cache", f"--listen=ipc://{tmp_path}/s")
+    command = [sys.executable, "-c", SCRIPT, "serve", *places, *options]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 1, ended.stderr
+    assert "Traceback" not in ended.stderr
+    return ended.stderr.splitlines()[-1]
+
+
+def test_more_host_memory_than_there_is(tmp_path: Path) -> None:
+    has = physical_bytes()
+    assert has is not None
+    assert refusal(tmp_path, "--host-budget=900T") == (
+        f"spilld: host_budget is 900 TiB, this machine has {size(has)} of memory: lower it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1536, "1.5 KiB"),
+        (512 << 20, "512 MiB"),
+        (11089920, "10.6 MiB"),
+        (1023 << 30, "1023 GiB"),
+        (900 << 40, "900 TiB"),
+    ],
+)
+def test_sizes_for_people(nbytes: int, text: str) -> None:
+    assert size(nbytes) == text
+
+
+def test_what_is_needed_at_the_least_is_rounded_up() -> None:
+    assert size((10 << 20) + 1, least=True) == "10.1 MiB"
+    assert size(10 << 20, least=True) == "10 MiB"
