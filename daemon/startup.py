@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from spilld.offload.size import size
+
 from .address import user_address
 from .notify import Notifier
 from .protocol import Welcome
@@ -47,7 +49,7 @@ class Startup:
     ) -> None:
         """One line: what is served, within which budgets, where, and what to do next."""
         tiers = ", ".join(
-            f"{tier} {_size(stats.get(f'{tier}_budget_bytes'))}" for tier in ("device", "host", "disk")
+            f"{tier} {_text(stats.get(f'{tier}_budget_bytes'))}" for tier in ("device", "host", "disk")
         )
         log.info(
             "ready: %s, up to %s tokens; KV budgets: %s; at %s. Try: %s",
@@ -65,7 +67,5 @@ def next_command(address: str, *, keyed: bool) -> str:
     return f'{given if installed else "spilld"} ask{options}{key} "Who are you?"'
 
 
-def _size(nbytes: object) -> str:
-    if not isinstance(nbytes, int) or not nbytes:
-        return "none"
-    return f"{nbytes / 2**30:.3g} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.3g} MiB"
+def _text(nbytes: object) -> str:
+    return size(nbytes) if isinstance(nbytes, int) and nbytes else "none"

@@ -21,7 +21,7 @@ class HostSlab:
     """
 
     def __init__(self, budget_bytes: int, record_bytes: int) -> None:
-        """Raises BudgetTooSmall when not even one record fits, MemoryRefused when the kernel has no such memory."""
+        """Raises BudgetTooSmall when not even one record fits, MemoryRefused by the kernel."""
         if record_bytes < 64 or record_bytes % 64:
             raise ValueError(f"record_bytes must be a positive multiple of 64, got {record_bytes}")
         n_slots = budget_bytes // record_bytes

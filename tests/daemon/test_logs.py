@@ -73,7 +73,7 @@ def test_json_is_one_object_a_line(model: Model) -> None:
 
 
 def test_a_level_leaves_out_what_is_less(model: Model) -> None:
-    assert served(model, log_level="warning") == ""
+    assert served(model, log_level="warning", disk_budget="1G") == ""
 
 
 def test_json_has_errors_and_exceptions_too(

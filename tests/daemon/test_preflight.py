@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from spilld.daemon.config import Config
 from spilld.daemon.memory import physical_bytes
+from spilld.daemon.preflight import check
 from spilld.offload.size import size
 
 SCRIPT = """
@@ -36,6 +38,21 @@ def test_more_host_memory_than_there_is(tmp_path: Path) -> None:
     assert refusal(tmp_path, "--host-budget=900T") == (
         f"spilld: host_budget is 900 TiB, this machine has {size(has)} of memory: lower it"
     )
+
+
+def test_a_larger_disk_budget_than_the_disk_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    check(Config(state=tmp_path / "not" / "there", disk_budget=900 << 40))
+    (said,) = caplog.messages
+    assert said.startswith(f"disk_budget is 900 TiB, the file system of {tmp_path}/not/there has ")
+    caplog.clear()
+    check(Config(state=tmp_path, disk_budget=1 << 20, disk_floor=0))
+    (tmp_path / "kv").mkdir()
+    with (tmp_path / "kv" / "00000001.segment").open("wb") as file:
+        file.truncate(2 << 40)
+    check(Config(state=tmp_path, disk_budget=2 << 40))
+    assert not caplog.messages, "what is stored has its room"
 
 
 @pytest.mark.parametrize(
