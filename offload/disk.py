@@ -30,6 +30,7 @@ from .host import Rows
 from .index import Contents, Entry, Index, consistent
 from .record import Layout
 from .segment import SEGMENT_BYTES, Range, SegmentSpace
+from .size import size
 from .system import Bytes, SystemCalls, page_aligned, read_fully, write_fully
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,12 @@ class DiskTier:
         if lost:
             log.warning("%s: %d runs are lost, their bytes are not there", self._folder.path, len(lost))
             self.index.remove(entry.identity.run for entry in lost)
+        if self.used_bytes > self.budget_bytes:
+            log.warning(
+                "%s: %s of KV is stored, and disk_budget is %s: what was not used for longest goes now, and is "
+                "computed again when it is needed",
+                *(self._folder.path, size(self.used_bytes), size(self.budget_bytes)),
+            )
         for entry in found:
             if self.used_bytes <= self.budget_bytes:
                 break

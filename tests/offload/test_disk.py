@@ -29,6 +29,7 @@ from spilld.offload.errors import (
 )
 from spilld.offload.extent import HEADER_BYTES, HEADER_FIELDS, RunPlace
 from spilld.offload.index import Contents
+from spilld.offload.size import size
 from spilld.offload.system import page_aligned
 
 from .faults import Fault, ScriptedSystem, Short, error
@@ -473,7 +474,7 @@ class TestReopening:
         tier.close()
 
     def test_a_lower_budget_takes_the_least_recently_used(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         clock = iter(range(1000, 2000))
         monkeypatch.setattr("spilld.offload.disk.time.time", lambda: next(clock))
@@ -484,7 +485,13 @@ class TestReopening:
             tier.touch([key(n)])
         whole = tier.used_bytes
         tier.close()
+        open_tier(tmp_path / "kv", ScriptedSystem(), whole).close()
+        assert not caplog.messages
         tier = open_tier(tmp_path / "kv", ScriptedSystem(), whole - 1)
+        assert caplog.messages == [
+            f"{tmp_path}/kv: {size(whole)} of KV is stored, and disk_budget is {size(whole - 1)}: what was not "
+            "used for longest goes now, and is computed again when it is needed"
+        ]
         assert_tier(tier, dict.fromkeys((0, 1, 2, 3, 4), 4))
         tier.close()
         tier = open_tier(tmp_path / "kv", ScriptedSystem(), tier.run_bytes(1))
