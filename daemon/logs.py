@@ -21,6 +21,7 @@ def set_up(form: str, level: str) -> None:
     """Write the log, with Python's warnings, to stderr; form and level as Config has them."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_formatter(form, sys.stderr))
+    handler.addFilter(_of_use)
     handler.addFilter(Repeats())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
@@ -30,6 +31,11 @@ def for_machines() -> bool:
     """Whether the log is JSON, or goes to the journal."""
     handlers = logging.getLogger().handlers
     return any(isinstance(handler.formatter, JsonLines | JournalLines) for handler in handlers)
+
+
+def _of_use(record: logging.LogRecord) -> bool:
+    """Of libraries, warnings: what torch says of its caches when a process ends is for those who write it."""
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] in ("spilld", "root")
 
 
 def _formatter(form: str, stream: TextIO) -> logging.Formatter:

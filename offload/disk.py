@@ -129,8 +129,8 @@ class DiskTier:
             self.index.remove(entry.identity.run for entry in lost)
         if self.used_bytes > self.budget_bytes:
             log.warning(
-                "%s: %s of KV is stored, and disk_budget is %s: what was not used for longest goes now, and is "
-                "computed again when it is needed",
+                "%s: %s of KV is stored, and disk_budget is %s: what was not used for longest goes now, and "
+                "is computed again when it is needed",
                 *(self._folder.path, size(self.used_bytes), size(self.budget_bytes)),
             )
         for entry in found:
@@ -515,9 +515,9 @@ class DiskTier:
 
     def _trim(self) -> None:
         """Give the file system what it can have: free ends of files, also those it did not take before."""
-        for number, size in self._space.sizes().items():
+        for number, length in self._space.sizes().items():
             spare = self._space.spare(number)
-            if spare == size:
+            if spare == length:
                 continue
             try:
                 if spare:

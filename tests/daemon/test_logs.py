@@ -125,6 +125,24 @@ def test_a_name_with_line_breaks_forges_no_line(
     )
 
 
+def test_libraries_do_not_chatter_in_it(
+    root: logging.Logger, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that ends while it imports torch has statistics of torch's caches logged: at the root."""
+    logs.set_up("text", "debug")
+    theirs = logging.getLogger("torch._subclasses.fake_tensor")
+    for logger in (theirs, logging.getLogger("torch")):
+        monkeypatch.setattr(logger, "propagate", True)
+        monkeypatch.setattr(logger, "handlers", [])
+        monkeypatch.setattr(logger, "level", logging.NOTSET)
+    theirs.info("FakeTensor cache stats:")
+    logging.getLogger("spilld.daemon.here").debug("loaded")
+    theirs.warning("out of date")
+    assert capsys.readouterr().err == (
+        "DEBUG spilld.daemon.here: loaded\nWARNING torch._subclasses.fake_tensor: out of date\n"
+    )
+
+
 def test_progress_says_how_long_it_will_take(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

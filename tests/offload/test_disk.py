@@ -489,8 +489,8 @@ class TestReopening:
         assert not caplog.messages
         tier = open_tier(tmp_path / "kv", ScriptedSystem(), whole - 1)
         assert caplog.messages == [
-            f"{tmp_path}/kv: {size(whole)} of KV is stored, and disk_budget is {size(whole - 1)}: what was not "
-            "used for longest goes now, and is computed again when it is needed"
+            f"{tmp_path}/kv: {size(whole)} of KV is stored, and disk_budget is {size(whole - 1)}: what was "
+            "not used for longest goes now, and is computed again when it is needed"
         ]
         assert_tier(tier, dict.fromkeys((0, 1, 2, 3, 4), 4))
         tier.close()
