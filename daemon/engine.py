@@ -573,6 +573,16 @@ class Engine:
                 f"{what} holds token {largest}, which is not below the vocabulary of {vocabulary}"
             )
 
+    def _lengthen(self, *, of_session: bool) -> str:
+        """What decides that `longest` is no longer, and what to do about it."""
+        instead = "fork the session with fewer tokens, or begin another" if of_session else "shorten it"
+        allowed = self.model.geometry.max_positions
+        if self.longest < self._max_context:
+            return f"the host and disk budgets hold no more; {instead}, or raise host_budget or disk_budget"
+        if self._max_context < allowed:
+            return f"max_context is {self._max_context}; {instead}, or raise max_context"
+        return f"the model allows {allowed}; {instead}, or serve a model with a longer context"
+
     def _job(self, generation: Generation) -> Job:
         """What the scheduler must know. max_tokens is cut to what the sequence may still hold."""
         sequence = generation.sequence
@@ -587,7 +597,7 @@ class Engine:
         if known > longest:
             raise PromptTooLong(
                 f"context and prompt have {known} tokens; at most {longest} {room}: "
-                f"the model allows {self._max_context}, the host and disk budgets decide the rest"
+                f"{self._lengthen(of_session=bool(generation.request.session and before))}"
             )
         generation.max_tokens = min(generation.request.max_tokens, self.longest - known)
         blocks = highest_block(known + generation.max_tokens)

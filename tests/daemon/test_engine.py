@@ -253,7 +253,9 @@ def test_the_longest_request_runs_and_a_longer_one_is_refused(model: Model, tmp_
         longest = harness.engine.longest
         assert longest < model.geometry.max_positions, "the host budget decides"
         prompt = some_tokens(5, longest)
-        with pytest.raises(PromptTooLong, match=f"have {longest} tokens; at most {longest - 1} "):
+        with pytest.raises(
+            PromptTooLong, match=f"have {longest} tokens; at most {longest - 1} .*raise host_budget or"
+        ):
             harness.add("x", prompt, max_tokens=1)
         tokens = harness.ask(prompt[:-3], max_tokens=100, ignore_eos=True)
         assert len(tokens) == 3, "cut to what fits"
@@ -269,6 +271,21 @@ def test_longest_is_what_the_tiers_hold(model: Model, tmp_path: Path) -> None:
         ) as harness:
             last = harness.engine.longest - 1
             assert boundary(last) // BLOCK - 1 <= columns < boundary(last + 1) // BLOCK - 1
+
+
+def test_what_is_too_long_is_told_what_to_do(model: Model, tmp_path: Path) -> None:
+    allowed = model.geometry.max_positions
+    with engine(model, tmp_path / "a") as harness:
+        with pytest.raises(PromptTooLong, match=rf"the model allows {allowed}; shorten it, or serve a model"):
+            harness.ask(some_tokens(5, allowed), max_tokens=1)
+        harness.ask(some_tokens(5, 8), session="s", max_tokens=1)
+        with pytest.raises(PromptTooLong, match="fork the session with fewer tokens, or begin another, or"):
+            harness.ask(some_tokens(5, allowed), session="s", max_tokens=1)
+    with (
+        engine(model, tmp_path / "b", max_context=300) as harness,
+        pytest.raises(PromptTooLong, match="max_context is 300; shorten it, or raise max_context"),
+    ):
+        harness.ask(some_tokens(5, 300), max_tokens=1)
 
 
 def test_max_context_limits(model: Model, tmp_path: Path) -> None:
