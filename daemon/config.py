@@ -20,6 +20,7 @@ from .address import check_address, check_endpoint, default_address, home
 from .errors import ConfigError
 from .fields import Choice, FieldError, Flag, Int, Maybe, Reader, Real, Text, readers
 from .guests import MAX_OPEN, MAX_RATE
+from .packaged import PACKAGED
 from .toml_file import TomlFile
 
 GIB = 2**30
@@ -119,9 +120,11 @@ class About:
 class Config:
     """Sizes in bytes, times in seconds."""
 
-    model: Annotated[str, Text(1), About("A known name, a .gguf file, or a Hugging Face folder.")] = (
-        "smollm2-135m"
-    )
+    model: Annotated[
+        str,
+        Text(1),
+        About(f"A known name ({', '.join(PACKAGED)}), a .gguf file, or a Hugging Face folder."),
+    ] = "smollm2-135m"
     format: Annotated[
         str,
         Choice(SEALED),

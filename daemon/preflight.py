@@ -10,15 +10,21 @@ from spilld.offload.size import size
 
 from .config import Config
 from .errors import BudgetError
+from .folder import check_folder
 from .memory import physical_bytes
+from .packaged import sources_of
 
 log = logging.getLogger(__name__)
 
 
 def check(config: Config) -> None:
     """Raises the ConfigError that a start would end in; logs what will be less than configured."""
+    with suppress(OSError):  # of what cannot be looked at, who reads it says more
+        source = sources_of(config.model)[0]
+        if source.is_dir():
+            check_folder(source)
     _check_memory(config.host_budget, physical_bytes())
-    with suppress(OSError):  # of a folder that cannot be looked at, who opens it says more
+    with suppress(OSError):
         _compare_disk(config)
 
 

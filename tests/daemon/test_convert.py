@@ -22,12 +22,13 @@ from transformers import modeling_gguf_pytorch_utils
 
 from spilld.daemon import convert
 from spilld.daemon import digest as digests
-from spilld.daemon.catalog import PACKAGED, resolve
+from spilld.daemon.catalog import resolve
 from spilld.daemon.digest import digest
 from spilld.daemon.errors import ConfigError, CorruptModel, ModelError, UnknownModel, UnsupportedModel
 from spilld.daemon.gguf_header import read_header
 from spilld.daemon.gguf_reader import counted, parsed_once
 from spilld.daemon.model import load
+from spilld.daemon.packaged import PACKAGED
 from spilld.daemon.text import Tokenizer
 
 from .replaced import overwrite, replace, settled

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from spilld.daemon.__main__ import main
 from spilld.daemon.config import Config
 from spilld.daemon.memory import physical_bytes
 from spilld.daemon.preflight import check
@@ -38,6 +39,20 @@ def test_more_host_memory_than_there_is(tmp_path: Path) -> None:
     assert refusal(tmp_path, "--host-budget=900T") == (
         f"spilld: host_budget is 900 TiB, this machine has {size(has)} of memory: lower it"
     )
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    known = "known names are smollm2-135m, gemma3-270m; a .gguf file or a folder"
+    for name in ("gpt-17", f"{tmp_path}/none.gguf"):
+        assert refusal(tmp_path, f"--model={name}").startswith(f"spilld: there is no model '{name}': {known}")
+    assert refusal(tmp_path, f"--model={tmp_path}") == f"spilld: {tmp_path} has no config.json"
+
+
+def test_help_names_the_models(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "A known name (smollm2-135m, gemma3-270m), a .gguf file, or a Hugging Face folder" in said
 
 
 def test_a_larger_disk_budget_than_the_disk_is_warned_of(
