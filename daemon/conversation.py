@@ -16,6 +16,15 @@ from .errors import Cancelled, ContextNotFound, InvalidRequest, SpilldError, Unr
 from .harmless import harmless
 from .protocol import SessionInfo
 
+QUOTES = '"""'
+"""Before and after a message of several lines."""
+
+FAREWELLS = ("/bye", "/exit")
+
+HELP = (
+    f"{QUOTES} begins and ends a message of several lines, Ctrl-C stops an answer, Ctrl-D or /bye the chat."
+)
+
 
 class Conversation:
     """Messages and answers, in a session, or without its name in a context that goes with the conversation.
@@ -126,24 +135,27 @@ def chat(
     talking = sys.stdin.isatty() and sys.stdout.isatty()
     if talking:
         begun = f"; session {session} goes on after {held.tokens:,} tokens" if held is not None else ""
-        print(harmless(f"{welcome.model}{begun}. Ctrl-C stops an answer, Ctrl-D ends the chat."))
+        print(harmless(f"{welcome.model}{begun}. {HELP}"))
     if held is not None and system is not None:
         print("spilld: the session has begun, so --system is left out", file=sys.stderr)
-    for line in _lines("> " if talking else ""):
-        conversation.say(line)
+    for message in _messages("> " if talking else ""):
+        conversation.say(message)
     conversation.close()
 
 
-def _lines(prompt: str) -> Iterator[str]:
-    """What is typed, without empty lines. Raises SpilldError for what is not UTF-8."""
+def _messages(prompt: str) -> Iterator[str]:
+    """What is typed or pasted, until a farewell. Raises SpilldError for what is not UTF-8."""
     if prompt:
         with suppress(ImportError):
-            import readline  # noqa: F401 (input() then has editing and a history)
+            import readline  # input() then has editing and a history
+
+            readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one input()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     while True:
         try:
-            line = input(prompt).strip()
+            typed = input(prompt).strip()
+            message = _quoted(typed, prompt and ". ") if typed.startswith(QUOTES) else typed
         except KeyboardInterrupt:
             if not prompt:
                 raise
@@ -155,5 +167,20 @@ def _lines(prompt: str) -> Iterator[str]:
             return
         except UnicodeDecodeError as error:
             raise SpilldError("standard input is not UTF-8") from error
-        if line:
-            yield line
+        if typed in FAREWELLS:
+            return
+        if typed in ("/help", "/?"):
+            print(HELP)
+        elif message:
+            yield message
+
+
+def _quoted(typed: str, prompt: str) -> str:
+    """A message between quotes that begins with `typed`; where the input ends, it does, too."""
+    text = typed.removeprefix(QUOTES)
+    while not text.rstrip().endswith(QUOTES):
+        try:
+            text += "\n" + input(prompt)
+        except EOFError:
+            break
+    return text.rstrip().removesuffix(QUOTES).strip()

@@ -12,8 +12,9 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "chat",
         help="talk to the model",
-        description="Talk to the model: a line is a message. Ctrl-C stops an answer, Ctrl-D ends the chat. "
-        "With --session it can be continued later, else it is forgotten.",
+        description='Talk to the model: a line, a paste, or what is between two """ is a message. Ctrl-C stops '
+        "an answer, Ctrl-D or /bye ends the chat, /help says so again. With --session it can be continued "
+        "later, else it is forgotten.",
     )
     parser.set_defaults(run=run)
     parser.add_argument(

@@ -77,11 +77,11 @@ class Talk:
 
 
 @contextmanager
-def talking(address: str, *options: str) -> Iterator[Talk]:
+def talking(address: str, *options: str, terminal: str = "dumb") -> Iterator[Talk]:
     leader, follower = pty.openpty()
     command = [sys.executable, "-c", IN_THE_FOREGROUND, "chat", f"--address={address}", *options]
     ends = {"stdin": follower, "stdout": follower, "stderr": follower}
-    with subprocess.Popen(command, env=os.environ | {"TERM": "dumb"}, **ends) as process:  # type: ignore[call-overload]
+    with subprocess.Popen(command, env=os.environ | {"TERM": terminal}, **ends) as process:  # type: ignore[call-overload]
         os.close(follower)
         try:
             yield Talk(process, leader)
@@ -201,3 +201,39 @@ def test_input_that_is_not_text(running: Running) -> None:
     command = [sys.executable, "-m", "spilld.daemon", "chat", f"--address={running.address}"]
     done = subprocess.run(command, input=b"caf\xe9\n", capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (1, b"spilld: standard input is not UTF-8\n")
+
+
+def asked(running: Running) -> list[str]:
+    """The last message of each request."""
+    return [request.prompt[-1].content for request in running.echo.submitted]  # type: ignore[union-attr]
+
+
+def test_several_lines_between_quotes_are_one_message(running: Running) -> None:
+    running.echo.chat = True
+    lines = '"""one\ntwo\n\n  three"""\nfour\n"""\nfive\n"""\n"""six"""\n"""\nseven\n'
+    done = spilld("chat", f"--address={running.address}", "--max-tokens=1", input=lines)
+    assert done.returncode == 0
+    assert asked(running) == ["one\ntwo\n\n  three", "four", "five", "six", "seven"]
+
+
+def test_what_is_pasted_is_one_message(running: Running) -> None:
+    running.echo.chat = True
+    with talking(running.address, "--max-tokens=1", terminal="xterm") as talk:
+        assert b'""" begins and ends a message of several lines' in talk.until(b"> ")
+        talk.type("\x1b[200~one\ntwo\nthree\x1b[201~")
+        talk.type("\r")
+        talk.until(b"(cut at")
+        talk.until(b"> ")
+        talk.type("\4")
+        assert talk.process.wait(20) == 0
+    assert asked(running) == ["one\ntwo\nthree"]
+
+
+@pytest.mark.parametrize("farewell", ["/bye", "/exit"])
+def test_words_that_are_no_messages(running: Running, farewell: str) -> None:
+    running.echo.chat = True
+    lines = f"/help\n/?\n/etc/hosts\n{farewell}\nnever\n"
+    done = spilld("chat", f"--address={running.address}", "--max-tokens=1", input=lines)
+    assert done.returncode == 0
+    assert done.stdout.count("Ctrl-D or /bye the chat.\n") == 2
+    assert asked(running) == ["/etc/hosts"]
