@@ -174,11 +174,19 @@ class Call:
 class Calls:
     """Every call in flight on one connection. Frames to send are appended to `outbox`."""
 
-    def __init__(self, address: str, tenant: str, connect_timeout: float, reconnect_s: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        tenant: str,
+        connect_timeout: float,
+        reconnect_s: float,
+        on_lost: Callable[[float], None] | None = None,
+    ) -> None:
         self.address = address
         self.tenant = tenant
         self.connect_timeout = connect_timeout
         self.reconnect_s = reconnect_s
+        self._on_lost = on_lost
         self.connected = False
         self.refused = False
         """It will not be connected any more."""
@@ -333,6 +341,8 @@ class Calls:
         for call in list(self._calls.values()):
             call.lost_by = now + (max(self.reconnect_s, LAST_WORDS_S) if call.lasts else LAST_WORDS_S)
             call.changed()
+        if self._on_lost is not None and any(call.lasts for call in self._calls.values()):
+            self._on_lost(self.reconnect_s)
 
     def turned_away(self, why: str, now: float, *, final: bool) -> None:
         """Somebody listens, but ended the attempt to connect. final: libzmq makes no other."""
@@ -359,12 +369,12 @@ class Calls:
             f"says why. It keeps the request for a while: resume({call.request_id!r})"
         )
 
-    def unreachable(self, now: float) -> SpilldError:
-        """Why there is no connection."""
+    def unreachable(self, now: float, waited_s: float | None = None) -> SpilldError:
+        """Why there is no connection. waited_s: for it, if not connect_timeout."""
         why, until = self._turned_away
+        waited = self.connect_timeout if waited_s is None else waited_s
         if now < until:
             return AccessDenied(f"the daemon at {self.address} does not let this client in: {why}")
         return Unreachable(
-            f"no daemon answered at {self.address} within {self.connect_timeout:g} s; "
-            "start one with `spilld serve`"
+            f"no daemon answered at {self.address} within {waited:g} s; start one with `spilld serve`"
         )

@@ -14,7 +14,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 
@@ -82,8 +82,8 @@ class Client:
     """A connection to the daemon; Unreachable if none is there within connect_timeout seconds.
 
     Any number of generations may be in flight, read in any order. When the daemon goes away, they go on where
-    they were once it is back, if that is within reconnect_s seconds. tenant: a secret that separates what is
-    stored for this client from all else.
+    they were once it is back, if that is within reconnect_s seconds; on_lost is called with those seconds as
+    soon as it is gone. tenant: a secret that separates what is stored for this client from all else.
 
     keys: for a daemon that has keys, the file that `spilld keys --client` made; the tenant is then that of
     the key. ConfigError if the file cannot be used, AccessDenied if the daemon does not take it or wants one.
@@ -97,21 +97,30 @@ class Client:
         keys: str | os.PathLike[str] | None = None,
         connect_timeout: float = 2.0,
         reconnect_s: float = 30.0,
+        on_lost: Callable[[float], None] | None = None,
     ) -> None:
         self.address = address or default_address()
         self.tenant = tenant
         self._key = None if keys is None else ClientKey.load(keys)
-        self._calls = Calls(self.address, tenant, connect_timeout, reconnect_s)
+        self._calls = Calls(self.address, tenant, connect_timeout, reconnect_s, on_lost)
         self._link = Link(self._calls, self._key)
         self._thread = threading.get_ident()
         self._poller = zmq.Poller()
         self._poller.register(self._link.socket, zmq.POLLIN)
         self._poller.register(self._link.monitor, zmq.POLLIN)
-        connect_by = time.monotonic() + connect_timeout
+        try:
+            self.reach(connect_timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    def reach(self, timeout: float) -> None:
+        """Wait until the daemon is there, first or again; Unreachable if it is not within timeout seconds."""
+        reach_by = time.monotonic() + timeout
+        self._link.move()
         while not self._calls.connected:
-            if (left := connect_by - time.monotonic()) <= 0 or self._calls.refused:
-                self.close()
-                raise self._calls.unreachable(time.monotonic())
+            if (left := reach_by - time.monotonic()) <= 0 or self._calls.refused:
+                raise self._calls.unreachable(time.monotonic(), timeout)
             self._wait(left)
 
     def generate(self, prompt: Promptable, **options: Unpack[Options]) -> Generation:
@@ -314,11 +323,12 @@ class AsyncClient:
         keys: str | os.PathLike[str] | None = None,
         connect_timeout: float = 2.0,
         reconnect_s: float = 30.0,
+        on_lost: Callable[[float], None] | None = None,
     ) -> None:
         self.address = address or default_address()
         self.tenant = tenant
         self._key = None if keys is None else ClientKey.load(keys)
-        self._calls = Calls(self.address, tenant, connect_timeout, reconnect_s)
+        self._calls = Calls(self.address, tenant, connect_timeout, reconnect_s, on_lost)
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()

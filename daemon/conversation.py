@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from rich.console import Console
@@ -62,11 +62,13 @@ class Conversation:
         except Unreachable:
             raise
         except SpilldError as error:
-            self._note(f"{error.message}. This message is left out; the conversation goes on.")
+            self.note(f"{error.message}. This message is left out; the conversation goes on.")
 
     def close(self) -> None:
+        """Give its context back, if the daemon is there to take it."""
         if self._context is not None:
-            self._client.release(self._context)
+            with suppress(Unreachable, ContextNotFound):
+                self._client.release(self._context)
 
     def _goes_on(self) -> bool:
         """Whether the daemon has what was said so far."""
@@ -93,9 +95,9 @@ class Conversation:
             text = generation.text_so_far
             self._said += [message, Message(role="assistant", content=text)]
         if done is None:
-            self._note("(stopped)" if generation.begun else "(stopped before it was read)")
+            self.note("(stopped)" if generation.begun else "(stopped before it was read)")
         elif done.reason == "length":
-            self._note(f"(cut at {done.usage.generated_tokens} tokens: --max-tokens)")
+            self.note(f"(cut at {done.usage.generated_tokens} tokens: --max-tokens)")
 
     def _stop(self, generation: Generation) -> Done | None:
         """Cancel it, and wait for what the daemon says of that: None unless it was done before."""
@@ -106,20 +108,23 @@ class Conversation:
             return generation.result
         return None
 
-    def _note(self, what: str) -> None:
+    def note(self, what: str) -> None:
+        """Say it beside the conversation."""
         self._console.print(f"[dim]{escape(harmless(what))}[/]", highlight=False)
 
 
 def chat(
     client: Client,
     welcome: Welcome,
+    reach: Callable[[], None],
     *,
     session: str | None,
     system: str | None,
     max_tokens: int,
     temperature: float,
 ) -> None:
-    """Talk until the input ends. Raises InvalidRequest before the first message if there can be none."""
+    """Talk until the input ends. reach waits for a daemon that is gone, and raises Unreachable. Raises
+    InvalidRequest before the first message if there can be none."""
     if welcome.chat is False:
         raise InvalidRequest(
             f"{welcome.model} has no chat template: it goes on with texts and answers no messages. Use "
@@ -139,7 +144,16 @@ def chat(
     if held is not None and system is not None:
         print("spilld: the session has begun, so --system is left out", file=sys.stderr)
     for message in _messages("> " if talking else ""):
-        conversation.say(message)
+        try:
+            reach()
+            conversation.say(message)
+        except Unreachable:
+            if not talking:
+                raise
+            conversation.note(
+                f"This message is left out: no daemon answers at {client.address}. The chat goes on once one "
+                "does."
+            )
     conversation.close()
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
-from .connection import add_options, connected
+from .connection import add_options, connected, reach
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "chat",
         help="talk to the model",
-        description='Talk to the model: a line, a paste, or what is between two """ is a message. Ctrl-C stops '
-        "an answer, Ctrl-D or /bye ends the chat, /help says so again. With --session it can be continued "
-        "later, else it is forgotten.",
+        description='Talk to the model: a line, a paste, or what is between two """ is a message. Ctrl-C '
+        "stops an answer, Ctrl-D or /bye ends the chat, /help says so again. With --session it can be "
+        "continued later, else it is forgotten.",
     )
     parser.set_defaults(run=run)
     parser.add_argument(
@@ -47,6 +48,7 @@ def run(options: argparse.Namespace) -> None:
         chat(
             client,
             welcome,
+            partial(reach, client, options.wait),
             session=options.session,
             system=options.system,
             max_tokens=options.max_tokens,

@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=30.0,
         metavar="SECONDS",
-        help="how long to wait for a daemon that starts (default: %(default)g)",
+        help="how long to wait for a daemon that starts, or comes back (default: %(default)g)",
     )
 
 
@@ -62,7 +62,14 @@ def _connect(options: argparse.Namespace) -> Client:
     from ..client import Client
 
     def connect(timeout: float) -> Client:
-        return Client(options.address, tenant=options.tenant, keys=options.keys, connect_timeout=timeout)
+        return Client(
+            options.address,
+            tenant=options.tenant,
+            keys=options.keys,
+            connect_timeout=timeout,
+            reconnect_s=options.wait,
+            on_lost=_lost,
+        )
 
     try:
         return connect(min(PATIENCE_S, options.wait))
@@ -71,6 +78,19 @@ def _connect(options: argparse.Namespace) -> Client:
             raise
         _say(f"{error.message}; waiting for {options.wait:g} s")
     return connect(options.wait - PATIENCE_S)
+
+
+def reach(client: Client, wait: float) -> None:
+    """Wait for a daemon that was there before, and say so. Raises Unreachable after `wait` seconds."""
+    try:
+        client.reach(0.0)
+    except Unreachable:
+        _lost(wait)
+        client.reach(wait)
+
+
+def _lost(wait: float) -> None:
+    _say(f"the daemon is gone; waiting up to {wait:g} s for it")
 
 
 def _greet(client: Client, give_up: float, waiting: str) -> Welcome:

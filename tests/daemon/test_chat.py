@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import msgpack
@@ -201,6 +201,62 @@ def test_input_that_is_not_text(running: Running) -> None:
     command = [sys.executable, "-m", "spilld.daemon", "chat", f"--address={running.address}"]
     done = subprocess.run(command, input=b"caf\xe9\n", capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (1, b"spilld: standard input is not UTF-8\n")
+
+
+@contextmanager
+def echoing(address: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A daemon of echoes, as a process."""
+    conftest = Path(__file__).with_name("conftest.py")
+    with subprocess.Popen([sys.executable, str(conftest), address, "9", "0.01"]) as process:
+        try:
+            with Client(address, connect_timeout=30):
+                pass
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_daemon_that_is_gone_does_not_end_it(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/s"
+    with ExitStack() as stack:
+        daemon = stack.enter_context(echoing(address))
+        talk = stack.enter_context(talking(address, "--max-tokens=5", "--wait=10"))
+        talk.until(b"> ")
+        talk.type("first\n")
+        talk.until(b"(cut at")
+        talk.until(b"> ")
+        daemon.kill()
+        daemon.wait()
+        talk.type("second\n")
+        talk.until(b"the daemon is gone; waiting up to 10 s for it")
+        stack.enter_context(echoing(address))
+        talk.until(b"(cut at")
+        talk.until(b"> ")
+        talk.type("\4")
+        assert talk.process.wait(20) == 0
+
+
+def test_a_message_that_no_daemon_takes_is_left_out(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/s"
+    with ExitStack() as stack:
+        daemon = stack.enter_context(echoing(address))
+        talk = stack.enter_context(talking(address, "--max-tokens=3000", "--wait=1"))
+        talk.until(b"> ")
+        talk.type("first\n")
+        talk.some()
+        daemon.kill()
+        talk.until(b"the daemon is gone; waiting up to 1 s for it")
+        talk.until(b"This message is left out")
+        talk.until(b"> ")
+        talk.type("second\n")
+        talk.until(b"the daemon is gone; waiting up to 1 s for it")
+        talk.until(b"This message is left out")
+        talk.until(b"> ")
+        stack.enter_context(echoing(address))
+        talk.type("third\n/bye\n")
+        talk.some()
+        talk.stop(b"(stopped)")
+        assert talk.process.wait(20) == 0
 
 
 def asked(running: Running) -> list[str]:

@@ -321,12 +321,17 @@ def test_a_killed_daemon_is_noticed(tmp_path: Path) -> None:
     conftest = Path(__file__).with_name("conftest.py")
     daemon = subprocess.Popen([sys.executable, str(conftest), address, "9", "0.01"])
     try:
-        with Client(address, connect_timeout=10, reconnect_s=0.5) as client:
+        lost: list[float] = []
+        with Client(address, connect_timeout=10, reconnect_s=0.5, on_lost=lost.append) as client:
             generation = client.generate("a", max_tokens=10**6)
             next(iter(generation))
+            assert lost == []
             daemon.kill()
             with pytest.raises(Unreachable, match=f"within 0.5 s.*resume.*{generation.id}"):
                 generation.text()
+            assert lost == [0.5]
+            with pytest.raises(Unreachable, match=r"within 0.1 s"):
+                client.reach(0.1)
     finally:
         daemon.kill()
         daemon.wait()
