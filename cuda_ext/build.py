@@ -7,6 +7,7 @@ The cache has a folder for each version, so that what an older one compiled, per
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,7 @@ OPTIONS = ("c++17",)
 """What kernels are compiled with, beside their constants."""
 
 INSTALL = "pip install 'spilld[cuda]' brings it"
+NO_DRIVER = 'there is no NVIDIA driver (libcuda.so.1) on this machine: install it, or take device = "cpu"'
 
 
 class BuildError(Exception):
@@ -94,6 +96,14 @@ def compiler() -> str:
         raise CompilerMissing(f"NVRTC, NVIDIA's run-time compiler, is not installed: {INSTALL}") from None
 
 
+def find_driver() -> None:
+    """Raises DriverMissing. Takes nothing of the extra `cuda`, which is of no use without a driver."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise DriverMissing(NO_DRIVER) from error
+
+
 def check_driver() -> None:
     """Raises DriverMissing, DriverTooOld and, where there are no kernels at all, CompilerMissing."""
     needed, present = max(map(_major, _compilers())), _driver_version()
@@ -152,7 +162,7 @@ def _driver_version() -> int:
     try:
         status, number = driver.cuDriverGetVersion()
     except DynamicLibNotFoundError as error:
-        raise DriverMissing("there is no NVIDIA driver (libcuda.so.1) on this machine") from error
+        raise DriverMissing(NO_DRIVER) from error
     if int(status) != 0:
         raise DriverMissing(f"the NVIDIA driver does not answer: {status.name}")
     return int(number)

@@ -6,10 +6,11 @@ import logging
 import shutil
 from contextlib import suppress
 
+from spilld.cuda_ext.build import DriverMissing, find_driver
 from spilld.offload.size import size
 
 from .config import Config
-from .errors import BudgetError
+from .errors import BudgetError, DeviceUnusable
 from .folder import check_folder
 from .memory import physical_bytes
 from .packaged import sources_of
@@ -23,6 +24,11 @@ def check(config: Config) -> None:
         source = sources_of(config.model)[0]
         if source.is_dir():
             check_folder(source)
+    if config.device == "cuda":
+        try:
+            find_driver()
+        except DriverMissing as error:
+            raise DeviceUnusable(f'device = "cuda": {error}') from error
     _check_memory(config.host_budget, physical_bytes())
     with suppress(OSError):
         _compare_disk(config)

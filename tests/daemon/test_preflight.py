@@ -48,6 +48,16 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     assert refusal(tmp_path, f"--model={tmp_path}") == f"spilld: {tmp_path} has no config.json"
 
 
+def test_a_gpu_without_a_driver(tmp_path: Path) -> None:
+    """Before what the device is to have of the configuration and of packages."""
+    if Path("/proc/driver/nvidia").exists():
+        pytest.skip("there is a driver here")
+    assert refusal(tmp_path, "--device=cuda") == (
+        'spilld: device = "cuda": there is no NVIDIA driver (libcuda.so.1) on this machine: install it, or '
+        'take device = "cpu"'
+    )
+
+
 def test_help_names_the_models(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
