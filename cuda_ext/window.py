@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ class Windows(ABC):
         self.capacity = budget_bytes // device.page_bytes * device.page_bytes // shape.nbytes
         if self.capacity < 1:
             raise ValueError(
-                f"a device budget of {budget_bytes} bytes holds no window of {shape.nbytes} bytes"
+                f"a device budget of {budget_bytes / 2**20:.3g} MiB holds no window of "
+                f"{math.ceil(100 * shape.nbytes / 2**20) / 100} MiB"
             )
         self.arena = Arena(device, shape.nbytes, self.capacity, budget_bytes)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from .errors import ConfigError
 
+FORMS = "an address is ipc:///path or tcp://host:port"
+
 LONGEST_PATH = 107
 """Bytes of a unix socket's path (sun_path less its NUL)."""
 

@@ -20,6 +20,7 @@ from spilld.cuda_ext.landing import ALIGNMENT, Landing
 from spilld.cuda_ext.ops import Ops
 from spilld.cuda_ext.pool import RecordPool
 from spilld.cuda_ext.window import Windows, WindowShape
+from spilld.offload.size import size
 from spilld.offload.store import Store
 
 from .attention import Attention, TieredAttention
@@ -125,7 +126,9 @@ def build(
     one = -(-shape.nbytes // page) * page
     least = working_bytes + one + SPARE * record_bytes
     if budget_bytes < least:
-        raise ValueError(f"a device budget of {budget_bytes} bytes is less than the least, {least}")
+        raise ValueError(
+            f"a device budget of {size(budget_bytes)} is less than the least, {size(least, least=True)}"
+        )
     share = min((budget_bytes - working_bytes) // WINDOWS_SHARE, budget_bytes - least + one)
     for_windows = max(1, share // shape.nbytes) * shape.nbytes
     landing = Landing(device, landing_bytes)

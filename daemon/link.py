@@ -7,6 +7,7 @@ import time
 
 import zmq
 
+from .address import FORMS
 from .calls import Calls
 from .errors import ConfigError
 from .keys import ClientKey
@@ -60,7 +61,7 @@ class Link:
             self.socket.connect(calls.address)
         except zmq.ZMQError as error:
             self.close()
-            raise ConfigError(f"cannot connect to {calls.address!r}: {error}") from error
+            raise ConfigError(f"cannot connect to {calls.address!r}: {error}; {FORMS}") from error
 
     def flush(self) -> None:
         """Send what the outbox holds."""

@@ -92,7 +92,9 @@ class DiskTier:
         """
         smallest = layers * extent_bytes(layout, 1)
         if budget_bytes < smallest:
-            raise BudgetTooSmall(f"a run of one block takes {smallest} bytes of disk, not {budget_bytes}")
+            raise BudgetTooSmall(
+                f"a run of one block takes {size(smallest, least=True)} of disk, not {size(budget_bytes)}"
+            )
         self.budget_bytes = budget_bytes
         self.floor_bytes = floor_bytes
         self.layout = layout

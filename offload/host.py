@@ -26,7 +26,9 @@ class HostSlab:
             raise ValueError(f"record_bytes must be a positive multiple of 64, got {record_bytes}")
         n_slots = budget_bytes // record_bytes
         if n_slots < 1:
-            raise BudgetTooSmall(f"{budget_bytes} bytes cannot hold one record of {record_bytes} bytes")
+            raise BudgetTooSmall(
+                f"{size(budget_bytes)} cannot hold one record of {size(record_bytes, least=True)}"
+            )
         self.budget_bytes = budget_bytes
         self.record_bytes = record_bytes
         self.n_slots = n_slots

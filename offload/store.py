@@ -33,6 +33,7 @@ from .prefetch import Prefetcher, Read, Ticket
 from .promotion import Promotion
 from .record import Layout, round_up
 from .residency import Holding, Spill
+from .size import size
 from .spill import CLOSE_S, Spilled, Spiller
 from .system import PAGE, Bytes
 from .table import ABSENT, BlockTable, RunRef
@@ -120,8 +121,8 @@ def run_length(layout: Layout, layers: int, host_rows: int, step_columns: int) -
     if spare < RUN_STEP:
         needed = (step_columns + 2 * RUN_STEP) * layers * layout.record_bytes
         raise BudgetTooSmall(
-            f"the host budget holds {host_rows * layout.record_bytes} bytes of records; "
-            f"this model, format and chunk size need at least {needed}"
+            f"the host budget holds {size(host_rows * layout.record_bytes)} of records; "
+            f"this model, format and chunk size need at least {size(needed, least=True)}"
         )
     return min(spare, round_up(-(-EXTENT_TARGET // layout.record_bytes), RUN_STEP))
 

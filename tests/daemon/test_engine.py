@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from spilld.daemon.assembly import build_engine
-from spilld.daemon.config import Config
+from spilld.daemon.config import Config, Size
 from spilld.daemon.engine import Engine
 from spilld.daemon.errors import BudgetError, InvalidRequest, PromptTooLong, StateFolderError
 from spilld.daemon.model import Model
@@ -305,8 +306,8 @@ def test_a_budget_that_is_too_small_says_what_is_enough(
     settings: dict[str, Any] = {"format": form, "disk_budget": "1MiB", "chunk_tokens": 256, name: 1000}
     with pytest.raises(BudgetError) as refusal, engine(model, tmp_path / "s", **settings):
         pass
-    enough = max(int(word) for word in str(refusal.value).replace(";", " ").split() if word.isdigit())
-    settings[name] = enough - 1
+    enough = max(Size().read(text, name) for text in re.findall(r"[\d.]+ [KMG]iB", str(refusal.value)))
+    settings[name] = int(enough * 0.95)
     with pytest.raises(BudgetError), engine(model, tmp_path / "s", **settings):
         pass
     settings[name] = enough

@@ -58,6 +58,11 @@ def test_a_gpu_without_a_driver(tmp_path: Path) -> None:
     )
 
 
+def test_an_address_of_no_form_is_told_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", "--address=foo", "--wait=0"]) == 1
+    assert capsys.readouterr().err.strip().endswith("an address is ipc:///path or tcp://host:port")
+
+
 def test_help_names_the_models(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
