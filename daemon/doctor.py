@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spilld.cuda_ext.build import ARCHITECTURES, BuildError, cubin
+from spilld.cuda_ext.build import ARCHITECTURES, BuildError, DriverMissing, cubin, find_driver
 from spilld.cuda_ext.choice import Rates, to_fetch
 from spilld.cuda_ext.cuda import CudaDevice
 from spilld.cuda_ext.device import Copy, Device, Stream
@@ -44,17 +44,28 @@ class Finding(NamedTuple):
 
 
 def examine(config: Config) -> Iterator[Finding]:
-    """One after another, as they are found: measuring takes seconds."""
-    yield compiler()
-    *device, link = gpu(CudaDevice)
-    yield from (*device, link)
-    yield weights(config, place(config))
-    yield locked_memory(config.host_budget, resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
-    yield huge_pages(HUGE_PAGES.read_text() if HUGE_PAGES.exists() else "")
+    """One after another, as they are found: measuring takes seconds. What decides how fast it is comes
+    first, what only a GPU takes last."""
+    gpu_found = list(gpu(CudaDevice)) if gpu_matters(config) else [Finding("GPU", "none: the CPU computes")]
     yield (host := memory(len(os.sched_getaffinity(0))))
     *_, stored = disk(config.state)
     yield stored
-    yield choices(host.bytes_s, stored.bytes_s, link.bytes_s)
+    yield choices(host.bytes_s, stored.bytes_s, gpu_found[-1].bytes_s)
+    yield huge_pages(HUGE_PAGES.read_text() if HUGE_PAGES.exists() else "")
+    yield weights(config, place(config))
+    yield from gpu_found
+    if gpu_matters(config):
+        yield compiler()
+        yield locked_memory(config.host_budget, resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
+
+
+def gpu_matters(config: Config) -> bool:
+    """Whether there is an NVIDIA driver, or it is configured that there be a GPU."""
+    try:
+        find_driver()
+    except DriverMissing:
+        return config.device == "cuda"
+    return True
 
 
 def choices(host: float, disk: float, link: float) -> Finding:
@@ -62,15 +73,16 @@ def choices(host: float, disk: float, link: float) -> Finding:
 
     host: of copies in memory, as many bytes as are read and written; attention reads only.
     """
-    found = f"a GiB of it takes each token {1e3 * GIB / host:.0f} ms in host memory"
+    what = "KV outside the window"
+    found = f"each token reads it: {1e3 * GIB / host:.0f} ms for each GiB in host memory"
     if link:
         fetched = to_fetch(100, MIB, Rates(link, 0.0, host, 0.0), 100)
-        found += f", of which the GPU fetches {fetched} % and the CPU attends to the rest"
+        found += f" (the GPU fetches {fetched} % of it, the CPU attends to the rest)"
     if not disk:
-        return Finding("cold KV", found)
+        return Finding(what, found)
     advice = f"what lies on disk costs {host / disk:.0f} times as much: give host_budget what can be spared"
     return Finding(
-        "cold KV", f"{found}; {1e3 * GIB / disk:.0f} ms on disk", advice if host > 2 * disk else ""
+        what, f"{found}, {1e3 * GIB / disk:.0f} ms for each on disk", advice if host > 2 * disk else ""
     )
 
 

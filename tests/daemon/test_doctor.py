@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spilld.cuda_ext.build import DriverTooOld
+from spilld.cuda_ext.build import DriverMissing, DriverTooOld
 from spilld.cuda_ext.cpu_device import CpuDevice
 from spilld.cuda_ext.errors import OutOfMemory
 from spilld.daemon import doctor
@@ -101,25 +101,37 @@ def test_a_folder_that_cannot_be_written() -> None:
 
 def test_what_follows_for_cold_kv() -> None:
     without = doctor.choices(host=20e9, disk=2e9, link=0.0)
-    assert without.found == "a GiB of it takes each token 54 ms in host memory; 537 ms on disk"
+    assert without.what == "KV outside the window"
+    assert without.found == "each token reads it: 54 ms for each GiB in host memory, 537 ms for each on disk"
     assert "10 times as much" in without.advice
     with_gpu = doctor.choices(host=20e9, disk=0.0, link=60e9)
     assert "the GPU fetches 75 %" in with_gpu.found
     assert with_gpu.advice == ""
 
 
-def test_the_command_prints_each_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], device: str) -> list[str]:
+    """What each line of the command is about."""
     file = tmp_path / "spilld.toml"
-    file.write_text(f'state = "{tmp_path}"\n')
+    file.write_text(f'state = "{tmp_path}"\ndevice = "{device}"\n')
     assert main(["doctor", "--config", str(file)]) == 0
-    printed = capsys.readouterr().out
-    for finding in (
-        "kernels",
-        "GPU",
-        "locked memory",
-        "huge pages",
-        "memory",
-        f"disk: {tmp_path}",
-        "cold KV",
-    ):
-        assert re.search(f"^{finding}", printed, re.MULTILINE), finding
+    return [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if line[0] != " "]
+
+
+OF_EVERY_MACHINE = ["memory", "disk", "KV outside the window", "huge pages", "weights"]
+
+
+def test_the_command_prints_each_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What decides how fast it is first, what only a GPU takes last."""
+    found = printed(tmp_path, capsys, "cuda")
+    assert found[:5] == OF_EVERY_MACHINE
+    assert {"GPU", "kernels", "locked memory"} <= set(found[5:])
+
+
+def test_without_a_gpu_nothing_is_said_of_what_only_that_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise DriverMissing("there is none")
+
+    monkeypatch.setattr(doctor, "find_driver", missing)
+    assert printed(tmp_path, capsys, "cpu") == [*OF_EVERY_MACHINE, "GPU"]
