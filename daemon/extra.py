@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from .errors import ConfigError
 
@@ -22,11 +23,21 @@ def engine() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "spilld").partition(".")[0] == "spilld":
             raise
-        raise ConfigError(
-            f"{error.name} is not installed: this command runs models, which needs the extra `engine`; in a "
-            'clone of spilld: `pip install -c constraints.txt ".[engine]"`'
-        ) from error
+        raise _missing(error.name) from error
     finally:
         gc.freeze()
         if collects:
             gc.enable()
+
+
+def check_engine() -> None:
+    """The same ConfigError, at once: nothing is imported."""
+    if find_spec("torch") is None:
+        raise _missing("torch")
+
+
+def _missing(name: str | None) -> ConfigError:
+    return ConfigError(
+        f"{name} is not installed: this command runs models, which needs the extra `engine`; in a "
+        'clone of spilld: `pip install -c constraints.txt ".[engine]"`'
+    )

@@ -13,7 +13,7 @@ from typing import Any
 from .. import logs
 from ..config import Config
 from ..errors import SpilldError
-from ..extra import engine
+from ..extra import check_engine, engine
 from ..preflight import check
 from ..settings import file_text, given, settings
 
@@ -52,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         config = read()
         logs.set_up(config.log_format, config.log_level)
+        check_engine()
         check(config)
         # Torch's threads would else spin between its loops, where those of our kernels compute.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
