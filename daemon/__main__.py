@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .commands import ask, chat, keys, machine, serve, sessions, watch
 from .errors import SpilldError
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="spilld", description=__doc__, epilog="`spilld COMMAND --help` says what a command takes."
     )
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and end")
@@ -46,6 +47,16 @@ def make_parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add(commands)
     return parser
+
+
+class Parser(argparse.ArgumentParser):
+    """Each command refuses what it does not know itself: with its own usage, not the whole program's."""
+
+    def parse_known_args(self, *given: Any) -> Any:
+        options, unknown = super().parse_known_args(*given)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, unknown
 
 
 class Version(argparse.Action):

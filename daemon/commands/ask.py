@@ -106,21 +106,23 @@ def _asked(words: list[str]) -> tuple[str | None, str]:
     if len(words) > 2:
         raise InvalidRequest('a question of several words needs quotes: spilld ask "Who are you?"')
     if not words or words == ["-"]:
-        text, question = None, _read("-").strip()
+        text, question = None, _read("-", "question").strip()
     elif len(words) == 1:
         text, question = None, words[0]
         if Path(question).is_file():
             raise InvalidRequest(f'what about {question}? spilld ask {question} "What is it about?"')
     else:
-        text, question = _read(words[0]), words[1]
+        text, question = _read(words[0], "text"), words[1]
     if not question.strip():
         raise InvalidRequest("there is no question")
     return text, question
 
 
-def _read(file: str) -> str:
-    """A text file, or standard input."""
+def _read(file: str, what: str) -> str:
+    """A text file, or standard input, which whoever types it is told. what: the text is, in a word."""
     name = "standard input" if file == "-" else file
+    if file == "-" and sys.stdin.isatty():
+        print(f"spilld: type the {what}, then Ctrl-D", file=sys.stderr, flush=True)
     try:
         content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return content.decode()

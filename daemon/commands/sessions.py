@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..errors import ContextNotFound
 from .connection import add_options, connected
+
+if TYPE_CHECKING:
+    from ..client import Client
 
 
 def add(commands: Any) -> None:
@@ -47,14 +51,26 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     with connected(options) as (client, _):
-        from ..tables import export_session, import_session, sessions
+        from ..tables import sessions
 
-        if options.action in ("export", "import"):
-            move = export_session if options.action == "export" else import_session
-            move(client, options.name, options.file)
-            return
+        try:
+            _change(client, options)
+        except ContextNotFound:
+            raise ContextNotFound(
+                f"there is no session {options.name!r}: `spilld sessions` lists them"
+            ) from None
+        if options.action not in ("export", "import"):
+            sessions(client)
+
+
+def _change(client: Client, options: argparse.Namespace) -> None:
+    """Do what is asked, if anything. Raises ContextNotFound."""
+    from ..tables import export_session, import_session
+
+    if options.action in ("export", "import"):
+        move = export_session if options.action == "export" else import_session
+        move(client, options.name, options.file)
+    elif options.action not in (None, "list"):
         known = ("into", "tokens", "ttl_s")
         fields = {name: getattr(options, name) for name in known if hasattr(options, name)}
-        if options.action not in (None, "list"):
-            getattr(client, options.action)(options.name, **fields)
-        sessions(client)
+        getattr(client, options.action)(options.name, **fields)

@@ -228,3 +228,14 @@ def read_all(leader: int) -> bytes:
         if not piece:
             return seen
         seen += piece
+
+
+def test_who_types_the_question_is_told(running: Running) -> None:
+    leader, follower = pty.openpty()
+    os.write(leader, b"who\n\4")
+    command = [sys.executable, "-m", "spilld.daemon", "ask", f"--address={running.address}", "--max-tokens=1"]
+    done = subprocess.run(command, stdin=follower, capture_output=True, timeout=30, check=False)
+    os.close(follower)
+    os.close(leader)
+    assert (done.returncode, done.stderr) == (0, b"spilld: type the question, then Ctrl-D\n")
+    assert running.echo.submitted[0].prompt == "Question: who\nAnswer:"

@@ -156,6 +156,28 @@ def test_every_option_has_a_sentence_and_its_default() -> None:
         assert "default" in action.help or action.required or action.dest == "version", (command, action.dest)
 
 
+@pytest.mark.parametrize("command", ["ask", "chat", "stats", "serve", "keys", "doctor", "sessions delete"])
+def test_an_unknown_option_shows_the_usage_of_its_command(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), *(["name"] if " " in command else []), "--no-such=1"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"usage: spilld {command} ")
+    assert said.endswith(f"spilld {command}: error: unrecognized arguments: --no-such=1\n")
+
+
+@pytest.mark.parametrize("action", ["fork", "rename", "pin", "unpin", "delete", "expire", "export"])
+def test_a_session_that_is_not_there(
+    running: Spawned, action: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"fork": ["new"], "rename": ["new"], "expire": ["5"], "export": [f"{tmp_path}/file"]}
+    assert main(["sessions", f"--address={running.address}", action, "nosuch", *more.get(action, [])]) == 1
+    said = capsys.readouterr().err
+    assert said == "spilld: there is no session 'nosuch': `spilld sessions` lists them\n"
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["keys", "--help"]])
 def test_help_without_a_home_or_a_name(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
