@@ -52,8 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
 class Parser(argparse.ArgumentParser):
     """Each command refuses what it does not know itself: with its own usage, not the whole program's."""
 
-    def parse_known_args(self, *given: Any) -> Any:
-        options, unknown = super().parse_known_args(*given)
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return options, unknown

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .answer import Output, show
+from .calls import Options
 from .client import Client, Done, Generation, Message, Welcome
 from .errors import Cancelled, ContextNotFound, InvalidRequest, SpilldError, Unreachable
 from .harmless import harmless
@@ -32,15 +33,12 @@ class Conversation:
     What the daemon holds of it is asked of the daemon: only what it does not hold is sent.
     """
 
-    def __init__(
-        self, client: Client, session: str | None, system: str | None, max_tokens: int, temperature: float
-    ) -> None:
+    def __init__(self, client: Client, session: str | None, system: str | None, options: Options) -> None:
         self._client = client
         self._session = session
         self._context: str | None = None
         self._said = [Message(role="system", content=system)] if system else []
-        self._max_tokens = max_tokens
-        self._temperature = temperature
+        self._options = options
         self._output = Output(sys.stdout)
         self._console = Console(stderr=True)
 
@@ -75,14 +73,13 @@ class Conversation:
         return self._context is not None if self._session is None else self.held() is not None
 
     def _answer(self, message: Message, new: list[Message]) -> None:
-        with self._client.generate(
-            new,
-            session=self._session,
-            context=self._context,
-            keep=self._session is None,
-            max_tokens=self._max_tokens,
-            temperature=self._temperature,
-        ) as generation:
+        options: Options = {
+            **self._options,
+            "session": self._session,
+            "context": self._context,
+            "keep": self._session is None,
+        }
+        with self._client.generate(new, **options) as generation:
             try:
                 done: Done | None = show(generation, self._output, self._console)
             except KeyboardInterrupt:
@@ -120,8 +117,7 @@ def chat(
     *,
     session: str | None,
     system: str | None,
-    max_tokens: int,
-    temperature: float,
+    options: Options,
 ) -> None:
     """Talk until the input ends. reach waits for a daemon that is gone, and raises Unreachable. Raises
     InvalidRequest before the first message if there can be none."""
@@ -130,7 +126,7 @@ def chat(
             f"{welcome.model} has no chat template: it goes on with texts and answers no messages. Use "
             "`spilld ask`, or serve a model that was made for chats (often called -Instruct or -it)"
         )
-    conversation = Conversation(client, session, system, max_tokens, temperature)
+    conversation = Conversation(client, session, system, options)
     held = conversation.held() if session is not None else None
     if held is not None and held.chat is False:
         raise InvalidRequest(

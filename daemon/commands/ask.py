@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InvalidRequest, SpilldError
 from ..protocol import PRIORITIES
 from .connection import add_options, connected
+from .sampling import add_sampling, sampling
 
 if TYPE_CHECKING:
-    from ..client import Client, Message, Welcome
+    from ..calls import Options
+    from ..client import Client, Message, SessionInfo, Welcome
 
 RAW = "Question: {question}\nAnswer:"
 RAW_STOP = "\nQuestion:"
@@ -54,15 +56,11 @@ def add(commands: Any) -> None:
         help="a plain text, ending in `Answer:`, without the chat template (default: only if there is none)",
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=512, metavar="N", help="the longest answer (default: %(default)s)"
+        "--system",
+        metavar="TEXT",
+        help="what the model is told before the question (default: what its template says)",
     )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="0: always the likeliest word; more: more varied (default: %(default)g)",
-    )
+    add_sampling(parser, temperature=0.0)
     parser.add_argument(
         "--priority",
         choices=PRIORITIES,
@@ -79,17 +77,21 @@ def run(options: argparse.Namespace) -> None:
 
         from ..answer import Output, show
 
-        chat = _is_chat(client, welcome, options)
+        held = _held(client, options)
+        chat = _is_chat(held, welcome, options)
+        if held is not None and options.system is not None:
+            print("spilld: the session has begun, so --system is left out", file=sys.stderr)
+        system = options.system if held is None else None
         raw = _raw(text, question, options.session is not None)
         output, console = Output(sys.stdout), Console(stderr=True)
-        with client.generate(
-            _messages(text, question) if chat else raw,
-            session=options.session,
-            stop=[] if chat else [RAW_STOP],
-            max_tokens=options.max_tokens,
-            temperature=options.temperature,
-            priority=options.priority,
-        ) as generation:
+        prompt = _messages(text, question, system) if chat else raw
+        how: Options = {
+            **sampling(options),
+            "session": options.session,
+            "stop": [] if chat else [RAW_STOP],
+            "priority": options.priority,
+        }
+        with client.generate(prompt, **how) as generation:
             try:
                 done = show(generation, output, console)
             finally:
@@ -135,23 +137,33 @@ def _read(file: str, what: str) -> str:
         ) from error
 
 
-def _is_chat(client: Client, welcome: Welcome, options: argparse.Namespace) -> bool:
+def _held(client: Client, options: argparse.Namespace) -> SessionInfo | None:
+    """The session that is asked, if there is one by now."""
+    if options.session is None:
+        return None
+    return next((info for info in client.sessions() if info.name == options.session), None)
+
+
+def _is_chat(held: SessionInfo | None, welcome: Welcome, options: argparse.Namespace) -> bool:
     """Whether to ask by a message: if the session holds some, or, for what is new, the model takes them."""
-    if options.session is not None:
-        held = next((info for info in client.sessions() if info.name == options.session), None)
-        if held is not None and held.chat and options.raw:
+    if held is not None:
+        if held.chat and options.raw:
             raise InvalidRequest(
                 f"the session {held.name!r} is a chat: leave --raw out, or take another session"
             )
-        if held is not None:
-            return held.chat is True
-    return welcome.chat is True and not options.raw
+        return held.chat is True
+    chat = welcome.chat is True and not options.raw
+    if options.system is not None and not chat:
+        why = "with --raw" if options.raw else f"as {welcome.model} has no chat template"
+        raise InvalidRequest(f"--system is a message, and none is sent {why}: leave it out")
+    return chat
 
 
-def _messages(text: str | None, question: str) -> list[Message]:
+def _messages(text: str | None, question: str, system: str | None) -> list[Message]:
     from ..protocol import Message
 
-    return [Message(role="user", content=question if text is None else f"{text}\n\n{question}")]
+    told = [] if system is None else [Message(role="system", content=system)]
+    return [*told, Message(role="user", content=question if text is None else f"{text}\n\n{question}")]
 
 
 def _raw(text: str | None, question: str, session: bool) -> str:

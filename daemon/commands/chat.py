@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from .connection import add_options, connected, reach
+from .sampling import add_sampling, sampling
 
 
 def add(commands: Any) -> None:
@@ -28,16 +29,7 @@ def add(commands: Any) -> None:
         metavar="TEXT",
         help="what the model is told before the first message (default: what its template says)",
     )
-    parser.add_argument(
-        "--max-tokens", type=int, default=512, metavar="N", help="the longest answer (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.7,
-        metavar="T",
-        help="0: always the likeliest word; more: more varied (default: %(default)g)",
-    )
+    add_sampling(parser, temperature=0.7)
     add_options(parser)
 
 
@@ -51,6 +43,5 @@ def run(options: argparse.Namespace) -> None:
             partial(reach, client, options.wait),
             session=options.session,
             system=options.system,
-            max_tokens=options.max_tokens,
-            temperature=options.temperature,
+            options=sampling(options),
         )

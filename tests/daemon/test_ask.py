@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from spilld.daemon.__main__ import main
-from spilld.daemon.protocol import Message
+from spilld.daemon.protocol import Message, Sampling
 
 from .conftest import Running
 
@@ -239,3 +239,34 @@ def test_who_types_the_question_is_told(running: Running) -> None:
     os.close(leader)
     assert (done.returncode, done.stderr) == (0, b"spilld: type the question, then Ctrl-D\n")
     assert running.echo.submitted[0].prompt == "Question: who\nAnswer:"
+
+
+def test_a_system_message_comes_first(ask: Ask, running: Running) -> None:
+    running.echo.chat = True
+    assert ask("--system=Be brief.", "Who?")[0] == 0
+    assert running.echo.submitted[0].prompt == (Message(role="system", content="Be brief."), *user("Who?"))
+    status, _, said = ask("--system=Be brief.", "--session=notes", "Who?")
+    assert (status, said) == (0, "spilld: the session has begun, so --system is left out\n")
+    assert running.echo.submitted[1].prompt == user("Who?")
+
+
+@pytest.mark.parametrize(("chat", "options"), [(False, []), (True, ["--raw"])])
+def test_a_system_message_that_cannot_be_sent(
+    ask: Ask, running: Running, chat: bool, options: list[str]
+) -> None:
+    running.echo.chat = chat
+    status, _, said = ask(*options, "--system=Be brief.", "Who?")
+    assert (status, said.count("\n")) == (1, 1)
+    assert said.startswith("spilld: --system is a message, and none is sent ")
+    assert running.echo.submitted == []
+
+
+@pytest.mark.parametrize("command", ["ask", "chat"])
+def test_how_the_answer_is_chosen(command: str, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    running.echo.chat = True
+    type_in(monkeypatch, b"Who?\n")
+    options = ["--temperature=0.5", "--top-p=0.9", "--top-k=40", "--seed=7", "--max-tokens=3"]
+    assert main([command, f"--address={running.address}", *options]) == 0
+    (request,) = running.echo.submitted
+    assert request.sampling == Sampling(temperature=0.5, top_p=0.9, top_k=40, seed=7)
+    assert request.max_tokens == 3
