@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 
 from .errors import (
     AccessDenied,
+    Cancelled,
     DeadlineExceeded,
     InvalidRequest,
     ProtocolError,
@@ -151,10 +152,12 @@ class Call:
         return isinstance(self.request, Generate | Resume)
 
     def result(self) -> Done:
-        """The last event, once it has arrived."""
-        if self.done is None:
-            raise self.error or RuntimeError("there is no result yet: read the generation to its end first")
-        return self.done
+        """The last event, once it has arrived. Raises what ended the call instead."""
+        if self.done is not None:
+            return self.done
+        if self.error is None and not self.open:
+            raise Cancelled("this generation was closed before its end: text_so_far is what came of it")
+        raise self.error or RuntimeError("there is no result yet: read the generation to its end first")
 
     def note(self, reply: Reply) -> None:
         """Keep what is to be known of a reply before, or whether or not, it is taken."""

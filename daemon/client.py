@@ -240,8 +240,8 @@ class Client:
 class Generation:
     """The events of one request: iterate over it, or take `text()` or `tokens()`.
 
-    It is cancelled when it is closed, used up as a context, or dropped, before its end. Failures are raised
-    by the iteration.
+    It is cancelled when it is closed, used up as a context, or dropped, before its end: iterations then end,
+    and it has no result, as Cancelled says. Failures are raised by the iteration.
     """
 
     def __init__(self, client: Client, call: Call) -> None:

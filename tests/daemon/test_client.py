@@ -24,6 +24,7 @@ from spilld.daemon import client as client_module
 from spilld.daemon.calls import ACKNOWLEDGED, AHEAD
 from spilld.daemon.client import Accepted, AsyncClient, Client, Done, Message, SessionInfo, Token
 from spilld.daemon.errors import (
+    Cancelled,
     ConfigError,
     ContextNotFound,
     DeadlineExceeded,
@@ -625,3 +626,28 @@ def test_async_deadline_and_unreachable(running: Running, tmp_path: Path) -> Non
             await closed
 
     asyncio.run(talk())
+
+
+def test_a_generation_that_is_closed_in_its_loop(running: Running) -> None:
+    running.echo.pace_s = 0.005
+    with Client(running.address) as client:
+        generation = client.generate("a b", max_tokens=10**6)
+        pieces = []
+        for piece in generation.tokens():
+            pieces.append(piece)
+            generation.close()
+        assert pieces == ["a "]
+        for ask in (generation.text, lambda: generation.result):
+            with pytest.raises(Cancelled, match="closed before its end"):
+                ask()
+        assert generation.text_so_far.startswith("a ")
+        generation = client.generate("a b", max_tokens=10**6)
+        rest = generation.tokens()
+        assert next(rest) == "a "
+        generation.cancel()
+        with pytest.raises(Cancelled):
+            list(rest)
+        done = client.generate("a b", max_tokens=2)
+        assert done.text() == "a b "
+        done.close()
+        assert done.result.text == "a b "
