@@ -160,8 +160,8 @@ def test_it_goes_on_elsewhere(
         assert names(harness) == []
         assert harness.ask(MORE, session="new", tenant=tenant, **FIELDS) == wanted
         assert harness.done().usage.cached_tokens == 1407
-        harness.ask(PROMPT, tenant="a third", **FIELDS)
-        assert harness.done().usage.cached_tokens == 0
+        harness.ask(PROMPT, "another's", tenant="a third", **FIELDS)
+        assert harness.done("another's").usage.cached_tokens == 0
     assert check(tmp_path / "s" / "kv", repair=False).clean
 
 

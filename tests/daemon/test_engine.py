@@ -159,9 +159,9 @@ def test_events_and_usage(model: Model, tmp_path: Path) -> None:
         assert usage.kv_bytes["device"] == (computed - stored * BLOCK) * token_bytes(model)
         assert usage.kv_bytes["host"] + usage.kv_bytes["disk"] == stored * column
         assert usage.kv_bytes["disk"] > 0
-        more = harness.ask(PROMPT, tenant="another", max_tokens=ANSWER + 1, ignore_eos=True)
+        more = harness.ask(PROMPT, "another's", tenant="another", max_tokens=ANSWER + 1, ignore_eos=True)
         assert more[:-1] == tokens
-        read = harness.done().usage.read_bytes
+        read = harness.done("another's").usage.read_bytes
         step = {tier: read[tier] - usage.read_bytes[tier] for tier in read}
         assert step["host"] + step["disk"] == stored * column
         assert step["device"] == (computed + 1 - stored * BLOCK) * token_bytes(model)

@@ -124,15 +124,15 @@ def test_every_request_reuses_what_begins_alike(model: Model, tmp_path: Path) ->
 def test_tenants_share_nothing(model: Model, tmp_path: Path) -> None:
     with engine(model, tmp_path / "s") as harness:
         mine = harness.ask(PROMPT, session="s", tenant="mine", **FIELDS)
-        theirs = harness.ask(PROMPT, session="s", tenant="theirs", **FIELDS)
-        assert harness.done().usage.cached_tokens == 0
+        theirs = harness.ask(PROMPT, "theirs", session="s", tenant="theirs", **FIELDS)
+        assert harness.done("theirs").usage.cached_tokens == 0
         assert mine == theirs
         assert names(harness, tenant="mine") == names(harness, tenant="theirs") == ["s"]
         assert names(harness) == []
         manage(harness, tenant="mine", session="s", action="delete")
         with pytest.raises(ContextNotFound):
             manage(harness, tenant="mine", session="s", action="pin")
-        assert harness.ask(MORE, session="s", tenant="theirs", **FIELDS)
+        assert harness.ask(MORE, "theirs", session="s", tenant="theirs", **FIELDS)
         with pytest.raises(ContextNotFound):
             harness.ask(MORE, context="s", tenant="mine", **FIELDS)
 
