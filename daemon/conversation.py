@@ -143,6 +143,10 @@ def chat(
         try:
             reach()
             conversation.say(message)
+        except KeyboardInterrupt:  # before there was an answer to stop
+            if not talking:
+                raise
+            conversation.note("(stopped before it was read)")
         except Unreachable:
             if not talking:
                 raise
