@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -43,6 +43,9 @@ from spilld.daemon.protocol import (
     Welcome,
 )
 from spilld.daemon.server import Server
+
+if TYPE_CHECKING:
+    from spilld.daemon.text import Tokenizer
 
 USAGE = Usage(
     prompt_tokens=3,
@@ -269,6 +272,40 @@ def start(tmp_path: Path) -> Iterator[Start]:
 @pytest.fixture
 def running(start: Start) -> Running:
     return start()
+
+
+# Tokenizers, imported where they are wanted: as a process this has none.
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_float32: Path) -> Tokenizer:
+    from spilld.daemon.text import Tokenizer
+
+    return Tokenizer.load(smollm2_float32)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tokenizer:
+    from spilld.daemon.text import Tokenizer
+
+    from .tiny_models import byte_level
+
+    return Tokenizer(byte_level().backend_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def fallback() -> Tokenizer:
+    from spilld.daemon.text import Tokenizer
+
+    from .tiny_models import byte_fallback
+
+    return Tokenizer(byte_fallback())
+
+
+@pytest.fixture(scope="module", params=["smollm2", "tiny", "fallback"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    found: Tokenizer = request.getfixturevalue(request.param)
+    return found
 
 
 def main(address: str, drain_seconds: str, pace_s: str) -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from pathlib import Path
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spilld.daemon.cut import LOOK_BACK, cut
 from spilld.daemon.text import Detokenizer, Tokenizer
 
-from .tiny_models import SPECIAL, VOCAB, byte_fallback, byte_level
+from .tiny_models import SPECIAL, VOCAB
 
 WORDS = [
     "the",
@@ -33,27 +31,6 @@ WORDS = [
     "a b",
 ]
 TEXT = st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(" ".join) | st.text(max_size=60)
-
-
-@pytest.fixture(scope="module")
-def smollm2(smollm2_float32: Path) -> Tokenizer:
-    return Tokenizer.load(smollm2_float32)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Tokenizer:
-    return Tokenizer(byte_level().backend_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def fallback() -> Tokenizer:
-    return Tokenizer(byte_fallback())
-
-
-@pytest.fixture(scope="module", params=["smollm2", "tiny", "fallback"])
-def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    found: Tokenizer = request.getfixturevalue(request.param)
-    return found
 
 
 def pushed(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int]) -> list[str]:

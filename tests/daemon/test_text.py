@@ -21,7 +21,7 @@ from spilld.daemon.errors import CorruptModel, InvalidRequest, PromptTooLong
 from spilld.daemon.protocol import Message
 from spilld.daemon.text import Detokenizer, StopStrings, Tokenizer
 
-from .tiny_models import CHAT_TEMPLATE, END, SPECIAL, byte_fallback, byte_level
+from .tiny_models import CHAT_TEMPLATE, END, SPECIAL, byte_level
 
 TEXTS = [
     "Hello, world!",
@@ -38,29 +38,8 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_float32: Path) -> Tokenizer:
-    return Tokenizer.load(smollm2_float32)
-
-
-@pytest.fixture(scope="module")
 def reference(smollm2_float32: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(smollm2_float32, local_files_only=True)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Tokenizer:
-    return Tokenizer(byte_level().backend_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def fallback() -> Tokenizer:
-    return Tokenizer(byte_fallback())
-
-
-@pytest.fixture(scope="module", params=["smollm2", "tiny", "fallback"])
-def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    found: Tokenizer = request.getfixturevalue(request.param)
-    return found
 
 
 def pushed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
