@@ -1,9 +1,8 @@
 """A msgpack map from somebody who may mean harm: of no part is more made than that part can need.
 
-A frame of 16 MiB can hold 16 million lists, which take ten seconds and a gigabyte to make. So the map is
-walked first, which makes nothing of it (0.2 s at the most, for items of one byte), and then its parts are
-unpacked one by one: unknown ones never, those with many items up to a number, and all others only where they
-are small, or one string.
+A frame of 16 MiB can hold 16 million lists, which take long and much memory to make. So the map is walked
+first, which makes nothing of it, and then its parts are unpacked one by one: unknown ones never, those with
+many items up to a number, and all others only where they are small, or one string.
 """
 
 from __future__ import annotations
