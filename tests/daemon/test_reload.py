@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import time
@@ -174,7 +175,8 @@ def test_a_daemon_that_is_aborted_says_where_it_was(daemon: Daemon) -> None:
     while "server.py" not in traces and time.monotonic() < give_up:  # the main thread's is written last
         time.sleep(0.02)
         traces = daemon.log().partition("Fatal Python error: Aborted")[2]
-    assert "service.py" in traces, "it says where the engine was"
+    # Threads run on while they are read: of one in the middle of a call only the inmost frame may be there.
+    assert re.search(r"service\.py|engine\.py|memory\.py", traces), "it says where the engine was"
     assert "server.py" in traces
 
 
