@@ -24,10 +24,10 @@ from harness import Goal, Result, document, main, medians, say
 from ours import Prompts
 from rows import overlap_ms
 
-from spilld.daemon.catalog import default_cache, resolve
-from spilld.daemon.client import Accepted, AsyncClient, Token
-from spilld.daemon.demo import MODEL, budgets
-from spilld.daemon.spawn import spawned
+from spilld.client.client import Accepted, AsyncClient, Token
+from spilld.demo.demo import MODEL, budgets
+from spilld.demo.spawn import spawned
+from spilld.models.catalog import default_cache, resolve
 from spilld.offload.record import Element, Format
 
 BENCH = "forecast"

@@ -18,9 +18,9 @@ from itertools import pairwise
 from harness import Goal, Result, document, main, medians
 from ours import Prompts, daemon
 
-from spilld.daemon.catalog import default_cache, resolve
-from spilld.daemon.client import AsyncClient, Token
-from spilld.daemon.demo import MODEL
+from spilld.client.client import AsyncClient, Token
+from spilld.demo.demo import MODEL
+from spilld.models.catalog import default_cache, resolve
 from spilld.offload.record import Element
 
 BENCH = "gap"

@@ -19,12 +19,12 @@ from pydoc_data.topics import topics
 from harness import Goal, Result, document, in_child, main, medians
 from ours import Prompts, daemon
 
-from spilld.daemon.catalog import default_cache, resolve
-from spilld.daemon.client import AsyncClient, Client, Token
-from spilld.daemon.demo import MODEL
-from spilld.daemon.errors import FrameTooLarge, PromptTooLong
-from spilld.daemon.protocol import Message
+from spilld.client.client import AsyncClient, Client, Token
+from spilld.demo.demo import MODEL
+from spilld.errors import FrameTooLarge, PromptTooLong
+from spilld.models.catalog import default_cache, resolve
 from spilld.offload.record import Element
+from spilld.protocol.messages import Message
 
 BENCH = "intake"
 SHORT, TEXT_TOKENS = 512, 40_000

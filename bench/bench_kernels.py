@@ -22,20 +22,25 @@ import torch
 from harness import Goal, Result, gemm_rate, in_child, in_our_child, main, medians, memory_rate, milliseconds
 from steps import Steps, in_host
 
-from spilld.daemon.assembly import use_threads
-from spilld.daemon.catalog import default_cache, resolve
-from spilld.daemon.demo import MODEL
-from spilld.daemon.layer import Activations
-from spilld.daemon.linear import WideLinear, widen
-from spilld.daemon.model import Model, load
-from spilld.daemon.products import Matrix, multiply_rows
-from spilld.daemon.rows import TOGETHER, Inputs
-from spilld.daemon.scan import Row, RowAttention, Scan
-from spilld.daemon.slices import places, slots
-from spilld.daemon.visibility import WINDOW_SLOTS, boundary
-from spilld.offload.codec import Codec
-from spilld.offload.partial import Partial
-from spilld.offload.record import BLOCK, Element, Format, Layout
+from spilld.assembly import use_threads
+from spilld.demo.demo import MODEL
+from spilld.kv.batch import places, slots
+from spilld.kv.visibility import WINDOW_SLOTS, boundary
+from spilld.models.catalog import default_cache, resolve
+from spilld.models.model import Model, load
+from spilld.models.wide_linear import WideLinear, widen
+from spilld.offload.kernels.attention.partial import Partial
+from spilld.offload.kernels.attention.rows import Row, RowAttention, Scan
+from spilld.offload.kernels.codec.codec import Codec
+from spilld.offload.kernels.linear.layer import Activations
+from spilld.offload.kernels.linear.products import Matrix, multiply_rows
+from spilld.offload.kernels.linear.row_operations import TOGETHER, Inputs
+from spilld.offload.record import (
+    BLOCK,
+    Element,
+    Format,
+    Layout,
+)
 from spilld.offload.system import page_aligned
 
 BENCH = "kernels"

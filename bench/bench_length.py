@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from steps import Steps, in_host
 from work import Work
 
-from spilld.daemon.assembly import use_threads
-from spilld.daemon.catalog import default_cache, resolve
-from spilld.daemon.demo import MODEL
+from spilld.assembly import use_threads
+from spilld.demo.demo import MODEL
+from spilld.models.catalog import default_cache, resolve
 from spilld.offload.record import Element, Format
 
 Floats = NDArray[np.float64]

@@ -22,9 +22,9 @@ import torch
 from harness import Goal, Result, document, in_child, main, say
 from steps import Steps, in_host
 
-from spilld.daemon.assembly import use_threads
-from spilld.daemon.catalog import default_cache, resolve
-from spilld.daemon.model import load
+from spilld.assembly import use_threads
+from spilld.models.catalog import default_cache, resolve
+from spilld.models.model import load
 from spilld.offload.record import Element, Format
 
 BENCH = "quality"

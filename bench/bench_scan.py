@@ -40,13 +40,13 @@ from bench_kernels import layout, model, records
 from harness import Goal, Result, disk_rates, document, in_our_child, main, medians, say
 from steps import Steps, blocks_of
 
-from spilld.daemon.assembly import READERS, build_store, use_threads
-from spilld.daemon.catalog import default_cache, resolve
-from spilld.daemon.client import Client
-from spilld.daemon.config import Config
-from spilld.daemon.demo import MODEL, budgets
-from spilld.daemon.metrics import Metrics
-from spilld.daemon.spawn import spawned
+from spilld.assembly import READERS, build_store, use_threads
+from spilld.client.client import Client
+from spilld.config.config import Config
+from spilld.demo.demo import MODEL, budgets
+from spilld.demo.spawn import spawned
+from spilld.models.catalog import default_cache, resolve
+from spilld.monitoring.metrics import Metrics
 from spilld.offload import residency
 from spilld.offload.record import Element, Format
 from spilld.offload.store import Store

@@ -17,8 +17,8 @@ from contextlib import ExitStack
 from bench_kernels import model
 from harness import Goal, Result, in_child, main, medians
 
-from spilld.daemon.demo import MODEL
-from spilld.daemon.spawn import import_rss_bytes, spawned
+from spilld.demo.demo import MODEL
+from spilld.demo.spawn import import_rss_bytes, spawned
 
 BENCH = "start"
 LOAD_S, READY_S = 2.0, 5.0

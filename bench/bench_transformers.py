@@ -26,11 +26,11 @@ from harness import Goal, Result, document, gemm_rate, in_child, main, medians, 
 from ours import Prompts
 from work import Work
 
-from spilld.daemon.catalog import default_cache, resolve
-from spilld.daemon.client import Client, Token
-from spilld.daemon.demo import MODEL, budgets
-from spilld.daemon.plain import greedy
-from spilld.daemon.spawn import spawned
+from spilld.client.client import Client, Token
+from spilld.demo.demo import MODEL, budgets
+from spilld.demo.plain_transformers import greedy
+from spilld.demo.spawn import spawned
+from spilld.models.catalog import default_cache, resolve
 from spilld.offload.record import Element, Format
 
 BENCH = "transformers"

@@ -188,7 +188,7 @@ def over_fake_driver(folder: Path) -> Iterator[Stage]:
 
 
 def fake_driver() -> Path:
-    from spilld.daemon.catalog import default_cache
+    from spilld.models.catalog import default_cache
     from tests.cuda_ext.driver import compile_driver
 
     return compile_driver(default_cache() / "emulator")

@@ -27,7 +27,7 @@ def main() -> int:
     if missing:
         print(f"== missing: {' '.join(missing)}; cuda_ext/CHECK.md says how to bring them in .whl/")
         return 1
-    assembly = importlib.import_module("spilld.daemon.assembly")
+    assembly = importlib.import_module("spilld.assembly")
     torch = importlib.import_module("torch")
     found = "finds a GPU" if torch.cuda.is_available() else "finds no GPU"
     print(f"== {assembly.__file__}; torch {torch.__version__} {found}")

@@ -59,7 +59,7 @@ def show_smi() -> None:
 
 def gpu() -> str:
     """In a line. Raises BuildError and DeviceError."""
-    from spilld.cuda_ext.cuda import CudaDevice
+    from spilld.cuda_ext.device.cuda import CudaDevice
 
     device = CudaDevice()
     try:
@@ -75,7 +75,7 @@ def gpu() -> str:
 def main() -> int:
     show_host()
     show_smi()
-    from spilld.cuda_ext.build import BuildError
+    from spilld.cuda_ext.compile.build import BuildError
     from spilld.cuda_ext.errors import DeviceError
 
     try:

@@ -11,9 +11,9 @@ chain of runs from its root on; what follows the first run that is missing is co
   prompt. A task works on a quarter of all bytes: the 20 % cache is a little smaller than the loop, the worst
   case of LRU; the 5 % one is much smaller, and the 50 % one holds the loop.
 
-ours is S3-FIFO, the baseline LRU, both as in offload/eviction.py, each with room for a share of all distinct
-bytes of the trace. A run is of 1 to 8 blocks, which stand for bytes: all have the same size. The runs of
-the request at hand are leased. First touches count as missing, so no rate can be 0.
+ours is S3-FIFO, the baseline LRU, both as in offload/prefix_cache/eviction.py, each with room for a share
+of all distinct bytes of the trace. A run is of 1 to 8 blocks, which stand for bytes: all have the same size.
+The runs of the request at hand are leased. First touches count as missing, so no rate can be 0.
 
 What bounds the result: Belady's rule on the same trace, which knows the future. After each request the runs
 whose next use is farthest leave, or are not kept at all, the end of a chain first. That is the optimum for
@@ -31,7 +31,13 @@ from dataclasses import dataclass
 
 from harness import Goal, Result, main, say
 
-from spilld.offload.eviction import Entry, Eviction, Lru, Policy, S3Fifo
+from spilld.offload.prefix_cache.eviction import (
+    Entry,
+    Eviction,
+    Lru,
+    Policy,
+    S3Fifo,
+)
 
 BENCH = "eviction"
 SEED = 20231023

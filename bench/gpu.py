@@ -24,22 +24,32 @@ import numpy.typing as npt
 import torch
 from harness import CALLS, Result, in_child, main, medians, milliseconds
 
-from spilld.cuda_ext.build import BuildError
 from spilld.cuda_ext.choice import PROMPT
-from spilld.cuda_ext.cuda import CudaDevice
-from spilld.cuda_ext.device import Copy, Device, Stream
+from spilld.cuda_ext.compile.build import BuildError
+from spilld.cuda_ext.compile.variant import plane_bytes
+from spilld.cuda_ext.device.base import Copy, Device, Stream
+from spilld.cuda_ext.device.cuda import CudaDevice
+from spilld.cuda_ext.device.tensors import Array
 from spilld.cuda_ext.errors import DeviceError
 from spilld.cuda_ext.flash import Flash
-from spilld.cuda_ext.landing import Landing
-from spilld.cuda_ext.ops import Load, Ops, Queries, Records
-from spilld.cuda_ext.tensors import Array
-from spilld.cuda_ext.variant import plane_bytes
-from spilld.cuda_ext.window import WindowShape
-from spilld.daemon.catalog import default_cache
-from spilld.daemon.visibility import WINDOW_SLOTS
-from spilld.offload import reference, samples
-from spilld.offload.partial import Partial
-from spilld.offload.record import BLOCK, Element, Format, Layout
+from spilld.cuda_ext.memory.staging import Landing
+from spilld.cuda_ext.memory.windows import WindowShape
+from spilld.cuda_ext.ops import (
+    Load,
+    Ops,
+    Queries,
+    Records,
+)
+from spilld.kv.visibility import WINDOW_SLOTS
+from spilld.models.catalog import default_cache
+from spilld.offload.kernels.attention.partial import Partial
+from spilld.offload.kernels.codec import reference, samples
+from spilld.offload.record import (
+    BLOCK,
+    Element,
+    Format,
+    Layout,
+)
 from spilld.offload.system import PAGE, page_aligned
 
 BENCH = "gpu"

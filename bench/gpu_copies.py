@@ -18,9 +18,9 @@ from functools import partial
 import numpy as np
 from harness import CALLS, Result, in_child, main, milliseconds, say
 
-from spilld.cuda_ext.build import BuildError
-from spilld.cuda_ext.cuda import CudaDevice
-from spilld.cuda_ext.device import Copy, Stream
+from spilld.cuda_ext.compile.build import BuildError
+from spilld.cuda_ext.device.base import Copy, Stream
+from spilld.cuda_ext.device.cuda import CudaDevice
 from spilld.cuda_ext.errors import DeviceError
 from spilld.offload.record import Element, Format, Layout
 from spilld.offload.system import PAGE, page_aligned

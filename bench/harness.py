@@ -31,7 +31,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from spilld.offload.system import SystemCalls, page_aligned, read_fully, write_fully
+from spilld.offload.system import (
+    SystemCalls,
+    page_aligned,
+    read_fully,
+    write_fully,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -202,7 +207,7 @@ def medians(
 
 def document(folder: Path, tokens: int) -> list[int]:
     """The first tokens of Python's own documentation, for the tokenizer in a model folder."""
-    from spilld.daemon.text import Tokenizer
+    from spilld.tokenizer.tokenizer import Tokenizer
 
     found = Tokenizer.load(folder).encode("".join(topics[name] for name in sorted(topics)))
     if len(found) < tokens:

@@ -23,9 +23,9 @@ from ours import THREADS, Prompts, daemon
 from peers import PEERS
 from systems.child import Child, NotRun
 
-from spilld.daemon.catalog import default_cache, resolve
-from spilld.daemon.client import AsyncClient
-from spilld.daemon.demo import MODEL, Shape
+from spilld.client.client import AsyncClient
+from spilld.demo.demo import MODEL, Shape
+from spilld.models.catalog import default_cache, resolve
 from spilld.offload.record import Element
 
 BENCH = "load"

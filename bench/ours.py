@@ -13,8 +13,8 @@ from pathlib import Path
 from harness import Goal, Result, say
 from rows import BENCH, COUNT, overlap_ms
 
-from spilld.daemon.client import AsyncClient, Client, Token
-from spilld.daemon.spawn import spawned
+from spilld.client.client import AsyncClient, Client, Token
+from spilld.demo.spawn import spawned
 
 THREADS = 2
 STRIDE = 397

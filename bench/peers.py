@@ -65,10 +65,10 @@ from rows import rows as rows_of
 from systems.child import Child, NotRun
 from work import Work
 
-from spilld.daemon.catalog import default_cache, resolve
-from spilld.daemon.client import Client
-from spilld.daemon.demo import MODEL
-from spilld.daemon.packaged import PACKAGED
+from spilld.client.client import Client
+from spilld.config.named_models import PACKAGED
+from spilld.demo.demo import MODEL
+from spilld.models.catalog import default_cache, resolve
 from spilld.offload.record import Element
 
 PEERS = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"

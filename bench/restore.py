@@ -22,10 +22,10 @@ from collections.abc import Mapping
 
 from harness import Goal, Result, disk_rates, document, main, medians, say
 
-from spilld.daemon.catalog import default_cache, resolve
-from spilld.daemon.client import Client, Done, Token
-from spilld.daemon.demo import MODEL, Shape
-from spilld.daemon.spawn import spawned
+from spilld.client.client import Client, Done, Token
+from spilld.demo.demo import MODEL, Shape
+from spilld.demo.spawn import spawned
+from spilld.models.catalog import default_cache, resolve
 from spilld.offload.record import Element, Format
 
 BENCH = "restore"

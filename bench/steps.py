@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from spilld.cuda_ext.cpu import CpuWindows
-from spilld.cuda_ext.window import WindowShape
-from spilld.daemon.attention import TieredAttention
-from spilld.daemon.model import Model
-from spilld.daemon.runner import Runner
-from spilld.daemon.sequence import Sequence
-from spilld.daemon.slices import Slice
-from spilld.daemon.visibility import BLOCK, CELL, WINDOW_SLOTS, boundary, sealed_by
+from spilld.attention.base import TieredAttention
+from spilld.cuda_ext.memory.cpu_windows import CpuWindows
+from spilld.cuda_ext.memory.windows import WindowShape
+from spilld.kv.batch import Slice
+from spilld.kv.sequence import Sequence
+from spilld.kv.visibility import (
+    BLOCK,
+    CELL,
+    WINDOW_SLOTS,
+    boundary,
+    sealed_by,
+)
+from spilld.models.model import Model
 from spilld.offload.host import HostSlab
 from spilld.offload.record import Element, Format, Layout
 from spilld.offload.store import Store
+from spilld.runner.runner import Runner
 
 
 class Steps:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from spilld.daemon.demo import Shape
-from spilld.daemon.packing import WEIGHTS
+from spilld.demo.demo import Shape
+from spilld.models.packed.packing import WEIGHTS
 from spilld.offload.record import Element, Format
 
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .variant import ROWS
+from spilld.cuda_ext.compile.variant import ROWS
 
 PROMPT = 256
 """Queries that flash attention has at a time, and was measured with."""

@@ -13,12 +13,18 @@ from typing import Any
 
 import torch
 
-from . import variant
-from .device import Device, Stream
-from .ops import Load, Parts, Queries, Records
-from .tensors import Array
-from .variant import BLOCK
-from .window import WindowShape
+from spilld.cuda_ext.compile import variant
+from spilld.cuda_ext.compile.variant import BLOCK
+from spilld.cuda_ext.device.base import Device, Stream
+from spilld.cuda_ext.device.tensors import Array
+from spilld.cuda_ext.memory.windows import WindowShape
+
+from .ops import (
+    Load,
+    Parts,
+    Queries,
+    Records,
+)
 
 TILE = 32
 """Records that are unpacked at a time."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from . import variant
-from .device import Kernel, Stream
-from .landing import Landing
-from .variant import BLOCK, ROWS, Variant
-from .window import WindowShape
+from spilld.cuda_ext.compile import variant
+from spilld.cuda_ext.compile.variant import BLOCK, ROWS, Variant
+from spilld.cuda_ext.device.base import Kernel, Stream
+from spilld.cuda_ext.memory.staging import Landing
+from spilld.cuda_ext.memory.windows import WindowShape
 
 WARPS = 1024
 """About as many as a GPU runs at a time: calls are divided into parts until there are so many."""

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .commands import ask, chat, keys, machine, serve, sessions, watch
+from spilld.cli.commands import ask, chat, keys, machine, serve, sessions, watch
+
 from .errors import SpilldError
-from .harmless import harmless
+from .printable import harmless
 
 COMMANDS = (serve, ask, chat, sessions, watch, keys, machine)
 

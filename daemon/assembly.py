@@ -11,45 +11,72 @@ from pathlib import Path
 
 import torch
 
-from spilld.cuda_ext.build import BuildError
+from spilld.attention.device_tier import TIERS, DeviceTier, Tier
+from spilld.config.config import Config
+from spilld.config.reload import Reload
+from spilld.cuda_ext.compile.build import BuildError
 from spilld.cuda_ext.errors import DeviceError
-from spilld.offload import residency, threads
-from spilld.offload.cache import RunCache
-from spilld.offload.compaction import Compaction
-from spilld.offload.database import Database
-from spilld.offload.disk import DiskTier
-from spilld.offload.errors import BudgetTooSmall, FolderInUse, FolderUnusable, MemoryRefused
-from spilld.offload.extent import extent_bytes
+from spilld.engine.engine import Engine, Post
+from spilld.engine.service import EngineService
+from spilld.kv.checkpoint import TAIL_BLOCKS
+from spilld.kv.geometry import Geometry
+from spilld.models.model import (
+    Model,
+    identify,
+    load,
+    resolve,
+)
+from spilld.monitoring.memory import MemoryWatch
+from spilld.monitoring.metrics import Metrics
+from spilld.monitoring.startup import Startup
+from spilld.offload import residency
+from spilld.offload.disk.database import Database
+from spilld.offload.disk.extent import extent_bytes
+from spilld.offload.disk.prefetch import Prefetcher
+from spilld.offload.disk.tier import DiskTier
+from spilld.offload.disk.writer import Spiller
+from spilld.offload.errors import (
+    BudgetTooSmall,
+    FolderInUse,
+    FolderUnusable,
+    MemoryRefused,
+)
 from spilld.offload.host import HostSlab
-from spilld.offload.prefetch import Prefetcher
-from spilld.offload.record import BLOCK, Element, Format, Layout
-from spilld.offload.spill import Spiller
-from spilld.offload.store import DiskPath, Planner, Store, run_length
-from spilld.offload.wear import WriteBudget
+from spilld.offload.kernels import threads
+from spilld.offload.maintenance.compaction import Compaction
+from spilld.offload.maintenance.wear import WriteBudget
+from spilld.offload.prefix_cache.run_cache import RunCache
+from spilld.offload.record import (
+    BLOCK,
+    Element,
+    Format,
+    Layout,
+)
+from spilld.offload.store import (
+    DiskPath,
+    Planner,
+    Store,
+    run_length,
+)
+from spilld.protocol.messages import Welcome
+from spilld.runner.placement import place
+from spilld.runner.prepare_kernels import prepare
+from spilld.runner.runner import Runner
+from spilld.scheduler.prefill_budget import Pace
+from spilld.server.server import Server
+from spilld.sessions import journal, store
+from spilld.sessions.journal import Journal
+from spilld.sessions.store import SessionBook
+from spilld.sessions.transfers import Transfers
+from spilld.transport.descriptors import raise_limit
 
-from . import journal, sessions
-from .config import Config
-from .descriptors import raise_limit
-from .device_tier import TIERS, DeviceTier, Tier
-from .engine import Engine, Post
-from .errors import BudgetError, DeviceUnusable, InternalError, ModelError, StateFolderError
-from .geometry import Geometry
-from .journal import Journal
-from .kernels import prepare
-from .memory import MemoryWatch
-from .metrics import Metrics
-from .model import Model, identify, load, resolve
-from .pace import Pace
-from .placement import place
-from .protocol import Welcome
-from .reload import Reload
-from .runner import Runner
-from .server import Server
-from .service import EngineService
-from .sessions import SessionBook
-from .startup import Startup
-from .tail import TAIL_BLOCKS
-from .transfers import Transfers
+from .errors import (
+    BudgetError,
+    DeviceUnusable,
+    InternalError,
+    ModelError,
+    StateFolderError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -224,8 +251,8 @@ def _balance(model: Model) -> float:
 def _book(path: Path) -> Database:
     """Sessions and requests. Schema 1 had sessions only; 2 said neither of which model they are nor how
     often a request was taken up."""
-    upgrades = {1: sessions.UPGRADE + journal.CREATE, 2: sessions.UPGRADE + journal.UPGRADE}
-    return Database.open(path, 3, sessions.CREATE + journal.CREATE, upgrades)
+    upgrades = {1: store.UPGRADE + journal.CREATE, 2: store.UPGRADE + journal.UPGRADE}
+    return Database.open(path, 3, store.CREATE + journal.CREATE, upgrades)
 
 
 def _device_tier(make: Tier, config: Config, store: Store, geometry: Geometry) -> DeviceTier:

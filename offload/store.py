@@ -21,23 +21,30 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from spilld.offload.disk.extent import RunKey, RunPlace, extent_bytes
+from spilld.offload.disk.index import Contents
+from spilld.offload.disk.prefetch import Prefetcher, Read, Ticket
+from spilld.offload.disk.tier import DiskTier
+from spilld.offload.disk.writer import CLOSE_S, Spilled, Spiller
+from spilld.offload.maintenance.compaction import Compaction
+from spilld.offload.maintenance.wear import WriteBudget
+from spilld.offload.prefix_cache.run_cache import RunCache
+
 from . import residency
-from .cache import RunCache
-from .compaction import Compaction
-from .disk import DiskTier
-from .errors import BudgetTooSmall, ExtentCorrupt, TierFull, WriteFailed, WriteRefused
-from .extent import RunKey, RunPlace, extent_bytes
+from .errors import (
+    BudgetTooSmall,
+    ExtentCorrupt,
+    TierFull,
+    WriteFailed,
+    WriteRefused,
+)
 from .host import HostSlab
-from .index import Contents
-from .prefetch import Prefetcher, Read, Ticket
 from .promotion import Promotion
 from .record import Layout, round_up
 from .residency import Holding, Spill
 from .size import size
-from .spill import CLOSE_S, Spilled, Spiller
 from .system import PAGE, Bytes
 from .table import ABSENT, BlockTable, RunRef
-from .wear import WriteBudget
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import spilld.offload.kernel_cache  # noqa: F401 (of whatever compiles first)
-from spilld.daemon.catalog import default_cache, resolve
+import spilld.offload.kernels.kernel_cache  # noqa: F401 (of whatever compiles first)
+from spilld.models.catalog import default_cache, resolve
 
 gc.disable()  # while tests are imported: what that makes stays, and looking through it takes long
 

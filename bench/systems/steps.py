@@ -12,9 +12,9 @@ from pathlib import Path
 
 from steps import Steps, in_host
 
-from spilld.daemon.assembly import use_threads
-from spilld.daemon.catalog import default_cache
-from spilld.daemon.model import load as load_model
+from spilld.assembly import use_threads
+from spilld.models.catalog import default_cache
+from spilld.models.model import load as load_model
 from spilld.offload.record import Element, Format
 
 from .serving import Generate, serve

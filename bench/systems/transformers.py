@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 import transformers
 
-from spilld.daemon.plain import greedy_tokens
+from spilld.demo.plain_transformers import greedy_tokens
 
 from .serving import Generate, serve
 

@@ -9,10 +9,10 @@ import gpu
 import gpu_copies
 import numpy as np
 
-from spilld.cuda_ext.cpu_device import CpuDevice
-from spilld.cuda_ext.cuda import CudaDevice
-from spilld.daemon.cubins import kernels
-from spilld.offload import reference
+from spilld.attention.cubins import kernels
+from spilld.cuda_ext.device.cpu import CpuDevice
+from spilld.cuda_ext.device.cuda import CudaDevice
+from spilld.offload.kernels.codec import reference
 from spilld.offload.record import Format
 
 from ..cuda_ext.conftest import Emulate, emulate

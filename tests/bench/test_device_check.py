@@ -14,7 +14,7 @@ import device_check
 import pytest
 from device_check import SANITIZED, Check, Outcome, Stage, archived, card, main, on_gpu, said, table
 
-from spilld.daemon.catalog import default_cache
+from spilld.models.catalog import default_cache
 
 from ..cuda_ext.cases import cases
 

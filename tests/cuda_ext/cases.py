@@ -13,9 +13,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from spilld.cuda_ext import variant
-from spilld.cuda_ext.variant import BLOCK, Variant
-from spilld.offload import reference
+from spilld.cuda_ext.compile import variant
+from spilld.cuda_ext.compile.variant import BLOCK, Variant
+from spilld.offload.kernels.codec import reference
 from spilld.offload.record import Format, Layout
 
 from .emulator import Landing, Order

@@ -11,12 +11,12 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product, repeat
 from pathlib import Path
 
-from spilld.cuda_ext import build
-from spilld.cuda_ext.cuda import CudaDevice
+from spilld.attention.cubins import kernels
+from spilld.cuda_ext.compile import build
+from spilld.cuda_ext.compile.variant import Variant
+from spilld.cuda_ext.device.cuda import CudaDevice
 from spilld.cuda_ext.errors import DeviceError
-from spilld.cuda_ext.variant import Variant
-from spilld.daemon.catalog import default_cache
-from spilld.daemon.cubins import kernels
+from spilld.models.catalog import default_cache
 from spilld.offload.record import SEALED, Element, Layout
 
 from .cases import cases

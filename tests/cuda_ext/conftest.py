@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from spilld.cuda_ext.device import Kernel
+from spilld.cuda_ext.compile.variant import Variant
+from spilld.cuda_ext.device.base import Kernel
 from spilld.cuda_ext.ops import Load
-from spilld.cuda_ext.variant import Variant
 
 from .emulator import Emulated, Unavailable, compile_kernel
 from .fake import FakeDevice

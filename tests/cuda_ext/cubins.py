@@ -9,8 +9,8 @@ from pathlib import Path
 
 import nvidia
 
-from spilld.cuda_ext import build
-from spilld.cuda_ext.variant import KERNELS
+from spilld.cuda_ext.compile import build
+from spilld.cuda_ext.compile.variant import KERNELS
 
 RESOURCES = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")

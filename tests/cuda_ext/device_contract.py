@@ -14,9 +14,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from spilld.cuda_ext.device import Copy, Device, Event, Kernel, Stream
+from spilld.cuda_ext.device.base import (
+    Copy,
+    Device,
+    Event,
+    Kernel,
+    Stream,
+)
+from spilld.cuda_ext.device.tensors import Array
 from spilld.cuda_ext.errors import OutOfMemory
-from spilld.cuda_ext.tensors import Array
 
 Floats = NDArray[np.float32]
 

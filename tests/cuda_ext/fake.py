@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from spilld.cuda_ext.device import Copy, Stream
+from spilld.cuda_ext.device.base import Copy, Stream
+from spilld.cuda_ext.device.ranges import Ranges
+from spilld.cuda_ext.device.tensors import Array, in_process
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
-from spilld.cuda_ext.ranges import Ranges
-from spilld.cuda_ext.tensors import Array, in_process
 
 from .emulator import Emulated, EmulatorError
 
@@ -99,7 +99,7 @@ class FakeKernel:
 
 
 class FakeDevice:
-    """Satisfies spilld.cuda_ext.device.Device.
+    """Satisfies spilld.cuda_ext.device.base.Device.
 
     memory_bytes: what can be allocated and mapped in all. between: how likely some work is done between two
     calls; 0: none is until the program waits for it. Calls have numbers, the first being 1. fail_at: the

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from spilld.cuda_ext import ops
-from spilld.cuda_ext.device import Device
+from spilld.cuda_ext.device.base import Device
 from spilld.cuda_ext.flash import Flash
-from spilld.cuda_ext.landing import Landing
+from spilld.cuda_ext.memory.staging import Landing
+from spilld.cuda_ext.memory.windows import WindowShape
 from spilld.cuda_ext.ops import Load, Queries
-from spilld.cuda_ext.window import WindowShape
-from spilld.offload import reference
+from spilld.offload.kernels.codec import reference
 from spilld.offload.record import Format
 
 from .kernels import Records, by_query

@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from spilld.cuda_ext import variant
-from spilld.cuda_ext.build import path_of
-from spilld.cuda_ext.variant import BLOCK, Variant, plane_bytes
-from spilld.daemon.catalog import default_cache
+from spilld.cuda_ext.compile import variant
+from spilld.cuda_ext.compile.build import path_of
+from spilld.cuda_ext.compile.variant import BLOCK, Variant, plane_bytes
+from spilld.models.catalog import default_cache
 from spilld.offload.record import SEALED, Element, Layout
 
 from .cubins import disassembly

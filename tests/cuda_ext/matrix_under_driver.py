@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from spilld.cuda_ext.cuda import CudaDevice
-from spilld.cuda_ext.variant import Variant
+from spilld.cuda_ext.compile.variant import Variant
+from spilld.cuda_ext.device.cuda import CudaDevice
 
 from .conftest import Emulate
 from .driver import FakeDriver

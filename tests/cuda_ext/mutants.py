@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from spilld.cuda_ext.variant import KERNELS, Variant
-from spilld.daemon.catalog import default_cache
+from spilld.cuda_ext.compile.variant import KERNELS, Variant
+from spilld.models.catalog import default_cache
 
 from .cases import Case, cases
 from .emulator import Emulated, compile_kernel

@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spilld.offload import reference
-from spilld.offload.record import BLOCK, Element, Format, Layout
+from spilld.offload.kernels.codec import reference
+from spilld.offload.record import (
+    BLOCK,
+    Element,
+    Format,
+    Layout,
+)
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]

@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spilld.cuda_ext.device import Copy, Device, Kernel, Stream
+from spilld.cuda_ext.device.base import (
+    Copy,
+    Device,
+    Kernel,
+    Stream,
+)
 
 GUARD = 4096
 """Bytes on both sides of each array, of which a kernel may write none. They are NaN to what reads them."""

@@ -11,10 +11,15 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from spilld.cuda_ext.arena import Arena, ArenaFull
-from spilld.cuda_ext.cpu_device import CpuDevice
-from spilld.cuda_ext.device import Copy, Device, Event, Stream
+from spilld.cuda_ext.device.base import (
+    Copy,
+    Device,
+    Event,
+    Stream,
+)
+from spilld.cuda_ext.device.cpu import CpuDevice
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
+from spilld.cuda_ext.memory.arena import Arena, ArenaFull
 
 from .device_contract import Host, fill
 from .fake import FakeDevice

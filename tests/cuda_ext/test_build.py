@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spilld.cuda_ext import build, variant
+from spilld.cuda_ext.compile import build, variant
 
 MADE = variant.move_records(128)
 

@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spilld.cuda_ext.choice import Costs, Rates, seconds, to_fetch
+from spilld.cuda_ext.choice import (
+    Costs,
+    Rates,
+    seconds,
+    to_fetch,
+)
 
 rates = st.builds(
     Rates,

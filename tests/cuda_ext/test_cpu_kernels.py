@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from spilld.cuda_ext.cpu_kernels import attend_rows
+from spilld.cuda_ext.memory.cpu_kernels import attend_rows
 
 SLOTS = 600
 

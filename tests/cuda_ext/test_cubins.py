@@ -7,15 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from spilld.cuda_ext import build
-from spilld.cuda_ext.cpu_device import CpuDevice
-from spilld.cuda_ext.device import Stream
+from spilld.attention import cubins
+from spilld.cuda_ext.compile import build
+from spilld.cuda_ext.compile.variant import Variant
+from spilld.cuda_ext.device.base import Stream
+from spilld.cuda_ext.device.cpu import CpuDevice
 from spilld.cuda_ext.flash import Flash
+from spilld.cuda_ext.memory.windows import WindowShape
 from spilld.cuda_ext.ops import Ops
-from spilld.cuda_ext.variant import Variant
-from spilld.cuda_ext.window import WindowShape
-from spilld.daemon import cubins
-from spilld.offload.record import SEALED, Element, Format, Layout
+from spilld.offload.record import (
+    SEALED,
+    Element,
+    Format,
+    Layout,
+)
 
 
 class Unused:

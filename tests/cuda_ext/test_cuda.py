@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from spilld.cuda_ext import build
-from spilld.cuda_ext.cuda import CudaDevice
+from spilld.cuda_ext.compile import build
+from spilld.cuda_ext.device.cuda import CudaDevice
 
 from .driver.process import run_tests
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from spilld.cuda_ext.cpu_device import CpuDevice, Function
-from spilld.cuda_ext.device import Copy, Kernel, Stream
+from spilld.cuda_ext.device.base import Copy, Kernel, Stream
+from spilld.cuda_ext.device.cpu import CpuDevice, Function
+from spilld.cuda_ext.device.tensors import Array
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
-from spilld.cuda_ext.tensors import Array
 
 from .conftest import Emulate
 from .device_contract import TURN_BYTES, ComputeContract, DeviceContract, Host, fill

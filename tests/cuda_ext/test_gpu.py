@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from spilld.cuda_ext.cuda import CudaDevice
-from spilld.cuda_ext.device import Kernel
+from spilld.cuda_ext.device.base import Kernel
+from spilld.cuda_ext.device.cuda import CudaDevice
 from spilld.offload.record import Format
 
 from .cubins import compiled

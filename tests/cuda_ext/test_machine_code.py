@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spilld.cuda_ext import variant
+from spilld.cuda_ext.compile import variant
 from spilld.offload.record import Element, Format, Layout
 
 from .instructions import per_tile

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from spilld.cuda_ext.cuda import CudaDevice
+from spilld.cuda_ext.compile.variant import Variant
+from spilld.cuda_ext.device.cuda import CudaDevice
 from spilld.cuda_ext.errors import LaunchFailed
-from spilld.cuda_ext.variant import Variant
 
 from .cases import Case, cases
 from .conftest import ERRORS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spilld.cuda_ext.variant import KERNELS
+from spilld.cuda_ext.compile.variant import KERNELS
 
 from .mutation import mutate
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from spilld.cuda_ext import build, variant
-from spilld.cuda_ext.cpu_device import CpuDevice
-from spilld.cuda_ext.device import Kernel
+from spilld.cuda_ext.compile import build, variant
+from spilld.cuda_ext.device.base import Kernel
+from spilld.cuda_ext.device.cpu import CpuDevice
 from spilld.cuda_ext.errors import LaunchFailed
 
 from . import compile_matrix, test_matrix_gpu

@@ -12,10 +12,15 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from spilld.cuda_ext.cpu_device import CpuDevice
-from spilld.cuda_ext.device import Copy, Device, Event, Stream
+from spilld.cuda_ext.device.base import (
+    Copy,
+    Device,
+    Event,
+    Stream,
+)
+from spilld.cuda_ext.device.cpu import CpuDevice
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
-from spilld.cuda_ext.pool import PoolFull, RecordPool
+from spilld.cuda_ext.memory.record_pool import PoolFull, RecordPool
 
 from .device_contract import Host, fill
 from .fake import FakeDevice, Fault

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from _pytest.mark import ParameterSet
 
-from spilld.cuda_ext import variant
-from spilld.cuda_ext.build import ARCHITECTURES, path_of
-from spilld.cuda_ext.variant import MOST_SHARED, Variant
+from spilld.cuda_ext.compile import variant
+from spilld.cuda_ext.compile.build import ARCHITECTURES, path_of
+from spilld.cuda_ext.compile.variant import MOST_SHARED, Variant
 from spilld.offload.record import Format
 
 from .cases import cases

@@ -7,10 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spilld.cuda_ext import variant
-from spilld.cuda_ext.device import Copy, Device, Kernel, Stream
-from spilld.cuda_ext.pool import RecordPool
-from spilld.cuda_ext.variant import ROWS, Variant
+from spilld.cuda_ext.compile import variant
+from spilld.cuda_ext.compile.variant import ROWS, Variant
+from spilld.cuda_ext.device.base import (
+    Copy,
+    Device,
+    Kernel,
+    Stream,
+)
+from spilld.cuda_ext.memory.record_pool import RecordPool
 from spilld.offload.record import Element, Format, Layout
 
 from .device_contract import Host

@@ -13,10 +13,15 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
-from spilld.cuda_ext import build
-from spilld.cuda_ext.cuda import CudaDevice
-from spilld.cuda_ext.device import Copy, Kernel, Stream
-from spilld.cuda_ext.errors import LaunchFailed, NoDevice, OutOfMemory, RegistrationRefused
+from spilld.cuda_ext.compile import build
+from spilld.cuda_ext.device.base import Copy, Kernel, Stream
+from spilld.cuda_ext.device.cuda import CudaDevice
+from spilld.cuda_ext.errors import (
+    LaunchFailed,
+    NoDevice,
+    OutOfMemory,
+    RegistrationRefused,
+)
 
 from .conftest import Emulate
 from .cubins import compiled

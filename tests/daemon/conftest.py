@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from spilld.daemon.errors import (
+from spilld.errors import (
     Cancelled,
     ContextNotFound,
     Draining,
@@ -23,7 +23,7 @@ from spilld.daemon.errors import (
     RequestNotFound,
     SpilldError,
 )
-from spilld.daemon.protocol import (
+from spilld.protocol.messages import (
     Accepted,
     ChangeSession,
     Done,
@@ -42,10 +42,10 @@ from spilld.daemon.protocol import (
     Usage,
     Welcome,
 )
-from spilld.daemon.server import Server
+from spilld.server.server import Server
 
 if TYPE_CHECKING:
-    from spilld.daemon.text import Tokenizer
+    from spilld.tokenizer.tokenizer import Tokenizer
 
 USAGE = Usage(
     prompt_tokens=3,
@@ -279,14 +279,14 @@ def running(start: Start) -> Running:
 
 @pytest.fixture(scope="module")
 def smollm2(smollm2_float32: Path) -> Tokenizer:
-    from spilld.daemon.text import Tokenizer
+    from spilld.tokenizer.tokenizer import Tokenizer
 
     return Tokenizer.load(smollm2_float32)
 
 
 @pytest.fixture(scope="module")
 def tiny() -> Tokenizer:
-    from spilld.daemon.text import Tokenizer
+    from spilld.tokenizer.tokenizer import Tokenizer
 
     from .tiny_models import byte_level
 
@@ -295,7 +295,7 @@ def tiny() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def fallback() -> Tokenizer:
-    from spilld.daemon.text import Tokenizer
+    from spilld.tokenizer.tokenizer import Tokenizer
 
     from .tiny_models import byte_fallback
 

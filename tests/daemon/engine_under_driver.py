@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from spilld.cuda_ext.cuda import CudaDevice
-from spilld.cuda_ext.window import WindowShape
-from spilld.daemon.cubins import kernels
-from spilld.daemon.device_tier import has_flash
-from spilld.daemon.errors import BudgetError, ConfigError, DeviceUnusable
-from spilld.daemon.model import Model
+from spilld.attention.cubins import kernels
+from spilld.attention.device_tier import has_flash
+from spilld.cuda_ext.device.cuda import CudaDevice
+from spilld.cuda_ext.memory.windows import WindowShape
+from spilld.errors import BudgetError, ConfigError, DeviceUnusable
+from spilld.models.model import Model
 from spilld.offload.record import Element, Format, Layout
 
 from ..cuda_ext.conftest import Emulate, emulate

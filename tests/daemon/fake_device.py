@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from spilld.attention import device_tier
+from spilld.attention.device_cache import SPARE
+from spilld.attention.device_tier import DeviceTier, Tier, window_shape
+from spilld.config.config import Config
 from spilld.cuda_ext.choice import Costs, Rates
 from spilld.cuda_ext.flash import Flash
+from spilld.cuda_ext.memory.windows import WindowShape
 from spilld.cuda_ext.ops import Ops
-from spilld.cuda_ext.window import WindowShape
-from spilld.daemon import device_tier
-from spilld.daemon.config import Config
-from spilld.daemon.device_tier import DeviceTier, Tier, window_shape
-from spilld.daemon.geometry import Geometry
-from spilld.daemon.hot import SPARE
-from spilld.daemon.visibility import highest_block
+from spilld.kv.geometry import Geometry
+from spilld.kv.visibility import highest_block
 from spilld.offload.store import Store
 
 from ..cuda_ext.conftest import Emulate, loader

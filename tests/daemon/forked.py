@@ -15,10 +15,10 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NoReturn
 
-from spilld.daemon import spawn
+from spilld.demo import spawn
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["spilld.daemon.assembly", "transformers.models.llama.modeling_llama"])
+_CONTEXT.set_forkserver_preload(["spilld.assembly", "transformers.models.llama.modeling_llama"])
 
 
 class Forked:
@@ -59,6 +59,6 @@ def _main(arguments: list[str], log: Path, environment: dict[str, str], folder: 
     with log.open("wb") as output, Path(os.devnull).open("rb") as nothing:
         for source, number in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(source.fileno(), number)
-    from spilld.daemon.__main__ import main
+    from spilld.__main__ import main
 
     sys.exit(main(arguments))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["spilld.daemon"]):
-    from spilld.daemon.wire import decode
+with atheris.instrument_imports(include=["spilld"]):
+    from spilld.protocol.wire import decode
 
 from .test_malformed import BODIES, FRAMES, HEADER, check_decode
 

@@ -15,21 +15,30 @@ import pytest
 import torch
 import transformers
 
-from spilld.daemon.assembly import build_engine, use_threads
-from spilld.daemon.config import Config
-from spilld.daemon.device_tier import Tier
-from spilld.daemon.engine import Engine
-from spilld.daemon.generation import NOBODY
-from spilld.daemon.model import Model, load
-from spilld.daemon.plain import greedy_tokens
-from spilld.daemon.protocol import Done, Event, Failed, Generate, Reply, Resume, Token
-from spilld.daemon.spawn import Spawned
-from spilld.daemon.visibility import BLOCK, WINDOW_SLOTS
-from spilld.offload import residency, threads
-from spilld.offload.disk import DiskTier
+from spilld.assembly import build_engine, use_threads
+from spilld.attention.device_tier import Tier
+from spilld.config.config import Config
+from spilld.demo.plain_transformers import greedy_tokens
+from spilld.demo.spawn import Spawned
+from spilld.engine.engine import Engine
+from spilld.engine.request_state import NOBODY
+from spilld.kv.visibility import BLOCK, WINDOW_SLOTS
+from spilld.models.model import Model, load
+from spilld.offload import residency
+from spilld.offload.disk.tier import DiskTier
+from spilld.offload.kernels import threads
 from spilld.offload.record import Element, Format, Layout
 from spilld.offload.residency import Holding, Spill
 from spilld.offload.store import Planner
+from spilld.protocol.messages import (
+    Done,
+    Event,
+    Failed,
+    Generate,
+    Reply,
+    Resume,
+    Token,
+)
 
 from .forked import spawned
 from .tiny_models import VOCAB, build

@@ -8,8 +8,8 @@ from typing import Self
 
 import zmq
 
-from spilld.daemon.protocol import Reply, Request
-from spilld.daemon.wire import decode, encode
+from spilld.protocol.messages import Reply, Request
+from spilld.protocol.wire import decode, encode
 
 
 class Peer:

@@ -6,8 +6,8 @@ import socket
 import struct
 from collections.abc import Sequence
 
-from spilld.daemon.protocol import Request
-from spilld.daemon.wire import encode
+from spilld.protocol.messages import Request
+from spilld.protocol.wire import encode
 
 PING = b"\x04\x07\x04PING\x00\x00"
 

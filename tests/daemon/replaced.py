@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spilld.daemon import digest
+from spilld.models.files import digest
 
 
 def settled(file: Path, contents: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spilld.daemon.attention import TieredAttention
-from spilld.daemon.client import Client
-from spilld.daemon.engine import LIVES
-from spilld.daemon.errors import InternalError, SpilldError
-from spilld.daemon.generation import Generation
-from spilld.daemon.journal import Journal
-from spilld.daemon.keeper import SessionKeeper
-from spilld.daemon.model import Model
-from spilld.daemon.protocol import (
+from spilld.attention.base import TieredAttention
+from spilld.client.client import Client
+from spilld.engine.engine import LIVES
+from spilld.engine.request_state import Generation
+from spilld.engine.session_manager import SessionKeeper
+from spilld.errors import InternalError, SpilldError
+from spilld.kv.batch import Call
+from spilld.models.model import Model
+from spilld.offload.store import Store
+from spilld.protocol.messages import (
     ChangeSession,
     Done,
     Failed,
@@ -32,12 +33,11 @@ from spilld.daemon.protocol import (
     Sessions,
     Token,
 )
-from spilld.daemon.sampler import Sampler
-from spilld.daemon.sequences import Sequences
-from spilld.daemon.sessions import SessionBook
-from spilld.daemon.slices import Call
-from spilld.daemon.text import Detokenizer, Tokenizer
-from spilld.offload.store import Store
+from spilld.runner.sampler import Sampler
+from spilld.runner.sequence_manager import Sequences
+from spilld.sessions.journal import Journal
+from spilld.sessions.store import SessionBook
+from spilld.tokenizer.tokenizer import Detokenizer, Tokenizer
 
 from .harness import Harness, daemon, engine, said, shared, some_tokens
 from .test_service import CLIENT, Desk, desk
@@ -399,7 +399,7 @@ def test_sessions_that_cannot_be_tended_stop_nobody(
     model: Model, alone: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A state folder that is full, every second."""
-    monkeypatch.setattr("spilld.daemon.engine.TICK_S", 0.0)
+    monkeypatch.setattr("spilld.engine.engine.TICK_S", 0.0)
 
     def full(*_: object) -> None:
         raise OSError(28, "no space left on device")

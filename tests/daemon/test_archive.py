@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spilld.daemon.errors import (
+from spilld.errors import (
     ContextNotFound,
     CorruptArchive,
     Draining,
@@ -25,8 +25,13 @@ from spilld.daemon.errors import (
     PromptTooLong,
     TransferNotFound,
 )
-from spilld.daemon.model import Model
-from spilld.daemon.protocol import (
+from spilld.kv.visibility import BLOCK
+from spilld.models.model import Model
+from spilld.offload.disk.tier import DiskTier
+from spilld.offload.errors import WriteFailed
+from spilld.offload.maintenance.check import check
+from spilld.offload.prefix_cache.block_hash import chain, root
+from spilld.protocol.messages import (
     PIECE_BYTES,
     ChangeSession,
     CloseTransfer,
@@ -44,11 +49,6 @@ from spilld.daemon.protocol import (
     TransferRequest,
     WriteTransfer,
 )
-from spilld.daemon.visibility import BLOCK
-from spilld.offload.chain import chain, root
-from spilld.offload.check import check
-from spilld.offload.disk import DiskTier
-from spilld.offload.errors import WriteFailed
 
 from .harness import Harness, disk_tier, engine, shared, smallest_host_budget, some_tokens, window_bytes
 
@@ -548,11 +548,11 @@ class TestTransfers:
                     request(harness, message)
 
     def test_what_nobody_asks_for_is_over(self, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("spilld.daemon.courier.LOOK_S", 0.0)
+        monkeypatch.setattr("spilld.engine.archive_transfers.LOOK_S", 0.0)
         self.opened(harness, 5)
         harness.engine.turn()
         assert len(leftovers(harness)) == 1
-        monkeypatch.setattr("spilld.daemon.transfers.IDLE_S", 0.0)
+        monkeypatch.setattr("spilld.sessions.transfers.IDLE_S", 0.0)
         give_up = time.monotonic() + PATIENCE_S
         while leftovers(harness):
             assert time.monotonic() < give_up, "it is not over"

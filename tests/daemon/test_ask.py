@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from spilld.daemon.__main__ import main
-from spilld.daemon.protocol import Message, Sampling
+from spilld.__main__ import main
+from spilld.protocol.messages import Message, Sampling
 
 from .conftest import Running
 
@@ -124,7 +124,7 @@ class TestWhatIsAsked:
 
 
 def command(running: Running, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "spilld.daemon", "ask", f"--address={running.address}", *arguments, "Why?"]
+    return [sys.executable, "-m", "spilld", "ask", f"--address={running.address}", *arguments, "Why?"]
 
 
 class TestWhereItGoes:
@@ -233,7 +233,7 @@ def read_all(leader: int) -> bytes:
 def test_who_types_the_question_is_told(running: Running) -> None:
     leader, follower = pty.openpty()
     os.write(leader, b"who\n\4")
-    command = [sys.executable, "-m", "spilld.daemon", "ask", f"--address={running.address}", "--max-tokens=1"]
+    command = [sys.executable, "-m", "spilld", "ask", f"--address={running.address}", "--max-tokens=1"]
     done = subprocess.run(command, stdin=follower, capture_output=True, timeout=30, check=False)
     os.close(follower)
     os.close(leader)

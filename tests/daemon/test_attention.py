@@ -13,21 +13,28 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from spilld.cuda_ext.cpu import CpuWindows, element_view
-from spilld.cuda_ext.window import Windows, WindowShape
-from spilld.daemon.attention import Attention, TieredAttention
-from spilld.daemon.sequence import Sequence
-from spilld.daemon.slices import Call, Slice
-from spilld.daemon.visibility import BLOCK, SINKS, WINDOW_SLOTS, boundary, sealed_by, stored_blocks
-from spilld.offload import reference
-from spilld.offload.cache import RunCache
-from spilld.offload.disk import DiskTier
+from spilld.attention.base import Attention, TieredAttention
+from spilld.cuda_ext.memory.cpu_windows import CpuWindows, element_view
+from spilld.cuda_ext.memory.windows import Windows, WindowShape
+from spilld.kv.batch import Call, Slice
+from spilld.kv.sequence import Sequence
+from spilld.kv.visibility import (
+    BLOCK,
+    SINKS,
+    WINDOW_SLOTS,
+    boundary,
+    sealed_by,
+    stored_blocks,
+)
+from spilld.offload.disk.extent import extent_bytes
+from spilld.offload.disk.prefetch import Prefetcher, Read
+from spilld.offload.disk.tier import DiskTier
+from spilld.offload.disk.writer import Spiller
 from spilld.offload.errors import ExtentCorrupt
-from spilld.offload.extent import extent_bytes
 from spilld.offload.host import HostSlab
-from spilld.offload.prefetch import Prefetcher, Read
+from spilld.offload.kernels.codec import reference
+from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.record import Element, Format, Layout
-from spilld.offload.spill import Spiller
 from spilld.offload.store import DiskPath, Store
 from spilld.offload.system import PAGE, page_aligned
 from spilld.offload.table import RunRef

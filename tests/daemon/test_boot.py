@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from spilld import cuda_ext, daemon, offload
+import spilld
+from spilld import cuda_ext, offload
 
 from .tiny_models import build
 
@@ -103,13 +104,14 @@ def staged(folder: Path) -> None:
     make = ["make", "--no-print-directory", "-C", str(ROOT), "install-files", f"DESTDIR={root}"]
     subprocess.run(make, check=True, capture_output=True)
     packages = venv / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages/spilld"
-    for package in (daemon, offload, cuda_ext):
+    for package, place in ((spilld, "."), (offload, "offload"), (cuda_ext, "cuda_ext")):
         source = Path(str(package.__file__)).parent
-        shutil.copytree(source, packages / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(source, packages / place, ignore=ignored, dirs_exist_ok=True)
     (venv / "bin").mkdir()
     command = venv / "bin/spilld"
     command.write_text(
-        "#!/opt/spilld/bin/python\nfrom spilld.daemon.__main__ import main\nraise SystemExit(main())\n"
+        "#!/opt/spilld/bin/python\nfrom spilld.__main__ import main\nraise SystemExit(main())\n"
     )
     command.chmod(0o755)
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from spilld.daemon.client import Client
-from spilld.daemon.model import Model
-from spilld.daemon.spawn import Spawned
+from spilld.client.client import Client
+from spilld.demo.spawn import Spawned
+from spilld.models.model import Model
 
 from .conftest import Running
 from .harness import daemon, shared
@@ -198,7 +198,7 @@ def test_a_session_that_holds_a_text(served: Spawned) -> None:
 
 def test_input_that_is_not_text(running: Running) -> None:
     running.echo.chat = True
-    command = [sys.executable, "-m", "spilld.daemon", "chat", f"--address={running.address}"]
+    command = [sys.executable, "-m", "spilld", "chat", f"--address={running.address}"]
     done = subprocess.run(command, input=b"caf\xe9\n", capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (1, b"spilld: standard input is not UTF-8\n")
 

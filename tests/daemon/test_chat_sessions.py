@@ -9,10 +9,18 @@ from typing import Any
 
 import pytest
 
-from spilld.daemon.errors import ForeignSession, InvalidRequest
-from spilld.daemon.model import Model
-from spilld.daemon.protocol import Accepted, ChangeSession, Generate, ListSessions, Message, Sessions, Token
-from spilld.daemon.sessions import Session
+from spilld.errors import ForeignSession, InvalidRequest
+from spilld.models.model import Model
+from spilld.protocol.messages import (
+    Accepted,
+    ChangeSession,
+    Generate,
+    ListSessions,
+    Message,
+    Sessions,
+    Token,
+)
+from spilld.sessions.store import Session
 
 from .harness import Harness, engine, said, shared, some_tokens
 
@@ -312,7 +320,7 @@ class TestAnotherModel:
 
     def test_the_same_model_in_another_dtype(self, model: Model, tmp_path: Path) -> None:
         """Its KV is computed anew, its tokens mean the same."""
-        from spilld.daemon.model import load
+        from spilld.models.model import load
 
         half = load(model.folder, "bfloat16", cache=model.folder / "cache")
         assert half.fingerprint != model.fingerprint
@@ -361,7 +369,7 @@ class TestFullDisk:
     def test_saved_once_there_is_room(
         self, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("spilld.daemon.engine.TICK_S", 0.0)
+        monkeypatch.setattr("spilld.engine.engine.TICK_S", 0.0)
         with engine(model, tmp_path, keep_state=True) as harness:
             self.fill(harness)
             say(harness, [LONG], session="new")

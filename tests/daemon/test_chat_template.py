@@ -13,11 +13,16 @@ from typing import Any
 import pytest
 import transformers
 
-from spilld.daemon.chat_template import ChatTemplate
-from spilld.daemon.errors import Draining, InvalidRequest, PromptTooLong, SpilldError
-from spilld.daemon.protocol import Message
-from spilld.daemon.renderer import MEMORY_BYTES, Renderer
-from spilld.daemon.text import Tokenizer
+from spilld.errors import (
+    Draining,
+    InvalidRequest,
+    PromptTooLong,
+    SpilldError,
+)
+from spilld.protocol.messages import Message
+from spilld.tokenizer.chat_template import ChatTemplate
+from spilld.tokenizer.template_process import MEMORY_BYTES, Renderer
+from spilld.tokenizer.tokenizer import Tokenizer
 
 from .tiny_models import CHAT_TEMPLATE, SPECIAL, byte_level
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from spilld.daemon.__main__ import main
-from spilld.daemon.model import Model
+from spilld.__main__ import main
+from spilld.models.model import Model
 
 from .harness import engine, shared, some_tokens
 

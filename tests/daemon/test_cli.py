@@ -21,10 +21,10 @@ from typing import Any
 
 import pytest
 
-from spilld.daemon.__main__ import main, make_parser
-from spilld.daemon.client import Client
-from spilld.daemon.model import Model
-from spilld.daemon.spawn import Spawned, spawned
+from spilld.__main__ import main, make_parser
+from spilld.client.client import Client
+from spilld.demo.spawn import Spawned, spawned
+from spilld.models.model import Model
 
 from .harness import daemon, shared
 
@@ -41,7 +41,7 @@ def running(model: Model) -> Iterator[Spawned]:
 
 
 def spilld(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "spilld.daemon", *map(str, arguments)]
+    command = [sys.executable, "-m", "spilld", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
 
 
@@ -67,7 +67,7 @@ class TestServeThatCannotStart:
     @pytest.fixture(autouse=True)
     def _environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # serve would set it for good
-        monkeypatch.setattr("spilld.daemon.logs.set_up", lambda *_: None)
+        monkeypatch.setattr("spilld.monitoring.logs.set_up", lambda *_: None)
 
     @pytest.mark.parametrize(
         ("option", "words"),
@@ -194,7 +194,7 @@ def test_commands_without_a_home_or_a_name(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     homeless(monkeypatch)
-    monkeypatch.setattr("spilld.daemon.logs.set_up", lambda *_: None)
+    monkeypatch.setattr("spilld.monitoring.logs.set_up", lambda *_: None)
     assert main([command]) == 1
     said = capsys.readouterr().err
     assert said.startswith("spilld: your home directory is not known; set HOME, or XDG_")
@@ -265,7 +265,7 @@ def test_top_once(running: Spawned, model: Model) -> None:
 IN_THE_FOREGROUND = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from spilld.daemon.__main__ import main, make_parser
+from spilld.__main__ import main, make_parser
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -298,7 +298,7 @@ def test_top_of_nothing(running: Spawned) -> None:
 def test_ask_waits_for_a_daemon_that_starts(model: Model, tmp_path: Path) -> None:
     text, address = tmp_path / "text", f"ipc://{tmp_path}/socket"
     text.write_text("A short text.")
-    command = [sys.executable, "-m", "spilld.daemon", "ask", "--wait=60", f"--address={address}"]
+    command = [sys.executable, "-m", "spilld", "ask", "--wait=60", f"--address={address}"]
     command += ["--max-tokens=8", str(text), "What is it?"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as asking:
         assert asking.stderr is not None

@@ -19,11 +19,19 @@ import msgpack
 import pytest
 import zmq
 
-from spilld.daemon import calls, link, listener
-from spilld.daemon import client as client_module
-from spilld.daemon.calls import ACKNOWLEDGED, AHEAD
-from spilld.daemon.client import Accepted, AsyncClient, Client, Done, Message, SessionInfo, Token
-from spilld.daemon.errors import (
+from spilld.client import calls, dealer
+from spilld.client import client as client_module
+from spilld.client.calls import ACKNOWLEDGED, AHEAD
+from spilld.client.client import (
+    Accepted,
+    AsyncClient,
+    Client,
+    Done,
+    Message,
+    SessionInfo,
+    Token,
+)
+from spilld.errors import (
     Cancelled,
     ConfigError,
     ContextNotFound,
@@ -36,8 +44,9 @@ from spilld.daemon.errors import (
     Unreachable,
     WrongVersion,
 )
-from spilld.daemon.protocol import Failed, Generate, Released
-from spilld.daemon.wire import decode, encode
+from spilld.protocol.messages import Failed, Generate, Released
+from spilld.protocol.wire import decode, encode
+from spilld.transport import listener
 
 from .peer import until
 
@@ -349,8 +358,8 @@ def test_a_daemon_that_is_stopped_is_missed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
     """It holds its connections and answers nothing, as does a machine that has lost its power."""
-    monkeypatch.setattr(link, "HEARTBEAT_MS", 100)
-    monkeypatch.setattr(link, "SILENT_MS", 500)
+    monkeypatch.setattr(dealer, "HEARTBEAT_MS", 100)
+    monkeypatch.setattr(dealer, "SILENT_MS", 500)
     address = f"ipc://{tmp_path}/s" if transport == "ipc" else f"tcp://127.0.0.1:{free_port()}"
     conftest = Path(__file__).with_name("conftest.py")
     with subprocess.Popen([sys.executable, str(conftest), address, "9", "0.01"]) as daemon:
@@ -367,7 +376,7 @@ def test_a_daemon_that_is_stopped_is_missed(
 
 STOPS = """
 import os, signal, sys
-from spilld.daemon.client import Client
+from spilld.client.client import Client
 with Client(sys.argv[1], connect_timeout=20) as client:
     generation = client.generate("a", max_tokens=10**6)  # dropped, it would be cancelled
     next(generation)
@@ -459,7 +468,7 @@ def test_a_closed_client(running: Running) -> None:
 def test_an_unclosed_client_does_not_hang_the_exit(running: Running) -> None:
     running.echo.pace_s = 0.01
     script = (
-        "import sys; from spilld.daemon.client import Client; client = Client(sys.argv[1]);"
+        "import sys; from spilld.client.client import Client; client = Client(sys.argv[1]);"
         "generation = client.generate('a', max_tokens=10**6); next(generation)"
     )
     began = time.monotonic()

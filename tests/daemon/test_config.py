@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from spilld.daemon.__main__ import main
-from spilld.daemon.address import check_address, default_address
-from spilld.daemon.config import Config
-from spilld.daemon.errors import ConfigError
-from spilld.daemon.keyring import default_folder
-from spilld.daemon.settings import given
+from spilld.__main__ import main
+from spilld.auth.keyring import default_folder
+from spilld.config.config import Config
+from spilld.config.settings import given
+from spilld.errors import ConfigError
+from spilld.protocol.address import check_address, default_address
 
 EXAMPLE = Path(__file__).parents[2] / "systemd" / "spilld.toml"
 

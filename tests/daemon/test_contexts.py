@@ -8,9 +8,20 @@ from typing import Any
 
 import pytest
 
-from spilld.daemon.errors import Cancelled, ContextNotFound, DeadlineExceeded, InvalidRequest
-from spilld.daemon.model import Model
-from spilld.daemon.protocol import Accepted, Done, Failed, Release, Released
+from spilld.errors import (
+    Cancelled,
+    ContextNotFound,
+    DeadlineExceeded,
+    InvalidRequest,
+)
+from spilld.models.model import Model
+from spilld.protocol.messages import (
+    Accepted,
+    Done,
+    Failed,
+    Release,
+    Released,
+)
 
 from .harness import Harness, column_bytes, engine, said, shared, some_tokens, window_bytes
 
@@ -114,7 +125,7 @@ class TestHandles:
             assert again == harness.ask(PROMPT[:9], context=keep(harness), **FIELDS)
 
     def test_expired(self, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("spilld.daemon.engine.TICK_S", 0.0)
+        monkeypatch.setattr("spilld.engine.engine.TICK_S", 0.0)
         with engine(model, tmp_path / "s", context_ttl_s=0.2) as harness:
             context = keep(harness)
             harness.add("a", PROMPT[:5], context=context, **FIELDS)

@@ -20,16 +20,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import modeling_gguf_pytorch_utils
 
-from spilld.daemon import convert
-from spilld.daemon import digest as digests
-from spilld.daemon.catalog import resolve
-from spilld.daemon.digest import digest
-from spilld.daemon.errors import ConfigError, CorruptModel, ModelError, UnknownModel, UnsupportedModel
-from spilld.daemon.gguf_header import read_header
-from spilld.daemon.gguf_reader import counted, parsed_once
-from spilld.daemon.model import load
-from spilld.daemon.packaged import PACKAGED
-from spilld.daemon.text import Tokenizer
+from spilld.config.named_models import PACKAGED
+from spilld.errors import (
+    ConfigError,
+    CorruptModel,
+    ModelError,
+    UnknownModel,
+    UnsupportedModel,
+)
+from spilld.models import convert
+from spilld.models.catalog import resolve
+from spilld.models.files import digest as digests
+from spilld.models.files.digest import digest
+from spilld.models.gguf.header import read_header
+from spilld.models.gguf.reader import counted, parsed_once
+from spilld.models.model import load
+from spilld.tokenizer.tokenizer import Tokenizer
 
 from .replaced import overwrite, replace, settled
 from .tiny_gguf import add
@@ -252,7 +258,7 @@ class TestGguf:
 
     def test_reading_tells_how_far_it_is(self, smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """As transformers' loop over the tensors does it."""
-        monkeypatch.setattr("spilld.daemon.gguf_reader.TELL_S", 0.0)
+        monkeypatch.setattr("spilld.models.gguf.reader.TELL_S", 0.0)
         told: list[str] = []
         with counted(told.append):
             tensors = gguf.GGUFReader(smollm2_gguf).tensors

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from spilld.attention.costs import measure
 from spilld.cuda_ext.flash import Flash
+from spilld.cuda_ext.memory.windows import WindowShape
 from spilld.cuda_ext.ops import Ops
-from spilld.cuda_ext.window import WindowShape
-from spilld.daemon.costs import measure
-from spilld.offload.partial import Partial
+from spilld.offload.kernels.attention.partial import Partial
 from spilld.offload.record import Element, Format, Layout
 
 from ..cuda_ext.conftest import Emulate, emulate, loader

@@ -8,8 +8,20 @@ import random
 import pytest
 from zmq.utils import z85
 
-from spilld.daemon.curve import SEALED_COMMAND, Box, Curve, key_pair
-from spilld.daemon.zmtp import COMMAND, MORE, Broken, command, metadata, parse_command
+from spilld.transport.curve import (
+    SEALED_COMMAND,
+    Box,
+    Curve,
+    key_pair,
+)
+from spilld.transport.zmtp import (
+    COMMAND,
+    MORE,
+    Broken,
+    command,
+    metadata,
+    parse_command,
+)
 
 SERVER, OTHER_SERVER = key_pair(), key_pair()
 CLIENT = key_pair()

@@ -8,8 +8,8 @@ from itertools import accumulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spilld.daemon.cut import LOOK_BACK, cut
-from spilld.daemon.text import Detokenizer, Tokenizer
+from spilld.tokenizer.cut import LOOK_BACK, cut
+from spilld.tokenizer.tokenizer import Detokenizer, Tokenizer
 
 from .tiny_models import SPECIAL, VOCAB
 

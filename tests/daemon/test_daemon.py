@@ -15,8 +15,15 @@ from typing import Any
 import pytest
 import zmq
 
-from spilld.daemon.client import AsyncClient, Client, Done, Token
-from spilld.daemon.errors import (
+from spilld.auth.keyring import make_client, make_server
+from spilld.client.client import (
+    AsyncClient,
+    Client,
+    Done,
+    Token,
+)
+from spilld.demo.spawn import Spawned
+from spilld.errors import (
     AccessDenied,
     ContextNotFound,
     DeadlineExceeded,
@@ -27,9 +34,7 @@ from spilld.daemon.errors import (
     PromptTooLong,
     Unreachable,
 )
-from spilld.daemon.keyring import make_client, make_server
-from spilld.daemon.model import Model
-from spilld.daemon.spawn import Spawned
+from spilld.models.model import Model
 
 from .forked import spawned
 from .harness import column_bytes, daemon, engine, shared, some_tokens, window_bytes
@@ -199,7 +204,7 @@ def test_a_killed_client_disturbs_nobody_and_its_request_ends(
     client: Client, running: Spawned, expected: list[int]
 ) -> None:
     program = (
-        "import sys; from spilld.daemon.client import Client, Token\n"
+        "import sys; from spilld.client.client import Client, Token\n"
         "for event in Client(sys.argv[1]).generate('hello', max_tokens=2500, ignore_eos=True):\n"
         "    if isinstance(event, Token): print('token', flush=True)\n"
     )

@@ -10,14 +10,26 @@ import numpy as np
 import pytest
 import torch
 
-from spilld.daemon.decoder import Decoder
-from spilld.daemon.errors import CorruptModel, UnsupportedModel
-from spilld.daemon.folder import FAMILIES as SERVED
-from spilld.daemon.model import Model, load
-from spilld.daemon.packable import check_packable
-from spilld.daemon.packed import Form, Packed, quantise, stack, unpack
-from spilld.daemon.packing import WEIGHTS, matrices, pack_module, packed_file, read
-from spilld.daemon.slices import Slice
+from spilld.errors import CorruptModel, UnsupportedModel
+from spilld.kv.batch import Slice
+from spilld.models.files.folder import FAMILIES as SERVED
+from spilld.models.model import Model, load
+from spilld.models.packed.packable import check_packable
+from spilld.models.packed.packing import (
+    WEIGHTS,
+    matrices,
+    pack_module,
+    packed_file,
+    read,
+)
+from spilld.offload.kernels.linear.packed import (
+    Form,
+    Packed,
+    quantise,
+    stack,
+    unpack,
+)
+from spilld.runner.decoder import Decoder
 
 from .harness import engine, greedy, reference, some_tokens
 from .tiny_models import FAMILIES, STRANGERS, build

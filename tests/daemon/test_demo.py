@@ -17,7 +17,7 @@ import pytest
 @pytest.mark.timeout(600)
 def test_the_main_job(smollm2_bfloat16: Path) -> None:
     assert smollm2_bfloat16.is_dir(), "converted before the clock runs"
-    command = [sys.executable, "-m", "spilld.daemon", "demo", "--json"]
+    command = [sys.executable, "-m", "spilld", "demo", "--json"]
     shown = subprocess.run(command, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr[-2000:]
     outcome = json.loads(shown.stdout.splitlines()[-1])

@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from spilld.daemon.client import Client
-from spilld.daemon.errors import AccessDenied
-from spilld.daemon.protocol import Done, Generate, Hello, Welcome
+from spilld.client.client import Client
+from spilld.errors import AccessDenied
+from spilld.protocol.messages import (
+    Done,
+    Generate,
+    Hello,
+    Welcome,
+)
 
 from .peer import Peer
 from .raw import connected, zmtp
@@ -26,7 +31,7 @@ if TYPE_CHECKING:
 LIMITED = """
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200))
-from spilld.daemon.descriptors import connections, raise_limit
+from spilld.transport.descriptors import connections, raise_limit
 raise_limit()
 print(resource.getrlimit(resource.RLIMIT_NOFILE), connections(1000), connections(50))
 """

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from spilld.attention.base import Attention
+from spilld.attention.gpu import DeviceAttention
+from spilld.cuda_ext.device.tensors import gpu_errors
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
-from spilld.cuda_ext.landing import Landing
-from spilld.cuda_ext.tensors import gpu_errors
-from spilld.cuda_ext.window import Windows, WindowShape
-from spilld.daemon.attention import Attention
-from spilld.daemon.device_attention import DeviceAttention
-from spilld.daemon.slices import Call
+from spilld.cuda_ext.memory.staging import Landing
+from spilld.cuda_ext.memory.windows import Windows, WindowShape
+from spilld.kv.batch import Call
 from spilld.offload.record import Element, Format
 from spilld.offload.store import Store
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from spilld.daemon import assembly
-from spilld.daemon.assembly import build_engine, welcome
-from spilld.daemon.config import Config
-from spilld.daemon.model import Model, load
-from spilld.daemon.protocol import Generate, Reply
-from spilld.daemon.service import EngineService
-from spilld.daemon.visibility import CELL
+from spilld import assembly
+from spilld.assembly import build_engine, welcome
+from spilld.config.config import Config
+from spilld.engine.service import EngineService
+from spilld.kv.visibility import CELL
+from spilld.models.model import Model, load
+from spilld.protocol.messages import Generate, Reply
 
 from ..cuda_ext.conftest import Emulate, emulate
 from ..cuda_ext.driver.process import run_tests

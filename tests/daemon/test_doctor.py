@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from spilld.cuda_ext.build import DriverMissing, DriverTooOld
-from spilld.cuda_ext.cpu_device import CpuDevice
+from spilld.__main__ import main
+from spilld.cli import doctor
+from spilld.cuda_ext.compile.build import DriverMissing, DriverTooOld
+from spilld.cuda_ext.device.cpu import CpuDevice
 from spilld.cuda_ext.errors import OutOfMemory
-from spilld.daemon import doctor
-from spilld.daemon.__main__ import main
 
 
 @pytest.fixture(autouse=True)

@@ -10,14 +10,25 @@ from typing import Any
 import pytest
 import torch
 
-from spilld.daemon.assembly import build_engine
-from spilld.daemon.config import Config, Size
-from spilld.daemon.engine import Engine
-from spilld.daemon.errors import BudgetError, InvalidRequest, PromptTooLong, StateFolderError
-from spilld.daemon.model import Model
-from spilld.daemon.protocol import Accepted, Done, Progress, Sampling, Token
-from spilld.daemon.visibility import BLOCK, boundary, sealed_by
+from spilld.assembly import build_engine
+from spilld.config.config import Config, Size
+from spilld.engine.engine import Engine
+from spilld.errors import (
+    BudgetError,
+    InvalidRequest,
+    PromptTooLong,
+    StateFolderError,
+)
+from spilld.kv.visibility import BLOCK, boundary, sealed_by
+from spilld.models.model import Model
 from spilld.offload import residency
+from spilld.protocol.messages import (
+    Accepted,
+    Done,
+    Progress,
+    Sampling,
+    Token,
+)
 
 from .harness import (
     Harness,

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from spilld.cuda_ext.cpu_device import CpuDevice
+from spilld.attention.base import TieredAttention
+from spilld.cuda_ext.device.cpu import CpuDevice
 from spilld.cuda_ext.errors import OutOfMemory
-from spilld.daemon.attention import TieredAttention
-from spilld.daemon.errors import PromptTooLong, StorageFailed
-from spilld.daemon.model import Model
-from spilld.daemon.protocol import Failed, PromptLogprob
+from spilld.errors import PromptTooLong, StorageFailed
+from spilld.models.model import Model
 from spilld.offload.errors import ExtentMissing
 from spilld.offload.system import SystemCalls
+from spilld.protocol.messages import Failed, PromptLogprob
 
 from ..offload.faults import error
 from .harness import (

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from spilld.daemon.model import load
-from spilld.daemon.protocol import PromptLogprob
-from spilld.daemon.rope import fix_rope
+from spilld.models.model import load
+from spilld.models.rope import fix_rope
+from spilld.protocol.messages import PromptLogprob
 
 from .harness import column_bytes, engine, greedy, load_tiny, random_split, reference, some_tokens
 from .tiny_models import FAMILIES, LONGROPE_ORIGINAL, VOCAB, build

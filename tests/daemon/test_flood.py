@@ -14,9 +14,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from spilld.daemon.connection import LONGEST, READ_BYTES
-from spilld.daemon.protocol import Cancel, Failed, Hello, Stats, Welcome
-from spilld.daemon.router import IN_BYTES
+from spilld.protocol.messages import (
+    Cancel,
+    Failed,
+    Hello,
+    Stats,
+    Welcome,
+)
+from spilld.transport.connection import LONGEST, READ_BYTES
+from spilld.transport.router import IN_BYTES
 
 from .peer import Peer
 from .raw import PING, frame, greeting, message, ready, received, said, zmtp

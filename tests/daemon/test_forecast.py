@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from spilld.daemon.forecast import GUESSES, STEPS, Forecast
-from spilld.daemon.visibility import stored_blocks
+from spilld.kv.visibility import stored_blocks
+from spilld.scheduler.latency import GUESSES, STEPS, Forecast
 
 LAYERS, RECORD, HOST = 30, 23104, 40_000_000
 BASE, ROW, HOST_S, DISK_S = 0.012, 0.003, 0.15e-9, 1.2e-9

@@ -12,13 +12,13 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from spilld.daemon import digest
-from spilld.daemon.catalog import resolve
-from spilld.daemon.convert import convert
-from spilld.daemon.errors import CorruptModel, ModelError, UnsupportedModel
-from spilld.daemon.gguf_header import read_header
-from spilld.daemon.gguf_metadata import check_header
-from spilld.daemon.model import load
+from spilld.errors import CorruptModel, ModelError, UnsupportedModel
+from spilld.models.catalog import resolve
+from spilld.models.convert import convert
+from spilld.models.files import digest
+from spilld.models.gguf.header import read_header
+from spilld.models.gguf.metadata import check_header
+from spilld.models.model import load
 
 from .harness import reference
 from .replaced import replace

@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from spilld.daemon import digest, model
-from spilld.daemon.errors import CorruptModel
-from spilld.daemon.model import Model, identify, load, load_module, resolve
+from spilld.errors import CorruptModel
+from spilld.models import model
+from spilld.models.files import digest
+from spilld.models.model import (
+    Model,
+    identify,
+    load,
+    load_module,
+    resolve,
+)
 
 from .harness import engine, greedy, reference, some_tokens
 from .replaced import overwrite, replace

@@ -8,9 +8,9 @@ from functools import partial
 
 import pytest
 
-from spilld.daemon.errors import InvalidRequest
-from spilld.daemon.intake import LONG, Intake, lane
-from spilld.daemon.protocol import Generate, Message, Prompt
+from spilld.errors import InvalidRequest
+from spilld.protocol.messages import Generate, Message, Prompt
+from spilld.tokenizer.intake import LONG, Intake, lane
 
 A, B = b"a", b"b"
 LONG_TEXT = "x" * LONG

@@ -8,24 +8,23 @@ from pathlib import Path
 
 import pytest
 
-import spilld.offload
-from spilld.daemon import kernels
-from spilld.daemon.errors import ConfigError, InternalError
+from spilld.errors import ConfigError, InternalError
 from spilld.offload.record import Element, Format, Layout
+from spilld.runner import prepare_kernels
 
 LAYOUT = Layout(Format.EXACT, Element.FLOAT32, 1, 64)
 
 
 def test_child_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
-    kernels.prepare(LAYOUT, 2, tmp_path, packed=True, tell=lambda *parts: told.append(parts))
+    prepare_kernels.prepare(LAYOUT, 2, tmp_path, packed=True, tell=lambda *parts: told.append(parts))
     assert told == [(done, 9) for done in range(10)]
     (note,) = (tmp_path / "kernels").iterdir()
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    kernels.prepare(LAYOUT, 2, tmp_path, packed=True, tell=lambda *parts: told.append(parts))
+    prepare_kernels.prepare(LAYOUT, 2, tmp_path, packed=True, tell=lambda *parts: told.append(parts))
     assert len(told) == 10, "there is nothing to tell of"
     with pytest.raises(InternalError, match="cannot be compiled"):
-        kernels.prepare(LAYOUT, 3, tmp_path, packed=True)
+        prepare_kernels.prepare(LAYOUT, 3, tmp_path, packed=True)
     assert list((tmp_path / "kernels").iterdir()) == [note], "a failure is tried again"
 
 
@@ -39,16 +38,16 @@ def test_changed_sources_are_compiled_again(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(subprocess, "run", run)
     source = tmp_path / "kernel.py"
     source.write_text("")
-    monkeypatch.setattr(spilld.offload, "__file__", str(source))
+    monkeypatch.setattr(prepare_kernels, "FOLDERS", (tmp_path,))
     for text in ("", "changed"):
-        kernels.prepare(LAYOUT, 2, tmp_path, packed=False)
-        kernels.prepare(LAYOUT, 2, tmp_path, packed=False)
+        prepare_kernels.prepare(LAYOUT, 2, tmp_path, packed=False)
+        prepare_kernels.prepare(LAYOUT, 2, tmp_path, packed=False)
         source.write_text(text + "x")
-        kernels.prepare(LAYOUT, 2, tmp_path, packed=False)
+        prepare_kernels.prepare(LAYOUT, 2, tmp_path, packed=False)
     assert len(runs) == 3
 
 
 def test_unwritable_cache_is_a_typed_error(tmp_path: Path) -> None:
     (tmp_path / "kernels").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
-        kernels.prepare(LAYOUT, 2, tmp_path, packed=False)
+        prepare_kernels.prepare(LAYOUT, 2, tmp_path, packed=False)

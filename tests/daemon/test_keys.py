@@ -15,15 +15,26 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 
-from spilld.daemon import connection, keyring, router
-from spilld.daemon.__main__ import main
-from spilld.daemon.client import AsyncClient, Client
-from spilld.daemon.errors import AccessDenied, ConfigError, SpilldError, Unreachable
-from spilld.daemon.fields import readers
-from spilld.daemon.guests import Guests, load
-from spilld.daemon.keyring import CLIENTS, SERVER, default_folder, make_client, make_server
-from spilld.daemon.keys import ClientKey, ServerKey
-from spilld.daemon.protocol import (
+from spilld.__main__ import main
+from spilld.auth import keyring
+from spilld.auth.clients import Guests, load
+from spilld.auth.keyring import (
+    CLIENTS,
+    SERVER,
+    default_folder,
+    make_client,
+    make_server,
+)
+from spilld.auth.keys import ClientKey, ServerKey
+from spilld.client.client import AsyncClient, Client
+from spilld.errors import (
+    AccessDenied,
+    ConfigError,
+    SpilldError,
+    Unreachable,
+)
+from spilld.fields import readers
+from spilld.protocol.messages import (
     TYPES,
     Accepted,
     Acknowledge,
@@ -46,7 +57,8 @@ from spilld.daemon.protocol import (
     Token,
     Welcome,
 )
-from spilld.daemon.server import Server
+from spilld.server.server import Server
+from spilld.transport import connection, router
 
 from .peer import Peer, until
 

@@ -13,11 +13,18 @@ from typing import Any
 
 import pytest
 
-from spilld.daemon.__main__ import main
-from spilld.daemon.client import Accepted, Client, Event, Generation, Progress, Token
-from spilld.daemon.errors import RequestNotFound, Unreachable
-from spilld.daemon.model import Model
-from spilld.daemon.spawn import Spawned
+from spilld.__main__ import main
+from spilld.client.client import (
+    Accepted,
+    Client,
+    Event,
+    Generation,
+    Progress,
+    Token,
+)
+from spilld.demo.spawn import Spawned
+from spilld.errors import RequestNotFound, Unreachable
+from spilld.models.model import Model
 
 from .forked import spawned
 from .harness import column_bytes, engine, shared, some_tokens, window_bytes

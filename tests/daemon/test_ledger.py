@@ -6,8 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spilld.daemon.ledger import WEIGHTS, Flow, Ledger, shares
-from spilld.daemon.protocol import PRIORITIES
+from spilld.protocol.messages import PRIORITIES
+from spilld.scheduler.fair_share import (
+    WEIGHTS,
+    Flow,
+    Ledger,
+    shares,
+)
 
 A, B, C = Flow("a"), Flow("b"), Flow("c")
 

@@ -22,9 +22,9 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from spilld.daemon.client import Client
-from spilld.daemon.model import Model
-from spilld.daemon.spawn import Spawned
+from spilld.client.client import Client
+from spilld.demo.spawn import Spawned
+from spilld.models.model import Model
 
 from .harness import daemon, shared
 
@@ -33,7 +33,7 @@ SOURCES = ("pyproject.toml", "README.md", "LICENSE", "daemon", "offload", "cuda_
 QUIETLY = ("--disable-pip-version-check", "--no-index", "-q")
 TALK = """
 import importlib.util, json, sys
-from spilld.daemon.client import Client, Token
+from spilld.client.client import Client, Token
 
 with Client(sys.argv[1]) as client:
     generation = client.generate("Once upon a time", max_tokens=12, ignore_eos=True)
@@ -116,6 +116,15 @@ def light(tmp_path_factory: pytest.TempPathFactory) -> Light:
         copy(needed, site)
     pip("--python", venv / "bin/python", "install", *QUIETLY, "--no-compile", wheel)
     return Light(venv)
+
+
+def test_the_wheel_holds_every_module(light: Light) -> None:
+    """An editable install finds a room that pyproject.toml does not name; a wheel does not."""
+    (installed,) = light.folder.glob("lib/python*/site-packages/spilld")
+    for top, place in (("daemon", "."), ("offload", "offload"), ("cuda_ext", "cuda_ext")):
+        for path in (ROOT / top).rglob("*"):
+            if path.suffix in (".py", ".md", ".cu", ".cuh", ".typed") and "__pycache__" not in path.parts:
+                assert (installed / place / path.relative_to(ROOT / top)).is_file(), path
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from spilld.daemon.client import Client, Done
-from spilld.daemon.errors import Overloaded
-from spilld.daemon.keyring import CLIENTS, make_client, make_server
-from spilld.daemon.protocol import (
+from spilld.auth.keyring import CLIENTS, make_client, make_server
+from spilld.client.client import Client, Done
+from spilld.errors import Overloaded
+from spilld.protocol.messages import (
     Accepted,
     Cancel,
     ChangeSession,

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spilld.daemon.linear import FEW, SCRATCH_BYTES, WideLinear, wide_bytes, widen
+from spilld.models.wide_linear import (
+    FEW,
+    SCRATCH_BYTES,
+    WideLinear,
+    wide_bytes,
+    widen,
+)
 
 
 @pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 70])

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from spilld.daemon import logs
-from spilld.daemon.__main__ import main
-from spilld.daemon.child import lines_to
-from spilld.daemon.client import Client
-from spilld.daemon.model import Model
-from spilld.daemon.notify import Notifier
-from spilld.daemon.server import Server
-from spilld.daemon.startup import Startup, next_command
+from spilld.__main__ import main
+from spilld.client.client import Client
+from spilld.models.child_output import lines_to
+from spilld.models.model import Model
+from spilld.monitoring import logs
+from spilld.monitoring.sd_notify import Notifier
+from spilld.monitoring.startup import Startup, next_command
+from spilld.server.server import Server
 
 from .forked import spawned
 from .harness import shared
@@ -85,7 +85,7 @@ def test_json_has_errors_and_exceptions_too(
     places = (f"--state={tmp_path}/state", f"--cache={tmp_path}/cache", f"--listen=ipc://{tmp_path}/s")
     assert main(["serve", f"--config={config}", "--model=gpt-17", *places]) == 1
     last = json.loads(capsys.readouterr().err.splitlines()[-1])
-    assert (last["level"], last["logger"]) == ("critical", "spilld.daemon.commands.serve")
+    assert (last["level"], last["logger"]) == ("critical", "spilld.cli.commands.serve")
     assert last["message"].startswith("there is no model 'gpt-17'")
     assert main(["serve", "--log-format=json", "--host-budget=many", *places]) == 1
     assert "host_budget is 'many'" in json.loads(capsys.readouterr().err)["message"]
@@ -136,10 +136,10 @@ def test_libraries_do_not_chatter_in_it(
         monkeypatch.setattr(logger, "handlers", [])
         monkeypatch.setattr(logger, "level", logging.NOTSET)
     theirs.info("FakeTensor cache stats:")
-    logging.getLogger("spilld.daemon.here").debug("loaded")
+    logging.getLogger("spilld.here").debug("loaded")
     theirs.warning("out of date")
     assert capsys.readouterr().err == (
-        "DEBUG spilld.daemon.here: loaded\nWARNING torch._subclasses.fake_tensor: out of date\n"
+        "DEBUG spilld.here: loaded\nWARNING torch._subclasses.fake_tensor: out of date\n"
     )
 
 

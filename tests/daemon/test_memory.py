@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.daemon import engine as engine_module
-from spilld.daemon.memory import MemoryWatch, available_bytes
-from spilld.daemon.model import Model
+from spilld.engine import engine as engine_module
+from spilld.models.model import Model
+from spilld.monitoring.memory import MemoryWatch, available_bytes
 from spilld.offload.host import HostSlab
 
 from .harness import Harness, engine, said, shared, smallest_host_budget, some_tokens

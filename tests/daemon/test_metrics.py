@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from spilld.daemon import metrics as metrics_module
-from spilld.daemon.client import Client, Token
-from spilld.daemon.errors import ConfigError, InvalidRequest
-from spilld.daemon.metrics import COUNTERS, GAUGES, Metrics
-from spilld.daemon.model import Model
-from spilld.daemon.spawn import Spawned
+from spilld.client.client import Client, Token
+from spilld.demo.spawn import Spawned
+from spilld.errors import ConfigError, InvalidRequest
+from spilld.models.model import Model
+from spilld.monitoring import metrics as metrics_module
+from spilld.monitoring.metrics import COUNTERS, GAUGES, Metrics
 
 from .harness import column_bytes, daemon, shared, some_tokens, window_bytes
 

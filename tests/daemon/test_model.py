@@ -15,9 +15,19 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from spilld.daemon.errors import ConfigError, CorruptModel, ModelError, UnsupportedModel
-from spilld.daemon.model import Model, load, load_module, resolve
-from spilld.daemon.rope import fix_rope
+from spilld.errors import (
+    ConfigError,
+    CorruptModel,
+    ModelError,
+    UnsupportedModel,
+)
+from spilld.models.model import (
+    Model,
+    load,
+    load_module,
+    resolve,
+)
+from spilld.models.rope import fix_rope
 
 from .tiny_models import END, FAMILIES, LONGROPE_ORIGINAL, VOCAB, build
 

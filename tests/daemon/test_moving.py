@@ -13,18 +13,24 @@ from typing import Any
 
 import pytest
 
-from spilld.daemon.__main__ import main
-from spilld.daemon.client import AsyncClient, Client, Token
-from spilld.daemon.errors import (
+from spilld.__main__ import main
+from spilld.client.client import AsyncClient, Client, Token
+from spilld.demo.spawn import Spawned
+from spilld.errors import (
     ContextNotFound,
     CorruptArchive,
     InvalidRequest,
     TransferNotFound,
     Unreachable,
 )
-from spilld.daemon.model import Model
-from spilld.daemon.protocol import ExportSession, OpenTransfer, ReadTransfer, Transfer, WriteTransfer
-from spilld.daemon.spawn import Spawned
+from spilld.models.model import Model
+from spilld.protocol.messages import (
+    ExportSession,
+    OpenTransfer,
+    ReadTransfer,
+    Transfer,
+    WriteTransfer,
+)
 
 from .forked import spawned
 from .harness import shared, some_tokens

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spilld.daemon.pace import LEAST, Pace
+from spilld.scheduler.prefill_budget import LEAST, Pace
 
 GAP_S = 0.25
 

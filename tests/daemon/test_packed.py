@@ -11,10 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from spilld.daemon.packed import GROUP, LANES, Form, Packed, fits, pack4, pack8, quantise, stack, unpack
-from spilld.daemon.products import multiply
-from spilld.daemon.rows import Inputs, padded, take
-from spilld.offload import threads
+from spilld.offload.kernels import threads
+from spilld.offload.kernels.linear.packed import (
+    GROUP,
+    LANES,
+    Form,
+    Packed,
+    fits,
+    pack4,
+    pack8,
+    quantise,
+    stack,
+    unpack,
+)
+from spilld.offload.kernels.linear.products import multiply
+from spilld.offload.kernels.linear.row_operations import Inputs, padded, take
 
 Floats = NDArray[np.float32]
 

@@ -14,19 +14,19 @@ from typing import Any
 import pytest
 import torch
 
-from spilld.cuda_ext.cpu_device import CpuDevice
+from spilld.assembly import build_engine, load_model, welcome
+from spilld.attention.device_tier import has_flash
+from spilld.cli import doctor
+from spilld.config.config import Config
+from spilld.cuda_ext.device.cpu import CpuDevice
+from spilld.cuda_ext.device.tensors import gpu_errors
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
-from spilld.cuda_ext.tensors import gpu_errors
-from spilld.cuda_ext.window import WindowShape
-from spilld.daemon import doctor
-from spilld.daemon.assembly import build_engine, load_model, welcome
-from spilld.daemon.config import Config
-from spilld.daemon.device_tier import has_flash
-from spilld.daemon.errors import DeviceUnusable, Overloaded
-from spilld.daemon.model import Model, load
-from spilld.daemon.placement import place
-from spilld.daemon.protocol import Generate, Reply, Token
-from spilld.daemon.service import EngineService
+from spilld.cuda_ext.memory.windows import WindowShape
+from spilld.engine.service import EngineService
+from spilld.errors import DeviceUnusable, Overloaded
+from spilld.models.model import Model, load
+from spilld.protocol.messages import Generate, Reply, Token
+from spilld.runner.placement import place
 
 from ..cuda_ext.conftest import Emulate, emulate
 from ..cuda_ext.fake import FakeDevice

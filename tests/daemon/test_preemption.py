@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from spilld.daemon import scheduler
-from spilld.daemon.errors import Cancelled, SpilldError
-from spilld.daemon.model import Model
-from spilld.daemon.protocol import Sampling, Token
-from spilld.daemon.visibility import CELL
+from spilld.errors import Cancelled, SpilldError
+from spilld.kv.visibility import CELL
+from spilld.models.model import Model
+from spilld.protocol.messages import Sampling, Token
+from spilld.scheduler import scheduler
 
 from .harness import (
     CLIENT,

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from spilld.daemon.__main__ import main
-from spilld.daemon.config import Config
-from spilld.daemon.memory import physical_bytes
-from spilld.daemon.preflight import check
+from spilld.__main__ import main
+from spilld.cli.preflight import check
+from spilld.config.config import Config
+from spilld.monitoring.memory import physical_bytes
 from spilld.offload.size import size
 
 SCRIPT = """
 import sys
-from spilld.daemon.__main__ import main
+from spilld.__main__ import main
 status = main(sys.argv[1:])
 assert "torch" not in sys.modules and "numba" not in sys.modules, "too late"
 sys.exit(status)

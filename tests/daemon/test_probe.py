@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from spilld.daemon import probe as probes
-from spilld.daemon.errors import UnsupportedModel
-from spilld.daemon.folder import FAMILIES
-from spilld.daemon.interface import _forward
-from spilld.daemon.model import load, load_module
-from spilld.daemon.probe import probe, probe_once
+from spilld.attention.transformers_hook import _forward
+from spilld.errors import UnsupportedModel
+from spilld.models import probe as probes
+from spilld.models.files.folder import FAMILIES
+from spilld.models.model import load, load_module
+from spilld.models.probe import probe, probe_once
 
 from .tiny_models import STRANGERS, build
 
@@ -80,7 +80,7 @@ def test_what_passed_is_not_looked_at_again(tmp_path: Path, monkeypatch: pytest.
     assert load(folder, "float32", cache=tmp_path).fingerprint == first.fingerprint
     with pytest.raises(NameError):
         probe_once(first.module, replace(first.geometry, softcap=30.0), tmp_path)
-    monkeypatch.setattr("spilld.daemon.probe.transformers.__version__", "99")
+    monkeypatch.setattr("spilld.models.probe.transformers.__version__", "99")
     with pytest.raises(NameError):
         load(folder, "float32", cache=tmp_path)
 

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spilld.daemon import protocol
-from spilld.daemon.errors import (
+from spilld.errors import (
     FrameTooLarge,
     InternalError,
     InvalidRequest,
@@ -21,8 +20,9 @@ from spilld.daemon.errors import (
     WrongVersion,
     error_for,
 )
-from spilld.daemon.fields import readers
-from spilld.daemon.protocol import (
+from spilld.fields import readers
+from spilld.protocol import messages
+from spilld.protocol.messages import (
     MAX_FRAME_BYTES,
     PIECE_BYTES,
     PRIORITIES,
@@ -63,7 +63,7 @@ from spilld.daemon.protocol import (
     Welcome,
     WriteTransfer,
 )
-from spilld.daemon.wire import decode, encode
+from spilld.protocol.wire import decode, encode
 
 HEADER = b"spilld\x00\x01"
 EXAMPLE = "82a474797065a568656c6c6fa26964a161"
@@ -472,7 +472,7 @@ def test_errors_cross_the_wire_with_their_type() -> None:
 
 
 def test_the_page_knows_every_message_and_field() -> None:
-    page = Path(protocol.__file__).with_name("PROTOCOL.md").read_text()
+    page = Path(messages.__file__).with_name("PROTOCOL.md").read_text()
     assert encode(Hello(request_id="a")) == [HEADER, bytes.fromhex(EXAMPLE)]
     assert EXAMPLE in page.replace(" ", "")
     sections = {part.split("\n")[0].strip("` "): part for part in page.split("\n### ")[1:]}

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from spilld.daemon import spawn
-from spilld.daemon.client import Client, Token
-from spilld.daemon.config import Config
-from spilld.daemon.errors import ConfigError, ContextNotFound, Overloaded
-from spilld.daemon.model import Model
-from spilld.daemon.protocol import Token as Piece
-from spilld.daemon.reload import SAFE, Reload
-from spilld.daemon.spawn import Spawned
+from spilld.client.client import Client, Token
+from spilld.config.config import Config
+from spilld.config.reload import SAFE, Reload
+from spilld.demo import spawn
+from spilld.demo.spawn import Spawned
+from spilld.errors import ConfigError, ContextNotFound, Overloaded
+from spilld.models.model import Model
+from spilld.protocol.messages import Token as Piece
 
 from .forked import Forked, spawned
 from .harness import shared

@@ -6,7 +6,12 @@ import logging
 
 import pytest
 
-from spilld.daemon.repeats import BURST, KINDS, SPAN_S, Repeats
+from spilld.monitoring.repeats import (
+    BURST,
+    KINDS,
+    SPAN_S,
+    Repeats,
+)
 
 
 class Log:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from spilld.daemon.errors import InvalidRequest, RequestNotFound, StorageFailed
-from spilld.daemon.model import Model
-from spilld.daemon.protocol import (
+from spilld.errors import InvalidRequest, RequestNotFound, StorageFailed
+from spilld.models.model import Model
+from spilld.offload.disk.database import Database
+from spilld.protocol.messages import (
     Accepted,
     Done,
     Event,
@@ -25,7 +26,6 @@ from spilld.daemon.protocol import (
     Sampling,
     Token,
 )
-from spilld.offload.database import Database
 
 from .harness import Harness, engine, shared, smallest_host_budget, some_tokens
 

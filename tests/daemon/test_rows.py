@@ -8,8 +8,17 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from spilld.daemon.packed import GROUP
-from spilld.daemon.rows import NOTHING, Inputs, add_normed, padded, rotate, take, take_gated, take_normed
+from spilld.offload.kernels.linear.packed import GROUP
+from spilld.offload.kernels.linear.row_operations import (
+    NOTHING,
+    Inputs,
+    add_normed,
+    padded,
+    rotate,
+    take,
+    take_gated,
+    take_normed,
+)
 
 Floats = NDArray[np.float32]
 

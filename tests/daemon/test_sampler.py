@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from spilld.daemon.errors import InternalError
-from spilld.daemon.protocol import Sampling
-from spilld.daemon.sampler import Sampler, gumbel, logprobs
+from spilld.errors import InternalError
+from spilld.protocol.messages import Sampling
+from spilld.runner.sampler import Sampler, gumbel, logprobs
 
 finite = st.floats(-30, 30, width=32)
 rows = st.lists(finite, min_size=1, max_size=40).map(lambda row: np.array(row, dtype=np.float32))

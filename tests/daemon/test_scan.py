@@ -9,9 +9,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from spilld.daemon.scan import Row, RowAttention, Scan
-from spilld.offload import reference, threads
-from spilld.offload.record import BLOCK, Element, Format, Layout
+from spilld.offload.kernels import threads
+from spilld.offload.kernels.attention.rows import Row, RowAttention, Scan
+from spilld.offload.kernels.codec import reference
+from spilld.offload.record import (
+    BLOCK,
+    Element,
+    Format,
+    Layout,
+)
 
 F32 = NDArray[np.float32]
 LAYERS = 2

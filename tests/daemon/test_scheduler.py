@@ -12,10 +12,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from spilld.daemon.ledger import WEIGHTS, Flow, shares
-from spilld.daemon.pace import LEAST, Pace
-from spilld.daemon.scheduler import QUANTUM_S, Job, Plan, Room, Scheduler
-from spilld.daemon.visibility import CELL
+from spilld.kv.visibility import CELL
+from spilld.scheduler.fair_share import WEIGHTS, Flow, shares
+from spilld.scheduler.prefill_budget import LEAST, Pace
+from spilld.scheduler.scheduler import (
+    QUANTUM_S,
+    Job,
+    Plan,
+    Room,
+    Scheduler,
+)
 
 PLENTY = Room(windows=100, blocks=10**6)
 

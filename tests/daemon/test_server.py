@@ -22,9 +22,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spilld.daemon.errors import ConfigError
-from spilld.daemon.notify import Notifier
-from spilld.daemon.protocol import (
+from spilld.errors import ConfigError
+from spilld.monitoring.sd_notify import Notifier
+from spilld.protocol.messages import (
     MAX_FRAME_BYTES,
     REQUESTS,
     Accepted,
@@ -41,8 +41,8 @@ from spilld.daemon.protocol import (
     Token,
     Welcome,
 )
-from spilld.daemon.server import Server
-from spilld.daemon.wire import encode
+from spilld.protocol.wire import encode
+from spilld.server.server import Server
 
 from .peer import Peer, until
 
@@ -572,7 +572,7 @@ def test_notify(
     tmp_path: Path, abstract: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr("spilld.daemon.notify.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr("spilld.monitoring.sd_notify.time", SimpleNamespace(monotonic=lambda: now))
     name = f"@spilld-test-{os.getpid()}" if abstract else str(tmp_path / "n")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(name.replace("@", "\0"))

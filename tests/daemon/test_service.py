@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
-from spilld.daemon.assembly import build_engine, welcome
-from spilld.daemon.attention import TieredAttention
-from spilld.daemon.config import Config
-from spilld.daemon.engine import Engine
-from spilld.daemon.errors import Draining, Overloaded
-from spilld.daemon.model import Model
-from spilld.daemon.protocol import (
+from spilld.assembly import build_engine, welcome
+from spilld.attention.base import TieredAttention
+from spilld.config.config import Config
+from spilld.engine.engine import Engine
+from spilld.engine.service import EngineService
+from spilld.errors import Draining, Overloaded
+from spilld.kv.sequence import Sequence
+from spilld.models.model import Model
+from spilld.protocol.messages import (
     Accepted,
     Done,
     Failed,
@@ -30,9 +32,7 @@ from spilld.daemon.protocol import (
     Resume,
     Token,
 )
-from spilld.daemon.sequence import Sequence
-from spilld.daemon.service import EngineService
-from spilld.daemon.text import Tokenizer
+from spilld.tokenizer.tokenizer import Tokenizer
 
 from .harness import load_tiny, one_thread, shared, some_tokens, window_bytes
 from .tiny_models import build

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from spilld.daemon.signals import ENDS, ended_by_signals
+from spilld.cli.signals import ENDS, ended_by_signals
 
 
 @pytest.mark.parametrize("number", ENDS)

@@ -15,9 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from spilld.daemon.client import AsyncClient, AsyncGeneration, Client, Token
-from spilld.daemon.model import Model
-from spilld.daemon.spawn import Spawned
+from spilld.client.client import (
+    AsyncClient,
+    AsyncGeneration,
+    Client,
+    Token,
+)
+from spilld.demo.spawn import Spawned
+from spilld.models.model import Model
 
 from .harness import column_bytes, daemon, engine, shared, some_tokens, window_bytes
 

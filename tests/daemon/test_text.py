@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from spilld.daemon.control import PIECE, ControlTokens
-from spilld.daemon.errors import CorruptModel, InvalidRequest, PromptTooLong
-from spilld.daemon.protocol import Message
-from spilld.daemon.text import Detokenizer, StopStrings, Tokenizer
+from spilld.errors import CorruptModel, InvalidRequest, PromptTooLong
+from spilld.protocol.messages import Message
+from spilld.tokenizer.control_tokens import PIECE, ControlTokens
+from spilld.tokenizer.tokenizer import Detokenizer, StopStrings, Tokenizer
 
 from .tiny_models import CHAT_TEMPLATE, END, SPECIAL, byte_level
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from spilld.daemon.throttle import PRUNE, Throttle
+from spilld.server.rate_limit import PRUNE, Throttle
 
 RATES = [0.25, 0.5, 1.0, 2.0, 4.0, 32.0]
 """Powers of two, and times in 64ths: floats are exact."""

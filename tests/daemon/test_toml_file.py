@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spilld.daemon.errors import ConfigError
-from spilld.daemon.fields import Int
-from spilld.daemon.toml_file import TomlFile, line_of
+from spilld.errors import ConfigError
+from spilld.fields import Int
+from spilld.toml_file import TomlFile, line_of
 
 VALUES = [
     "1",

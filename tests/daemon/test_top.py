@@ -7,7 +7,7 @@ import re
 
 from rich.console import Console
 
-from spilld.daemon.top import Look, frame
+from spilld.cli.top import Look, frame
 
 EARLIER: dict[str, object] = {
     "requests_running": 2,

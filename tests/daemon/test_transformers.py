@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from spilld.daemon.model import Model, load
-from spilld.daemon.plain import greedy
+from spilld.demo.plain_transformers import greedy
+from spilld.models.model import Model, load
 
 from .harness import column_bytes, engine, random_split
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from spilld.daemon.config import Config
+from spilld.config.config import Config
 
 ROOT = Path(__file__).parents[2]
 SYSTEMD = ROOT / "systemd"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spilld.daemon.visibility import (
+from spilld.kv.visibility import (
     BLOCK,
     CELL,
     SINKS,

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from spilld.daemon.__main__ import main
-from spilld.daemon.model import Model, load
-from spilld.daemon.notify import Notifier
-from spilld.daemon.runner import Runner
-from spilld.daemon.slices import Slice
-from spilld.daemon.visibility import BLOCK
-from spilld.offload.codec import Codec
+from spilld.__main__ import main
+from spilld.kv.batch import Slice
+from spilld.kv.visibility import BLOCK
+from spilld.models.model import Model, load
+from spilld.monitoring.sd_notify import Notifier
+from spilld.offload.kernels.codec.codec import Codec
+from spilld.runner.runner import Runner
 
 from .harness import engine, one_thread, shared, smallest_host_budget, some_tokens, window_bytes
 from .tiny_models import FAMILIES
@@ -111,7 +111,7 @@ def test_one_that_fails_ends_the_start(
         raise MemoryError("no room for a step")
 
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # serve would set it for good
-    monkeypatch.setattr("spilld.daemon.logs.set_up", lambda *_: None)
+    monkeypatch.setattr("spilld.monitoring.logs.set_up", lambda *_: None)
     monkeypatch.setattr(Runner, "run", fails)
     monkeypatch.setattr(Notifier, "_send", lambda _, state: told.append(state))
     places = (f"--state={tmp_path}/state", f"--cache={model.folder}/cache", f"--listen=ipc://{tmp_path}/s")

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from spilld.daemon import service
-from spilld.daemon.assembly import build_engine, welcome
-from spilld.daemon.attention import TieredAttention
-from spilld.daemon.client import Client
-from spilld.daemon.config import Config
-from spilld.daemon.model import Model
-from spilld.daemon.server import Server
-from spilld.daemon.service import EngineService
+from spilld.assembly import build_engine, welcome
+from spilld.attention.base import TieredAttention
+from spilld.client.client import Client
+from spilld.config.config import Config
+from spilld.engine import service
+from spilld.engine.service import EngineService
+from spilld.models.model import Model
+from spilld.server.server import Server
 
 from .harness import one_thread, shared, some_tokens
 

@@ -9,8 +9,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from spilld.daemon import connection, router
-from spilld.daemon.protocol import MAX_FRAME_BYTES, Cancel, Generate, Hello
+from spilld.protocol.messages import (
+    MAX_FRAME_BYTES,
+    Cancel,
+    Generate,
+    Hello,
+)
+from spilld.transport import connection, router
 
 from .peer import until
 from .raw import PING, connected, frame, greeting, ready, received, said, zmtp

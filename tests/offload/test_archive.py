@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spilld.offload.archive import Archive, ArchivedRun, Manifest, archive_bytes, write
+from spilld.offload.archive.file import (
+    Archive,
+    ArchivedRun,
+    Manifest,
+    archive_bytes,
+    write,
+)
 from spilld.offload.errors import ArchiveDamaged, ArchiveUnknown
 from spilld.offload.record import Element, Format, Layout
 from spilld.offload.system import Bytes

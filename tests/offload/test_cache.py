@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload.cache import RunCache
-from spilld.offload.chain import chain_hash, root
-from spilld.offload.disk import DiskTier
+from spilld.offload.disk.extent import RunKey, RunPlace, extent_bytes
+from spilld.offload.disk.index import Contents, Stretch
+from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import IndexDamaged, TierFull
-from spilld.offload.eviction import Lru
-from spilld.offload.extent import RunKey, RunPlace, extent_bytes
-from spilld.offload.index import Contents, Stretch
+from spilld.offload.prefix_cache.block_hash import chain_hash, root
+from spilld.offload.prefix_cache.eviction import Lru
+from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.system import page_aligned
 
 from .faults import ScriptedSystem
@@ -236,7 +236,7 @@ def test_a_run_of_other_layers_is_not_found(tmp_path: Path) -> None:
 
 def test_a_restart_knows_chains_and_the_order_of_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000, 2000))
-    monkeypatch.setattr("spilld.offload.disk.time.time", lambda: next(clock))
+    monkeypatch.setattr("spilld.offload.disk.tier.time.time", lambda: next(clock))
     tier = open_tier(tmp_path / "kv")
     cache = RunCache(tier, EXTENT, Lru)
     for n in (1, 2, 3):
@@ -270,7 +270,7 @@ def test_an_index_that_cannot_be_asked_knows_nothing(
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr("spilld.offload.database.Database.rows", fail)
+        patched.setattr("spilld.offload.disk.database.Database.rows", fail)
         assert cache.find(NAMES[1:], 1) == []
         assert cache.tails(NAMES[2]) == []
         cache.enter(place)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spilld.offload.chain import CHAIN_BYTES, chain_hash, root
+from spilld.offload.prefix_cache.block_hash import CHAIN_BYTES, chain_hash, root
 from spilld.offload.record import SEALED
 
 MODEL = bytes(range(32))

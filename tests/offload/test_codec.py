@@ -10,9 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spilld.offload import reference
-from spilld.offload.codec import FORMS, Codec
-from spilld.offload.record import BLOCK, HEAD_DIMS, Element, Format, Layout
+from spilld.offload.kernels.codec import reference
+from spilld.offload.kernels.codec.codec import FORMS, Codec
+from spilld.offload.record import (
+    BLOCK,
+    HEAD_DIMS,
+    Element,
+    Format,
+    Layout,
+)
 
 Array = npt.NDArray[Any]
 

@@ -14,14 +14,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from spilld.offload import compaction as module
-from spilld.offload.bucket import Bucket
-from spilld.offload.cache import RunCache
-from spilld.offload.compaction import PAUSE_S, Compaction
-from spilld.offload.disk import DiskTier
-from spilld.offload.errors import ExtentMissing, FolderInUse, IndexDamaged, TierFull
-from spilld.offload.extent import HEADER_BYTES, RunPlace, extent_bytes
-from spilld.offload.segment import Range
+from spilld.offload.disk.extent import HEADER_BYTES, RunPlace, extent_bytes
+from spilld.offload.disk.segment import Range
+from spilld.offload.disk.tier import DiskTier
+from spilld.offload.errors import (
+    ExtentMissing,
+    FolderInUse,
+    IndexDamaged,
+    TierFull,
+)
+from spilld.offload.maintenance import compaction as module
+from spilld.offload.maintenance.bucket import Bucket
+from spilld.offload.maintenance.compaction import PAUSE_S, Compaction
+from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.system import page_aligned
 
 from .faults import Fault, ScriptedSystem, Short, Stall, error

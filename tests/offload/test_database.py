@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from spilld.offload.database import Database
+from spilld.offload.disk.database import Database
 from spilld.offload.errors import IndexDamaged
 
 SCHEMA = 3
@@ -84,7 +84,8 @@ class TestKeeping:
     def test_a_commit_survives_the_process_at_once(self, path: Path) -> None:
         """And what was not committed does not."""
         program = (
-            "import os, signal, sys; from pathlib import Path; from spilld.offload.database import Database\n"
+            "import os, signal, sys; from pathlib import Path\n"
+            "from spilld.offload.disk.database import Database\n"
             f"db = Database.open(Path(sys.argv[1]), {SCHEMA}, {CREATE!r})\n"
             "for word in ('a', 'b'):\n"
             "    with db.transaction() as transaction:\n"
@@ -221,7 +222,7 @@ class TestDamage:
     def test_a_damaged_log_ends_where_the_damage_begins(self, path: Path, seed: int) -> None:
         """Whole transactions, the first ones."""
         program = (
-            "import os, sys; from pathlib import Path; from spilld.offload.database import Database\n"
+            "import os, sys; from pathlib import Path; from spilld.offload.disk.database import Database\n"
             f"db = Database.open(Path(sys.argv[1]), {SCHEMA}, {CREATE!r})\n"
             "for n in range(40):\n"
             "    with db.transaction() as transaction:\n"

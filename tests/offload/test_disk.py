@@ -16,7 +16,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from spilld.offload.disk import DiskTier
+from spilld.offload.disk.extent import HEADER_BYTES, HEADER_FIELDS, RunPlace
+from spilld.offload.disk.index import Contents
+from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import (
     BudgetTooSmall,
     ExtentCorrupt,
@@ -27,8 +29,6 @@ from spilld.offload.errors import (
     TierFull,
     WriteFailed,
 )
-from spilld.offload.extent import HEADER_BYTES, HEADER_FIELDS, RunPlace
-from spilld.offload.index import Contents
 from spilld.offload.size import size
 from spilld.offload.system import page_aligned
 
@@ -477,7 +477,7 @@ class TestReopening:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         clock = iter(range(1000, 2000))
-        monkeypatch.setattr("spilld.offload.disk.time.time", lambda: next(clock))
+        monkeypatch.setattr("spilld.offload.disk.tier.time.time", lambda: next(clock))
         tier = open_tier(tmp_path / "kv", ScriptedSystem())
         for n in range(6):
             put(tier, n, 4)

@@ -11,8 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload.errors import ExtentCorrupt, ExtentMissing, IndexDamaged, TierFull
-from spilld.offload.extent import RunKey
+from spilld.offload.disk.extent import RunKey
+from spilld.offload.errors import (
+    ExtentCorrupt,
+    ExtentMissing,
+    IndexDamaged,
+    TierFull,
+)
 from spilld.offload.store import WRITES_AHEAD
 from spilld.offload.system import Bytes
 from spilld.offload.table import RunRef
@@ -418,7 +423,7 @@ def test_tails_of_one_anchor_are_told_apart(wide: Rig) -> None:
 
 def test_the_tail_that_was_used_last_comes_first(wide: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count(1000)
-    monkeypatch.setattr("spilld.offload.disk.time.time", lambda: next(clock))
+    monkeypatch.setattr("spilld.offload.disk.tier.time.time", lambda: next(clock))
     rig, anchor = wide, bytes([7]) * 32
     for tokens in ([1], [2], [3]):
         rig.store.save_tail(anchor, tokens, 0, numbers(1))
@@ -523,7 +528,7 @@ def test_an_index_that_cannot_be_asked_is_a_miss(
         raise damage if isinstance(damage, OSError) else IndexDamaged(damage)
 
     with monkeypatch.context() as patched:
-        patched.setattr("spilld.offload.database.Database.rows", fail)
+        patched.setattr("spilld.offload.disk.database.Database.rows", fail)
         assert rig.store.find(known.names) == []
         assert rig.store.tails(known.names[RUN]) == []
     other = rig.open(RUN)
@@ -539,7 +544,7 @@ def test_a_run_whose_row_stays_behind_is_not_found(rig: Rig, monkeypatch: pytest
         raise OSError("database or disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr("spilld.offload.index.Index.remove", fail)
+        patched.setattr("spilld.offload.disk.index.Index.remove", fail)
         rig.path.cache.discard(ref.run)
     assert ref.run not in rig.path.tier
     assert rig.store.find(known.names) == []

@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload.cache import RunCache
-from spilld.offload.check import check
-from spilld.offload.database import Database
-from spilld.offload.disk import DiskTier
+from spilld.offload.disk.database import Database
+from spilld.offload.disk.extent import RunKey, extent_bytes
+from spilld.offload.disk.prefetch import Prefetcher, Read
+from spilld.offload.disk.segment import Range
+from spilld.offload.disk.tier import DiskTier
+from spilld.offload.disk.writer import Spiller
 from spilld.offload.errors import (
     ExtentCorrupt,
     ExtentMissing,
@@ -31,10 +33,8 @@ from spilld.offload.errors import (
     TierFull,
     WriteFailed,
 )
-from spilld.offload.extent import RunKey, extent_bytes
-from spilld.offload.prefetch import Prefetcher, Read
-from spilld.offload.segment import Range
-from spilld.offload.spill import Spiller
+from spilld.offload.maintenance.check import check
+from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.system import PAGE, SystemCalls, page_aligned
 
 from .faults import ScriptedSystem, Stall, error

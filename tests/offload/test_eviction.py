@@ -9,7 +9,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from spilld.offload.eviction import Entry, Eviction, Lru, Policy, S3Fifo
+from spilld.offload.prefix_cache.eviction import (
+    Entry,
+    Eviction,
+    Lru,
+    Policy,
+    S3Fifo,
+)
 
 Make = Callable[[Mapping[bytes, Entry]], Policy]
 POLICIES = [S3Fifo, Lru]

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload.cache import RunCache
-from spilld.offload.disk import DiskTier
+from spilld.offload.disk.index import Contents
+from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import TierFull
-from spilld.offload.index import Contents
+from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.system import SystemCalls
 
 from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, assert_tier, blocks, chain, key, put

@@ -12,14 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload.chain import chain_hash, root
-from spilld.offload.database import Database
-from spilld.offload.disk import DiskTier
+from spilld.offload.disk.database import Database
+from spilld.offload.disk.extent import ExtentIdentity
+from spilld.offload.disk.index import (
+    _CREATE,
+    SCHEMA,
+    Contents,
+    Entry,
+    Index,
+    Stretch,
+)
+from spilld.offload.disk.segment import Range
+from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import FolderInUse, IndexDamaged, ReadFailed
-from spilld.offload.extent import ExtentIdentity
-from spilld.offload.index import _CREATE, SCHEMA, Contents, Entry, Index, Stretch
+from spilld.offload.prefix_cache.block_hash import chain_hash, root
 from spilld.offload.record import Element, Format, Layout
-from spilld.offload.segment import Range
 from spilld.offload.system import Bytes
 
 from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, key

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from numba.core.caching import IndexDataCacheFile
 
-from spilld.offload import kernel_cache, softmax
+from spilld.offload.kernels import kernel_cache
+from spilld.offload.kernels.attention import softmax
 
 
 def in_order(
@@ -78,7 +79,7 @@ def kernel(x):
 COMPILE = """
 import sys
 import numba
-import spilld.offload.kernel_cache
+import spilld.offload.kernels.kernel_cache
 from kernel import kernel
 
 print("ready", flush=True)
@@ -126,7 +127,7 @@ def times(factor):
 
 NAMES = """
 import sys
-import spilld.offload.kernel_cache
+import spilld.offload.kernels.kernel_cache
 from kernel import times
 
 for factor in map(int, sys.argv[1:]):
@@ -152,19 +153,17 @@ def test_what_two_processes_compile_has_two_names(tmp_path: Path) -> None:
 
 
 def test_an_update_of_what_is_inlined_is_noticed(tmp_path: Path) -> None:
-    _, *made_of = softmax.join._cache._cache_file._source_stamp
-    assert made_of == [kernel_cache.sources(Path(softmax.__file__).parent)] * 2
-    for name, text in (
-        ("inlined.py", "from numba import njit"),
-        ("record.py", "BLOCK = 64"),
-        ("other.py", ""),
-    ):
-        (tmp_path / name).write_text(text)
+    _, made_of = softmax.join._cache._cache_file._source_stamp
+    assert made_of == kernel_cache.sources(kernel_cache.KERNELS, kernel_cache.CONSTANTS)
+    inlined, constants = tmp_path / "room" / "inlined.py", tmp_path / "constants" / "record.py"
+    for path in (inlined, constants, tmp_path / "other.txt"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
     stamps = []
-    for edited in ("none", "inlined.py", "record.py", "other.py"):
-        if (path := tmp_path / edited).exists():
-            path.write_text(path.read_text() + "\nX = 1")
+    for edited in (None, inlined, constants, tmp_path / "other.txt"):
+        if edited is not None:
+            edited.write_text("X = 1")
         kernel_cache.sources.cache_clear()
-        stamps.append(kernel_cache.sources(tmp_path))
+        stamps.append(kernel_cache.sources(tmp_path / "room", constants))
     assert len(set(stamps)) == 3
     assert stamps[2] == stamps[3], "no kernel has anything of it"

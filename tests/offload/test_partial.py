@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from spilld.offload import reference
-from spilld.offload.codec import FORMS
-from spilld.offload.partial import Partial, merge
-from spilld.offload.record import BLOCK, Element, Format, Layout
+from spilld.offload.kernels.attention.partial import Partial, merge
+from spilld.offload.kernels.codec import reference
+from spilld.offload.kernels.codec.codec import FORMS
+from spilld.offload.record import (
+    BLOCK,
+    Element,
+    Format,
+    Layout,
+)
 
 F32 = NDArray[np.float32]
 FIRST = 64

@@ -12,8 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload import prefetch
-from spilld.offload.disk import DiskTier
+from spilld.offload.disk import prefetch
+from spilld.offload.disk.prefetch import (
+    Prefetcher,
+    Read,
+    State,
+    Ticket,
+)
+from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import (
     BudgetTooSmall,
     ExtentCorrupt,
@@ -23,7 +29,6 @@ from spilld.offload.errors import (
     ReadFailed,
     ReadTimeout,
 )
-from spilld.offload.prefetch import Prefetcher, Read, State, Ticket
 
 from .faults import Fault, ScriptedSystem, Stall, error
 from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, blocks, chain, key

@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 
 import spilld.offload.record as record_module
-from spilld.offload.codec import FORMS
-from spilld.offload.record import HEAD_DIMS, Element, Format, Layout, round_up
+from spilld.offload.kernels.codec.codec import FORMS
+from spilld.offload.record import (
+    HEAD_DIMS,
+    Element,
+    Format,
+    Layout,
+    round_up,
+)
 
 PLANES = ("k_codes", "k_scales", "v_codes", "v_scales", "norms", "summary", "radius", "end")
 LAYOUTS = [

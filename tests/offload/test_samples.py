@@ -5,8 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spilld.offload import reference, samples
-from spilld.offload.record import SEALED, Element, Format, Layout
+from spilld.offload.kernels.codec import reference, samples
+from spilld.offload.record import (
+    SEALED,
+    Element,
+    Format,
+    Layout,
+)
 
 
 @pytest.mark.parametrize("element", list(Element))

@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from spilld.offload.disk.segment import Range, SegmentSpace
 from spilld.offload.errors import TierFull
-from spilld.offload.segment import Range, SegmentSpace
 
 PAGE = 4096
 

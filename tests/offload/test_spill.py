@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload import spill
-from spilld.offload.disk import DiskTier
+from spilld.offload.disk import writer
+from spilld.offload.disk.extent import RunPlace
+from spilld.offload.disk.tier import DiskTier
+from spilld.offload.disk.writer import Spilled, Spiller
 from spilld.offload.errors import ExtentMissing, FolderInUse
-from spilld.offload.extent import RunPlace
 from spilld.offload.host import HostSlab, Rows
-from spilld.offload.spill import Spilled, Spiller
 
 from .faults import Fault, ScriptedSystem, Stall, error
 from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, assert_tier, blocks, chain, key
@@ -204,7 +204,7 @@ def test_misuse_is_told_and_leaves_no_lease(tier: DiskTier, spiller: Spiller, sl
 def test_close_fails_what_is_not_written_and_does_not_wait_for_ever(
     tier: DiskTier, slab: HostSlab, system: ScriptedSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spill, "CLOSE_S", 0.1)
+    monkeypatch.setattr(writer, "CLOSE_S", 0.1)
     spiller = Spiller(tier, 4 * LAYOUT.record_bytes + 256)
     stall = Stall()
     system.script["pwritev"].append(stall)
@@ -227,7 +227,7 @@ def test_the_tier_keeps_files_open_that_a_stuck_thread_writes_to(
 ) -> None:
     """A descriptor closed under a stalled write could come to mean another file, and what it writes could
     land in one of the next daemon: that one has to wait."""
-    monkeypatch.setattr(spill, "CLOSE_S", 0.1)
+    monkeypatch.setattr(writer, "CLOSE_S", 0.1)
     system = ScriptedSystem()
     tier = DiskTier(tmp_path / "stuck", BUDGET, LAYOUT, LAYERS, FINGERPRINT, system)
     spiller = Spiller(tier, 4 * LAYOUT.record_bytes + 256)

@@ -23,22 +23,40 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from spilld.offload import residency, store
-from spilld.offload.cache import RunCache
-from spilld.offload.chain import chain_hash, root
-from spilld.offload.compaction import Compaction
-from spilld.offload.disk import DiskTier
-from spilld.offload.errors import BudgetTooSmall, ExtentCorrupt, ExtentMissing, TierFull, WriteFailed
-from spilld.offload.extent import RunKey, extent_bytes
+from spilld.offload.disk.extent import RunKey, extent_bytes
+from spilld.offload.disk.index import Contents
+from spilld.offload.disk.prefetch import Prefetcher, Read, Ticket
+from spilld.offload.disk.tier import DiskTier
+from spilld.offload.disk.writer import Spiller
+from spilld.offload.errors import (
+    BudgetTooSmall,
+    ExtentCorrupt,
+    ExtentMissing,
+    TierFull,
+    WriteFailed,
+)
 from spilld.offload.host import HostSlab
-from spilld.offload.index import Contents
-from spilld.offload.prefetch import Prefetcher, Read, Ticket
-from spilld.offload.record import SEALED, Element, Format, Layout
+from spilld.offload.maintenance.compaction import Compaction
+from spilld.offload.maintenance.wear import WriteBudget
+from spilld.offload.prefix_cache.block_hash import chain_hash, root
+from spilld.offload.prefix_cache.run_cache import RunCache
+from spilld.offload.record import (
+    SEALED,
+    Element,
+    Format,
+    Layout,
+)
 from spilld.offload.residency import Holding, Spill
-from spilld.offload.spill import Spiller
-from spilld.offload.store import EXTENT_TARGET, RUN_STEP, DiskPath, Planner, Store, run_length
+from spilld.offload.store import (
+    EXTENT_TARGET,
+    RUN_STEP,
+    DiskPath,
+    Planner,
+    Store,
+    run_length,
+)
 from spilld.offload.system import Bytes
 from spilld.offload.table import BlockTable, RunRef
-from spilld.offload.wear import WriteBudget
 
 from .faults import ScriptedSystem, Stall, error
 from .tier_contract import FINGERPRINT, LAYERS, LAYOUT

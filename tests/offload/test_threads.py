@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numba import njit
 
-from spilld.offload import threads
-from spilld.offload.threads import check, spreading
+from spilld.offload.kernels import threads
+from spilld.offload.kernels.threads import check, spreading
 
 MORE_THREADS = 4
 HUGE = 1 << 60

@@ -9,9 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload.disk import DiskTier
-from spilld.offload.errors import BudgetTooSmall, ExtentMissing, MemoryRefused, TierFull, WriteFailed
-from spilld.offload.extent import RunKey
+from spilld.offload.disk.extent import RunKey
+from spilld.offload.disk.tier import DiskTier
+from spilld.offload.errors import (
+    BudgetTooSmall,
+    ExtentMissing,
+    MemoryRefused,
+    TierFull,
+    WriteFailed,
+)
 from spilld.offload.host import HostSlab, Rows
 from spilld.offload.system import Bytes
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from spilld.offload.compaction import Compaction
+from spilld.offload.disk.index import Index
 from spilld.offload.errors import IndexDamaged
-from spilld.offload.index import Index
-from spilld.offload.sketch import MOST, Sketch
-from spilld.offload.wear import DAY_S, WriteBudget
+from spilld.offload.maintenance.compaction import Compaction
+from spilld.offload.maintenance.wear import DAY_S, WriteBudget
+from spilld.offload.prefix_cache.sketch import MOST, Sketch
 
 from .test_compaction import FAST, RUN_BYTES, WIDEST, Clock
 from .test_compaction import Rig as CompactionRig

@@ -10,8 +10,13 @@ from typing import Protocol
 import numpy as np
 import pytest
 
-from spilld.offload.errors import ExtentMissing, ReadFailed, TierFull, WriteFailed
-from spilld.offload.extent import RunKey
+from spilld.offload.disk.extent import RunKey
+from spilld.offload.errors import (
+    ExtentMissing,
+    ReadFailed,
+    TierFull,
+    WriteFailed,
+)
 from spilld.offload.record import Element, Format, Layout
 from spilld.offload.system import Bytes
 

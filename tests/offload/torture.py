@@ -28,23 +28,28 @@ from unittest.mock import patch
 
 import numpy as np
 
-from spilld.offload.cache import RunCache
-from spilld.offload.chain import chain_hash, root
-from spilld.offload.compaction import Compaction
-from spilld.offload.database import Database
-from spilld.offload.disk import DiskTier
+from spilld.offload.archive.runs import Arrival, Departure, Part
+from spilld.offload.disk.database import Database
+from spilld.offload.disk.extent import (
+    Move,
+    RunKey,
+    RunPlace,
+    extent_bytes,
+)
+from spilld.offload.disk.index import Contents
+from spilld.offload.disk.prefetch import Prefetcher
+from spilld.offload.disk.tier import DiskTier
+from spilld.offload.disk.writer import Spiller
 from spilld.offload.errors import ExtentMissing, TierFull
-from spilld.offload.extent import Move, RunKey, RunPlace, extent_bytes
 from spilld.offload.host import HostSlab
-from spilld.offload.index import Contents
-from spilld.offload.passage import Arrival, Departure, Part
-from spilld.offload.prefetch import Prefetcher
+from spilld.offload.maintenance.compaction import Compaction
+from spilld.offload.maintenance.wear import WriteBudget
+from spilld.offload.prefix_cache.block_hash import chain_hash, root
+from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.record import Element, Format, Layout
-from spilld.offload.spill import Spiller
 from spilld.offload.store import DiskPath, Store
 from spilld.offload.system import PAGE, Bytes, SystemCalls
 from spilld.offload.table import BlockTable
-from spilld.offload.wear import WriteBudget
 
 LAYOUT = Layout(Format.INT8, Element.FLOAT32, kv_heads=1, head_dim=16)
 TAIL_LAYOUT = Layout(Format.RAW, LAYOUT.element, LAYOUT.kv_heads, LAYOUT.head_dim)

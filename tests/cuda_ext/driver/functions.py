@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from spilld.cuda_ext.device import Copy, Stream
+from spilld.cuda_ext.device.base import Copy, Stream
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
 
 from ..emulator import Emulated

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from spilld.cuda_ext.variant import KERNELS
+from spilld.cuda_ext.compile.variant import KERNELS
 
 HERE = Path(__file__).parent
 MACHINE = ("machine.cpp", "detector.cpp")

@@ -1,0 +1,79 @@
+"""The CUDA driver, through cuda.bindings: its statuses are exceptions here."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from spilld.cuda_ext.compile.build import INSTALL, CompilerMissing, check_driver
+from spilld.cuda_ext.errors import (
+    DeviceError,
+    LaunchFailed,
+    NoDevice,
+    OutOfMemory,
+)
+
+_NO_MEMORY = {"OUT_OF_MEMORY"}
+_NO_DEVICE = {"NO_DEVICE", "INVALID_DEVICE", "DEVICE_UNAVAILABLE", "DEVICE_NOT_LICENSED", "STUB_LIBRARY"}
+# After these the context is of no use; the driver answers each call with the same status.
+_LOST = {
+    *("ILLEGAL_ADDRESS", "LAUNCH_TIMEOUT", "ASSERT", "HARDWARE_STACK_ERROR", "ILLEGAL_INSTRUCTION"),
+    *("MISALIGNED_ADDRESS", "INVALID_ADDRESS_SPACE", "INVALID_PC", "LAUNCH_FAILED", "ECC_UNCORRECTABLE"),
+    *("NVLINK_UNCORRECTABLE", "CONTAINED", "TENSOR_MEMORY_LEAK", "CONTEXT_IS_DESTROYED", "UNKNOWN"),
+}
+
+
+class Refused(DeviceError):
+    """The driver did not do it; `status` is its word, without CUDA_ERROR_."""
+
+    def __init__(self, function: str, status: str) -> None:
+        super().__init__(f"{function} failed: {status}")
+        self.status = status
+
+
+class Driver:
+    """Calls functions of the driver by name."""
+
+    def __init__(self) -> None:
+        """Raises NoDevice, and build's DriverMissing and DriverTooOld."""
+        try:
+            from cuda.bindings import driver
+        except ImportError as error:
+            raise NoDevice(f"cuda.bindings, which calls the driver, is not installed: {INSTALL}") from error
+        try:
+            check_driver()
+        except CompilerMissing as error:
+            raise NoDevice(str(error)) from error
+        self.api: Any = driver
+        self._context: Any = None
+        self._thread = threading.local()
+        self("cuInit", 0)
+
+    def attach(self, context: Any) -> None:
+        """Have all calls of any thread work in this context: which is current is each thread's own affair."""
+        self._context, self._thread = context, threading.local()
+
+    def __call__(self, function: str, *arguments: Any) -> Any:
+        """What the function returns beside its status: nothing, one thing, or a tuple.
+
+        Raises OutOfMemory, LaunchFailed, NoDevice or Refused.
+        """
+        if self._context is not None and not hasattr(self._thread, "attached"):
+            self._thread.attached = True
+            self("cuCtxSetCurrent", self._context)
+        status, *results = getattr(self.api, function)(*arguments)
+        if int(status) != 0:
+            raise _error(function, status.name.removeprefix("CUDA_ERROR_"))
+        return results[0] if len(results) == 1 else tuple(results) or None
+
+
+def _error(function: str, status: str) -> DeviceError:
+    if status in _NO_MEMORY:
+        return OutOfMemory(
+            f"{function}: the GPU has no memory left; lower device_budget, or stop other programs that use it"
+        )
+    if status in _LOST:
+        return LaunchFailed(f"{function}: {status}; what was on the GPU is lost, restart the daemon")
+    if status in _NO_DEVICE:
+        return NoDevice(f"{function}: {status}; nvidia-smi says which GPUs the driver sees")
+    return Refused(function, status)

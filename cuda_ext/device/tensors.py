@@ -1,0 +1,65 @@
+"""Device memory as torch sees it, and torch's failures on a GPU as those of a device."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
+
+OUT_OF_MEMORY = 2
+"""cudaErrorMemoryAllocation."""
+
+
+class Array(NamedTuple):
+    """Numbers in device memory, in C order."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def in_process(array: Array) -> torch.Tensor:
+    """A view of the process's own memory."""
+    memory = (ctypes.c_uint8 * array.nbytes).from_address(array.address)
+    return torch.frombuffer(memory, dtype=array.dtype).view(array.shape)
+
+
+def on_gpu(array: Array, number: int) -> torch.Tensor:
+    """A view of memory of torch's GPU of that number, where torch has its primary context."""
+    found = torch.as_tensor(_Bytes(array), device=torch.device("cuda", number))
+    return found.view(array.dtype).view(array.shape)
+
+
+class _Bytes:
+    """What torch takes for somebody else's GPU memory; as bytes, since the protocol knows no bfloat16."""
+
+    def __init__(self, array: Array) -> None:
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "version": 3,
+            "shape": (array.nbytes,),
+            "typestr": "|u1",
+            "data": (array.address, False),
+        }
+
+
+@contextmanager
+def gpu_errors() -> Iterator[None]:
+    """torch's failures on a GPU as those of a device. Raises OutOfMemory and LaunchFailed."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        # What torch's own allocator does not find is one, what CUDA does not, to load a kernel, the other.
+        full = (
+            isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == OUT_OF_MEMORY
+        )
+        raise (OutOfMemory if full else LaunchFailed)(f"torch: {error}") from error

@@ -1,0 +1,76 @@
+"""Hot blocks: stored blocks of open sequences of which the device has a copy.
+
+Attention is dense and passes all blocks in the same order for every token: a share of them that stays is
+worth its size, a cache that replaces the oldest nothing. What has a place keeps it until its sequence ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from spilld.cuda_ext.memory.record_pool import RecordPool
+from spilld.kv.batch import Blocks
+from spilld.kv.sequence import Sequence
+from spilld.kv.visibility import BLOCKS_PER_CELL
+
+PASSING = 16
+"""Slots for records that come, are attended to, and go."""
+
+SPARE = BLOCKS_PER_CELL + PASSING
+"""Slots that nobody keeps: with those in which a cell is sealed."""
+
+Slots = npt.NDArray[np.int64]
+
+
+class HotBlocks:
+    """Slots of a pool, by sequence, layer and block."""
+
+    def __init__(self, pool: RecordPool, layers: int) -> None:
+        """Raises ValueError if the pool has not even slots for what passes."""
+        if pool.capacity < SPARE:
+            raise ValueError(
+                f"a budget of {pool.budget_bytes} bytes holds fewer than {SPARE} records of"
+                f" {pool.record_bytes} bytes, beside windows and what a step takes"
+            )
+        self._pool, self._layers = pool, layers
+        self._slots: dict[int, Slots] = {}
+
+    @property
+    def room(self) -> int:
+        """How many more can stay."""
+        return self._pool.free - SPARE
+
+    def slots(self, sequence: Sequence, layer: int, blocks: Blocks) -> Slots:
+        """Where they lie; -1 for those of which the device has no copy."""
+        table = self._slots.get(sequence.window)
+        if table is None:
+            return np.full(len(blocks), -1)
+        known = blocks < table.shape[1]
+        return np.where(known, table[layer, np.where(known, blocks, 0)], -1)
+
+    def keep(self, sequence: Sequence, layer: int, blocks: Blocks, slots: Slots) -> None:
+        """Slots that hold these blocks are theirs from now on."""
+        table = self._slots.get(sequence.window, np.empty((self._layers, 0), np.int64))
+        if len(blocks) and blocks[-1] >= table.shape[1]:
+            wider = np.full((self._layers, 2 * int(blocks[-1]) + 2), -1)
+            wider[:, : table.shape[1]] = table
+            table = self._slots[sequence.window] = wider
+        assert (table[layer, blocks] < 0).all(), "a block has two slots"
+        table[layer, blocks] = slots
+
+    def drop(self, sequence: Sequence) -> None:
+        """Nothing of a sequence is kept any more."""
+        table = self._slots.pop(sequence.window, None)
+        if table is not None:
+            self._pool.give_back(table[table >= 0].tolist())
+
+    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+        """Every taken slot has a block of one of these sequences. AssertionError says otherwise."""
+        assert self._slots.keys() <= {sequence.window for sequence in sequences}, (
+            "a slot outlives its sequence"
+        )
+        held = sum(int((table >= 0).sum()) for table in self._slots.values())
+        assert held * self._pool.record_bytes == self._pool.used_bytes, "a slot is nobody's, or two blocks'"

@@ -1,0 +1,150 @@
+"""The device tier: windows, and attention over them and the store, within the device's budget."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from spilld.config.config import Config
+from spilld.cuda_ext.choice import Costs
+from spilld.cuda_ext.device.base import Device
+from spilld.cuda_ext.device.cuda import CudaDevice
+from spilld.cuda_ext.errors import DeviceError
+from spilld.cuda_ext.flash import Flash, try_out
+from spilld.cuda_ext.memory.cpu_windows import CpuWindows
+from spilld.cuda_ext.memory.device_windows import DeviceWindows
+from spilld.cuda_ext.memory.record_pool import RecordPool
+from spilld.cuda_ext.memory.staging import ALIGNMENT, Landing
+from spilld.cuda_ext.memory.windows import Windows, WindowShape
+from spilld.cuda_ext.ops import Ops
+from spilld.errors import ConfigError
+from spilld.kv.geometry import Geometry
+from spilld.kv.visibility import CELL, WINDOW_SLOTS, highest_block
+from spilld.offload.size import size
+from spilld.offload.store import Store
+
+from .base import Attention, TieredAttention
+from .costs import measure
+from .device_cache import SPARE
+from .gpu import DeviceAttention
+
+log = logging.getLogger(__name__)
+
+WINDOWS_SHARE = 4
+"""Windows have at most one part in so many of what is left beside working memory."""
+
+DEFAULT_WINDOWS = 4
+"""Where the CPU is the device."""
+
+
+class DeviceTier(NamedTuple):
+    windows: Windows
+    attention: Attention
+
+
+def on_cpu(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
+    """Raises ValueError if the budget holds no window."""
+    shape = window_shape(config, geometry)
+    budget = DEFAULT_WINDOWS * shape.nbytes if config.device_budget is None else config.device_budget
+    windows = CpuWindows(shape, budget)
+    return DeviceTier(windows, TieredAttention(windows, store, geometry.heads))
+
+
+def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
+    """On the first GPU.
+
+    Raises ConfigError without a budget, ValueError if it is too small, DeviceError and BuildError.
+    """
+    if config.device_budget is None:
+        raise ConfigError('device = "cuda" takes a device_budget: memory of the GPU that is for spilld alone')
+    device = CudaDevice()
+    try:
+        load = partial(device.compiled, cache=config.cache / "cubins")
+        constants, shape, heads = store.layout.constants, window_shape(config, geometry), geometry.heads
+        ops = Ops(load, constants, shape, heads)
+        flash = Flash(device, load, constants, shape, heads) if has_flash(device, shape, geometry) else None
+        longest = config.max_context or geometry.max_positions
+        costs = measure(device, ops, flash, store.layout)
+        return build(device, ops, store, config.device_budget, longest, costs, flash)
+    except BaseException:
+        device.close()
+        raise
+
+
+def has_flash(device: Device[Any], shape: WindowShape, geometry: Geometry) -> bool:
+    """Whether torch finds the GPU, and its flash attention takes such numbers, is for a layer of the model,
+    and runs there."""
+    of_use = not geometry.softcap and None in geometry.sliding_windows
+    if not torch.cuda.is_available() or shape.dtype is torch.float32 or not of_use:
+        return False
+    try:
+        try_out(device, shape)
+    except (DeviceError, RuntimeError) as error:
+        log.warning("prompts take our own kernels: torch's flash attention does not run here: %s", error)
+        return False
+    return True
+
+
+Tier = Callable[[Config, Store, Geometry], DeviceTier]
+
+TIERS: dict[str, Tier] = {"cpu": on_cpu, "cuda": on_cuda}
+"""By the configured device."""
+
+
+def window_shape(config: Config, geometry: Geometry) -> WindowShape:
+    return WindowShape(
+        slots=WINDOW_SLOTS,
+        layers=geometry.layers,
+        kv_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
+        dtype=getattr(torch, config.dtype),
+    )
+
+
+def build(
+    device: Device[Any],
+    ops: Ops,
+    store: Store,
+    budget_bytes: int,
+    max_context: int,
+    costs: Costs,
+    flash: Flash | None,
+) -> DeviceTier:
+    """max_context: tokens of the longest sequence. flash: what prompts take, if not our kernels. The store's
+    records are pinned.
+
+    Raises ValueError if the budget is too small, OutOfMemory and RegistrationRefused.
+    """
+    shape, record_bytes = ops.shape, store.layout.record_bytes
+    landing_bytes = crossing(ops, highest_block(max_context))
+    working_bytes = landing_bytes + (flash.nbytes if flash else 0)
+    page = device.page_bytes
+    one = -(-shape.nbytes // page) * page
+    least = working_bytes + one + SPARE * record_bytes
+    if budget_bytes < least:
+        raise ValueError(
+            f"a device budget of {size(budget_bytes)} is less than the least, {size(least, least=True)}"
+        )
+    share = min((budget_bytes - working_bytes) // WINDOWS_SHARE, budget_bytes - least + one)
+    for_windows = max(1, share // shape.nbytes) * shape.nbytes
+    landing = Landing(device, landing_bytes)
+    windows = DeviceWindows(device, landing, shape, -(-for_windows // page) * page)
+    pool = RecordPool(device, budget_bytes - working_bytes - windows.budget_bytes, record_bytes)
+    store.pin_memory(device.register)
+    return DeviceTier(windows, DeviceAttention(device, ops, windows, pool, landing, store, costs, flash))
+
+
+def crossing(ops: Ops, blocks: int) -> int:
+    """The most bytes of landing that a call takes, over at most so many stored blocks."""
+    shape = ops.shape
+    row = 4 * (shape.head_dim + 1)  # of a result, with its lse
+    queries = 5 * CELL * ops.heads * row  # given, rotated, merged, and fetched
+    partial = 2 * ops.partial_rows(CELL) * row  # over the window and over records
+    kv = 2 * CELL * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
+    seen = CELL * 8 * 8 + 16 * blocks  # ranges and bounds; places and positions
+    call = queries + partial + kv + seen + 16 * ALIGNMENT
+    return -(-max(call, shape.layer_bytes) // 4096) * 4096

@@ -1,0 +1,110 @@
+"""The authorised clients: a TOML file with a table for each, which may be edited while the daemon runs.
+
+[alice]
+key = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"  # her public key
+tenant = "hers"                                     # whose sessions and KV she has
+max_open = 4                                        # limits of her own, or those of the configuration
+max_rate = 50
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+from spilld.errors import AccessDenied, ConfigError
+from spilld.fields import Int, Maybe, Real
+from spilld.protocol.messages import TENANT, Request, Tenanted
+from spilld.toml_file import TomlFile
+
+from .keys import Key, refuse_if_others_write
+
+log = logging.getLogger(__name__)
+
+MAX_OPEN = Int(1, 65536)
+MAX_RATE = Real(0, 1e6, above=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guest:
+    """One authorised client."""
+
+    key: Annotated[str, Key()]
+    tenant: Annotated[str, TENANT]
+    max_open: Annotated[int | None, Maybe(MAX_OPEN)] = None
+    max_rate: Annotated[float | None, Maybe(MAX_RATE)] = None
+
+    def admit(self, message: Request) -> Request:
+        """The message, as one of this client's tenant. AccessDenied if it names another."""
+        if not isinstance(message, Tenanted):
+            return message
+        if message.tenant and message.tenant != self.tenant:
+            raise AccessDenied("this key is of another tenant; name that of the key, or none")
+        return replace(message, tenant=self.tenant)
+
+
+class Guests:
+    """Who may connect. The file is read again when it has changed; one that is gone lets nobody in."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError if the file cannot be read or something in it is wrong."""
+        self._path = path
+        self._known = self._stamp(), load(path)
+
+    def find(self, key: str) -> Guest | None:
+        """The client with this public key; from any thread. A file that has become wrong is logged, and what
+        it was before still holds."""
+        if (stamp := self._stamp()) != self._known[0]:
+            try:
+                self._known = stamp, load(self._path) if stamp else {}
+            except ConfigError as error:
+                log.error("%s; the authorised clients are as they were", error)
+                self._known = stamp, self._known[1]
+        return self._known[1].get(key)
+
+    def _stamp(self) -> tuple[int, ...]:
+        """Changes with the file; empty if there is none."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return ()
+        return found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode, found.st_uid
+
+
+def load(path: Path) -> dict[str, Guest]:
+    """By public key. Raises ConfigError, also if others can write the file or its folder."""
+    file = TomlFile(path)
+    refuse_if_others_write(path)
+    guests: dict[str, Guest] = {}
+    for name in file.values:
+        guest = file.read(Guest, name)
+        if guest.key in guests:
+            raise ConfigError(
+                f"{file.where(name, 'key')}: key is that of another client, too; give each its own"
+            )
+        guests[guest.key] = guest
+    return guests
+
+
+def add(path: Path, name: str, guest: Guest) -> None:
+    """Append a client. Raises ConfigError if the name is taken, or the file is wrong or cannot be written."""
+    load(path)
+    file = TomlFile(path)
+    if name in file.values:
+        raise ConfigError(
+            f"{file.where(name)}: there is {name!r} already; take it out, or choose another name"
+        )
+    tenant = json.dumps(guest.tenant, ensure_ascii=False)
+    try:
+        # root may add to a list in another's folder, who could make it a link to any file
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as end:
+            end.write(f'\n[{name}]\nkey = "{guest.key}"\ntenant = {tenant}\n')
+            end.flush()
+            os.fsync(end.fileno())
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,5 @@
+"""What the commands show and do: answers, conversations, tables, the doctor.
+
+May import: client, config, cuda_ext, errors, models, models.files, monitoring, offload, printable, protocol,
+runner.
+"""

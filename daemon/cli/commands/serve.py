@@ -1,0 +1,73 @@
+"""spilld serve: the daemon; spilld config: its settings."""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from spilld.cli.engine_extra import check_engine, engine
+from spilld.cli.preflight import check
+from spilld.config.config import Config
+from spilld.config.settings import file_text, given, settings
+from spilld.errors import SpilldError
+from spilld.monitoring import logs
+
+log = logging.getLogger(__name__)
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve", help="run the daemon", usage="%(prog)s [--config FILE] [--SETTING VALUE ...]"
+    )
+    parser.set_defaults(run=run)
+    parser.description = (
+        "Run the daemon until SIGTERM or Ctrl-C. Each setting is an option, and a line in the file that "
+        "`spilld config` prints; an option counts more than the file. Sizes are bytes, or 8G, 512MiB, 1.5TB."
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings, in TOML (default: none)")
+    for setting in settings():
+        parser.add_argument("--" + setting.name.replace("_", "-"), metavar=setting.metavar, help=setting.help)
+    shown = commands.add_parser(
+        "config", help="print every setting of `serve`, explained, as a file for --config"
+    )
+    shown.set_defaults(run=lambda _: print(file_text(), end=""))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Errors go to the log where machines read it, else, as of every command, they are said in one line."""
+    faulthandler.enable(2)  # systemd ends a daemon that hangs by SIGABRT: the log then says where it was
+    values = given(options)
+
+    def read() -> Config:
+        return Config.load(options.config, values)
+
+    logs.set_up("json" if options.log_format == "json" else "text", "info")
+    # What comes while it loads is a reload, too, once the server takes it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP} if options.config else set())
+    try:
+        config = read()
+        logs.set_up(config.log_format, config.log_level)
+        check_engine()
+        check(config)
+        # Torch's threads would else spin between its loops, where those of our kernels compute.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        with engine():
+            from spilld.assembly import serve
+
+        serve(config, read if options.config else None)
+    except SpilldError as error:
+        if not logs.for_machines():
+            raise
+        log.critical(error.message)
+        return 1
+    except Exception:
+        log.critical("the daemon ends by a bug of spilld's", exc_info=True)
+        return 1
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return 0

@@ -1,0 +1,123 @@
+"""The client's socket: moves frames between a DEALER and the calls, and sees the daemon come and go."""
+
+from __future__ import annotations
+
+import struct
+import time
+
+import zmq
+
+from spilld.auth.keys import ClientKey
+from spilld.errors import ConfigError
+from spilld.protocol.address import FORMS
+from spilld.protocol.messages import HEARTBEAT_MS, MAX_FRAME_BYTES, SILENT_MS
+
+from .calls import Calls
+
+BATCH = 256
+"""Messages taken at once, so that an event loop gets its turn."""
+
+LINGER_MS = 200
+"""How long a cancel may take to leave once the socket is closed."""
+
+SEEN = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_DISCONNECTED
+)
+
+BEGINNING = "`spilld keys --client NAME`, where the daemon runs,"
+
+NO_KEY = f"it wants a key. {BEGINNING} makes a file: give it as keys=FILE, --keys FILE or $SPILLD_KEYS"
+UNKNOWN_KEY = f"its clients.toml does not have this client's key. {BEGINNING} makes one that it knows"
+WRONG_SERVER = (
+    f"it has no keys, or another than this client's key file says. {BEGINNING} makes a file that fits"
+)
+FULL = "it closed the connection at once: it may have max_connections of them, or be another user's"
+
+
+class Link:
+    """key: for a daemon that has keys."""
+
+    def __init__(self, calls: Calls, key: ClientKey | None = None) -> None:
+        self._calls = calls
+        self._keyed = key is not None
+        self._sending = False
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.LINGER, LINGER_MS)
+        self.socket.setsockopt(zmq.SNDHWM, 0)  # a send never blocks
+        self.socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_FRAME_BYTES)
+        self.socket.setsockopt(zmq.IPV6, int("[" in calls.address))
+        if key is not None:
+            self.socket.setsockopt(zmq.CURVE_SERVERKEY, key.server.encode())
+            self.socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public.encode())
+            self.socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret.encode())
+        self.monitor: zmq.Socket[bytes] = self.socket.get_monitor_socket(SEEN)
+        self.monitor.setsockopt(zmq.RCVHWM, 0)  # where it is full, libzmq stops, for all sockets
+        try:
+            self.socket.connect(calls.address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ConfigError(f"cannot connect to {calls.address!r}: {error}; {FORMS}") from error
+
+    def flush(self) -> None:
+        """Send what the outbox holds."""
+        if not self._sending and not self.socket.closed:  # a finaliser may run in the middle of a send
+            self._sending = True
+            try:
+                while self._calls.outbox:
+                    self.socket.send_multipart(self._calls.outbox.popleft())
+            finally:
+                self._sending = False
+
+    def move(self) -> bool:
+        """Send and take what can be without waiting; True if more may be there to take."""
+        if self._calls.closed:
+            return False
+        self._watch()
+        self.flush()
+        more = self._take()
+        answers = bool(self._calls.outbox)  # to go on, or a cancel
+        self.flush()
+        return more or answers  # Hazard: a send takes the descriptor's word of what came meanwhile
+
+    def _watch(self) -> None:
+        while self.monitor.poll(0):
+            event, _value = struct.unpack("=hi", self.monitor.recv_multipart()[0])
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._calls.link_up()
+            elif event == zmq.EVENT_DISCONNECTED:
+                self._calls.link_lost(time.monotonic())
+            else:
+                self._turned_away(event)
+
+    def _turned_away(self, event: int) -> None:
+        """libzmq connects again only where the other side closed without a word."""
+        why = WRONG_SERVER if self._keyed else NO_KEY
+        final = event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            why = UNKNOWN_KEY
+        elif not final:
+            why = f"{WRONG_SERVER}; or {FULL}" if self._keyed else FULL
+        self._calls.turned_away(why, time.monotonic(), final=final)
+
+    def _take(self) -> bool:
+        for _ in range(BATCH):
+            try:
+                frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            self._calls.received(frames)
+        return True
+
+    def close(self) -> None:
+        """Send what the outbox holds, the last cancels, and close."""
+        if not self.socket.closed:
+            self.flush()
+            self.socket.disable_monitor()
+            self.monitor.close(linger=0)
+            self.socket.close()

@@ -1,0 +1,116 @@
+"""How a client fetches and sends an archive, without a socket: requests come out, replies go in.
+
+The client has the file, the daemon never sees its path.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from spilld.errors import CorruptArchive, InvalidRequest, ProtocolError
+from spilld.protocol.messages import (
+    PIECE_BYTES,
+    CloseTransfer,
+    Exported,
+    ExportSession,
+    Imported,
+    ImportSession,
+    ListSessions,
+    OpenTransfer,
+    Piece,
+    ReadTransfer,
+    Reply,
+    Request,
+    Sessions,
+    Transfer,
+    WriteTransfer,
+)
+
+PIECE_S = 60.0
+"""How long a piece waits: the daemon has others to serve, and a disk to wait for."""
+
+BUILD_S = 3600.0
+"""How long export and import wait: the daemon reads or writes all of it, between other work."""
+
+Ask = tuple[Request, type[Reply], float]
+"""A request, what must answer it, and how many seconds it may take."""
+
+NextId = Callable[[], str]
+
+R = TypeVar("R", bound=Reply)
+
+
+def fetch(session: str, tenant: str, path: Path, next_id: NextId) -> Generator[Ask, Any, Exported]:
+    """Export a session to a new file of mode 0600. On any error there is no file.
+
+    Raises InvalidRequest if the file exists or cannot be made, and what the daemon answers.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise InvalidRequest(f"cannot write {path}: {error.strerror}; name a new file") from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            request = ExportSession(request_id=next_id(), session=session, tenant=tenant)
+            exported = _is(Exported, (yield request, Exported, BUILD_S))
+            for offset in range(0, exported.nbytes, PIECE_BYTES):
+                read = ReadTransfer(request_id=next_id(), transfer=exported.transfer, offset=offset)
+                data = _is(Piece, (yield read, Piece, PIECE_S)).data
+                if len(data) != min(PIECE_BYTES, exported.nbytes - offset):
+                    raise ProtocolError(f"a piece of {len(data)} bytes came at {offset} of {exported.nbytes}")
+                _put(file, data, path)
+            _put(file, b"", path)
+        yield CloseTransfer(request_id=next_id(), transfer=exported.transfer), Transfer, PIECE_S
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return exported
+
+
+def send(path: Path, session: str, tenant: str, next_id: NextId) -> Generator[Ask, Any, Imported]:
+    """Import a session from a file. Raises CorruptArchive if it cannot be read, InvalidRequest for a name
+    that is taken, and what the daemon answers."""
+    listed = yield ListSessions(request_id=next_id(), tenant=tenant), Sessions, PIECE_S
+    if any(info.name == session for info in _is(Sessions, listed).sessions):  # before much is sent
+        raise InvalidRequest(f"there is a session {session!r} already; delete it or choose another name")
+    try:
+        file = path.open("rb")
+        nbytes = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise CorruptArchive(f"cannot read {path}: {error.strerror}; name a file of an export") from error
+    with file:
+        begin = OpenTransfer(request_id=next_id(), nbytes=nbytes)
+        transfer = _is(Transfer, (yield begin, Transfer, PIECE_S)).transfer
+        offset = 0
+        while data := _take(file, path):
+            write = WriteTransfer(request_id=next_id(), transfer=transfer, offset=offset, data=data)
+            yield write, Transfer, PIECE_S
+            offset += len(data)
+    request = ImportSession(request_id=next_id(), transfer=transfer, session=session, tenant=tenant)
+    return _is(Imported, (yield request, Imported, BUILD_S))
+
+
+def _put(file: BinaryIO, data: bytes, path: Path) -> None:
+    """Write a piece; none: all of it shall be on disk."""
+    try:
+        file.write(data)
+        if not data:
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InvalidRequest(f"cannot write {path}: {error.strerror}; make room, or name another") from error
+
+
+def _take(file: BinaryIO, path: Path) -> bytes:
+    try:
+        return file.read(PIECE_BYTES)
+    except OSError as error:
+        raise CorruptArchive(f"cannot read {path}: {error.strerror}; name a file of an export") from error
+
+
+def _is(kind: type[R], reply: Reply) -> R:
+    assert isinstance(reply, kind)
+    return reply

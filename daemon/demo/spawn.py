@@ -1,0 +1,124 @@
+"""A daemon as a child process over a temporary state folder: for the demo, benchmarks and tests."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from spilld.client.client import Client
+from spilld.errors import DeadlineExceeded, InternalError, Unreachable
+
+START_S = 600.0
+"""For a first start on a busy machine, which compiles kernels. One that ends is not waited for."""
+STOP_S = 30.0
+
+
+class Process(Protocol):
+    """As subprocess.Popen."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, sig: int) -> None: ...
+
+
+Start = Callable[[Sequence[str], Path], Process]
+"""Runs `spilld` with these arguments and this log."""
+
+
+def command(arguments: Sequence[str], log: Path) -> Process:
+    """As a command of its own."""
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "spilld", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
+
+
+@dataclass(frozen=True)
+class Spawned:
+    address: str
+    process: Process
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """The largest resident set so far (VmHWM), mapped files included."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        raise InternalError(f"the kernel does not tell the peak memory of process {self.pid}")
+
+
+@contextmanager
+def spawned(
+    settings: Mapping[str, object], key: Path | None = None, start: Start = command
+) -> Iterator[Spawned]:
+    """A running daemon with these settings (names as in Config); it has ended when the context has. key: a
+    client's key file, where the daemon has keys.
+
+    Raises InternalError with the end of its log if it does not start.
+    """
+    with tempfile.TemporaryDirectory(prefix="spilld-") as folder:
+        options = {"state": f"{folder}/state", "listen": f"ipc://{folder}/socket", **settings}
+        address = str(options["listen"])
+        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        log = Path(folder) / "log"
+        process = start(["serve", *arguments], log)
+        try:
+            _await(process, address, key, log)
+            yield Spawned(address, process, log)
+        finally:
+            _end(process)
+
+
+def _await(process: Process, address: str, key: Path | None, log: Path) -> None:
+    give_up = time.monotonic() + START_S
+    while time.monotonic() < give_up and process.poll() is None:
+        try:
+            with Client(address, keys=key, connect_timeout=1.0) as client:
+                client.hello()
+                return
+        except (Unreachable, DeadlineExceeded):  # still loading
+            continue
+    raise InternalError(f"the daemon did not start; its log ends:\n{log.read_text()[-2000:]}")
+
+
+def _end(process: Process) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def import_rss_bytes() -> int:
+    """Peak memory of an interpreter that has imported torch, numba and transformers, and nothing else.
+
+    `import transformers` alone is lazy; its model base class brings what every model needs.
+    """
+    code = (
+        "import torch, numba, resource; from transformers import PreTrainedModel; "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(shown.stdout) * 1024

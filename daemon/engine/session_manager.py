@@ -1,0 +1,258 @@
+"""What sessions are to the engine: what a request continues and leaves behind, what stays on disk for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from spilld.errors import ForeignSession, InvalidRequest
+from spilld.kv import checkpoint
+from spilld.kv.checkpoint import Resume
+from spilld.kv.sequence import Sequence
+from spilld.kv.visibility import BLOCK
+from spilld.models.model import Model
+from spilld.offload.disk.extent import RunKey
+from spilld.offload.prefix_cache.block_hash import root
+from spilld.offload.store import Store
+from spilld.protocol.messages import (
+    ChangeSession,
+    Generate,
+    Message,
+    SessionInfo,
+)
+from spilld.sessions.idle_contexts import Key
+from spilld.sessions.store import Session, SessionBook
+from spilld.tokenizer.tokenizer import Tokenizer
+
+from .request_state import Generation
+
+OF_A_SESSION = 1
+"""Priority of KV that a named session goes on with; that of other requests is 0."""
+
+KEPT_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages that a session goes on with. It may be called in any thread, and may take long."""
+
+    tokenizer: Tokenizer
+    past: tuple[Message, ...]
+    messages: tuple[Message, ...]
+    answer: bool
+    most: int
+
+    def __call__(self) -> tuple[list[int], list[int]]:
+        """Their tokens, and those without the beginning of an answer. Raises SpilldError."""
+        turns = self._tokens(answer=False)
+        return (self._tokens(answer=True) if self.answer else turns), turns
+
+    def _tokens(self, *, answer: bool) -> list[int]:
+        if self.past:
+            return self.tokenizer.chat_append(self.past, self.messages, answer=answer, most=self.most)
+        return self.tokenizer.chat(self.messages, answer=answer, most=self.most)
+
+
+class SessionKeeper:
+    """Keeps the book, and pins the KV of pinned sessions in the store."""
+
+    def __init__(self, book: SessionBook, store: Store, model: Model, context_ttl_s: float) -> None:
+        self.book = book
+        self._store = store
+        self._model = model
+        self.context_ttl_s = context_ttl_s
+        self._pins: dict[Key, list[RunKey]] = {}
+        self._to_keep = dict.fromkeys(book.names())
+
+    def root(self, tenant: str) -> bytes:
+        """What the token chains of a tenant begin with."""
+        return root(self._model.fingerprint, self._store.layout.format, tenant.encode())
+
+    def session(self, request: Generate, handle: str | None) -> Session | None:
+        """What a request continues or will leave behind, under `handle` if it names nothing. Raises
+        ContextNotFound for an unknown context, ForeignSession for one of another model."""
+        session = self._session(request, handle)
+        if session is not None:
+            self.refuse_foreign(session)
+        return session
+
+    def _session(self, request: Generate, handle: str | None) -> Session | None:
+        if request.context is not None:
+            return self.book.get(request.tenant, request.context)
+        if request.session is not None:
+            new = Session(tenant=request.tenant, name=request.session)
+            return self.book.find(request.tenant, request.session) or new
+        if handle is not None:
+            return Session(tenant=request.tenant, name=handle, listed=False, ttl_s=self.context_ttl_s)
+        return None
+
+    def refuse_foreign(self, session: Session) -> None:
+        """Raises ForeignSession for one whose tokens are another model's. Of which model one is that was
+        written before this was noted, nobody knows: it is taken for this one's."""
+        if session.identity not in (b"", self._model.identity):
+            raise ForeignSession(
+                f"session {session.name!r} is of model {session.model!r}, here is {self._model.name!r}, or "
+                "its weights or its tokenizer differ: serve that model again, or begin another session"
+            )
+
+    def prompt(self, request: Generate, tokens: list[int], session: Session) -> list[int]:
+        """Tokens of what a session goes on with. `tokens` are those of a text or of token ids; how a text
+        begins, and what a message is, depends on what the session holds. Raises InvalidRequest."""
+        new = request.session is not None and not session.tokens
+        if isinstance(request.prompt, str) and new:
+            return self._model.tokenizer.begun(tokens)
+        return tokens
+
+    def chat(self, request: Generate, session: Session, most: int) -> Chat | None:
+        """Makes the prompt of messages, which may have `most` tokens; None where there are none. Raises
+        InvalidRequest."""
+        messages = tuple(part for part in request.prompt if isinstance(part, Message))
+        if not messages and (request.prompt or not _unanswered(session.messages)):
+            return None
+        if session.tokens and session.messages is None:
+            raise InvalidRequest("the session holds a raw prompt: append text or tokens, not messages")
+        past = (session.messages or ()) if session.tokens else ()
+        return Chat(self._model.tokenizer, past, messages, request.max_tokens > 0, most)
+
+    def held(self, generation: Generation) -> list[int]:
+        """Tokens that a session holds after a request, which end where the text that was told does. Before
+        anything was told of an answer to messages, no turn of the model's has begun."""
+        if generation.session is None:
+            return list(generation.tokens)
+        prompt = generation.prompt
+        if generation.turns is not None and not generation.answered:
+            prompt = generation.turns
+        return [*generation.before, *prompt, *generation.kept()]
+
+    def after(self, session: Session, generation: Generation, held: list[int]) -> Session:
+        """What a session is after a request, which has left it these tokens."""
+        return replace(
+            session,
+            tokens=tuple(held),
+            messages=_chat(session, generation),
+            model=self._model.name,
+            identity=self._model.identity,
+        )
+
+    def hold(self, session: Session) -> None:
+        """As `put`, where that has failed: it will be written once that can be done."""
+        self.book.hold(session)
+        self._to_keep[session.key] = None
+
+    def put(self, session: Session) -> None:
+        """As SessionBook.put; what is on disk for it is kept as that of a session."""
+        self.book.put(session)
+        self._to_keep[session.key] = None
+
+    def stored(self, session: Session) -> Resume | None:
+        """How far it need not be computed."""
+        return checkpoint.find(self._store, self.root(session.tenant), session.tokens)
+
+    def change(self, request: ChangeSession) -> Session:
+        """Fork, rename, pin, unpin or expire; the session as it is then."""
+        tenant, name, into = request.tenant, request.session, request.into
+        match request.action:
+            case "fork":
+                self.book.fork(tenant, name, _given(request.action, into), request.tokens)
+            case "rename":
+                self.book.rename(tenant, name, _given(request.action, into))
+                self._unpin((tenant, name))
+            case "pin" | "unpin":
+                ttl_s = self.book.get(tenant, name).ttl_s
+                self.book.keep(tenant, name, pinned=request.action == "pin", ttl_s=ttl_s)
+                self._unpin((tenant, name))
+            case "expire":
+                self.book.keep(tenant, name, pinned=self.book.get(tenant, name).pinned, ttl_s=request.ttl_s)
+        session = self.book.get(tenant, into if into and request.action in ("fork", "rename") else name)
+        self._to_keep[session.key] = None
+        return session
+
+    def forget(self, key: Key) -> None:
+        """Delete a session. KV that it shares with another has that one's priority again once that one goes
+        on. Raises ContextNotFound."""
+        runs = self._runs(self.book.get(*key))
+        self.book.delete(*key)
+        self._unpin(key)
+        self._store.prioritise(runs, 0)
+
+    def info(self, session: Session, in_use: tuple[Sequence | None, bool]) -> SessionInfo:
+        """in_use: its sequence if it is in memory, and whether a request runs on it."""
+        sequence, running = in_use
+        return SessionInfo(
+            name=session.name,
+            tokens=len(session.tokens),
+            kv_bytes=self.kv_bytes(sequence) if sequence else self._stored_bytes(session),
+            running=running,
+            pinned=session.pinned,
+            ttl_s=session.ttl_s,
+            created=session.created,
+            used=session.used,
+            chat=session.messages is not None,
+            model=session.model,
+        )
+
+    def kv_bytes(self, sequence: Sequence) -> dict[str, int]:
+        """Where KV lies: exact tokens on the device, records where they are served from."""
+        g, size = self._model.geometry, int(self._model.module.dtype.itemsize)
+        exact = sequence.computed - (sequence.table.stop - 1) * BLOCK
+        token = 2 * g.layers * g.kv_heads * g.head_dim * size
+        return {"device": exact * token, **self._store.usage(sequence.table)}
+
+    def _stored_bytes(self, session: Session) -> dict[str, int]:
+        resume = self.stored(session)
+        blocks = sum(ref.count for ref in resume.refs) if resume else 0
+        return {"device": 0, "host": 0, "disk": blocks * self._store.column_bytes}
+
+    def keep_what_waits(self) -> None:
+        """Of sessions that were written meanwhile: their KV is evicted after that of requests without a
+        session, or not at all if they are pinned. A few at a time: each is looked up block by block."""
+        if not self._store.writing:
+            for key in list(self._to_keep)[:KEPT_AT_ONCE]:
+                del self._to_keep[key]
+                self._keep(key)
+
+    def _keep(self, key: Key) -> None:
+        self._unpin(key)
+        session = self.book.find(*key)
+        if session is None or not (runs := self._runs(session)):
+            return
+        if session.listed:
+            self._store.prioritise(runs, OF_A_SESSION)
+        if session.pinned:
+            self._pins[key] = runs
+            self._store.pin(runs)
+
+    def _runs(self, session: Session) -> list[RunKey]:
+        """Runs on disk with which it goes on."""
+        resume = self.stored(session)
+        return resume.runs if resume else []
+
+    def _unpin(self, key: Key) -> None:
+        if key in self._pins:
+            self._store.unpin(self._pins.pop(key))
+
+
+def _given(action: str, into: str | None) -> str:
+    if into is None:
+        raise InvalidRequest(f"into is None; allowed: the name that {action} shall give")
+    return into
+
+
+def _unanswered(messages: tuple[Message, ...] | None) -> bool:
+    """Whether the model is to speak next."""
+    return messages is not None and len(messages) > 0 and messages[-1].role != "assistant"
+
+
+def _chat(session: Session, generation: Generation) -> tuple[Message, ...] | None:
+    """The chat that a session holds after a request; None once anything but messages went into it."""
+    asked = generation.request.prompt
+    new = tuple(message for message in asked if isinstance(message, Message))
+    if len(new) != len(asked) or (session.tokens and session.messages is None):
+        return None
+    chat = (*(session.messages or ()), *new)
+    if not chat or not generation.answered:
+        return chat or None
+    if chat[-1].role == "assistant":  # it went on with that
+        chat, text = chat[:-1], chat[-1].content + generation.text
+    else:
+        text = generation.text
+    return (*chat, Message(role="assistant", content=text))

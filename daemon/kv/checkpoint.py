@@ -1,0 +1,127 @@
+"""Tails: the exact K/V that a sequence needs beside its sealed blocks to go on as if it had never stopped.
+
+Exact numbers of a cell were computed from exact numbers of the cell before it, so they cannot be had again
+from sealed blocks; without a tail a sequence is computed anew from its first token. A tail of n tokens holds
+the sinks and positions [boundary(n - 1), n). It serves every sequence that begins with the same cells before
+the one that its last token lies in, and with some of its tokens in that one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spilld.cuda_ext.memory.windows import Numbers
+from spilld.offload.disk.extent import RunKey
+from spilld.offload.prefix_cache.block_hash import chain
+from spilld.offload.store import Store
+from spilld.offload.system import Bytes, page_aligned
+from spilld.offload.table import RunRef
+
+from .sequence import Sequence as TokenSequence
+from .visibility import (
+    BLOCK,
+    BLOCKS_PER_CELL,
+    CELL,
+    SINKS,
+    boundary,
+    sealed_by,
+    segments,
+    slot,
+)
+
+TAIL_BLOCKS = 1 + 2 * BLOCKS_PER_CELL
+"""The most blocks of a tail: the sinks and two cells."""
+
+ANCHOR_CELLS = 12
+"""While a long prompt is computed, a tail is saved every so many cells, for prompts that begin alike."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a sequence can go on: `position` tokens are computed, its sealed blocks have these hashes, and
+    all but block 0 lie in `refs`."""
+
+    position: int
+    tail: RunKey
+    refs: list[RunRef]
+    hashes: list[bytes]
+
+    @property
+    def runs(self) -> list[RunKey]:
+        """All that it needs of the disk."""
+        return [*(ref.run for ref in self.refs), self.tail]
+
+
+def find(store: Store, root: bytes, tokens: Sequence[int]) -> Resume | None:
+    """The longest beginning of a sequence that need not be computed; its last token always must be."""
+    hashes = chain(root, tokens, len(tokens) // BLOCK)
+    refs = store.find(hashes)
+    stored = refs[-1].blocks.stop if refs else 1
+    for cell in range((len(tokens) - 2) // CELL, -1, -1):
+        start, sealed = cell * CELL, sealed_by(cell * CELL)
+        if sealed > stored:
+            continue
+        anchor = hashes[start // BLOCK - 1] if cell else root
+        lengths = {run: _common(saved, tokens[start:-1]) for run, saved in store.tails(anchor)}
+        run = max(lengths, key=lambda run: lengths[run], default=None)
+        if run is not None and lengths[run]:
+            return Resume(start + lengths[run], run, _below(refs, sealed), hashes[:sealed])
+    return None
+
+
+def save(
+    store: Store, window: Numbers, sequence: TokenSequence, instead_of: RunKey | None = None
+) -> RunKey | None:
+    """Begin to write the tail of what is computed of a sequence, a cell at the least. window: what its window
+    holds. As Store.save_tail."""
+    n, sealed = sequence.computed, sequence.table.chain
+    cell = (n - 1) // CELL
+    above = sequence.hashes(len(sealed), cell * BLOCKS_PER_CELL)
+    anchor = [sequence.root, *sealed, *above][cell * BLOCKS_PER_CELL]
+    blocks = -(-sum(b - a for a, b in _slots(n)) // BLOCK)
+    width = store.tail_layout.record_bytes
+    numbers = page_aligned(len(window) * blocks * width).reshape(len(window), blocks, width)
+    for layer, planes in enumerate(window):
+        tokens, at = _tokens(numbers[layer], planes), 0
+        for a, b in _slots(n):
+            tokens[:, :, at : at + b - a] = planes[:, :, a:b]
+            at += b - a
+    tokens_after = sequence.tokens[cell * CELL : n]
+    return store.save_tail(anchor, tokens_after, boundary(n - 1) // BLOCK, numbers, instead_of)
+
+
+def restore(store: Store, window: Numbers, resume: Resume) -> None:
+    """Fill a window with what a sequence of resume.position tokens sees exactly. Raises ReadFailed."""
+    for planes, numbers in zip(window, store.read_tail(resume.tail), strict=True):
+        tokens, at = _tokens(numbers, planes), 0
+        for a, b in _slots(resume.position):
+            planes[:, :, a:b] = tokens[:, :, at : at + b - a]
+            at += b - a
+
+
+def _tokens(numbers: Bytes, planes: Numbers) -> Numbers:
+    """Records of a tail as [2, kv_heads, tokens, head_dim]: a view."""
+    _, kv_heads, _, head_dim = planes.shape
+    rows = numbers.reshape(-1).view(planes.dtype).reshape(-1, 2, kv_heads, head_dim)
+    return rows.transpose(1, 2, 0, 3)
+
+
+def _slots(n: int) -> list[tuple[int, int]]:
+    """Slots [start, stop) of the sinks and of positions [boundary(n - 1), n), as a tail lists them."""
+    newest = [(slot(a), slot(a) + b - a) for a, b in segments(boundary(n - 1), n)]
+    return [(0, SINKS), *newest]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _below(refs: Sequence[RunRef], stop: int) -> list[RunRef]:
+    """The same blocks as far as they lie below `stop`."""
+    return [
+        RunRef(ref.run, ref.base, ref.first, min(ref.count, stop - ref.first))
+        for ref in refs
+        if ref.first < stop
+    ]

@@ -1,0 +1,27 @@
+"""The tokens and the KV of one context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from spilld.offload.prefix_cache.block_hash import chain
+from spilld.offload.table import BlockTable
+
+from .visibility import BLOCK
+
+
+@dataclass
+class Sequence:
+    """tokens[:computed] have K/V, in the window and in stored blocks; the rest are still to be fed."""
+
+    table: BlockTable
+    window: int
+    root: bytes
+    """Parent of block 0 in the token chain: names model, format and tenant."""
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+
+    def hashes(self, start: int, stop: int) -> list[bytes]:
+        """Token-chain hashes of blocks [start, stop); the table must have block start-1, if there is one."""
+        parent = self.table.chain[start - 1] if start else self.root
+        return chain(parent, self.tokens[start * BLOCK : max(start, stop) * BLOCK], stop - start)

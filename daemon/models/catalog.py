@@ -1,0 +1,125 @@
+"""From the name an operator gives to a folder that can be loaded: known names, GGUF files, model folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from spilld.config.named_models import PACKAGED, sources_of
+from spilld.errors import ConfigError, ModelError, error_for
+from spilld.models.files.digest import digest, is_noted
+from spilld.models.files.folder import check_folder
+from spilld.models.files.weights import model_files, read_layout, tokenizer_files
+from spilld.models.gguf.header import read_header
+from spilld.models.gguf.metadata import check_header
+
+from .child_output import lines_to
+from .convert import FAILED
+
+CONVERSION = 3
+"""Part of a converted folder's name: raise it when convert.py turns the same source into something else."""
+
+
+_IN_PLACE = 7 / 8
+"""Share of a folder's weights that can be mapped, from which on the rest is better cast into memory at each
+start: what is cast cannot leave memory while the daemon runs."""
+
+
+def default_cache() -> Path:
+    """$XDG_CACHE_HOME/spilld, by default ~/.cache/spilld."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spilld"
+
+
+def _print(line: str) -> None:
+    print(f"spilld: {line}", file=sys.stderr, flush=True)
+
+
+def resolve(name: str, cache: Path, dtype: str, tell: Callable[[str], None] = _print) -> Path:
+    """The folder to load `name` from in `dtype` ("float32" or "bfloat16").
+
+    `name` is a known name, a .gguf file, or a folder with config.json and safetensors. What is not stored
+    in `dtype` is converted once into `cache/models` (up to minutes; `tell` is given lines of progress, by
+    default for stderr); a folder that fits, but for few tensors that are cast whenever it is loaded, is used
+    in place. Raises UnknownModel, CorruptModel, UnsupportedModel, or ConfigError if the cache cannot be
+    written.
+    """
+    sources = sources_of(name)
+    if sources[0].is_dir():
+        check_folder(sources[0])
+        if read_layout(sources[0]).share(dtype) >= _IN_PLACE:
+            return sources[0]
+    return _converted(_short(name, sources), sources, cache, dtype, tell)
+
+
+def identify(name: str, cache: Path) -> bytes:
+    """16 bytes that are others for other weights or another tokenizer, and the same in every dtype.
+
+    Tokens mean something only to the model whose identity this is; KV is tied to more (Model.fingerprint).
+    Raises as `resolve` does.
+    """
+    sources = sources_of(name)
+    if not sources[0].is_dir():
+        return digest(sources, cache)
+    folder = sources[0]
+    return digest([*read_layout(folder).files, *tokenizer_files(folder)], cache)
+
+
+def _short(name: str, sources: list[Path]) -> str:
+    """What a converted model is called."""
+    if name in PACKAGED:
+        return name
+    return sources[0].name if sources[0].is_dir() else sources[0].stem
+
+
+def parameters(name: str) -> int | None:
+    """How many numbers `name` has, by headers alone; None of a GGUF file. Raises
+    CorruptModel or UnsupportedModel."""
+    path = Path(name).expanduser()
+    return read_layout(path).parameters if name not in PACKAGED and path.is_dir() else None
+
+
+def _converted(name: str, sources: list[Path], cache: Path, dtype: str, tell: Callable[[str], None]) -> Path:
+    files = model_files(sources[0]) if sources[0].is_dir() else sources
+    if len(sources) == 1 and sources[0].is_file() and not is_noted(sources[0], cache):
+        check_header(read_header(sources[0]), name)  # refused at once, before all of it is read
+    key = digest(files, cache).hex()[:12]
+    target = cache / "models" / f"{re.sub('[^A-Za-z0-9._-]', '_', name)}-{dtype}-{key}-v{CONVERSION}"
+    if not target.is_dir():
+        _make_room(target.parent)
+        _run_converter(name, sources, target, dtype, tell)
+    return target
+
+
+def _make_room(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the cache folder {folder} cannot be written: {error}") from error
+
+
+def _run_converter(
+    name: str, sources: list[Path], target: Path, dtype: str, tell: Callable[[str], None]
+) -> None:
+    tell(f"preparing {name} in {dtype}, once, in {target}")
+    with lines_to(lambda line: tell(line.removeprefix("spilld: "))) as errors:
+        done = subprocess.run(
+            [sys.executable, "-m", "spilld.models.convert", "--dtype", dtype, "--target", target, *sources],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
+            check=False,
+        )
+    if done.returncode == FAILED:
+        reported = json.loads(done.stdout.splitlines()[-1])
+        raise error_for(reported["code"], reported["message"])
+    if done.returncode != 0 or not target.is_dir():
+        raise ModelError(
+            f"converting {name} failed with exit status {done.returncode} (-9: out of memory?); "
+            "its last words are above"
+        )

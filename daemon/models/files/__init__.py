@@ -1,0 +1,4 @@
+"""Files of a model folder: its configuration, its weights, digests of their bytes.
+
+May import: errors.
+"""

@@ -1,0 +1,96 @@
+"""What a model folder says about itself, before anything of it is loaded: whether it can be served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from spilld.errors import CorruptModel, UnsupportedModel
+
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
+"""config.json's model_type of the supported families, and the class of transformers that computes each."""
+
+INSTEAD = (
+    "take a GGUF file of this model (the codes of Q8_0, Q4_0 and Q4_1 are kept), or the folder in bfloat16 "
+    'that it was made from, which weights = "int8" or "int4" makes as small'
+)
+"""What to do about weights that are quantised in ways that are not read."""
+
+_OF_FILES = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt (NVFP4 or FP8)",
+}
+"""Methods that older tools name beside config.json."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Its config.json. Raises CorruptModel."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CorruptModel(f"{folder} has no config.json") from None
+    except (ValueError, RecursionError) as error:
+        raise CorruptModel(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CorruptModel(f"{path} names no model_type")
+    return config
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UnsupportedModel for a folder that would be refused, or be another model, once it is loaded; or
+    CorruptModel."""
+    config = read_config(folder)
+    if config["model_type"] not in FAMILIES:
+        raise UnsupportedModel(
+            f"{folder}: model_type {config['model_type']!r} is not supported; {', '.join(FAMILIES)} are"
+        )
+    if method := _quantised_by(folder, config):
+        raise UnsupportedModel(f"{folder}: weights quantised by {method} are not read; {INSTEAD}")
+    _check_code(folder, config)
+    if (folder / "adapter_config.json").exists():
+        raise UnsupportedModel(
+            f"{folder} has an adapter (LoRA), which is not applied: merge it into the weights "
+            "(merge_and_unload of peft) and serve the folder of the merged model"
+        )
+    if config.get("is_causal") is False:
+        raise UnsupportedModel(f"{folder}: a model that is not causal cannot be served token by token")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if "dynamic" in json.dumps(rope):
+        raise UnsupportedModel(f"{folder}: dynamic RoPE depends on the longest sequence in the batch")
+
+
+def _quantised_by(folder: Path, config: dict[str, Any]) -> str | None:
+    """The method's name, or None for plain weights."""
+    for key in ("quantization_config", "compression_config", "quantization"):  # the last is MLX's
+        if not (found := config.get(key)):
+            continue
+        if not isinstance(found, dict):
+            return str(found)
+        if found.get("load_in_4bit") or found.get("load_in_8bit"):
+            return "bitsandbytes"
+        return str(found.get("quant_method") or ("MLX" if key == "quantization" else "an unnamed method"))
+    return next((method for name, method in _OF_FILES.items() if (folder / name).exists()), None)
+
+
+def _check_code(folder: Path, config: dict[str, Any]) -> None:
+    """Code of a folder's own is never run; it may be there if it has come into transformers meanwhile."""
+    ours = FAMILIES[config["model_type"]]
+    named = config.get("architectures") or [ours]
+    code = config.get("auto_map") or {}
+    its = code.get("AutoModelForCausalLM") if isinstance(code, dict) else code
+    if ours not in named or (its is not None and str(its).rpartition(".")[2] != ours):
+        raise UnsupportedModel(
+            f"{folder} is computed by {its or ', '.join(map(str, named))}, not by transformers' {ours}: a "
+            "model of another shape, or with code of its own, is not served"
+        )

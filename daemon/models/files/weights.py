@@ -1,0 +1,109 @@
+"""Weight files: what a folder's safetensors hold."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spilld.errors import CorruptModel, UnsupportedModel
+
+from .folder import INSTEAD
+
+_MAX_HEADER = 100 << 20
+"""The limit of the safetensors format itself."""
+
+_SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json")
+_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The safetensors of one folder: files in name order, bytes by dtype, how many numbers."""
+
+    files: tuple[Path, ...]
+    nbytes: Mapping[str, int]
+    parameters: int
+
+    def share(self, dtype: str) -> float:
+        """Of all bytes, those of tensors in this dtype."""
+        return self.nbytes.get(dtype, 0) / max(1, sum(self.nbytes.values()))
+
+
+def read_layout(folder: Path) -> Layout:
+    """Read every safetensors header and check that each file is exactly as long as its header says.
+
+    Raises CorruptModel (damaged or cut off) or UnsupportedModel (no safetensors, or quantised weights).
+    """
+    files = tuple(sorted(folder.glob("*.safetensors")))
+    if not files:
+        raise UnsupportedModel(f"{folder} has no .safetensors file{_what_it_has(folder)}")
+    nbytes: Counter[str] = Counter()
+    parameters = 0
+    for file in files:
+        for dtype, size, count in _tensors(file):
+            nbytes[dtype] += size
+            parameters += count
+    if unknown := set(nbytes) - set(_NAMES):
+        raise UnsupportedModel(
+            f"{folder}: weights stored as {', '.join(sorted(unknown))} are not read; {INSTEAD}"
+        )
+    return Layout(files, {_NAMES[dtype]: size for dtype, size in nbytes.items()}, parameters)
+
+
+def _what_it_has(folder: Path) -> str:
+    pickles = sorted(
+        file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    )
+    if pickles:
+        return (
+            f": {pickles[0]} is a pickle, which may run any code, and is not read; look for the model in "
+            "safetensors, or save it so (save_pretrained of transformers)"
+        )
+    if ggufs := sorted(folder.glob("*.gguf")):
+        return f": give the file, --model {ggufs[0]}"
+    return ""
+
+
+def _tensors(file: Path) -> list[tuple[str, int, int]]:
+    """Of each its dtype, its bytes, and how many numbers it has."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise CorruptModel(f"{file} is cut off or no safetensors file")
+        try:
+            header = json.loads(stream.read(length))
+            entries = [entry for name, entry in header.items() if name != "__metadata__"]
+            end = max((int(entry["data_offsets"][1]) for entry in entries), default=0)
+            tensors = [_tensor(entry) for entry in entries]
+        except (
+            *(ValueError, TypeError, KeyError, IndexError, AttributeError),
+            *(RecursionError, OverflowError),
+        ) as error:
+            raise CorruptModel(f"{file}: the safetensors header is damaged ({error!r})") from error
+    if 8 + length + end != size:
+        raise CorruptModel(f"{file} has {size} bytes where its header says {8 + length + end}")
+    return tensors
+
+
+def _tensor(entry: Mapping[str, Any]) -> tuple[str, int, int]:
+    start, end = map(int, entry["data_offsets"])
+    return str(entry["dtype"]), end - start, math.prod(map(int, entry["shape"]))
+
+
+def model_files(folder: Path) -> list[Path]:
+    """A model folder's own files in name order, without weights in formats that are not read."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return [file for file in files if file.suffix not in (".bin", ".pt", ".pth", ".gguf", ".onnx")]
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files that say which text is which token: tokenizer.json, or what stands for it."""
+    if (whole := folder / "tokenizer.json").is_file():
+        return [whole]
+    return [file for file in model_files(folder) if file.name in _SLOW_TOKENIZERS]

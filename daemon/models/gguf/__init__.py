@@ -1,0 +1,4 @@
+"""GGUF files: header, metadata, tensors.
+
+May import: errors.
+"""

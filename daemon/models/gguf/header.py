@@ -1,0 +1,196 @@
+"""The header of a GGUF file: enough to refuse what transformers would load wrongly, without its 11 s reader.
+
+Layout: github.com/ggml-org/ggml docs/gguf.md, versions 2 and 3, little endian. Whatever a header claims,
+reading it takes seconds and little memory: counts and lengths are bounded before they are believed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from spilld.errors import CorruptModel, UnsupportedModel
+
+MAGIC = b"GGUF"
+_STRING, _ARRAY = 8, 9
+_SCALARS = {
+    kind: struct.Struct(f"<{code}")
+    for kind, code in {
+        0: "B",
+        1: "b",
+        2: "H",
+        3: "h",
+        4: "I",
+        5: "i",
+        6: "f",
+        7: "?",
+        10: "Q",
+        11: "q",
+        12: "d",
+    }.items()
+}
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+_MOST_VALUES = 1 << 16
+_MOST_TENSORS = 1 << 16
+_MOST_STRINGS = 1 << 22
+"""Of all arrays together: a vocabulary and its merges."""
+
+_LONGEST_STRING = 1 << 24
+_LONGEST_ARRAY = 1 << 12
+"""Of numbers, to be kept: one for each layer."""
+
+_MOST_DIMENSIONS = 4
+
+Scalar = int | float | bool | str
+Value = Scalar | tuple[Scalar, ...] | None
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """`values` has the scalar and string keys and short arrays of numbers; other arrays are None there (only
+    their presence is known). tensors: names and GGML types."""
+
+    values: dict[str, Value]
+    tensors: dict[str, int]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.values["general.architecture"])
+
+    def model_keys(self) -> list[str]:
+        """Those under the architecture's own prefix, without it."""
+        prefix = f"{self.architecture}."
+        return [key.removeprefix(prefix) for key in self.values if key.startswith(prefix)]
+
+    def of_model(self, key: str) -> Value:
+        """The value under the architecture's own prefix, or None."""
+        return self.values.get(f"{self.architecture}.{key}")
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read and check the header and that every tensor lies inside the file.
+
+    Raises CorruptModel (no GGUF, damaged or truncated) or UnsupportedModel (version, tensor type, or one part
+    of a file that was split).
+    """
+    size = path.stat().st_size
+    if size < 24:
+        raise CorruptModel(f"{path} is no GGUF file: it has only {size} bytes")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:4] != MAGIC:
+            raise CorruptModel(f"{path} is no GGUF file: it starts with {data[:4]!r}, not {MAGIC!r}")
+        try:
+            return _Cursor(data, path).header()
+        except (struct.error, IndexError, UnicodeDecodeError, OverflowError, KeyError) as error:
+            raise CorruptModel(f"{path}: the GGUF header is damaged or cut off ({error!r})") from error
+
+
+class _Cursor:
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self._data = data
+        self._path = path
+        self._at = 4
+        self._strings = 0
+
+    def header(self) -> GgufHeader:
+        version, tensor_count, value_count = self._number(_U32), self._number(_U64), self._number(_U64)
+        if version not in (2, 3):
+            raise UnsupportedModel(f"{self._path} is GGUF version {version}; 2 and 3 are supported")
+        _bounded("values", value_count, _MOST_VALUES)
+        _bounded("tensors", tensor_count, _MOST_TENSORS)
+        values: dict[str, Value] = {}
+        for _ in range(value_count):
+            if (key := self._string()) in values:
+                raise IndexError(f"{key} twice")
+            values[key] = self._value(self._number(_U32))
+        _refuse_a_part(self._path, values)
+        if "general.architecture" not in values:
+            raise CorruptModel(f"{self._path}: the GGUF header names no general.architecture")
+        alignment = values.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise IndexError(f"an alignment of {alignment}")
+        tensors: dict[str, int] = {}
+        last, reached = "", 0
+        for _ in range(tensor_count):
+            name, kind, end = self._tensor()
+            if name in tensors:
+                raise IndexError(f"tensor {name} twice")
+            tensors[name] = kind
+            last, reached = max((last, reached), (name, end), key=lambda found: found[1])
+        start = -(-self._at // alignment) * alignment
+        if start + reached > len(self._data):
+            raise CorruptModel(
+                f"{self._path} is cut off: tensor {last} ends at byte {start + reached}, "
+                f"the file at {len(self._data)}"
+            )
+        return GgufHeader(values, tensors)
+
+    def _number(self, code: struct.Struct) -> int:
+        value: int = code.unpack_from(self._data, self._at)[0]
+        self._at += code.size
+        return value
+
+    def _string(self) -> str:
+        length = _bounded("bytes of a string", self._number(_U64), _LONGEST_STRING)
+        text = self._data[self._at : self._at + length]
+        if len(text) != length:
+            raise IndexError(f"a string of {length} bytes at {self._at}")
+        self._at += length
+        return text.decode("utf-8")
+
+    def _value(self, kind: int) -> Value:
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            return self._number(_SCALARS[kind])
+        of, count = self._number(_U32), self._number(_U64)
+        if of == _STRING:
+            self._strings = _bounded("strings", self._strings + count, _MOST_STRINGS)
+            for _ in range(count):
+                self._at += 8 + _U64.unpack_from(self._data, self._at)[0]
+            return None
+        code = _SCALARS[of]
+        if count * code.size > len(self._data) - self._at:
+            raise IndexError(f"an array of {count} numbers at {self._at}")
+        if count > _LONGEST_ARRAY:
+            self._at += count * code.size
+            return None
+        return tuple(self._number(code) for _ in range(count))
+
+    def _tensor(self) -> tuple[str, int, int]:
+        """(name, GGML type, end relative to the start of the data section)"""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        name = self._string()
+        elements = 1
+        for _ in range(_bounded("dimensions", self._number(_U32), _MOST_DIMENSIONS)):
+            elements *= self._number(_U64)
+        kind, offset = self._number(_U32), self._number(_U64)
+        try:
+            per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        except ValueError:
+            raise UnsupportedModel(f"{self._path}: tensor {name} has the unknown GGML type {kind}") from None
+        return name, kind, offset + elements // per_block * block_bytes
+
+
+def _bounded(what: str, count: int, most: int) -> int:
+    if count > most:
+        raise IndexError(f"{count} {what} where {most} are the most")
+    return count
+
+
+def _refuse_a_part(path: Path, values: dict[str, Value]) -> None:
+    """Of a file that gguf-split has cut: only the first part has the metadata, and none has all tensors."""
+    count, number = values.get("split.count"), values.get("split.no")
+    if not isinstance(count, int) or not isinstance(number, int) or count < 2:
+        return
+    end = f"-of-{count:05}.gguf"
+    stem = path.name.removesuffix(f"-{number + 1:05}{end}")
+    parts = [f"{stem}-{part:05}{end}" for part in range(1, count + 1)]
+    raise UnsupportedModel(
+        f"{path} is part {number + 1} of {count} of a split GGUF file ({parts[0]} to {parts[-1]}): join them "
+        f"with `llama-gguf-split --merge {path.with_name(parts[0])} {stem}.gguf`, and give that file"
+    )

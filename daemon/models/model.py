@@ -1,0 +1,194 @@
+"""A model in memory: checked, mapped, with fixed RoPE and an identity that stored KV is tied to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from spilld.attention.transformers_hook import IMPLEMENTATION
+from spilld.cuda_ext.device.tensors import gpu_errors
+from spilld.cuda_ext.errors import DeviceError
+from spilld.errors import ConfigError, CorruptModel, DeviceUnusable
+from spilld.kv.geometry import Geometry
+from spilld.models.files.digest import digest
+from spilld.models.files.folder import check_folder, read_config
+from spilld.models.files.weights import read_layout
+from spilld.models.packed.packing import packed_file, read
+from spilld.offload.kernels.linear.packed import Packed
+from spilld.tokenizer.tokenizer import Tokenizer
+
+from .catalog import default_cache, identify, resolve
+from .probe import probe_once
+from .rope import fix_rope, rope_bytes
+from .wide_linear import has_bfloat16_products, widen
+
+__all__ = ["Model", "identify", "load", "load_module", "resolve"]
+
+LOADING_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
+    *(StrictDataclassError, SafetensorError),
+)
+"""What transformers raises for a damaged model."""
+
+_VOLATILE = (
+    "transformers_version",
+    "_name_or_path",
+    "_model_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+)
+"""Keys of config.json that may change without changing a single key or value."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """`module` is in evaluation mode and needs no gradient; its weights are mapped from `folder`, or lie on a
+    GPU.
+
+    `packed` is what steps read instead of the module, if they do; names as in packing.py.
+    `fingerprint` is 32 bytes: KV computed under another one must not be served. `identity` is 16: tokens of
+    a model with another one mean something else, or nothing (catalog.identify).
+    """
+
+    name: str
+    folder: Path
+    module: Any
+    geometry: Geometry
+    tokenizer: Tokenizer
+    fingerprint: bytes
+    identity: bytes
+    packed: Mapping[str, Packed] | None = None
+
+
+def load(
+    folder: Path,
+    dtype: str,
+    attention: str = IMPLEMENTATION,
+    *,
+    name: str | None = None,
+    max_context: int | None = None,
+    cache: Path | None = None,
+    weights: str = "bf16",
+    device: str = "cpu",
+    identity: bytes | None = None,
+) -> Model:
+    """Load a folder that `resolve` returned.
+
+    attention names a registered transformers attention. max_context (by default all the model was made for)
+    decides longrope's factors once. cache keeps digests, and packed weights. weights as in Config. device, as
+    in Placement, has the module; only the CPU's may be packed. identity is that of what the folder was
+    converted from, by default the folder's own. Raises CorruptModel, UnsupportedModel, DeviceUnusable if the
+    GPU does not take the weights, or ConfigError if max_context is more than the model's positions or the
+    cache cannot be written.
+    """
+    check_folder(folder)
+    cache = cache or default_cache()
+    contents = digest(read_layout(folder).files, cache)
+    module = load_module(folder, dtype, attention)
+    tokenizer = Tokenizer.load(folder)
+    geometry = Geometry.of(module.config, module.generation_config, tokenizer.eos)
+    longest = max_context or geometry.max_positions
+    if longest > geometry.max_positions:
+        raise ConfigError(
+            f"a context of {longest} tokens exceeds the model's {geometry.max_positions} positions"
+        )
+    fix_rope(module, longest)
+    if attention == IMPLEMENTATION:
+        probe_once(module, geometry, cache)
+    steps = packed_file(module, folder, weights, cache) if device == "cpu" else None
+    if device != "cpu":
+        _move(module, device)
+    elif steps is None and dtype == "bfloat16" and not has_bfloat16_products():
+        widen(module)
+    if digest(read_layout(folder).files, cache) != contents:
+        raise CorruptModel(f"{folder} changed while it was loaded: start again when it is whole")
+    return Model(
+        name=name or folder.name,
+        folder=folder,
+        module=module,
+        geometry=geometry,
+        tokenizer=tokenizer,
+        fingerprint=_fingerprint(folder, dtype, module, contents, digest([steps], cache) if steps else b""),
+        identity=identity or identify(str(folder), cache),
+        packed=read(steps) if steps else None,
+    )
+
+
+def _move(module: Any, device: str) -> None:
+    try:
+        with gpu_errors():
+            module.to(device)
+    except DeviceError as error:
+        raise DeviceUnusable(
+            f"the GPU does not take the weights: {error}; choose a smaller model, or keep them in host "
+            'memory with weights = "int4"'
+        ) from error
+
+
+def load_module(folder: Path, dtype: str, attention: str) -> Any:
+    """The transformers model of a folder, no tensor missing. Raises CorruptModel or UnsupportedModel.
+
+    Weights already stored in `dtype` are mapped; others are cast, which needs memory for both.
+    """
+    check_folder(folder)
+    read_layout(folder)
+    with _quiet():
+        try:
+            module, report = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except LOADING_ERRORS as error:
+            said = " ".join(str(error).split())
+            raise CorruptModel(f"{folder} cannot be loaded: {said}") from error
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if keys := sorted(map(str, report[kind])):
+            raise CorruptModel(f"{folder}: {len(keys)} {kind.replace('_', ' ')}, the first is {keys[0]}")
+    return module.eval().requires_grad_(False)
+
+
+def _fingerprint(folder: Path, dtype: str, module: Any, contents: bytes, steps: bytes) -> bytes:
+    """contents, steps: digests of the folder's weights, and of those that steps read instead, if they do."""
+    config = {key: value for key, value in read_config(folder).items() if key not in _VOLATILE}
+    hasher = hashlib.blake2b(digest_size=32, person=b"spilld model v1")
+    for part in (
+        contents,
+        json.dumps(config, sort_keys=True).encode(),
+        rope_bytes(module),
+        dtype.encode(),
+        *([b"steps " + steps] if steps else []),
+    ):
+        hasher.update(struct.pack("<Q", len(part)) + part)
+    return hasher.digest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and load report: what they would say is raised."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()

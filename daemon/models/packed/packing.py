@@ -1,0 +1,237 @@
+"""Packed weights of a model for its steps, made once and mapped from then on.
+
+A quantised GGUF file's own codes are kept where they fit (Q4_0, Q4_1, Q8_0): nothing is rounded twice. What
+it stores in other ways becomes int8. Matrices that read the same input lie together: `layers.N.qkv`,
+`layers.N.out`, `layers.N.gate_up`, `layers.N.down`, and `head`, which is int8 also beside int4.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+
+from spilld.errors import ConfigError, CorruptModel, UnsupportedModel
+from spilld.models.files.digest import digest
+from spilld.models.files.weights import read_layout
+from spilld.offload.kernels.linear.packed import (
+    GROUP,
+    LANES,
+    Form,
+    Packed,
+    fits,
+    pack4,
+    pack8,
+    quantise,
+    stack,
+    unpack,
+)
+
+from .packable import check_packable
+
+log = logging.getLogger(__name__)
+
+Floats = NDArray[np.float32]
+
+WEIGHTS = Path("packed") / "weights.safetensors"
+"""Where they lie in a folder that was made from a GGUF file."""
+
+PACKING = 1
+"""Part of the name of a file in the cache: raise it when the same weights are packed otherwise."""
+
+QUANTISED = ("Q4_0", "Q4_1", "Q8_0")
+"""GGUF types whose codes are kept."""
+
+PLAIN = ("F32", "F16", "BF16")
+"""Those that are no codes."""
+
+ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
+"""Those with a kernel: whether it is GELU, by the name in config.json."""
+
+_ROUNDING = 2.0**-8
+"""bfloat16 keeps 8 bits: what a matrix may differ by from the same one in the model's folder."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear layer of the module, and its name in a GGUF file."""
+
+    weight: torch.Tensor
+    gguf: str
+    heads: int = 0
+    """Heads whose halves llama.cpp interleaves; 0 for none."""
+
+
+def matrices(module: Any) -> dict[str, list[Matrix]]:
+    """What is packed under which name. Raises UnsupportedModel if a layer does not fit, or if steps over
+    packed weights would compute another model."""
+    check_packable(module)
+    config = module.config
+    interleaved = config.model_type in ("llama", "mistral")
+    heads = (
+        {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if interleaved else {}
+    )
+
+    def of(index: int, layers: list[Any], names: list[str]) -> list[Matrix]:
+        return [
+            Matrix(layer.weight, f"blk.{index}.{name}.weight", heads.get(name, 0))
+            for layer, name in zip(layers, names, strict=True)
+        ]
+
+    found = {}
+    for index, layer in enumerate(module.model.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        inputs = attention_inputs(attention)
+        fused = hasattr(mlp, "gate_up_proj")
+        gate_up = [mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj]
+        found[f"layers.{index}.qkv"] = of(index, inputs, ["attn_q", "attn_k", "attn_v"][: len(inputs)])
+        found[f"layers.{index}.out"] = of(index, [attention.o_proj], ["attn_output"])
+        found[f"layers.{index}.gate_up"] = of(index, gate_up, ["ffn_up"] if fused else ["ffn_gate", "ffn_up"])
+        found[f"layers.{index}.down"] = of(index, [mlp.down_proj], ["ffn_down"])
+    tied = config.tie_word_embeddings
+    found["head"] = [Matrix(module.lm_head.weight, "token_embd.weight" if tied else "output.weight")]
+    for name, parts in found.items():
+        for part in parts:
+            if not fits(*part.weight.shape):
+                raise UnsupportedModel(
+                    f"{name} of {tuple(part.weight.shape)} cannot be packed: outputs must be a multiple of "
+                    f"{LANES}, inputs of {GROUP}"
+                )
+    if activation(config) not in ACTIVATIONS:
+        raise UnsupportedModel(f"the activation {activation(config)} has no kernel for packed weights")
+    return found
+
+
+def attention_inputs(attention: Any) -> list[Any]:
+    """The linear layers whose outputs are Q, K and V, in this order; one that has all in Phi3."""
+    if hasattr(attention, "qkv_proj"):
+        return [attention.qkv_proj]
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def activation(config: Any) -> str:
+    """The MLP's, by its name in config.json."""
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+
+
+def packed_file(module: Any, folder: Path, weights: str, cache: Path) -> Path | None:
+    """The file of what steps read of a model, for a `weights` of Config; None if it is the module itself.
+
+    int8 and int4 are made from the folder's weights once and kept in the cache. Raises UnsupportedModel, or
+    ConfigError if the cache cannot be written.
+    """
+    if weights == "bf16":
+        return None
+    if weights == "auto":
+        return folder / WEIGHTS if (folder / WEIGHTS).exists() else None
+    key = digest(read_layout(folder).files, cache).hex()[:12]
+    file = cache / "models" / f"{folder.name}-{key}-{weights}-p{PACKING}.safetensors"
+    if not file.exists():
+        log.info("packing %s as %s, once, in %s", folder.name, weights, file)
+        pack_module(module, Form(weights), file)
+    return file
+
+
+def pack_gguf(module: Any, gguf: Path, target: Path) -> None:
+    """Write what steps read of a GGUF file, whose weights the module has too, to a file.
+
+    Raises UnsupportedModel if it does not fit, or has no quantised weights.
+    """
+    from gguf import GGUFReader
+
+    tensors = {tensor.name: tensor for tensor in GGUFReader(str(gguf)).tensors}
+    found = matrices(module)
+    names = [part.gguf for parts in found.values() for part in parts if part.gguf in tensors]
+    if all(tensors[name].tensor_type.name in PLAIN for name in names):
+        raise UnsupportedModel("its weights are not quantised")
+    packs = {}
+    for name, parts in found.items():
+        kept = [_kept(part, tensors) for part in parts]
+        whole = [part for part in kept if part is not None]
+        if len(whole) == len(parts) and len({part.form for part in whole}) == 1:
+            packs[name] = stack(whole)
+        else:
+            packs[name] = stack([_quantised(part, Form.INT8) for part in parts])
+    _write(packs, target)
+
+
+def pack_module(module: Any, form: Form, target: Path) -> None:
+    """Write the weights of a module, quantised, to a file. Raises UnsupportedModel if they do not fit."""
+    packs = {}
+    for name, parts in matrices(module).items():
+        packs[name] = stack([_quantised(part, Form.INT8 if name == "head" else form) for part in parts])
+    _write(packs, target)
+
+
+def read(path: Path) -> dict[str, Packed]:
+    """What one of them wrote, mapped. Raises CorruptModel."""
+    forms = {form.words: form for form in Form}
+    try:
+        tensors = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+        return {name: Packed(forms[tiles.shape[2]], tiles) for name, tiles in tensors.items()}
+    except (OSError, ValueError, KeyError, IndexError, SafetensorError) as error:
+        raise CorruptModel(f"{path} is damaged ({error!r}): delete it, it is made anew") from error
+
+
+def _quantised(part: Matrix, form: Form) -> Packed:
+    try:
+        return quantise(part.weight.detach().float().numpy(), form)
+    except ValueError as error:
+        raise UnsupportedModel(f"{part.gguf}: {error}") from error
+
+
+def _kept(part: Matrix, tensors: Mapping[str, Any]) -> Packed | None:
+    """The codes of the GGUF file, if they are of a known kind and are the module's weights."""
+    tensor = tensors.get(part.gguf)
+    if tensor is None or tensor.tensor_type.name not in QUANTISED:
+        return None
+    packed = _codes(tensor.tensor_type.name, np.asarray(tensor.data), part.heads)
+    wanted = part.weight.detach().float().numpy()
+    if packed.tiles.shape[:2] != (wanted.shape[0] // LANES, wanted.shape[1] // GROUP):
+        return None
+    if (np.abs(unpack(packed) - wanted) > _ROUNDING * np.abs(wanted)).any():
+        log.warning("%s is not what the model has there; it is quantised again", part.gguf)
+        return None
+    return packed
+
+
+def _codes(kind: str, data: NDArray[np.uint8], heads: int) -> Packed:
+    """data: [outputs, bytes], blocks of 32 inputs as ggml-common.h has them."""
+    outputs = len(data)
+    width = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind]
+    blocks = data.reshape(outputs, -1, width)
+    if heads:
+        halves = blocks.reshape(heads, -1, 2, *blocks.shape[1:])
+        blocks = halves.swapaxes(1, 2).reshape(blocks.shape)
+    scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].astype(np.float32)
+    if kind == "Q8_0":
+        return pack8(blocks[..., 2:].reshape(outputs, -1).view(np.int8), scales)
+    nibbles = blocks[..., -16:]
+    codes = np.concatenate([nibbles & np.uint8(15), nibbles >> np.uint8(4)], -1).reshape(outputs, -1)
+    if kind == "Q4_0":
+        return pack4(codes, scales, -8 * scales)
+    minimums = np.ascontiguousarray(blocks[..., 2:4]).view(np.float16)[..., 0].astype(np.float32)
+    return pack4(codes, scales, minimums)
+
+
+def _write(packs: Mapping[str, Packed], target: Path) -> None:
+    """Whole, by rename, or not at all."""
+    writing = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: packed.tiles for name, packed in packs.items()}, writing)
+        writing.replace(target)
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written: {error}") from error
+    finally:
+        writing.unlink(missing_ok=True)

@@ -1,0 +1,80 @@
+"""What a module asks of attention, found before anything is served: its code is run without its numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from spilld.attention import transformers_hook
+from spilld.attention.transformers_hook import Manner
+from spilld.errors import UnsupportedModel
+from spilld.kv.geometry import Geometry
+
+_TOKENS = 3
+
+
+def probe_once(module: Any, geometry: Geometry, cache: Path) -> None:
+    """`probe`, whose half a second a later start is spared: what passed is noted in `cache/probes`, for the
+    same config and the same code, ours and transformers'."""
+    ours = b"".join(Path(part).read_bytes() for part in (__file__, transformers_hook.__file__))
+    known = (module.config.to_json_string(), repr(geometry), torch.__version__, transformers.__version__)
+    note = cache / "probes" / hashlib.blake2b(repr(known).encode() + ours, digest_size=16).hexdigest()
+    if note.exists():
+        return
+    probe(module, geometry)
+    with suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+
+
+def probe(module: Any, geometry: Geometry) -> None:
+    """Run a forward pass over tensors that have shapes only: no weight is read.
+
+    module: of the attention implementation "spilld". Raises UnsupportedModel if attention is not called once
+    for every layer, with heads, windows and softcap as in `geometry` and with nothing that spilld does not
+    compute.
+    """
+    seen = _Seen(geometry)
+    with FakeTensorMode() as mode, torch.inference_mode():
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        shapes: dict[str, torch.Tensor] = {name: mode.from_tensor(tensor) for name, tensor in tensors}
+        tokens = torch.zeros(1, _TOKENS, dtype=torch.long)
+        inputs = {"input_ids": tokens, "position_ids": tokens, "use_cache": False, "spilld_step": seen}
+        torch.func.functional_call(module, shapes, kwargs=inputs)
+    if seen.layers != list(range(geometry.layers)):
+        raise UnsupportedModel(
+            f"{type(module).__name__} attends in layers {seen.layers} of {geometry.layers}: spilld serves "
+            "models that attend once in every layer"
+        )
+
+
+@dataclass
+class _Seen:
+    """A Forward that computes nothing."""
+
+    geometry: Geometry
+    layers: list[int] = field(default_factory=list)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, manner: Manner
+    ) -> torch.Tensor:
+        g = self.geometry
+        window = g.sliding_windows[layer] if layer < g.layers else None
+        wanted = (1, g.heads, _TOKENS, g.head_dim), *[(1, g.kv_heads, _TOKENS, g.head_dim)] * 2
+        found = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+        if found != wanted:
+            raise UnsupportedModel(f"layer {layer} has queries, keys and values {found}, not {wanted}")
+        if (manner.softcap, manner.window) != (g.softcap, window):
+            raise UnsupportedModel(
+                f"layer {layer} attends with softcap {manner.softcap} and window {manner.window}, not "
+                f"{g.softcap} and {window} as its config says"
+            )
+        self.layers.append(layer)
+        return query.transpose(1, 2)

@@ -1,0 +1,185 @@
+"""A forward pass over packed weights: what a step runs instead of the module.
+
+Each layer is three kernels: what comes before attention, attention, what follows it. Tokens of prompts are
+rows like those of decode steps; only their attention differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spilld.attention.base import Attention
+from spilld.kv.batch import Call, Slice
+from spilld.kv.geometry import Geometry
+from spilld.models.model import Model
+from spilld.models.packed.packable import check_packable
+from spilld.models.packed.packing import ACTIVATIONS, activation, attention_inputs
+from spilld.offload.kernels.linear.layer import (
+    Activations,
+    Layer,
+    after_attention,
+    before_attention,
+)
+from spilld.offload.kernels.linear.packed import Packed
+from spilld.offload.kernels.linear.products import Matrix, multiply_rows
+from spilld.offload.kernels.linear.row_operations import NOTHING, padded, take_normed
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a layer attends."""
+
+    rope: str
+    """Key of its angles: the layer type where the model has several, else ""."""
+    scale: float
+    softcap: float
+    window: int | None
+
+
+class Decoder:
+    """Its memory is every activation of as many rows as a step may have."""
+
+    def __init__(self, model: Model, weights: Mapping[str, Packed], attention: Attention, rows: int) -> None:
+        """weights: as packing.py names them; rows: the most tokens of a step.
+
+        Raises ValueError if the weights do not fit the model: kernels check nothing. Raises UnsupportedModel
+        if the model is another than what is computed here.
+        """
+        check_packable(model.module)
+        base, config, geometry = model.module.model, model.module.config, model.geometry
+        gemma = str(config.model_type).startswith("gemma")
+        self._embed = base.embed_tokens
+        self._rotary = base.rotary_emb
+        self._vocab = geometry.vocab
+        self._attention = attention
+        self._eps = np.float32(config.rms_norm_eps)
+        self._gelu = ACTIVATIONS[activation(config)]
+        self._layers = [_layer(i, layer, weights, gemma) for i, layer in enumerate(base.layers)]
+        _check(weights, len(self._layers), geometry, int(config.hidden_size))
+        self._kinds = [
+            _Kind(_rope(layer, base.rotary_emb), float(layer.self_attn.scaling), geometry.softcap, window)
+            for layer, window in zip(base.layers, geometry.sliding_windows, strict=True)
+        ]
+        self._norm, self._head = _factors(base.norm, gemma), Matrix.of(weights["head"])
+        self._outputs = weights["head"].outputs
+        self._final_softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+        self._rows = Activations.of(
+            padded(rows),
+            int(config.hidden_size),
+            geometry.heads,
+            geometry.kv_heads,
+            geometry.head_dim,
+            weights["layers.0.down"].inputs,
+        )
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Its activations and a row of logits; weights are mapped."""
+        return self._rows.nbytes + padded(1) * self._outputs * 4
+
+    def run(self, slices: list[Slice], keep: list[int]) -> torch.Tensor:
+        """Compute the slices' tokens, each slice at its rows, those of one token before those of more.
+
+        Returns the float32 logits of rows `keep` [len(keep), vocab].
+        """
+        rows, tokens = self._rows, [token for part in slices for token in part.tokens]
+        count, singles = len(tokens), [part for part in slices if part.count == 1]
+        rows.x[:count] = self._embed(torch.tensor(tokens)).float().numpy()
+        angles = self._angles([position for part in slices for position in part.positions])
+        scans = self._attention.scans(singles, [kind.window for kind in self._kinds]) if singles else {}
+        for index, (layer, kind) in enumerate(zip(self._layers, self._kinds, strict=True)):
+            before_attention(layer, rows, *angles[kind.rope], self._eps)
+            calls = [Call(index, part, kind.scale, kind.softcap, kind.window) for part in slices]
+            if singles:
+                ours = calls[: len(singles)]
+                self._attention.attend_rows(rows.heads, scans, ours, rows.attended, rows.lse)
+            for call in calls[len(singles) :]:
+                self._attend(call)
+            after_attention(layer, rows, count, self._eps, self._gelu)
+        return self._logits(keep)
+
+    def _attend(self, call: Call) -> None:
+        """A chunk of a prompt."""
+        these = slice(call.part.start, call.part.start + call.part.count)
+        count, kv_heads = self._rows.attended.shape[1], self._attention.layout.kv_heads
+        heads = torch.from_numpy(self._rows.heads[these]).transpose(0, 1)
+        q, k, v = heads[:count], heads[count : count + kv_heads], heads[count + kv_heads :]
+        self._rows.attended[these] = self._attention.attend(q, k, v, call).numpy()
+
+    def _logits(self, keep: list[int]) -> torch.Tensor:
+        rows, found = self._rows, np.zeros((padded(len(keep)), self._outputs), np.float32)
+        if keep:
+            take_normed(rows.x[keep], self._norm, self._eps, rows.inputs)
+            multiply_rows(rows.inputs, self._head, found, len(keep))
+        logits = torch.from_numpy(found[: len(keep), : self._vocab])
+        if self._final_softcap:
+            logits.div_(self._final_softcap).tanh_().mul_(self._final_softcap)
+        return logits
+
+    def _angles(self, positions: list[int]) -> dict[str, tuple[Floats, Floats]]:
+        """cos and sin [rows, rotary] for each kind of layer."""
+        like, places = torch.empty(0), torch.tensor([positions])
+        found = {}
+        for kind in {kind.rope for kind in self._kinds}:
+            cos, sin = self._rotary(like, places, kind) if kind else self._rotary(like, places)
+            found[kind] = cos[0].numpy(), sin[0].numpy()
+        return found
+
+
+def _layer(index: int, layer: Any, weights: Mapping[str, Packed], gemma: bool) -> Layer:
+    attention, name = layer.self_attn, f"layers.{index}"
+    biases = [part.bias for part in attention_inputs(attention) if part.bias is not None]
+    before_mlp = layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm
+    return Layer(
+        qkv=Matrix.of(weights[f"{name}.qkv"]),
+        bias=torch.cat(biases).float().numpy() if biases else NOTHING,
+        out=Matrix.of(weights[f"{name}.out"]),
+        gate_up=Matrix.of(weights[f"{name}.gate_up"]),
+        down=Matrix.of(weights[f"{name}.down"]),
+        before_attention=_factors(layer.input_layernorm, gemma),
+        after_attention=_factors(layer.post_attention_layernorm, gemma) if gemma else NOTHING,
+        before_mlp=_factors(before_mlp, gemma),
+        after_mlp=_factors(layer.post_feedforward_layernorm, gemma) if gemma else NOTHING,
+        q_norm=_factors(getattr(attention, "q_norm", None), gemma),
+        k_norm=_factors(getattr(attention, "k_norm", None), gemma),
+    )
+
+
+def _check(weights: Mapping[str, Packed], layers: int, geometry: Geometry, hidden: int) -> None:
+    attended = geometry.heads * geometry.head_dim
+    heads = attended + 2 * geometry.kv_heads * geometry.head_dim
+    intermediate = weights["layers.0.down"].inputs
+    wanted = {
+        "qkv": (heads, hidden),
+        "out": (hidden, attended),
+        "gate_up": (2 * intermediate, hidden),
+        "down": (hidden, intermediate),
+    }
+    names = {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in wanted.items()}
+    head = weights["head"]
+    for name, shape in (names | {"head": (max(head.outputs, geometry.vocab), hidden)}).items():
+        if (weights[name].outputs, weights[name].inputs) != shape:
+            raise ValueError(
+                f"{name} has {weights[name].outputs} x {weights[name].inputs} weights, not {shape}"
+            )
+
+
+def _rope(layer: Any, rotary: Any) -> str:
+    return str(layer.self_attn.layer_type) if isinstance(rotary.rope_type, dict) else ""
+
+
+def _factors(norm: Any, gemma: bool) -> Floats:
+    """What a norm multiplies by: Gemma stores it less 1."""
+    if norm is None:
+        return NOTHING
+    weight = norm.weight.float()
+    factors: Floats = (1 + weight if gemma else weight).numpy()
+    return factors

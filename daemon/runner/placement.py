@@ -1,0 +1,39 @@
+"""Where a model's weights lie and are multiplied with: the CPU, or by torch the GPU that has the windows.
+
+torch and cuda_ext share the GPU's primary context, but a model's tensors pass between them through host
+memory. Only flash attention (cuda_ext/flash.py) has torch work on our streams, over our memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from spilld.config.config import Config
+
+IN_TORCH = ("auto", "bf16")
+"""Of Config.weights what a GPU may have: the others are codes for the CPU's kernels."""
+
+
+class Placement(NamedTuple):
+    device: str
+    """torch's name: "cpu" or "cuda"."""
+    missing: str = ""
+    """Why it is not the GPU though that was configured, and what to do."""
+
+
+def place(config: Config) -> Placement:
+    """Where the weights are to lie, by the configuration and this torch."""
+    if config.device != "cuda" or config.weights not in IN_TORCH:
+        return Placement("cpu")
+    if torch.cuda.is_available():
+        return Placement("cuda")
+    if torch.version.cuda is None:
+        return Placement(
+            "cpu",
+            "this torch is built without CUDA: weights stay on the CPU; install one that is built for it",
+        )
+    return Placement(
+        "cpu", "torch finds no GPU: weights stay on the CPU; nvidia-smi says what the driver finds"
+    )

@@ -1,0 +1,175 @@
+"""Compiles the numba kernels that a model needs, once, in a child whose memory leaves with it.
+
+`python -m spilld.runner.prepare_kernels FORMAT ELEMENT HEADS KV_HEADS HEAD_DIM [packed]` runs each of them
+on one block, which leaves its machine code in numba's cache beside the sources, and prints a line after each
+part of the work. Without it the first request would wait for the compiler, and the daemon would keep the
+compiler's 130 MiB.
+"""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+from pathlib import Path
+
+import llvmlite.binding
+import numba
+import numpy as np
+import torch
+
+import spilld.cuda_ext
+from spilld.cuda_ext.memory.cpu_windows import CpuBackend, element_view
+from spilld.errors import ConfigError, InternalError
+from spilld.models.child_output import lines_to
+from spilld.offload.kernels import kernel_cache
+from spilld.offload.kernels.attention.partial import Partial, merge
+from spilld.offload.kernels.attention.rows import Row, RowAttention, Scan
+from spilld.offload.kernels.attention.tiles import MAX_TILE
+from spilld.offload.kernels.codec.codec import Codec
+from spilld.offload.kernels.linear.layer import (
+    Activations,
+    Layer,
+    after_attention,
+    before_attention,
+)
+from spilld.offload.kernels.linear.packed import GROUP, quantise
+from spilld.offload.kernels.linear.packed import Form as PackedForm
+from spilld.offload.kernels.linear.products import Matrix, multiply_rows
+from spilld.offload.kernels.linear.row_operations import NOTHING, TOGETHER, take_normed
+from spilld.offload.record import (
+    BLOCK,
+    Element,
+    Format,
+    Layout,
+)
+from spilld.offload.system import page_aligned
+
+FOLDERS = (kernel_cache.KERNELS, Path(spilld.cuda_ext.__file__).parent)
+"""Of everything that is compiled."""
+
+COMMON_PARTS, PACKED_PARTS = 2 + MAX_TILE, 4
+"""Of the work, each some seconds."""
+
+
+def prepare(
+    layout: Layout,
+    heads: int,
+    cache: Path,
+    *,
+    packed: bool,
+    tell: Callable[[int, int], None] = lambda *_: None,
+) -> None:
+    """Compile, those for packed weights too if `packed`, unless a note in `cache/kernels` says that it was
+    done for these sources on this CPU. tell: told how many parts of the work, of how many, are done.
+
+    Raises ConfigError if the note cannot be written, InternalError with the child's last words if it fails.
+    """
+    words = [layout.format, layout.element, str(heads), str(layout.kv_heads), str(layout.head_dim)]
+    words += ["packed"] if packed else []
+    note = cache / "kernels" / _key(words)
+    if note.exists():
+        return
+    parts = COMMON_PARTS + PACKED_PARTS * packed
+    tell(0, parts)
+    done = itertools.count(1)
+    with lines_to(lambda _: tell(next(done), parts)) as output:
+        child = subprocess.run(
+            [sys.executable, "-m", __name__, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    if child.returncode != 0:
+        raise InternalError(f"the kernels cannot be compiled: {child.stderr[-1000:]}")
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+    except OSError as error:
+        raise ConfigError(f"the cache folder {cache} cannot be written: {error}") from error
+
+
+def _key(words: list[str]) -> str:
+    """Changes with whatever numba's cache depends on."""
+    hasher = blake2b(digest_size=16)
+    for text in (*words, numba.__version__, sys.version, llvmlite.binding.get_host_cpu_name()):
+        hasher.update(text.encode() + b"\0")
+    for source in (*(path for folder in FOLDERS for path in sorted(folder.rglob("*.py"))), Path(__file__)):
+        hasher.update(f"{source} {source.stat().st_mtime_ns}\0".encode())
+    return hasher.hexdigest()
+
+
+def compile_all(layout: Layout, heads: int) -> Iterator[None]:
+    """Run every kernel of the layout on one block, for each number of queries that reads records directly:
+    COMMON_PARTS of work, each done when it yields."""
+    dtype = getattr(torch, layout.element)
+    k, v = torch.zeros(2, layout.kv_heads, BLOCK, layout.head_dim, dtype=dtype)
+    records, rows = page_aligned(layout.record_bytes).reshape(1, -1), np.zeros(1, np.int64)
+    codec, partial, backend = Codec(layout), Partial(layout), CpuBackend()
+    codec.seal(element_view(k), element_view(v), records, rows)
+    yield
+    for queries in range(1, MAX_TILE + 1):
+        q, out = np.zeros((2, queries, heads, layout.head_dim), np.float32)
+        low, high = np.zeros(queries, np.int64), np.full(queries, BLOCK)
+        lse = np.zeros(out.shape[:2], np.float32)
+        partial.attend(q, records.reshape(-1), rows, rows, low, high, 1.0, 0.0, out, lse)
+        merge(out, lse, out.copy(), lse.copy())
+        yield
+    planes = torch.stack([k, v])
+    backend.append_one(planes, k[:, 0], v[:, 0], (0,))
+    backend.attend_one(torch.zeros(heads, layout.head_dim), planes, np.array([[0, BLOCK]]), 1.0, 0.0)
+    yield
+
+
+def compile_packed(layout: Layout, heads: int) -> Iterator[None]:
+    """Run every kernel of a step over packed weights, on a narrow layer: PACKED_PARTS of work."""
+    kv_heads, head_dim, eps = layout.kv_heads, layout.head_dim, np.float32(1)
+    rows = Activations.of(TOGETHER, GROUP, heads, kv_heads, head_dim, GROUP)
+
+    def weights(outputs: int) -> Matrix:
+        return Matrix.of(quantise(np.zeros((outputs, GROUP), np.float32), PackedForm.INT8))
+
+    norm = np.ones(GROUP, np.float32)
+    layer = Layer(
+        qkv=weights((heads + 2 * kv_heads) * head_dim),
+        bias=NOTHING,
+        out=weights(GROUP),
+        gate_up=weights(2 * GROUP),
+        down=weights(GROUP),
+        before_attention=norm,
+        after_attention=NOTHING,
+        before_mlp=norm,
+        after_mlp=NOTHING,
+        q_norm=NOTHING,
+        k_norm=NOTHING,
+    )
+    angles = np.zeros((2, 1, head_dim), np.float32)
+    before_attention(layer, rows, *angles, eps)
+    yield
+    planes = torch.zeros(1, 1, 2, kv_heads, BLOCK, head_dim, dtype=getattr(torch, layout.element))
+    here = Row(0, (0,), [(0, 1)], np.zeros((1, 1), np.int64), np.zeros(1, np.int64), 0, BLOCK)
+    scan, records = Scan.of([here]), page_aligned(layout.record_bytes)
+    RowAttention(layout, heads // kv_heads).attend(
+        rows.heads, element_view(planes), 0, scan, records, 1.0, 0.0, rows.attended, rows.lse
+    )
+    yield
+    after_attention(layer, rows, 1, eps, False)
+    yield
+    take_normed(rows.x[:1], norm, eps, rows.inputs)
+    multiply_rows(rows.inputs, layer.down, rows.x, 1)
+    yield
+
+
+def _main(form: str, element: str, heads: str, kv_heads: str, head_dim: str, packed: str = "") -> None:
+    layout = Layout(Format(form), Element(element), int(kv_heads), int(head_dim))
+    common = compile_all(layout, int(heads))
+    for _ in itertools.chain(common, compile_packed(layout, int(heads)) if packed else ()):
+        print("done", flush=True)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,194 @@
+"""What a session's archive holds: which blocks and tokens of it, from which runs, and into which.
+
+Nothing here touches a disk. Positions are those of the visibility rule, chains those of tail.py.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from spilld.errors import CorruptArchive
+from spilld.fields import (
+    Blob,
+    Many,
+    Maybe,
+    Real,
+    Struct,
+    Text,
+    read,
+)
+from spilld.kv.checkpoint import Resume
+from spilld.kv.visibility import (
+    BLOCKS_PER_CELL,
+    CELL,
+    SINKS,
+    boundary,
+    sealed_by,
+)
+from spilld.models.model import Model
+from spilld.offload.archive.file import ArchivedRun, Manifest
+from spilld.offload.archive.runs import Departure, Part
+from spilld.offload.disk.extent import RunKey
+from spilld.offload.disk.index import Contents
+from spilld.offload.errors import ReadFailed
+from spilld.offload.prefix_cache.block_hash import chain
+from spilld.offload.record import BLOCK
+from spilld.offload.store import Store
+from spilld.offload.system import Bytes
+from spilld.offload.table import RunRef
+from spilld.protocol.messages import Message
+
+from .store import Session
+
+AGAIN = "export the session again and copy the file whole"
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What an archive says of a session beside its tokens."""
+
+    model: Annotated[str, Text()]
+    identity: Annotated[bytes, Blob(16)] = b""
+    """Of the model (Model.identity); empty where nobody noted it."""
+    messages: Annotated[tuple[Message, ...] | None, Maybe(Many(Struct(Message)))]
+    ttl_s: Annotated[float | None, Maybe(Real(0, above=True))]
+
+
+class Unreadable(Exception):
+    """A run of the store did not come back; why is its cause."""
+
+    def __init__(self, run: RunKey) -> None:
+        super().__init__(run.hex())
+        self.run = run
+
+
+# Out.
+
+
+def manifest_of(
+    session: Session, resume: Resume | None, store: Store, model: Model
+) -> tuple[Manifest, dict[RunKey, RunRef]]:
+    """What the archive of a session will hold, and where each of its runs comes from."""
+    messages = None if session.messages is None else [vars(message) for message in session.messages]
+    ttl_s = session.ttl_s if session.listed else None
+    sources = {} if resume is None else _sources(resume)
+    manifest = Manifest(
+        store.layout,
+        store.layers,
+        model.fingerprint,
+        session.tokens,
+        0 if resume is None else resume.position,
+        tuple(sources),
+        {"model": model.name, "identity": session.identity, "messages": messages, "ttl_s": ttl_s},
+    )
+    return manifest, {run.run: ref for run, ref in sources.items()}
+
+
+def _sources(resume: Resume) -> dict[ArchivedRun, RunRef]:
+    found = {
+        ArchivedRun(RunKey(uuid.uuid4().bytes), ref.first, ref.count, ref.blocks.stop): ref
+        for ref in resume.refs
+    }
+    first, count = _tail_blocks(resume.position)
+    tail = ArchivedRun(RunKey(uuid.uuid4().bytes), first, count, _anchor(resume.position), tail=True)
+    return {**found, tail: RunRef(resume.tail, first, first, count)}
+
+
+def copy(
+    departure: Departure | None,
+    position: int,
+    sources: dict[RunKey, RunRef],
+    run: ArchivedRun,
+    layer: int,
+    into: Bytes,
+) -> None:
+    """Records of the store for an archive: of a run only the session's blocks, of a tail only its tokens.
+
+    On an I/O thread. Raises Unreadable.
+    """
+    assert departure is not None, "an archive without KV has no runs"
+    ref = sources[run.run]
+    try:
+        records = departure.read(ref.run, layer)
+    except ReadFailed as error:
+        raise Unreadable(ref.run) from error
+    at = ref.first - ref.base
+    into[:] = records[at : at + ref.count]
+    if run.tail:
+        width = into.shape[1] // BLOCK
+        into.reshape(-1)[_tail_tokens(position) * width :] = 0
+
+
+def _tail_tokens(position: int) -> int:
+    """Tokens of a tail: the sinks, and what is exact before `position`."""
+    return SINKS + position - boundary(position - 1)
+
+
+def _tail_blocks(position: int) -> tuple[int, int]:
+    """(first, count) of a tail."""
+    return boundary(position - 1) // BLOCK, -(-_tail_tokens(position) // BLOCK)
+
+
+def _anchor(position: int) -> int:
+    """How many blocks precede the tokens of a tail."""
+    return (position - 1) // CELL * BLOCKS_PER_CELL
+
+
+# In.
+
+
+def about(manifest: Manifest) -> About:
+    """What an archive says of its session, whose runs must serve it. Raises CorruptArchive."""
+    try:
+        _check_runs(manifest)
+        return read(About, manifest.about)
+    except ValueError as error:
+        raise CorruptArchive(f"the archive makes no sense: {error}; {AGAIN}") from error
+
+
+def _check_runs(manifest: Manifest) -> None:
+    """Sealed blocks from 1 on without a gap, as far as the tail needs them; then it. Raises ValueError."""
+    if not manifest.runs:
+        return
+    *blocks, last = manifest.runs
+    position, stop = manifest.position, 1
+    for run in blocks:
+        if run.tail or run.first != stop or run.upto != run.first + run.count:
+            raise ValueError(f"blocks {run.first}.. come where block {stop} was due")
+        stop = run.upto
+    sealed = max(1, sealed_by((position - 1) // CELL * CELL))
+    whole = (last.first, last.count) == _tail_blocks(position) and last.upto == _anchor(position)
+    if not last.tail or stop != sealed or not whole or not CELL <= position < len(manifest.tokens):
+        raise ValueError(f"{len(blocks)} runs and a tail do not serve {position} tokens")
+
+
+def split(manifest: Manifest, most: int) -> list[tuple[ArchivedRun, ArchivedRun]]:
+    """Runs of at most `most` blocks, each with the run of the archive that it is part of."""
+    found = []
+    for run in manifest.runs:
+        if run.tail:
+            found.append((run, run))
+            continue
+        for first in range(run.first, run.upto, most):
+            stop = min(run.upto, first + most)
+            found.append((ArchivedRun(run.run, first, stop - first, stop), run))
+    return found
+
+
+def parts(manifest: Manifest, spans: Sequence[ArchivedRun], root: bytes, store: Store) -> list[Part]:
+    """The runs to come, in the chain that begins with `root`: that of the importing tenant."""
+    tokens = manifest.tokens
+    hashes = [root, *chain(root, tokens, len(tokens) // BLOCK)]
+    found = []
+    for span in spans:
+        contents = (
+            Contents(hashes[span.upto], tokens=tokens[span.upto * BLOCK : manifest.position])
+            if span.tail
+            else Contents(hashes[span.first], tuple(hashes[span.first + 1 : span.upto + 1]))
+        )
+        layout = store.tail_layout if span.tail else store.layout
+        found.append(Part(span.first, span.count, hashes[span.upto], contents, layout))
+    return found

@@ -1,0 +1,232 @@
+"""Sessions on disk: the tokens of named sequences. Their KV is found by the tokens, or computed again.
+
+So a session is small, survives everything that the file does, and a fork of it shares what it has in common.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import msgpack
+import numpy as np
+
+from spilld.errors import ContextNotFound, InvalidRequest
+from spilld.offload.disk.database import Database
+from spilld.protocol.messages import Message
+
+CREATE = """
+CREATE TABLE sessions (
+    tenant TEXT, name TEXT, tokens BLOB NOT NULL, messages BLOB, listed INTEGER NOT NULL,
+    pinned INTEGER NOT NULL, ttl_s REAL, created REAL NOT NULL, used REAL NOT NULL, model TEXT NOT NULL,
+    identity BLOB NOT NULL, PRIMARY KEY (tenant, name)
+) WITHOUT ROWID;
+"""
+
+UPGRADE = f"""
+ALTER TABLE sessions RENAME TO sessions_before;
+{CREATE}
+INSERT INTO sessions SELECT *, '', x'' FROM sessions_before;
+DROP TABLE sessions_before;
+"""
+"""From schemas 1 and 2, which did not say of which model a session is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One named sequence. messages is the chat so far, None after a raw prompt.
+
+    model, identity: the name and the identity of the model whose tokens they are; empty where it is unknown.
+    listed: it has a name that its user chose; else the name is the handle of a kept context. Times are
+    seconds, created and used since 1970; without a ttl it stays until it is deleted.
+    """
+
+    tenant: str
+    name: str
+    tokens: tuple[int, ...] = ()
+    messages: tuple[Message, ...] | None = None
+    listed: bool = True
+    pinned: bool = False
+    ttl_s: float | None = None
+    created: float = 0.0
+    used: float = 0.0
+    model: str = ""
+    identity: bytes = b""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.tenant, self.name
+
+
+class SessionBook:
+    """Every session of a state folder. One thread calls everything. Errors are those of Database; unknown
+    names raise ContextNotFound.
+
+    What could not be written is held in memory, where it is what the session is, until it can be.
+    """
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._held: dict[tuple[str, str], Session] = {}
+
+    def find(self, tenant: str, name: str) -> Session | None:
+        if (held := self._held.get((tenant, name))) is not None:
+            return held
+        rows = self._db.rows("SELECT * FROM sessions WHERE tenant = ? AND name = ?", (tenant, name))
+        return _session(*rows[0]) if rows else None
+
+    def get(self, tenant: str, name: str) -> Session:
+        if (session := self.find(tenant, name)) is None:
+            raise ContextNotFound(
+                f"there is no session or context {name!r}: it was deleted, or expired; send the whole prompt"
+            )
+        return session
+
+    def put(self, session: Session) -> None:
+        """Keep a session under its name, in place of what was there; it was used now."""
+        self._write(_used_now(session))
+        self._held.pop(session.key, None)
+
+    def hold(self, session: Session) -> None:
+        """As `put`, in memory, until `write_held` succeeds."""
+        self._held[session.key] = _used_now(session)
+
+    def write_held(self) -> None:
+        """Write what is held in memory, in a transaction after which `let_go` is due."""
+        for session in self._held.values():
+            self._write(session)
+
+    def let_go(self) -> None:
+        """What was held is on disk."""
+        self._held.clear()
+
+    def _refuse_held(self, tenant: str, name: str) -> None:
+        if (tenant, name) in self._held:
+            raise OSError(f"session {name!r} is in memory only until the state folder can be written")
+
+    def _write(self, session: Session) -> None:
+        values = (
+            *(session.tenant, session.name, np.asarray(session.tokens, "<u4").tobytes()),
+            *(_packed(session.messages), session.listed, session.pinned, session.ttl_s),
+            *(session.created, session.used, session.model, session.identity),
+        )
+        self._db.run(f"INSERT OR REPLACE INTO sessions VALUES ({', '.join('?' * len(values))})", values)
+
+    def fork(self, tenant: str, name: str, into: str, tokens: int | None = None) -> None:
+        """A copy under a new name, of the first `tokens` tokens or of all."""
+        source = self.get(tenant, name)
+        self.refuse_taken(tenant, into)
+        if tokens is not None and not 0 < tokens <= len(source.tokens):
+            raise InvalidRequest(f"tokens is {tokens}; allowed: 1 to {len(source.tokens)}")
+        cut = tokens is not None and tokens < len(source.tokens)
+        self.put(
+            replace(
+                source,
+                name=into,
+                tokens=source.tokens[:tokens],
+                messages=None if cut else source.messages,
+                listed=True,
+                pinned=False,
+                ttl_s=None if not source.listed else source.ttl_s,
+                created=0.0,
+            )
+        )
+
+    def rename(self, tenant: str, name: str, into: str) -> None:
+        """Give a session another name; a kept context becomes a session that stays."""
+        session = self.get(tenant, name)
+        self.refuse_taken(tenant, into)
+        self._refuse_held(tenant, name)
+        ttl_s = session.ttl_s if session.listed else None
+        self._db.run(
+            "UPDATE sessions SET name = ?, listed = 1, ttl_s = ? WHERE tenant = ? AND name = ?",
+            (into, ttl_s, tenant, name),
+        )
+
+    def keep(self, tenant: str, name: str, *, pinned: bool, ttl_s: float | None) -> None:
+        """Change how long a session stays."""
+        self._refuse_held(tenant, name)
+        changed = self._db.run(
+            "UPDATE sessions SET pinned = ?, ttl_s = ?, used = ? WHERE tenant = ? AND name = ?",
+            (pinned, ttl_s, time.time(), tenant, name),
+        )
+        if not changed:
+            self.get(tenant, name)
+
+    def delete(self, tenant: str, name: str) -> None:
+        self.get(tenant, name)
+        self._db.run("DELETE FROM sessions WHERE tenant = ? AND name = ?", (tenant, name))
+        self._held.pop((tenant, name), None)
+
+    def of(self, tenant: str) -> list[Session]:
+        """A tenant's named sessions, in the order of their names."""
+        rows = self._db.rows("SELECT * FROM sessions WHERE tenant = ? AND listed", (tenant,))
+        written = {session.key: session for session in (_session(*row) for row in rows)}
+        held = {key: session for key, session in self._held.items() if key[0] == tenant and session.listed}
+        return sorted((written | held).values(), key=lambda session: session.name)
+
+    def names(self) -> list[tuple[str, str]]:
+        """(tenant, name) of every session with a name or a pin, the pinned first, then the last used."""
+        return self._db.rows(
+            "SELECT tenant, name FROM sessions WHERE listed OR pinned ORDER BY pinned DESC, used DESC"
+        )
+
+    def expired(self) -> list[tuple[str, str]]:
+        """(tenant, name) of sessions whose time is over."""
+        now = time.time()
+        rows = self._db.rows(
+            "SELECT tenant, name FROM sessions WHERE NOT pinned AND used + ttl_s < ?", (now,)
+        )
+        held = [
+            session.key
+            for session in self._held.values()
+            if not session.pinned and session.ttl_s is not None and session.used + session.ttl_s < now
+        ]
+        return [*(key for key in rows if key not in self._held), *held]
+
+    def refuse_taken(self, tenant: str, name: str) -> None:
+        """Raises InvalidRequest if there is a session of this name."""
+        if self.find(tenant, name) is not None:
+            raise InvalidRequest(f"there is a session {name!r} already; delete it or choose another name")
+
+
+def _used_now(session: Session) -> Session:
+    now = time.time()
+    return replace(session, created=session.created or now, used=now)
+
+
+def _packed(messages: Sequence[Message] | None) -> bytes | None:
+    if messages is None:
+        return None
+    packed: bytes = msgpack.packb([(message.role, message.content) for message in messages])
+    return packed
+
+
+def _session(
+    tenant: str,
+    name: str,
+    tokens: bytes,
+    messages: bytes | None,
+    listed: int,
+    pinned: int,
+    ttl_s: float | None,
+    created: float,
+    used: float,
+    model: str,
+    identity: bytes,
+) -> Session:
+    turns = None if messages is None else msgpack.unpackb(messages)
+    return Session(
+        tenant=tenant,
+        name=name,
+        tokens=tuple(np.frombuffer(tokens, "<u4").tolist()),
+        messages=None if turns is None else tuple(Message(role=role, content=text) for role, text in turns),
+        listed=bool(listed),
+        pinned=bool(pinned),
+        ttl_s=ttl_s,
+        created=created,
+        used=used,
+        model=model,
+        identity=identity,
+    )

@@ -1,0 +1,152 @@
+"""A model folder's chat template, rendered by a process that is ended where it takes too much."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spilld.errors import Draining, InvalidRequest, PromptTooLong
+
+from .template_process import (
+    CPU_S,
+    MEMORY_BYTES,
+    Mode,
+    pack,
+    receive,
+    unpack,
+)
+
+WALL_S = 30.0
+"""A rendering has ended by then on any machine, or never will: CPU_S ends it before."""
+
+
+class ChatTemplate:
+    """Any thread may render; one at a time does. The process starts with the first rendering or with `start`,
+    and anew after it had to be ended."""
+
+    def __init__(self, source: str, variables: Mapping[str, str], control: Mapping[str, str]) -> None:
+        """As Renderer."""
+        self._setup = pack({"source": source, "variables": variables, "control": control})
+        self._lock = threading.Lock()
+        self._running: _Process | None = None
+
+    def start(self) -> None:
+        """Have the process begin, without waiting for it."""
+        with self._lock:
+            self._process()
+
+    def close(self) -> None:
+        """End the process, whatever it does: a rendering under way raises Draining."""
+        if (running := self._running) is not None:
+            running.kill()
+
+    def render(self, turns: Sequence[tuple[str, str]], mode: Mode, most: int) -> str:
+        """The prompt that the template makes of (role, content), with the stand-in of each control token that
+        the template itself writes.
+
+        Raises PromptTooLong beyond `most` characters, or InvalidRequest where the template refuses the
+        messages, fails, or takes more than it may.
+        """
+        request = pack({"turns": turns, "mode": mode, "most": most})
+        with self._lock:
+            process = self._process()
+            try:
+                answer = process.ask(request, 4 * most + (1 << 16))
+            except (OSError, ValueError) as error:
+                self._running = None
+                raise _ended(process, error) from error
+        return _text(answer)
+
+    def _process(self) -> _Process:
+        if self._running is None or not self._running.alive:
+            self._running = _Process(self._setup)
+        return self._running
+
+
+class _Process:
+    def __init__(self, setup: bytes) -> None:
+        self._link, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "spilld.tokenizer.template_process"],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self._setup = setup
+        self.killed = False
+        self._finalizer = weakref.finalize(self, _end, self._process, self._link)
+
+    def ask(self, request: bytes, most: int) -> Mapping[str, Any]:
+        """Raises OSError where the process has ended or takes too long, ValueError where it speaks nonsense
+        or of more than `most` bytes."""
+        deadline = time.monotonic() + WALL_S
+        self._link.settimeout(WALL_S)
+        self._link.sendall(self._setup + request)
+        self._setup = b""
+        self._link.settimeout(max(0.0, deadline - time.monotonic()))
+        if (body := receive(self._link, most)) is None:
+            raise ConnectionResetError("it is gone")
+        answer = unpack(body)
+        if not isinstance(answer, Mapping):
+            raise ValueError(f"it answers {answer!r:.100}")
+        return answer
+
+    @property
+    def alive(self) -> bool:
+        return not self.killed and self._process.poll() is None
+
+    def kill(self) -> None:
+        self.killed = True
+        self._process.kill()
+
+    def end(self) -> int:
+        """Its exit code."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(0.2)  # what ended it may be the kernel, just now
+        self._finalizer()
+        return self._process.returncode
+
+
+def _end(process: subprocess.Popen[bytes], link: socket.socket) -> None:
+    link.close()
+    process.kill()
+    process.wait()
+
+
+def _ended(process: _Process, error: Exception) -> InvalidRequest | Draining:
+    code = process.end()
+    if process.killed:
+        return Draining("the daemon is stopping; try again when it is back")
+    if code == -signal.SIGXCPU or isinstance(error, TimeoutError):
+        return _fault(f"does not end: it was stopped after {CPU_S} s of computing")
+    return _fault(f"ended the process that renders it ({error}; exit code {code})")
+
+
+def _text(answer: Mapping[str, Any]) -> str:
+    text = answer.get("text")
+    if isinstance(text, str):
+        return text
+    match answer.get("error"):
+        case "long":
+            raise PromptTooLong(
+                "the chat template makes a prompt of these messages that the model cannot take"
+            )
+        case "memory":
+            raise _fault(f"takes more than {MEMORY_BYTES >> 20} MiB of memory")
+        case "refuses":
+            raise InvalidRequest(f"the model's chat template refuses these messages: {answer.get('message')}")
+        case _:
+            raise _fault(f"fails: {answer.get('message')}")
+
+
+def _fault(what: str) -> InvalidRequest:
+    return InvalidRequest(f"the model's chat template {what}; send a raw prompt, or have the template mended")

@@ -1,0 +1,57 @@
+"""Tokens of an answer that ends where its text was cut: before a stop string, or where it was cancelled."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+
+from .tokenizer import Detokenizer, Tokenizer
+
+LOOK_BACK = 8
+"""Tokens before the cut that may be written anew."""
+
+CONTEXT = 16
+"""Tokens before those, from which the text is decoded to see that it is right."""
+
+ANCHOR = "a"
+"""Where a tokenizer treats the beginning of a text in a way of its own, this is the beginning."""
+
+
+def cut(
+    tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int], ends: Sequence[int], text: str
+) -> list[int]:
+    """Tokens that show `text` after `prompt`: the answer's as far as they show nothing else, then, where the
+    text ends inside a token, what is left of that, tokenised anew.
+
+    ends: of each token of the answer, the length of the text that it and those before it complete; text is
+    its beginning. Where no tokens show the text exactly, the answer's that end before it.
+    """
+    whole = bisect_right(ends, len(text))
+    base = max(0, whole - LOOK_BACK - CONTEXT)
+    while base and ends[base - 1] == (ends[base - 2] if base > 1 else 0):
+        base -= 1  # where a token completes a character
+    known = text[ends[base - 1] :] if base else text
+    before = [*prompt[-CONTEXT:], *answer[:base]][-2 * CONTEXT :]
+    for kept in range(whole, max(base, whole - LOOK_BACK) - 1, -1):
+        for rest in _tokenised(tokenizer, text[ends[kept - 1] if kept else 0 :]):
+            if _shown(tokenizer, before, [*answer[base:kept], *rest]) == known:
+                return [*answer[:kept], *rest]
+    return list(answer[:whole])
+
+
+def _tokenised(tokenizer: Tokenizer, text: str) -> Iterator[list[int]]:
+    """Ways to write a text that goes on another: which one shows it depends on the tokenizer."""
+    if not text:
+        yield []
+        return
+    anchor, both = (tokenizer.encode(start, start=False) for start in (ANCHOR, ANCHOR + text))
+    if both[: len(anchor)] == anchor:
+        yield both[len(anchor) :]
+    yield tokenizer.encode(text, start=False)
+    if text.startswith(" "):
+        yield tokenizer.encode(text[1:], start=False)
+
+
+def _shown(tokenizer: Tokenizer, before: Sequence[int], tokens: Sequence[int]) -> str:
+    detokenizer = Detokenizer(tokenizer, before)
+    return "".join([*(detokenizer.push(token) for token in tokens), detokenizer.finish()])

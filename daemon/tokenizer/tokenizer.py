@@ -1,0 +1,392 @@
+"""Text in, tokens out, and back: the tokenizer with its chat template, incremental decoding, stop strings."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from spilld.errors import CorruptModel, InvalidRequest, PromptTooLong
+from spilld.protocol.messages import Message
+
+from .chat_template import ChatTemplate
+from .control_tokens import ControlTokens
+from .template_process import Mode
+from .vocabulary import bounds
+
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Settings of a tokenizer that name a special token."""
+
+LONGEST_PROMPT = 1 << 25
+"""Characters that a chat template may make, whatever the model takes."""
+
+UNSEEN = 4
+"""A chat template, which may leave out what it is given, is given so many times what the model could take."""
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What a decoder shows for bytes that are no character, or not one yet."""
+
+CHANGED = (
+    "this model's chat template changes earlier turns, so a context cannot be continued: "
+    "send the whole conversation without a context"
+)
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template.
+
+    tokenizer.json is read as it is: transformers' wrapper costs three times the memory and time. Any thread
+    may use it; others run while it tokenises.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        template: str | None = None,
+        variables: dict[str, str] | None = None,
+    ) -> None:
+        """variables: bos_token and the like, for the template."""
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self._variables = variables or {}
+        _make_special(backend, self._variables)
+        special = {i: entry for i, entry in backend.get_added_tokens_decoder().items() if entry.special}
+        self._special = frozenset(special)
+        self._size = backend.get_vocab_size()
+        self._start = self._ids("", start=True)
+        unknown = backend.token_to_id(getattr(backend.model, "unk_token", None) or "")
+        self._control = self._special - {unknown}
+        found = bounds(backend)
+        stand_ins = _add_stand_ins(backend, special)
+        self._meant = {backend.token_to_id(name): token for token, name in stand_ins.items()}
+        self._bounds = {
+            known: bound and bound.with_token(*stand_ins.values()) for known, bound in found.items()
+        }
+        names = {special[token].content: name for token, name in stand_ins.items()}
+        self._parser = ControlTokens(names)
+        self._template = None if template is None else ChatTemplate(template, self._variables, names)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Raises CorruptModel if the folder has no usable tokenizer."""
+        try:
+            settings = _json(folder / "tokenizer_config.json")
+            variables = {
+                key: value["content"] if isinstance(value, dict) else value
+                for key, value in settings.items()
+                if key.endswith("_token") and isinstance(value, (str, dict))
+            }
+            return cls(_backend(folder), _template(folder, settings), variables)
+        except Exception as error:  # tokenizers raises bare Exception for a damaged file
+            said = " ".join(str(error).split())
+            raise CorruptModel(f"{folder} has no usable tokenizer: {said}") from error
+
+    @property
+    def eos(self) -> int | None:
+        """The tokenizer's own end token."""
+        return self._backend.token_to_id(self._variables.get("eos_token", ""))
+
+    @property
+    def size(self) -> int:
+        """Ids the tokenizer knows; the model may have more."""
+        return self._size
+
+    @property
+    def has_template(self) -> bool:
+        """Whether it can make a prompt of messages."""
+        return self._template is not None
+
+    def start(self) -> None:
+        """Have the chat template ready, so that the first chat need not wait for it."""
+        if self._template is not None:
+            self._template.start()
+
+    def close(self) -> None:
+        """End what renders the chat template, whatever it does."""
+        if self._template is not None:
+            self._template.close()
+
+    def encode(
+        self, text: str, *, start: bool = True, special: bool = False, most: int | None = None
+    ) -> list[int]:
+        """Token ids of a text. A start token is added iff the tokenizer itself adds one and `start` is true
+        (false: the text continues a context).
+
+        special: control tokens that are written in the text are meant as such, a start token too; else they
+        are text. Raises InvalidRequest, or PromptTooLong where it has surely more than `most` tokens, before
+        it is tokenised.
+        """
+        self._refuse_too_long(text, most, special=special)
+        if not special:
+            return self._text_ids(text, start=start)
+        ids = self._text_ids(self._parser.parse(text), start=start)
+        count = len(self._start) if start else 0
+        return ids[count:] if ids[count : 2 * count] == self._start else ids
+
+    def begun(self, tokens: list[int]) -> list[int]:
+        """What begins a context with these tokens: they have the start token that the tokenizer adds, if any,
+        in front of them."""
+        return tokens if tokens[: len(self._start)] == self._start else self._start + tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        known = [token for token in tokens if token not in self._meant]
+        text: str = self._backend.decode(known, skip_special_tokens=True)
+        return text
+
+    def is_silent(self, token: int) -> bool:
+        """Whether a token never shows in text: special, or an id the tokenizer does not know."""
+        shown = self._backend.id_to_token(token) is not None and token not in self._meant
+        return token in self._special or not shown
+
+    def chat(self, messages: Sequence[Message], *, answer: bool = True, most: int | None = None) -> list[int]:
+        """Token ids of a conversation up to where the model's answer begins; without `answer` up to the end
+        of the last message's turn. If that is the assistant's, up to the end of what it says: it may go on.
+
+        Control tokens in messages are text. Raises InvalidRequest if the model has no chat template or its
+        template refuses these messages, or PromptTooLong as `encode` does.
+        """
+        return self._template_ids(self._render(messages, answer, most), most)
+
+    def chat_append(
+        self,
+        past: Sequence[Message],
+        messages: Sequence[Message],
+        *,
+        answer: bool = True,
+        most: int | None = None,
+    ) -> list[int]:
+        """Token ids to append to a context that holds `past`: all of it, or, where its last message is the
+        model's, all up to the end of what that says. Raises as chat_continue."""
+        if past and past[-1].role == "assistant":
+            last = past[-1].content
+            return self.chat_continue(past[:-1], last, messages, closed=False, more=answer, most=most)
+        before = self._render(past, False, most) if past else ""
+        whole = self._render((*past, *messages), answer, most)
+        if not whole.startswith(before):
+            raise InvalidRequest(CHANGED)
+        return self._template_ids(whole[len(before) :], most)
+
+    def chat_continue(
+        self,
+        previous: Sequence[Message],
+        answer: str,
+        messages: Sequence[Message],
+        *,
+        closed: bool,
+        more: bool = True,
+        most: int | None = None,
+    ) -> list[int]:
+        """Token ids to append to a context that holds `previous` and the model's `answer` to it.
+
+        closed: the context's last token already ends the answer's turn; otherwise the first ids returned do.
+        more: the model is to answer again. Raises InvalidRequest if the template renders the past otherwise
+        once the conversation goes on, and what `chat` raises.
+        """
+        if not messages:
+            return []
+        opened = self._render(previous, True, most)
+        whole = self._render((*previous, Message(role="assistant", content=answer), *messages), more, most)
+        rest = whole[len(opened) :]
+        if not rest.startswith(answer):  # templates may strip the answer or set it off by a space
+            rest, answer = rest.lstrip(), answer.strip()
+        if not whole.startswith(opened) or not rest.startswith(answer):
+            raise InvalidRequest(CHANGED)
+        tail = self._template_ids(rest[len(answer) :], most)
+        return self._without_turn_end(tail) if closed else tail
+
+    def _without_turn_end(self, tail: list[int]) -> list[int]:
+        end = next((index for index, token in enumerate(tail) if token in self._special), None)
+        if end is None or self.decode(tail[:end]).strip():
+            return tail
+        return tail[end + 1 :]
+
+    def _template_ids(self, text: str, most: int | None) -> list[int]:
+        self._refuse_too_long(text, most, special=True)
+        return self._text_ids(text, start=False)
+
+    def _render(self, messages: Sequence[Message], answer: bool, most: int | None) -> str:
+        """With stand-ins for the template's control tokens."""
+        if self._template is None:
+            raise InvalidRequest("this model has no chat template: send a raw prompt instead of messages")
+        mode: Mode = "answer" if answer else "turns"
+        if messages and messages[-1].role == "assistant":
+            mode = "continue"
+        turns = [(message.role, message.content) for message in messages]
+        room = self._room(most)
+        written = sum(len(role) + len(content) for role, content in turns)
+        if most is not None and (len(turns) > most or written > UNSEEN * room):
+            raise PromptTooLong(
+                f"{len(turns)} messages of {written} characters; of this model, whose context has {most} "
+                f"tokens, its chat template is given at most {most} messages of {UNSEEN * room} characters"
+            )
+        return self._template.render(turns, mode, room)
+
+    def _room(self, most: int | None) -> int:
+        """Characters of a prompt that may have `most` tokens."""
+        bound = self._bounds[True]
+        return LONGEST_PROMPT if most is None or bound is None else min(most * bound.longest, LONGEST_PROMPT)
+
+    def _refuse_too_long(self, text: str, most: int | None, *, special: bool) -> None:
+        bound = self._bounds[special]
+        if most is not None and bound is not None and bound.exceeded(text, most):
+            raise PromptTooLong(f"a text of {len(text)} characters has more than {most} tokens of this model")
+
+    def _text_ids(self, text: str, *, start: bool) -> list[int]:
+        """Token ids of a text in which control tokens are written by their stand-ins only."""
+        ids = self._ids(text, start=start)
+        made = self._control.intersection(ids[len(self._start) if start else 0 :])
+        if made:
+            raise InvalidRequest(
+                f"the tokenizer makes {self._backend.id_to_token(min(made))!r}, a control token, of plain "
+                "text: leave it out, or send token ids"
+            )
+        return [self._meant.get(token, token) for token in ids]
+
+    def _ids(self, text: str, *, start: bool) -> list[int]:
+        try:  # of a batch: `encode` lets no other thread run, and remembers where in the text each token is
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=start)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InvalidRequest("the text is not valid Unicode (a lone surrogate?)") from error
+        ids: list[int] = encoding.ids
+        return ids
+
+
+class Detokenizer:
+    """Decodes one answer token by token. Never splits a character.
+
+    The texts pushed out and finish(), joined, are tokenizer.decode(all tokens); except that a run of
+    byte-fallback tokens that turns out broken after a whole character of it was shown cannot take that
+    character back. A push decodes only the tokens since the last but one that ended a character, so its
+    cost does not grow.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
+        """With the prompt's tokens, the first word keeps the space that some tokenizers would drop."""
+        self._tokenizer = tokenizer
+        self._window = [token for token in prompt[-16:] if not tokenizer.is_silent(token)]
+        self._read = len(self._window)
+        self._shown = len(tokenizer.decode(self._window).rstrip(_UNFINISHED))
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; "" while a character is unfinished."""
+        if self._tokenizer.is_silent(token):
+            return ""
+        self._window.append(token)
+        if len(self._window) - self._read > 16 and self._ends_unfinished(self._window[-8:]):
+            return ""  # a long run of broken bytes: look at its end only, until it ends
+        text = self._tokenizer.decode(self._window)
+        if text.endswith(_UNFINISHED):
+            return ""
+        new = text[self._shown :]
+        self._window = self._window[self._read :]
+        self._read = len(self._window)
+        self._shown = len(self._tokenizer.decode(self._window))
+        return new
+
+    def finish(self) -> str:
+        """What is still held back, with U+FFFD for bytes that never became a character."""
+        new = self._tokenizer.decode(self._window)[self._shown :]
+        self._window, self._read, self._shown = [], 0, 0
+        return new
+
+    def _ends_unfinished(self, tokens: list[int]) -> bool:
+        return self._tokenizer.decode(tokens).endswith(_UNFINISHED)
+
+
+class StopStrings:
+    """Cuts a stream of text before the stop string that is complete first.
+
+    Where the text is split into pushes does not matter. Of two stops complete at once the longer counts.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if any(not stop for stop in stops):
+            raise InvalidRequest("a stop string must not be empty")
+        self._stops = tuple(sorted(set(stops), key=len, reverse=True))
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """(text that can be shown now, the stop string hit). Nothing may be pushed after a hit."""
+        held = self._held + text
+        hits = [(held.index(stop) + len(stop), stop) for stop in self._stops if stop in held]
+        if hits:
+            end, hit = min(hits, key=lambda found: found[0])  # min keeps the first, thus the longest
+            self._held = ""
+            return held[: end - len(hit)], hit
+        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep], None
+
+    def finish(self) -> str:
+        """The text held back that turned out to be no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of text that begins stop."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _make_special(backend: tokenizers.Tokenizer, variables: dict[str, str]) -> None:
+    """As transformers does, with the tokens that a tokenizer's settings name."""
+    named = {variables[key] for key in NAMED if key in variables}
+    known = {entry.content for entry in backend.get_added_tokens_decoder().values() if entry.special}
+    missing = sorted(name for name in named - known if backend.token_to_id(name) is not None)
+    backend.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in missing])
+
+
+def _add_stand_ins(
+    backend: tokenizers.Tokenizer, special: dict[int, tokenizers.AddedToken]
+) -> dict[int, str]:
+    """What stands for each special token, which the tokenizer then does not look for in texts any more."""
+    secret = secrets.token_hex(8)
+    stand_ins = {token: f"\U000f0000{secret}{token}\U000f0001" for token in special}
+    backend.encode_special_tokens = True
+    backend.add_tokens(
+        [
+            tokenizers.AddedToken(name, normalized=False, lstrip=entry.lstrip, rstrip=entry.rstrip)
+            for entry, name in zip(special.values(), stand_ins.values(), strict=True)
+        ]
+    )
+    return stand_ins
+
+
+def _backend(folder: Path) -> tokenizers.Tokenizer:
+    if (folder / "tokenizer.json").is_file():
+        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    import transformers
+
+    wrapped = transformers.AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    backend: tokenizers.Tokenizer = wrapped.backend_tokenizer
+    return backend
+
+
+def _template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """chat_template.jinja, or tokenizer_config.json's entry: a text, or named ones (`default`)."""
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        try:
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        except (TypeError, KeyError) as error:
+            raise ValueError("a list of chat templates whose entries have no name and template") from error
+    if not isinstance(template, str | None):
+        raise ValueError(f"the chat template is a {type(template).__name__}; allowed: a text, or named ones")
+    return template
+
+
+def _json(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} is a {type(content).__name__}; allowed: a map")
+    return content

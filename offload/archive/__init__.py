@@ -1,0 +1,4 @@
+"""Archives: the KV of one session in one file, copied out of a store and into one.
+
+May import: offload.disk, offload.errors, offload.prefix_cache, offload.record, offload.store, offload.system.
+"""

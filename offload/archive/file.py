@@ -1,0 +1,261 @@
+"""The archive: tokens and KV of one sequence in one file, verified as a whole. FORMAT.md has the byte tables.
+
+It is sealed in the name of no tenant: a chain hash made with a tenant's secret, beside the tokens that it was
+made of, would let whoever has the file try out secrets.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, BinaryIO
+
+import msgpack
+import numpy as np
+import xxhash
+
+from spilld.offload.disk import extent
+from spilld.offload.disk.extent import ExtentIdentity, RunKey
+from spilld.offload.errors import ArchiveDamaged, ArchiveUnknown, ExtentCorrupt
+from spilld.offload.prefix_cache.block_hash import chain, root
+from spilld.offload.record import (
+    BLOCK,
+    Element,
+    Format,
+    Layout,
+    round_up,
+)
+from spilld.offload.system import PAGE, Bytes, page_aligned
+
+MAGIC = b"SPILLARC"
+VERSION = 1
+END_MAGIC = b"SPILLEND"
+
+_HEADER = struct.Struct("<8sIIQQ")
+_TRAILER = struct.Struct("<8sQ16s")
+
+EXTENT_LIMIT = 256 << 20
+"""The largest extent in bytes: what a reader must have memory for."""
+
+MANIFEST_LIMIT = 256 << 20
+
+Progress = Callable[[int, int], None]
+"""Told (bytes done, bytes in all) after each extent; what it raises ends the work."""
+
+
+@dataclass(frozen=True)
+class ArchivedRun:
+    """Blocks [first, first + count) of the sequence, or its tail. upto: it belongs to the chain of so many
+    blocks, which of a tail are those before its tokens."""
+
+    run: RunKey
+    first: int
+    count: int
+    upto: int
+    tail: bool = False
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an archive holds. position: so many tokens need not be computed, 0 without runs; the tail is the
+    last of the runs. about: plain data that means something to whoever wrote it."""
+
+    layout: Layout
+    layers: int
+    fingerprint: bytes
+    tokens: tuple[int, ...]
+    position: int = 0
+    runs: tuple[ArchivedRun, ...] = ()
+    about: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.layout.format is Format.RAW or not 1 <= self.layers <= 1 << 16:
+            raise ValueError(f"{self.layers} layers of format {self.layout.format} are no model's")
+        if not 0 <= self.position <= len(self.tokens) or bool(self.runs) != bool(self.position):
+            raise ValueError(f"{len(self.runs)} runs, {self.position} of {len(self.tokens)} tokens computed")
+        for run in self.runs:
+            if not 0 <= run.upto <= len(self.tokens) // BLOCK or not 0 <= run.first <= len(self.tokens):
+                raise ValueError(f"run {run.run.hex()} does not belong to {len(self.tokens)} tokens")
+            if self.identity(run).nbytes > EXTENT_LIMIT:
+                raise ValueError(f"an extent has more than {EXTENT_LIMIT} bytes")
+
+    @cached_property
+    def chain(self) -> list[bytes]:
+        """root and the chain hashes of all whole blocks, without a tenant."""
+        first = root(self.fingerprint, self.layout.format)
+        return [first, *chain(first, self.tokens, len(self.tokens) // BLOCK)]
+
+    def identity(self, run: ArchivedRun) -> ExtentIdentity:
+        """What the run's extents in the file say."""
+        layout = self.layout.raw if run.tail else self.layout
+        return ExtentIdentity(
+            layout, self.layers, self.fingerprint, run.run, self.chain[run.upto], run.first, run.count
+        )
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest extent."""
+        return max((self.identity(run).nbytes for run in self.runs), default=0)
+
+    def pack(self) -> bytes:
+        packed: bytes = msgpack.packb(
+            {
+                "format": str(self.layout.format),
+                "element": str(self.layout.element),
+                "kv_heads": self.layout.kv_heads,
+                "head_dim": self.layout.head_dim,
+                "layers": self.layers,
+                "fingerprint": self.fingerprint,
+                "tokens": np.asarray(self.tokens, "<u4").tobytes(),
+                "position": self.position,
+                "runs": [[run.run, run.first, run.count, run.upto, run.tail] for run in self.runs],
+                "about": self.about,
+            }
+        )
+        return packed
+
+
+def archive_bytes(manifest: Manifest) -> int:
+    """Length of the file."""
+    extents = sum(manifest.layers * manifest.identity(run).nbytes for run in manifest.runs)
+    return _extents_at(len(manifest.pack())) + extents + _TRAILER.size
+
+
+def write(
+    file: BinaryIO,
+    manifest: Manifest,
+    records: Callable[[ArchivedRun, int, Bytes], None],
+    progress: Progress = lambda _done, _all: None,
+) -> None:
+    """Write a whole archive to an empty file. records(run, layer, into) fills uint8[count, record_bytes].
+
+    Raises what `records` and `progress` raise, and OSError; what lies in the file is then no archive.
+    """
+    packed = manifest.pack()
+    total, hasher = archive_bytes(manifest), xxhash.xxh3_128()
+
+    def put(piece: bytes | memoryview) -> None:
+        file.write(piece)
+        hasher.update(piece)
+
+    head = _HEADER.pack(MAGIC, VERSION, 0, len(packed), 0)[:-8]
+    put(head + xxhash.xxh3_64_intdigest(head + packed).to_bytes(8, "little") + packed)
+    put(bytes(_extents_at(len(packed)) - _HEADER.size - len(packed)))
+    buffer = page_aligned(max(PAGE, manifest.largest))
+    for run in manifest.runs:
+        identity = manifest.identity(run)
+        for layer in range(manifest.layers):
+            records(run, layer, extent.payload(buffer, identity))
+            extent.seal(buffer, identity, layer)
+            put(buffer[: identity.nbytes].data)
+            progress(file.tell(), total)
+    file.write(_TRAILER.pack(END_MAGIC, total, hasher.digest()))
+    file.flush()
+
+
+class Archive:
+    """An archive in a file that is open for reading. Not to be trusted before `verify` has returned."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        """Read the manifest. Raises ArchiveDamaged, ArchiveUnknown or OSError."""
+        self._file = file
+        self._nbytes = os.fstat(file.fileno()).st_size
+        packed = self._packed()
+        try:
+            self.manifest = _manifest(msgpack.unpackb(packed))
+        except (ValueError, TypeError, KeyError, OverflowError, msgpack.UnpackException) as error:
+            raise ArchiveDamaged(f"the manifest is none: {error!r}") from error
+        self._at: dict[RunKey, int] = {}
+        at = _extents_at(len(packed))
+        for run in self.manifest.runs:
+            self._at[run.run] = at
+            at += self.manifest.layers * self.manifest.identity(run).nbytes
+        if len(self._at) != len(self.manifest.runs) or at + _TRAILER.size != self._nbytes:
+            raise ArchiveDamaged(f"it has {self._nbytes} bytes; its manifest says {at + _TRAILER.size}")
+        self._buffer = page_aligned(max(PAGE, self.manifest.largest))
+
+    def verify(self, progress: Progress = lambda _done, _all: None) -> None:
+        """Read everything. Raises ArchiveDamaged unless every byte is what was written, or OSError."""
+        hasher = xxhash.xxh3_128()
+        self._file.seek(0)
+        first = min(self._at.values(), default=self._nbytes - _TRAILER.size)
+        hasher.update(self._file.read(first))
+        for run in self.manifest.runs:
+            for layer in range(self.manifest.layers):
+                self.read(run, layer)
+                hasher.update(self._buffer[: self.manifest.identity(run).nbytes].data)
+                progress(self._file.tell(), self._nbytes)
+        if self._file.read() != _TRAILER.pack(END_MAGIC, self._nbytes, hasher.digest()):
+            raise ArchiveDamaged("its end is not that of the rest")
+
+    def read(self, run: ArchivedRun, layer: int) -> Bytes:
+        """The verified records of one layer, uint8[count, record_bytes], valid until the next read.
+
+        Raises ArchiveDamaged or OSError.
+        """
+        identity = self.manifest.identity(run)
+        wanted = self._buffer[: identity.nbytes]
+        self._file.seek(self._at[run.run] + layer * identity.nbytes)
+        if _fill(self._file, wanted) < len(wanted):
+            raise ArchiveDamaged("it ends in an extent")
+        try:
+            return extent.verify(wanted, identity, layer)
+        except ExtentCorrupt as error:
+            raise ArchiveDamaged(str(error)) from error
+
+    def _packed(self) -> bytes:
+        head = self._file.read(_HEADER.size)
+        if len(head) < _HEADER.size or not head.startswith(MAGIC):
+            raise ArchiveDamaged(f"it does not begin with {MAGIC!r}")
+        _, version, reserved, nbytes, checksum = _HEADER.unpack(head)
+        if version != VERSION or reserved:
+            raise ArchiveUnknown(f"it has version {version} of the format; this spilld reads {VERSION}")
+        if nbytes > min(MANIFEST_LIMIT, self._nbytes):
+            raise ArchiveDamaged(f"{nbytes} bytes of manifest do not fit into {self._nbytes}")
+        packed = self._file.read(nbytes)
+        if xxhash.xxh3_64_intdigest(head[:-8] + packed) != checksum:
+            raise ArchiveDamaged("wrong checksum of the manifest")
+        return packed
+
+
+def _manifest(fields: dict[str, Any]) -> Manifest:
+    """Raises ValueError, TypeError or KeyError."""
+    whole = operator.index
+    layout = Layout(
+        *(Format(fields["format"]), Element(fields["element"])),
+        *(whole(fields["kv_heads"]), whole(fields["head_dim"])),
+    )
+    runs = tuple(
+        ArchivedRun(bytes(run), whole(first), whole(count), whole(upto), bool(tail))
+        for run, first, count, upto, tail in fields["runs"]
+    )
+    return Manifest(
+        layout,
+        whole(fields["layers"]),
+        bytes(fields["fingerprint"]),
+        tuple(np.frombuffer(fields["tokens"], "<u4").tolist()),
+        whole(fields["position"]),
+        runs,
+        dict(fields["about"]),
+    )
+
+
+def _extents_at(manifest_bytes: int) -> int:
+    return round_up(_HEADER.size + manifest_bytes, PAGE)
+
+
+def _fill(file: BinaryIO, buffer: Bytes) -> int:
+    """Bytes read, fewer than len(buffer) only at the end of the file."""
+    done = 0
+    view = memoryview(buffer.data)
+    while done < len(view) and (count := _readinto(file, view[done:])):
+        done += count
+    return done
+
+
+def _readinto(file: Any, view: memoryview) -> int:
+    return int(file.readinto(view) or 0)

@@ -1,0 +1,143 @@
+"""Runs that leave the store as copies, and runs that come into it from elsewhere, while the engine goes on.
+
+The owner thread makes and ends a passage; one I/O thread moves the bytes in between.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from spilld.offload.disk.extent import RunKey, RunPlace
+from spilld.offload.disk.index import Contents
+from spilld.offload.errors import ExtentMissing, TierFull, WriteFailed
+from spilld.offload.record import Layout
+from spilld.offload.store import DiskPath, Store
+from spilld.offload.system import PAGE, Bytes, page_aligned
+
+
+class Departure:
+    """Runs that are copied: pinned, and their bytes held, until `end`."""
+
+    def __init__(self, store: Store, runs: Sequence[RunKey]) -> None:
+        """Raises ExtentMissing; nothing is held then."""
+        self._store = store
+        self._disk = _disk(store)
+        self._places = {run: self._disk.tier.locate(run) for run in runs}
+        for place in self._places.values():
+            self._disk.tier.hold(place)
+        store.pin(list(self._places))
+        largest = max((place.identity.nbytes for place in self._places.values()), default=PAGE)
+        self._buffer = page_aligned(largest)
+
+    def read(self, run: RunKey, layer: int) -> Bytes:
+        """On the I/O thread: verified records, uint8[count, record_bytes], valid until the next. Raises
+        ReadFailed."""
+        return self._disk.tier.read_extent(self._places[run], layer, self._buffer)
+
+    def end(self, damaged: RunKey | None = None) -> None:
+        """damaged: a run that is not what was written, which nobody shall find again."""
+        self._store.unpin(list(self._places))
+        for place in self._places.values():
+            self._disk.tier.release(place)
+        if damaged is not None:
+            self._disk.cache.discard(damaged)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run to come; chain: the hash that its extents say."""
+
+    first: int
+    count: int
+    chain: bytes
+    contents: Contents
+    layout: Layout
+
+
+class Arrival:
+    """Runs that come from elsewhere, under new keys: all of them come to exist, or none."""
+
+    def __init__(self, store: Store, parts: Sequence[Part]) -> None:
+        """Reserve room for all. Raises TierFull or WriteFailed; nothing has changed then, but that other
+        runs may have been evicted."""
+        self._store = store
+        self._disk = _disk(store)
+        self.places: list[RunPlace] = []
+        self._bytes = sum(self._disk.tier.run_bytes(part.count, part.layout) for part in parts)
+        self._respect_promises()
+        store.arriving_bytes += self._bytes
+        try:
+            for part in parts:
+                self.places.append(self._reserve(part))
+        except BaseException:
+            self.abandon()
+            raise
+        largest = max((place.identity.nbytes for place in self.places), default=PAGE)
+        self._scratch = page_aligned(largest)
+
+    def _respect_promises(self) -> None:
+        store = self._store
+        if store.spill_failure is not None:
+            raise store.spill_failure
+        full = self._disk.tier.run_bytes(store.run_blocks)
+        if -(-self._bytes // full) * store.run_blocks > store.unpromised:
+            raise TierFull(f"{self._bytes} bytes do not fit beside what is promised to requests")
+
+    def _reserve(self, part: Part) -> RunPlace:
+        place = self._disk.cache.reserve(
+            RunKey(uuid.uuid4().bytes),
+            first=part.first,
+            count=part.count,
+            chain=part.chain,
+            contents=part.contents,
+            layout=part.layout,
+        )
+        self._disk.tier.hold(place)
+        return place
+
+    def write(self, place: RunPlace, layer: int, records: Bytes) -> None:
+        """On the I/O thread: one layer, uint8[count, record_bytes]. Raises WriteFailed."""
+        rows = np.arange(place.identity.count, dtype=np.int64)
+        self._disk.tier.write_extent(place, layer, records, rows, self._scratch)
+
+    def sync(self) -> None:
+        """On the I/O thread, after all writes. Raises WriteFailed."""
+        for place in self.places:
+            self._disk.tier.sync(place)
+
+    def commit(self) -> None:
+        """They exist from now on. Raises WriteFailed; then none does."""
+        done: list[RunPlace] = []
+        try:
+            for place in self.places:
+                self._disk.tier.commit(place)
+                self._disk.cache.enter(place)
+                done.append(place)
+        except WriteFailed:
+            for place in done:
+                self._disk.cache.discard(place.run)
+            self.abandon()
+            raise
+        self._end()
+
+    def abandon(self) -> None:
+        """None of them will exist."""
+        for place in self.places:
+            if self._disk.tier.awaits(place):
+                self._disk.tier.abandon(place)
+        self._end()
+
+    def _end(self) -> None:
+        self._store.arriving_bytes -= self._bytes
+        for place in self.places:
+            self._disk.tier.release(place)
+
+
+def _disk(store: Store) -> DiskPath:
+    if store.disk is None:
+        raise ExtentMissing("there is no disk tier")
+    return store.disk

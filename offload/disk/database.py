@@ -1,0 +1,142 @@
+"""A small SQLite database that survives kill -9: WAL, one connection, errors of two kinds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+from spilld.offload.errors import IndexDamaged
+
+log = logging.getLogger(__name__)
+
+_SYSTEM = (
+    *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM),
+    *(sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM),
+)
+"""Codes of SQLite that say nothing about the file's content."""
+
+
+NONE: Mapping[int, str] = MappingProxyType({})
+
+_TABLES = "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY name"
+
+
+def _tables(create: str) -> list[tuple[Any, ...]]:
+    """What _TABLES finds in a new database."""
+    db = sqlite3.connect(":memory:")
+    try:
+        db.executescript(create)
+        return db.execute(_TABLES).fetchall()
+    finally:
+        db.close()
+
+
+def put_aside(path: Path, why: IndexDamaged) -> None:
+    """Rename a damaged file, to the suffix .damaged; its log goes."""
+    aside = path.with_suffix(".damaged")
+    log.error("%s; it is kept as %s and a new one begun", why, aside.name)
+    path.replace(aside)
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+class Database:
+    """One file of mode 0600. One thread calls everything, though not always the same.
+
+    Every method raises IndexDamaged where SQLite finds the file broken, and OSError where the system refuses;
+    the transaction in question has then not happened. A commit survives the process at once and a power cut
+    from some later moment on, never in part.
+    """
+
+    def __init__(self, path: Path, schema: int, create: str, upgrades: Mapping[int, str] = NONE) -> None:
+        """Open, or make with the statements of `create`. schema is kept as PRAGMA user_version; upgrades:
+        statements that make of an older schema this one."""
+        self.path = path
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        try:
+            self.run("PRAGMA journal_mode = WAL")
+            self.run("PRAGMA synchronous = NORMAL")
+            ((word,),) = self.rows("PRAGMA integrity_check(1)")
+            if word != "ok":
+                raise IndexDamaged(f"{path}: {word}")
+            ((found,),) = self.rows("PRAGMA user_version")
+            if found == 0 or found in upgrades:
+                statements = upgrades.get(found, create)
+                with self._errors():
+                    self._db.executescript(f"BEGIN; {statements} PRAGMA user_version = {schema}; COMMIT;")
+                found = schema
+            if found != schema or self.rows(_TABLES) != _tables(create):
+                raise IndexDamaged(f"{path} does not have the tables of schema {schema}")
+            with self.transaction() as db:  # a header may say that the file is not to be written
+                db.execute(f"PRAGMA user_version = {schema}")
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def open(cls, path: Path, schema: int, create: str, upgrades: Mapping[int, str] = NONE) -> Self:
+        """As the constructor, but a damaged file is put aside (suffix .damaged) and a new one made."""
+        try:
+            return cls(path, schema, create, upgrades)
+        except IndexDamaged as error:
+            put_aside(path, error)
+            return cls(path, schema, create)
+
+    def rows(self, statement: str, values: Iterable[object] = ()) -> list[tuple[Any, ...]]:
+        """What a SELECT finds."""
+        with self._errors():
+            return self._db.execute(statement, tuple(values)).fetchall()
+
+    def run(self, statement: str, values: Iterable[object] = ()) -> int:
+        """One statement as a transaction of its own; returns how many rows it changed."""
+        with self._errors():
+            return self._db.execute(statement, tuple(values)).rowcount
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """What is executed inside happens as a whole or not at all."""
+        with self._errors():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    @property
+    def log(self) -> Path:
+        """What was committed since it was last written into the file itself."""
+        return self.path.with_name(self.path.name + "-wal")
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes on disk, its log included."""
+        files = (self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal", "-shm"))
+        return sum(file.stat().st_size for file in files if file.exists())
+
+    def check_integrity(self) -> None:
+        ((word,),) = self.rows("PRAGMA integrity_check(1)")
+        assert word == "ok", f"{self.path}: {word}"
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code == sqlite3.SQLITE_READONLY and os.access(self.path, os.W_OK):
+                code = sqlite3.SQLITE_CORRUPT  # only the header says so
+            kind = OSError if code in _SYSTEM else IndexDamaged
+            raise kind(f"{self.path}: {error}") from error

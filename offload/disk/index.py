@@ -1,0 +1,308 @@
+"""What the disk tier holds, in SQLite beside the segments: one row a run, one a block, one a tail.
+
+A row is written only after the run that it names is durable. It need not be durable itself: a run whose row
+a power cut takes is an orphan, whose space is collected at the next start; a row that such a cut brings back
+names an extent that is checked when it is read. FORMAT.md has the schema.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from spilld.offload.errors import IndexDamaged
+from spilld.offload.record import (
+    Element,
+    Format,
+    Layout,
+    round_up,
+)
+from spilld.offload.system import PAGE
+
+from .database import Database, put_aside
+from .extent import ExtentIdentity, RunKey
+from .segment import Range
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 2
+"""PRAGMA user_version of the database."""
+
+_RUNS_AND_NAMES = """
+CREATE TABLE runs (
+    run BLOB PRIMARY KEY, segment INTEGER NOT NULL, offset INTEGER NOT NULL, nbytes INTEGER NOT NULL,
+    format TEXT NOT NULL, element TEXT NOT NULL, kv_heads INTEGER NOT NULL, head_dim INTEGER NOT NULL,
+    layers INTEGER NOT NULL, fingerprint BLOB NOT NULL, first INTEGER NOT NULL, count INTEGER NOT NULL,
+    chain BLOB NOT NULL, parent BLOB NOT NULL, used INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE blocks (
+    hash BLOB, run BLOB, block INTEGER NOT NULL, seal BLOB NOT NULL, PRIMARY KEY (hash, run)
+) WITHOUT ROWID;
+CREATE TABLE tails (
+    anchor BLOB, run BLOB, tokens BLOB NOT NULL, seal BLOB NOT NULL, PRIMARY KEY (anchor, run)
+) WITHOUT ROWID;
+CREATE INDEX blocks_by_run ON blocks (run);
+CREATE INDEX tails_by_run ON tails (run);
+"""
+
+_WEAR = """
+CREATE TABLE wear (
+    id INTEGER PRIMARY KEY, spent INTEGER NOT NULL, at INTEGER NOT NULL, seal BLOB NOT NULL
+);
+"""
+
+_CREATE = _RUNS_AND_NAMES + _WEAR
+
+_RUNS = """
+SELECT runs.*, hash FROM runs LEFT JOIN blocks ON blocks.run = runs.run AND blocks.block = runs.first
+ORDER BY used
+"""
+
+_TYPES = [bytes, int, int, int, str, str, int, int, int, bytes, int, int, bytes, bytes, int]
+"""Of the columns of `runs`."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What makes a run worth finding again.
+
+    parent: the chain hash that its first block continues. blocks: the chain hash of each of its blocks, or
+    none for a tail, whose `tokens` follow `parent`.
+    """
+
+    parent: bytes
+    blocks: tuple[bytes, ...] = ()
+    tokens: tuple[int, ...] | None = None
+
+    @property
+    def name(self) -> bytes:
+        """What the run begins with: all tokens up to the end of its first block, or up to a tail."""
+        return self.blocks[0] if self.blocks else self.parent
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run: what its extents say, and where they lie. used: seconds since 1970."""
+
+    identity: ExtentIdentity
+    range: Range
+    contents: Contents = field(compare=False)
+    used: int = 0
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Blocks [first, first + count) of a chain, found in a run whose first block is `base`."""
+
+    run: RunKey
+    base: int
+    first: int
+    count: int
+
+
+class Index:
+    """Rows of one folder's runs. Errors are those of Database."""
+
+    def __init__(self, path: Path, *, anew: bool = True) -> None:
+        """anew: put a damaged file aside and begin another; else raise IndexDamaged."""
+        try:
+            self._db = self._open(path)
+        except IndexDamaged as error:
+            if not anew:
+                raise
+            put_aside(path, error)
+            self._db = self._open(path)
+
+    @staticmethod
+    def _open(path: Path) -> Database:
+        """With what names a run, and not with what names none. Raises IndexDamaged if it cannot be asked."""
+        db = Database(path, SCHEMA, _CREATE, {1: _WEAR})
+        try:
+            db.rows(_RUNS)
+            for table in ("blocks", "tails"):
+                db.run(f"DELETE FROM {table} WHERE run NOT IN (SELECT run FROM runs)")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def entries(self) -> list[Entry]:
+        """Every run whose row makes sense, the least recently used first; of its contents only the first
+        block. Rows that make none are removed."""
+        rows = self._db.rows(_RUNS)
+        senseless = [row[0] for row in rows if _entry(row) is None]
+        if senseless:
+            log.warning("%d rows of the index make no sense and are dropped", len(senseless))
+            self.remove(senseless)
+        return [entry for row in rows if (entry := _entry(row)) is not None]
+
+    def add(self, entry: Entry) -> None:
+        """A run that is durable, with its blocks or as a tail."""
+        identity, place, contents = entry.identity, entry.range, entry.contents
+        layout = identity.layout
+        row: tuple[object, ...] = (
+            *(identity.run, place.segment, place.offset, place.nbytes),
+            *(layout.format, layout.element, layout.kv_heads, layout.head_dim, identity.layers),
+            *(identity.fingerprint, identity.first, identity.count, identity.chain_hash),
+            *(contents.parent, entry.used),
+        )
+        blocks = [
+            (name, identity.run, block, _seal(name, identity.run, block))
+            for block, name in enumerate(contents.blocks, identity.first)
+        ]
+        with self._db.transaction() as db:
+            db.execute(f"INSERT INTO runs VALUES ({', '.join('?' * len(row))})", row)
+            db.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?)", blocks)
+            if contents.tokens is not None:
+                tokens = np.asarray(contents.tokens, "<u4").tobytes()
+                tail = (contents.parent, identity.run, tokens, _seal(contents.parent, identity.run, tokens))
+                db.execute("INSERT INTO tails VALUES (?, ?, ?, ?)", tail)
+
+    def remove(self, runs: Iterable[RunKey]) -> None:
+        """Forget runs; unknown ones are ignored."""
+        keys = [(run,) for run in runs]
+        with self._db.transaction() as db:
+            for table in ("runs", "blocks", "tails"):
+                db.executemany(f"DELETE FROM {table} WHERE run = ?", keys)
+
+    def move(self, run: RunKey, place: Range) -> None:
+        """The extents of a run lie elsewhere now. Raises IndexDamaged if it has no row."""
+        with self._db.transaction() as db:
+            found = db.execute(
+                "UPDATE runs SET segment = ?, offset = ? WHERE run = ?", (place.segment, place.offset, run)
+            )
+            if found.rowcount != 1:
+                raise IndexDamaged(f"run {run.hex()} has no row")
+
+    def touch(self, runs: Iterable[RunKey], now: int) -> None:
+        """The runs were used at `now`."""
+        with self._db.transaction() as db:
+            db.executemany("UPDATE runs SET used = ? WHERE run = ?", [(now, run) for run in runs])
+
+    def chain(self, hashes: Sequence[bytes], first: int) -> list[Stretch]:
+        """The longest stored chain of blocks first, first + 1, ... with these hashes, in as few runs as can
+        be seen from the front: a run is followed as far as it goes."""
+        found: list[Stretch] = []
+        for block, name in enumerate(hashes, first):
+            holders = self._holders_at(name, block)
+            if found and found[-1].run in holders:
+                last = found[-1]
+                found[-1] = Stretch(last.run, last.base, last.first, last.count + 1)
+            elif holders:
+                run = max(holders, key=lambda run: holders[run])
+                found.append(Stretch(run, holders[run][1], block, 1))
+            else:
+                break
+        return found
+
+    def _holders_at(self, name: bytes, block: int) -> dict[RunKey, tuple[int, int]]:
+        """(end, first block) of the runs that hold a block, as far as their rows are what was written."""
+        rows = self._db.rows(
+            "SELECT run, seal, first + count, first FROM blocks JOIN runs USING (run)"
+            " WHERE hash = ? AND block = ? AND block BETWEEN first AND first + count - 1",
+            (name, block),
+        )
+        return {run: (stop, first) for run, seal, stop, first in rows if seal == _seal(name, run, block)}
+
+    def tails(self, anchor: bytes) -> list[tuple[RunKey, list[int]]]:
+        """Runs that hold the exact K/V of `tokens`, which follow the block `anchor`; the newest first."""
+        rows = self._db.rows(
+            "SELECT run, tokens, seal FROM tails JOIN runs USING (run) WHERE anchor = ? ORDER BY used DESC",
+            [anchor],
+        )
+        return [
+            (run, np.frombuffer(tokens, "<u4").tolist())
+            for run, tokens, seal in rows
+            if seal == _seal(anchor, run, tokens)
+        ]
+
+    def holders(self, name: bytes) -> list[RunKey]:
+        """Runs that hold the block of this chain hash."""
+        return [run for (run,) in self._db.rows("SELECT run FROM blocks WHERE hash = ?", [name])]
+
+    def note_spent(self, spent: int, at: int) -> None:
+        """Of the write budget so many bytes were spent at `at`, seconds since 1970."""
+        with self._db.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO wear VALUES (0, ?, ?, ?)", (spent, at, _seal(spent, at)))
+
+    def spent(self) -> tuple[int, int]:
+        """What was noted last; (0, 0) if nothing was, or if it makes no sense."""
+        for spent, at, seal in self._db.rows("SELECT spent, at, seal FROM wear WHERE id = 0"):
+            if type(spent) is type(at) is int and seal == _seal(spent, at):
+                return spent, at
+        return 0, 0
+
+    @property
+    def log(self) -> Path:
+        """The file that must be durable for what was last committed to be."""
+        return self._db.log
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes on disk."""
+        return self._db.nbytes
+
+    def check_integrity(self) -> None:
+        """SQLite's own check, and no row names a run that is not there."""
+        self._db.check_integrity()
+        for table in ("blocks", "tails"):
+            ((lost,),) = self._db.rows(
+                f"SELECT count(*) FROM {table} WHERE run NOT IN (SELECT run FROM runs)"
+            )
+            assert lost == 0, f"{lost} {table} of runs that are not there"
+
+    def close(self) -> None:
+        self._db.close()
+
+
+def _seal(*parts: bytes | int) -> bytes:
+    """xxh3_64 of a row: SQLite does not notice a bit that flips, and a wrong row would name another's KV."""
+    words = [part if isinstance(part, bytes) else part.to_bytes(8, "little", signed=True) for part in parts]
+    return xxhash.xxh3_64_digest(b"".join(words))
+
+
+def _entry(row: tuple[Any, ...]) -> Entry | None:
+    """A row of `runs` and the hash of the run's first block; None if it cannot be one."""
+    if [type(value) for value in row[:-1]] != _TYPES:
+        return None
+    run, segment, offset, nbytes, form, element, kv_heads, head_dim, layers, *rest, name = row
+    fingerprint, first, count, chain, parent, used = rest
+    try:
+        layout = Layout(Format(form), Element(element), kv_heads, head_dim)
+        identity = ExtentIdentity(layout, layers, fingerprint, run, chain, first, count)
+    except ValueError:
+        return None
+    if layers < 1:
+        return None
+    blocks = (name,) if isinstance(name, bytes) else ()
+    return Entry(identity, Range(segment, offset, nbytes), Contents(parent, blocks), used)
+
+
+def consistent(entries: Sequence[Entry], sizes: Mapping[int, int]) -> tuple[list[Entry], list[Entry]]:
+    """Rows whose bytes are there, and rows whose bytes are not, or are also another's, in their order."""
+    by_segment: dict[int, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        by_segment[entry.range.segment].append(entry)
+    wrong: set[RunKey] = set()
+    for number, group in by_segment.items():
+        group.sort(key=lambda entry: entry.range.offset)
+        for entry in group:
+            whole = entry.range.nbytes == round_up(entry.identity.layers * entry.identity.nbytes, PAGE)
+            aligned = entry.range.offset >= 0 and not entry.range.offset % PAGE
+            if not whole or not aligned or entry.range.end > sizes.get(number, 0):
+                wrong.add(entry.identity.run)
+        for entry, following in itertools.pairwise(group):
+            if entry.range.end > following.range.offset:
+                wrong |= {entry.identity.run, following.identity.run}
+    return (
+        [entry for entry in entries if entry.identity.run not in wrong],
+        [entry for entry in entries if entry.identity.run in wrong],
+    )

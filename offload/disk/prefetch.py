@@ -1,0 +1,364 @@
+"""Reads ahead of need: extents go from disk into a ring of staging buffers while the engine computes."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from spilld.offload.errors import (
+    BudgetTooSmall,
+    ExtentCorrupt,
+    ExtentMissing,
+    ReadCancelled,
+    ReadError,
+    ReadFailed,
+    ReadTimeout,
+)
+from spilld.offload.record import round_up
+from spilld.offload.system import PAGE, Bytes, page_aligned
+
+from .extent import HEADER_BYTES, RunKey, RunPlace
+from .tier import DiskTier
+
+log = logging.getLogger(__name__)
+
+CLOSE_S = 5.0
+"""Seconds that close waits for reads that the kernel still has."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """One layer of a run."""
+
+    run: RunKey
+    layer: int
+
+
+class State(enum.Enum):
+    QUEUED = "waits for a buffer"
+    ISSUED = "has a buffer, and a thread has it or will"
+    LOADED = "its records lie in its buffer"
+    FAILED = "ended with an error; holds nothing"
+    CANCELLED = "no longer wanted; holds nothing"
+    RELEASED = "its buffer went back; holds nothing"
+
+
+class Ticket:
+    """A read that was submitted. Owner thread only, except `wanted`, which I/O threads look at."""
+
+    def __init__(self, read: Read) -> None:
+        self.read = read
+        self.state = State.QUEUED
+        self.error: ReadFailed | None = None
+        self.wanted = True
+        self.stalled = False
+        self.issued = 0.0
+        self.place: RunPlace | None = None
+        self.buffer = -1
+        self.records: Bytes | None = None
+
+
+@dataclass
+class PrefetchStats:
+    """read_seconds sums over threads, stall_seconds over waits that blocked; cancelling is no failure.
+
+    hits, stalls: waits for what was there already, and waits that blocked. corrupt: of the failures.
+    """
+
+    reads: int = 0
+    bytes_read: int = 0
+    read_seconds: float = 0.0
+    hits: int = 0
+    stalls: int = 0
+    stall_seconds: float = 0.0
+    failures: int = 0
+    corrupt: int = 0
+
+
+@dataclass(frozen=True)
+class _Job:
+    ticket: Ticket
+    place: RunPlace
+    buffer: int
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    job: _Job
+    result: Bytes | ReadFailed
+    seconds: float
+
+
+class Prefetcher:
+    """A ring of `buffers` staging buffers, filled in submission order by I/O threads.
+
+    One owner thread calls every method. Each submitted read ends loaded, failed or cancelled; a read
+    that was issued ends by its deadline whether or not anybody waits for it. Each ticket ends in
+    release or cancel.
+
+    The rule of the ring: wait in submission order, and release (or cancel) before waiting for the
+    ticket `buffers` places later. A wait that only the caller's own release could end raises RuntimeError.
+
+    The run is held from submit until no thread reads it any more. A buffer whose read timed out or was
+    cancelled is out of the ring until its thread returns.
+    """
+
+    def __init__(
+        self,
+        disk: DiskTier,
+        buffers: int,
+        extent_bytes: int,
+        threads: int = 2,
+        deadline_s: float = 30.0,
+        on_read: Callable[[float], object] = lambda seconds: None,
+    ) -> None:
+        """staging_bytes = buffers * extent_bytes, rounded up to 4096 a buffer, is all the memory there is.
+
+        on_read: told how long each read took that succeeded, by the owner's thread.
+        """
+        size = round_up(extent_bytes, PAGE)
+        if buffers < 1 or threads < 1:
+            raise BudgetTooSmall(f"{buffers} staging buffers and {threads} threads cannot read")
+        self._disk = disk
+        self.deadline_s = deadline_s
+        self._on_read = on_read
+        self.buffers = buffers
+        self.staging_bytes = buffers * size
+        self.stats = PrefetchStats()
+        self.memory = page_aligned(self.staging_bytes, huge=True)
+        self._buffers = self.memory.reshape(buffers, size)
+        self._free = deque(range(buffers))
+        self._queued: deque[Ticket] = deque()
+        self._issued: dict[Ticket, None] = {}  # the oldest first
+        self._adrift: set[int] = set()
+        self._loaded: set[int] = set()
+        self._ended: dict[Ticket, None] = {}
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"spilld-read-{i}", daemon=True) for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, reads: Sequence[Read]) -> list[Ticket]:
+        """Queue reads behind those submitted before; never blocks. A missing run is a failed ticket."""
+        tickets = [Ticket(read) for read in reads]
+        for ticket in tickets:
+            try:
+                ticket.place = self._disk.locate(ticket.read.run)
+            except ExtentMissing as error:
+                self._fail(ticket, error)
+            else:
+                self._check(ticket.read, ticket.place)
+        for ticket in tickets:
+            if ticket.place is not None:
+                self._disk.hold(ticket.place)
+                self._queued.append(ticket)
+        self._advance()
+        return tickets
+
+    def finished(self) -> list[Ticket]:
+        """Tickets that were loaded or failed and were not reported, waited for or released yet."""
+        self._advance()
+        ended = list(self._ended)
+        self._ended.clear()
+        return ended
+
+    def wait(self, ticket: Ticket) -> Bytes:
+        """Block until the read ends: its verified records, uint8[count, record_bytes], valid until release.
+
+        Raises the ReadFailed it ended with: ReadTimeout when deadline_s has passed since the read was
+        issued, or since this wait began if it was not issued by then.
+        """
+        self._advance()
+        if ticket.state in (State.QUEUED, State.ISSUED):
+            began = time.monotonic()
+            try:
+                self._await_end(ticket, began)
+            finally:
+                ticket.stalled = True
+                self.stats.stalls += 1
+                self.stats.stall_seconds += time.monotonic() - began
+        elif ticket.state is State.LOADED:
+            self.stats.hits += 1
+        self._ended.pop(ticket, None)
+        if ticket.error is not None:
+            raise ticket.error
+        if ticket.records is None:
+            raise ValueError("the ticket was released before")
+        return ticket.records
+
+    def offset(self, ticket: Ticket) -> int:
+        """Where in `memory`, the whole ring as bytes, the first record of a loaded ticket lies."""
+        if ticket.state is not State.LOADED:
+            raise ValueError(f"a ticket that {ticket.state.value} has no records")
+        return ticket.buffer * self._buffers.shape[1] + HEADER_BYTES
+
+    def release(self, ticket: Ticket) -> None:
+        """The records are no longer looked at: their buffer takes the next read."""
+        if ticket.state in (State.QUEUED, State.ISSUED, State.RELEASED):
+            raise ValueError(f"cannot release a ticket that {ticket.state.value}")
+        self._ended.pop(ticket, None)
+        if ticket.state is State.LOADED:
+            self._drop(ticket, State.RELEASED)
+        self._advance()
+
+    def cancel(self, tickets: Iterable[Ticket]) -> None:
+        """Forget reads in any state: queued ones never start, issued ones are dropped when they return."""
+        for ticket in tickets:
+            self._ended.pop(ticket, None)
+            if ticket.state is State.LOADED:
+                self._drop(ticket, State.CANCELLED)
+            elif ticket.state in (State.QUEUED, State.ISSUED):
+                self._part(ticket, State.CANCELLED, ReadCancelled("cancelled by its owner"))
+        self._queued = deque(ticket for ticket in self._queued if ticket.state is State.QUEUED)
+        self._advance()
+
+    def close(self) -> None:
+        """Cancel everything and stop the threads; one that is stuck in the kernel is left after CLOSE_S."""
+        self.cancel([*self._queued, *self._issued, *self._ended])
+        for _ in self._threads:
+            self._jobs.put(None)
+        until = time.monotonic() + CLOSE_S
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        self._collect()
+        if self._adrift:
+            log.warning("closed while %d reads are stuck in the kernel", len(self._adrift))
+
+    def check_integrity(self) -> None:
+        """Every buffer is free, being read into for somebody or for nobody, or holds records."""
+        issued = [ticket.buffer for ticket in self._issued]
+        everything = sorted([*self._free, *issued, *self._adrift, *self._loaded])
+        assert everything == list(range(len(self._buffers))), "a buffer has two users, or none"
+        assert all(ticket.state is State.QUEUED for ticket in self._queued), (
+            "an ended read waits to be issued"
+        )
+        assert not (self._queued and self._free), "a read waits although a buffer is free"
+
+    def _check(self, read: Read, place: RunPlace) -> None:
+        if place.identity.nbytes > self._buffers.shape[1]:
+            raise ValueError(f"an extent of {place.identity.nbytes} bytes does not fit a staging buffer")
+        if not 0 <= read.layer < place.identity.layers:
+            raise ValueError(f"layer {read.layer} of {place.identity.layers}")
+
+    def _await_end(self, ticket: Ticket, began: float) -> None:
+        while ticket.state in (State.QUEUED, State.ISSUED):
+            since = min(began, ticket.issued) if ticket.state is State.ISSUED else began
+            left = since + self.deadline_s - time.monotonic()
+            if left <= 0:
+                self._time_out(ticket)
+                return
+            if ticket.state is State.QUEUED and self._queued.index(ticket) >= len(self._adrift):
+                raise RuntimeError("every staging buffer this read could get is held by the caller who waits")
+            try:
+                outcome = self._outcomes.get(timeout=left)
+            except queue.Empty:
+                continue
+            self._settle(outcome)
+            self._advance()
+
+    def _advance(self) -> None:
+        """Take in what ended, end what is overdue, issue what can be."""
+        self._collect()
+        now = time.monotonic()
+        while self._issued:
+            oldest = next(iter(self._issued))
+            if oldest.issued + self.deadline_s > now:
+                break
+            self._time_out(oldest)
+        while self._queued and self._free:
+            ticket = self._queued.popleft()
+            assert ticket.place is not None
+            ticket.buffer = self._free.popleft()
+            ticket.issued = now
+            ticket.state = State.ISSUED
+            self._issued[ticket] = None
+            self._jobs.put(_Job(ticket, ticket.place, ticket.buffer))
+
+    def _collect(self) -> None:
+        while not self._outcomes.empty():  # nobody else takes from it
+            self._settle(self._outcomes.get_nowait())
+
+    def _settle(self, outcome: _Outcome) -> None:
+        """A thread is done with a buffer and a place."""
+        ticket = outcome.job.ticket
+        self._disk.release(outcome.job.place)
+        self.stats.read_seconds += outcome.seconds
+        if not isinstance(outcome.result, ReadFailed):
+            self.stats.reads += 1
+            self.stats.bytes_read += outcome.job.place.identity.nbytes
+            self._on_read(outcome.seconds)
+        if outcome.job.buffer in self._adrift:
+            self._adrift.remove(outcome.job.buffer)
+            self._free.append(outcome.job.buffer)
+            return
+        del self._issued[ticket]
+        if isinstance(outcome.result, ReadFailed):
+            self._free.append(outcome.job.buffer)
+            self._fail(ticket, outcome.result)
+        else:
+            ticket.state = State.LOADED
+            ticket.records = outcome.result
+            self._loaded.add(ticket.buffer)
+            self._ended[ticket] = None
+
+    def _time_out(self, ticket: Ticket) -> None:
+        error = ReadTimeout(
+            f"layer {ticket.read.layer} of run {ticket.read.run.hex()} did not come in {self.deadline_s} s"
+        )
+        if ticket.state is State.QUEUED:
+            self._queued.remove(ticket)
+        self._part(ticket, State.FAILED, error)
+        self._fail(ticket, error)
+
+    def _part(self, ticket: Ticket, state: State, error: ReadFailed) -> None:
+        """End a ticket before its read: one that is queued lets go now, else the thread's return does."""
+        assert ticket.place is not None
+        if ticket.state is State.QUEUED:
+            self._disk.release(ticket.place)
+        else:
+            del self._issued[ticket]
+            self._adrift.add(ticket.buffer)
+        ticket.state, ticket.error, ticket.wanted = state, error, False
+
+    def _fail(self, ticket: Ticket, error: ReadFailed) -> None:
+        log.warning("read failed: %s", error)
+        self.stats.failures += 1
+        self.stats.corrupt += isinstance(error, ExtentCorrupt)
+        ticket.state, ticket.error = State.FAILED, error
+        self._ended[ticket] = None
+
+    def _drop(self, ticket: Ticket, state: State) -> None:
+        """Take a loaded buffer back."""
+        self._loaded.remove(ticket.buffer)
+        self._free.append(ticket.buffer)
+        ticket.state, ticket.records = state, None
+        if state is State.CANCELLED:
+            ticket.error = ReadCancelled("cancelled by its owner")
+
+    def _work(self) -> None:
+        """An I/O thread: whatever goes wrong with a read becomes its result, and the thread lives on."""
+        while (job := self._jobs.get()) is not None:
+            began = time.monotonic()
+            self._outcomes.put(_Outcome(job, self._read(job), time.monotonic() - began))
+
+    def _read(self, job: _Job) -> Bytes | ReadFailed:
+        if not job.ticket.wanted:
+            return ReadCancelled("cancelled by its owner")
+        try:
+            return self._disk.read_extent(job.place, job.ticket.read.layer, self._buffers[job.buffer])
+        except ReadFailed as error:
+            return error
+        except Exception as error:
+            log.exception("unexpected error in a read")
+            failed = ReadError(f"unexpected: {error!r}")
+            failed.__cause__ = error
+            return failed

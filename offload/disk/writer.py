@@ -1,0 +1,158 @@
+"""Writes behind the engine's back: runs go from host memory to disk on I/O threads."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from spilld.offload.errors import WriteFailed
+from spilld.offload.host import Rows
+from spilld.offload.record import round_up
+from spilld.offload.system import PAGE, Bytes, page_aligned
+
+from .extent import RunKey, RunPlace
+from .tier import DiskTier
+
+log = logging.getLogger(__name__)
+
+CLOSE_S = 30.0
+"""Seconds that close waits for a write that the kernel still has."""
+
+
+@dataclass(frozen=True)
+class Spilled:
+    """A run is on disk, or error says why it is not."""
+
+    run: RunKey
+    error: WriteFailed | None
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None
+
+
+@dataclass(frozen=True)
+class _Job:
+    place: RunPlace
+    records: Bytes
+    rows: Rows
+
+
+class Spiller:
+    """Writes reserved runs in submission order on one I/O thread, with one scratch buffer of scratch_bytes.
+
+    One owner thread calls every method. A run that was submitted is reported exactly once by finished
+    or wait, by then committed in the disk tier or, with an error, absent from it.
+    """
+
+    def __init__(
+        self, disk: DiskTier, extent_bytes: int, on_write: Callable[[float], object] = lambda seconds: None
+    ) -> None:
+        """extent_bytes: the largest extent that will be written. on_write: told how long each run took that
+        was written, by the owner's thread."""
+        self._disk = disk
+        self._on_write = on_write
+        self._scratch = page_aligned(round_up(extent_bytes, PAGE), huge=True)
+        self.scratch_bytes = len(self._scratch)
+        self.write_seconds = 0.0
+        self.bytes_written = 0
+        self.failures = 0
+        self.pending = 0
+        self._stopping = False
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[tuple[_Job, WriteFailed | None, float]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="spilld-write", daemon=True)
+        self._thread.start()
+
+    def submit(self, place: RunPlace, records: Bytes, rows: Rows) -> None:
+        """Write records[rows[layer]] for every layer; never blocks. rows is int64[layers, count].
+
+        The rows must keep their records until the run is reported. The owner may abandon the place
+        meanwhile: the run is then reported as failed.
+        """
+        if rows.shape != (place.identity.layers, place.identity.count):
+            raise ValueError(
+                f"rows of shape {rows.shape} for {place.identity.layers} x {place.identity.count}"
+            )
+        if place.identity.nbytes > self.scratch_bytes:
+            raise ValueError(f"an extent of {place.identity.nbytes} bytes does not fit the scratch buffer")
+        self._disk.hold(place)
+        self.pending += 1
+        self._jobs.put(_Job(place, records, rows.copy()))
+
+    def finished(self) -> list[Spilled]:
+        """Runs that ended since the last call, committed or absent; never blocks."""
+        ended: list[Spilled] = []
+        while True:
+            try:
+                outcome = self._outcomes.get_nowait()
+            except queue.Empty:
+                return ended
+            ended.append(self._settle(*outcome))
+
+    def wait(self, timeout_s: float) -> list[Spilled]:
+        """As finished, but blocks until at least one run ended, none is pending, or the time is over."""
+        if not self.pending:
+            return []
+        try:
+            outcome = self._outcomes.get(timeout=timeout_s)
+        except queue.Empty:
+            return []
+        return [self._settle(*outcome), *self.finished()]
+
+    def close(self) -> None:
+        """Stop: runs not written yet fail, the one being written is finished unless it takes over CLOSE_S."""
+        self._stopping = True
+        self._jobs.put(None)
+        self._thread.join(CLOSE_S)
+        self.finished()
+        if self.pending:
+            log.warning("closed while %d runs are stuck in the kernel", self.pending)
+
+    def _settle(self, job: _Job, error: WriteFailed | None, seconds: float) -> Spilled:
+        place = job.place
+        self.pending -= 1
+        self.write_seconds += seconds
+        if error is None and not self._disk.awaits(place):
+            error = WriteFailed(f"run {place.run.hex()} was abandoned")
+        if error is None:
+            try:
+                self._disk.commit(place)
+                self.bytes_written += place.range.nbytes
+                self._on_write(seconds)
+            except WriteFailed as failed:
+                error = failed
+        if error is not None:
+            log.warning("write failed: %s", error)
+            self.failures += 1
+            if self._disk.awaits(place):
+                self._disk.abandon(place)
+        self._disk.release(place)
+        return Spilled(place.run, error)
+
+    def _work(self) -> None:
+        """The I/O thread: whatever goes wrong with a run becomes its result, and the thread lives on."""
+        while (job := self._jobs.get()) is not None:
+            began = time.monotonic()
+            error = self._write(job)
+            self._outcomes.put((job, error, time.monotonic() - began))
+
+    def _write(self, job: _Job) -> WriteFailed | None:
+        try:
+            for layer in range(job.place.identity.layers):
+                if self._stopping:
+                    return WriteFailed("the disk tier is being closed")
+                self._disk.write_extent(job.place, layer, job.records, job.rows[layer], self._scratch)
+            self._disk.sync(job.place)
+        except WriteFailed as error:
+            return error
+        except Exception as error:
+            log.exception("unexpected error in a write")
+            failed = WriteFailed(f"unexpected: {error!r}")
+            failed.__cause__ = error
+            return failed
+        return None

@@ -1,0 +1,103 @@
+"""Packs blocks into records and unpacks them. reference.py does the same in numpy, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spilld.offload.kernels.threads import check
+from spilld.offload.record import (
+    BLOCK,
+    Element,
+    Format,
+    Layout,
+    check_places,
+)
+
+from . import dequantise, quantise
+
+Array = npt.NDArray[Any]
+Bytes = npt.NDArray[np.uint8]
+Rows = npt.NDArray[np.int64]
+
+PLANES = ("k_codes", "k_scales", "v_codes", "v_scales", "norms", "summary", "radius", "end")
+FLOAT32 = np.dtype(np.float32)
+FORMS = (Format.EXACT, Format.INT8, Format.K8V4, Format.INT4)
+
+
+class Codec:
+    """Seals and opens the records of one layout.
+
+    The kernels run in parallel over (block, KV head) and release the GIL. They take arrays as bytes, so that
+    one compiled version, made at the first call and cached on disk, serves every layout.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.dtype = FLOAT32 if layout.element is Element.FLOAT32 else np.dtype(np.uint16)
+        self._planes = np.array([layout.plane(name) for name in PLANES], np.int64)
+        self._form = FORMS.index(layout.format)
+
+    def seal(self, k: Array, v: Array, records: Bytes, rows: Rows) -> None:
+        """Pack n blocks, every byte of records[rows[i]], padding zero.
+
+        k, v: [kv_heads, n*64, head_dim] in the layout's element (bfloat16 as uint16 bits), last axis
+        contiguous. records: uint8 [slots, record_bytes], C-contiguous. rows: distinct, int64 [n].
+        NaN and infinity are stored as FORMAT.md says. Raises ValueError, having written nothing, if a
+        shape, dtype, stride or row is not that.
+        """
+        self._check_rows(records, rows)
+        self._check_numbers(k, v, rows.size, self.dtype)
+        if rows.size:
+            units = 2 * rows.size * self.layout.kv_heads
+            numbers = (*_flat(k), *_flat(v))
+            check(quantise.seal(units, *numbers, records, rows, self._planes, self._form, *self._sizes))
+
+    def open(self, memory: Bytes, places: Rows, k_out: Array, v_out: Array) -> None:
+        """Unpack n records into k_out and v_out, every number written.
+
+        memory: uint8 [bytes], contiguous, 64-byte aligned; places: byte offsets of the records, multiples of
+        64, int64 [n]. k_out, v_out: float32 [kv_heads, n*64, head_dim] whatever the layout's element, last
+        axis contiguous; nothing is rounded to it, `exact` bfloat16 is
+        widened. Raises ValueError, having written nothing, if a shape,
+        dtype, stride or place is not that.
+        """
+        check_places(memory, places, self.layout)
+        self._check_numbers(k_out, v_out, places.size, FLOAT32)
+        if places.size:
+            outputs = (*_flat(k_out), *_flat(v_out))
+            units, width = places.size * self.layout.kv_heads, self.layout.record_bytes
+            where = (memory, places, width, *outputs)
+            check(dequantise.open_records(units, *where, self._planes, self._form, *self._sizes))
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        return self.layout.kv_heads, self.layout.head_dim, self.layout.element.nbytes
+
+    def _check_rows(self, records: Bytes, rows: Rows) -> None:
+        """The kernels check no bounds: this is what keeps them inside the arrays."""
+        if rows.dtype != np.int64 or rows.ndim != 1 or not rows.flags.c_contiguous:
+            raise ValueError("rows must be a contiguous int64 vector")
+        width = self.layout.record_bytes
+        if records.dtype != np.uint8 or records.shape[1:] != (width,) or not records.flags.c_contiguous:
+            raise ValueError(f"records must be contiguous uint8[slots, {width}]")
+        if rows.size and not (rows.min() >= 0 and rows.max() < len(records)):
+            raise ValueError(f"rows {rows.min()}..{rows.max()} are not all in 0..{len(records) - 1}")
+
+    def _check_numbers(self, k: Array, v: Array, blocks: int, dtype: np.dtype[Any]) -> None:
+        shape = (self.layout.kv_heads, blocks * BLOCK, self.layout.head_dim)
+        for name, array in (("k", k), ("v", v)):
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"{name} is {array.dtype}{array.shape}, expected {dtype}{shape}")
+            strides, size = array.strides, array.itemsize
+            if array.size and (strides[2] != size or any(s < 0 or s % size for s in strides)):
+                raise ValueError(f"{name} has strides {strides}: the last axis must be contiguous")
+
+
+def _flat(array: Array) -> tuple[Bytes, int, int]:
+    """The bytes that a non-empty array spans, its head stride and its token stride in bytes."""
+    span = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))
+    flat = np.lib.stride_tricks.as_strided(array, (span // array.itemsize + 1,), (array.itemsize,))
+    return flat.view(np.uint8), array.strides[0], array.strides[1]

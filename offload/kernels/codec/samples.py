@@ -1,0 +1,26 @@
+"""Records of random numbers, for measurements: zeros are faster to compute with than what there will be."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from spilld.offload.record import BLOCK, Element, Layout
+
+from . import reference
+
+DISTINCT = 4
+"""Blocks; sealing more takes long, and where a record lies is what matters."""
+
+
+def fill(layout: Layout, records: npt.NDArray[np.uint8]) -> None:
+    """Overwrite records, uint8 [n, record_bytes], with some blocks of normal numbers, again and again."""
+    count = min(DISTINCT, len(records))
+    shape = (layout.kv_heads, count * BLOCK, layout.head_dim)
+    k, v = np.random.default_rng(count).standard_normal((2, *shape), np.float32)
+    if layout.element is Element.BFLOAT16:
+        k, v = reference.bf16_nearest(k), reference.bf16_nearest(v)
+    reference.seal(layout, k, v, records, np.arange(count))
+    for first in range(count, len(records), count):
+        part = records[first : first + count]
+        part[...] = records[: len(part)]

@@ -1,0 +1,4 @@
+"""Kernels of a step over packed weights: products, and what lies between them.
+
+May import: offload.kernels.
+"""

@@ -1,0 +1,128 @@
+"""A decoder layer over packed weights, but for its attention: what comes before that and what follows it.
+
+One description fits the families: norms before each half of a layer, in Gemma also after it; heads normed in
+Qwen3 and Gemma3; a gated MLP. Activations are float32 throughout, in memory that is there from the start.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from .products import Matrix, multiply_rows
+from .row_operations import (
+    Inputs,
+    add_normed,
+    rotate,
+    take,
+    take_gated,
+    take_normed,
+)
+
+Floats = NDArray[np.float32]
+
+
+class Layer(NamedTuple):
+    """Weights; a norm or bias that its family lacks is NOTHING."""
+
+    qkv: Matrix
+    bias: Floats
+    out: Matrix
+    gate_up: Matrix
+    down: Matrix
+    before_attention: Floats
+    after_attention: Floats
+    before_mlp: Floats
+    after_mlp: Floats
+    q_norm: Floats
+    k_norm: Floats
+
+
+class Activations(NamedTuple):
+    """Of so many rows; a step uses the first."""
+
+    inputs: Inputs
+    x: Floats
+    """The residual stream [rows, hidden]."""
+    delta: Floats
+    heads: Floats
+    """Query, key and value heads [rows, heads + 2 kv_heads, head_dim]."""
+    attended: Floats
+    """[rows, heads, head_dim]"""
+    lse: Floats
+    """[rows, heads]"""
+    gate_up: Floats
+
+    @classmethod
+    def of(
+        cls, rows: int, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int
+    ) -> Activations:
+        """rows: a multiple of TOGETHER."""
+
+        def zeros(*shape: int) -> Floats:
+            return np.zeros((rows, *shape), np.float32)
+
+        return cls(
+            inputs=Inputs.of(rows, max(hidden, heads * head_dim, intermediate)),
+            x=zeros(hidden),
+            delta=zeros(hidden),
+            heads=zeros(heads + 2 * kv_heads, head_dim),
+            attended=zeros(heads, head_dim),
+            lse=zeros(heads),
+            gate_up=zeros(2 * intermediate),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (*self.inputs[:-1], *self[1:]))
+
+
+_kernel = njit(nogil=True, error_model="numpy", cache=True)
+
+
+@_kernel
+def before_attention(layer: Any, rows: Any, cos: Any, sin: Any, eps: Any) -> None:
+    """From rows.x to rows.heads; cos, sin: float32 [rows, rotary]."""
+    count, heads = len(cos), rows.attended.shape[1]
+    take_normed(rows.x[:count], layer.before_attention, eps, rows.inputs)
+    flat = rows.heads.reshape(len(rows.heads), -1)
+    for r in range(count):
+        for i in range(flat.shape[1]):
+            flat[r, i] = layer.bias[i] if len(layer.bias) else np.float32(0)
+    multiply_rows(rows.inputs, layer.qkv, flat, count)
+    rotate(rows.heads, 0, heads, cos, sin, layer.q_norm, eps)
+    rotate(rows.heads, heads, (heads + rows.heads.shape[1]) // 2, cos, sin, layer.k_norm, eps)
+
+
+@_kernel
+def after_attention(layer: Any, rows: Any, count: Any, eps: Any, gelu: Any) -> None:
+    """From rows.attended, of so many rows, and rows.x to the next layer's rows.x."""
+    take(rows.attended.reshape(len(rows.attended), -1)[:count], rows.inputs)
+    _add(layer.out, layer.after_attention, rows, count, eps)
+    take_normed(rows.x[:count], layer.before_mlp, eps, rows.inputs)
+    _clear(rows.gate_up, count)
+    multiply_rows(rows.inputs, layer.gate_up, rows.gate_up, count)
+    take_gated(rows.gate_up[:count], gelu, rows.inputs)
+    _add(layer.down, layer.after_mlp, rows, count, eps)
+
+
+@_kernel
+def _add(weights: Any, norm: Any, rows: Any, count: Any, eps: Any) -> None:
+    """Add a product, normed where the family does that, to the residual stream."""
+    if len(norm) == 0:
+        multiply_rows(rows.inputs, weights, rows.x, count)
+        return
+    _clear(rows.delta, count)
+    multiply_rows(rows.inputs, weights, rows.delta, count)
+    add_normed(rows.x[:count], rows.delta[:count], norm, eps)
+
+
+@_kernel
+def _clear(numbers: Any, count: Any) -> None:
+    """The first rows. By loops: of an assignment numba compiles what its error would say, for seconds."""
+    for r in range(count):
+        for i in range(numbers.shape[1]):
+            numbers[r, i] = 0

@@ -1,0 +1,254 @@
+"""What a step does with its rows between products, on the CPU, without allocating."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from spilld.offload.kernels.threads import spreading, used
+from spilld.offload.kernels.vectors import (
+    F32,
+    address,
+    broadcast,
+    call,
+    constant,
+    exp,
+    load,
+    pointers,
+    vector_address,
+)
+
+from .packed import GROUP
+
+TOGETHER = 4
+"""Rows that are multiplied together, unless there is one: memory for rows is for a multiple of so many."""
+
+ROWS_PER_UNIT = 8
+"""Rows between products that one thread takes: a decode step alone does not wake another for them."""
+
+_LANES = 8
+_LARGEST = 32767.0
+
+Floats = NDArray[np.float32]
+
+NOTHING: Floats = np.empty(0, np.float32)
+"""In the place of a vector of factors: there is none."""
+
+
+class Inputs(NamedTuple):
+    """Rows as products with packed weights take them: int16 codes with a scale for each group of 32 numbers,
+    and the sum of its numbers. One layer after another writes them.
+
+    A number that is not finite makes its row's products NaN.
+    """
+
+    codes: NDArray[np.int16]
+    scales: Floats
+    sums: Floats
+    numbers: Floats
+    """Rows on their way to codes."""
+    parts: int
+    """Into which the weights of a product are split, for the threads."""
+
+    @classmethod
+    def of(cls, rows: int, width: int) -> Inputs:
+        """rows: the most, a multiple of TOGETHER; width: the most numbers of a row, a multiple of 32."""
+        groups = (rows, width // GROUP)
+        return cls(
+            codes=np.zeros((rows, width), np.int16),
+            scales=np.zeros(groups, np.float32),
+            sums=np.zeros(groups, np.float32),
+            numbers=np.zeros((rows, width), np.float32),
+            parts=4 * used(),
+        )
+
+
+_plain = njit(nogil=True, error_model="numpy", cache=True)
+_sums = njit(nogil=True, error_model="numpy", cache=True, fastmath={"reassoc", "contract", "nsz"})
+"""Where only a sum's order may change: NaN and infinities keep their meaning."""
+
+
+_unit = njit(nogil=True, error_model="numpy")
+
+
+@_plain
+def take(x: Any, inputs: Any) -> None:
+    """Rows as they are: float32 [rows, width]."""
+    _spread_take(_units(x), x, inputs)
+
+
+@_unit
+def _take(unit: Any, x: Any, inputs: Any) -> None:
+    for r in _rows(unit, x):
+        _quantise(x[r], inputs, r)
+
+
+_spread_take = spreading(lambda: _take)
+
+
+@_plain
+def take_normed(x: Any, weight: Any, eps: Any, inputs: Any) -> None:
+    """weight * x / rms(x), rms(x)^2 = mean(x^2) + eps (Zhang and Sennrich 2019)."""
+    _spread_take_normed(_units(x), x, weight, eps, inputs)
+
+
+@_unit
+def _take_normed(unit: Any, x: Any, weight: Any, eps: Any, inputs: Any) -> None:
+    width = x.shape[1]
+    for r in _rows(unit, x):
+        factor, numbers = _inverse_rms(x[r], eps), inputs.numbers[r]
+        for i in range(width):
+            numbers[i] = x[r, i] * factor * weight[i]
+        _quantise(numbers[:width], inputs, r)
+
+
+_spread_take_normed = spreading(lambda: _take_normed)
+
+
+@_plain
+def take_gated(x: Any, gelu: Any, inputs: Any) -> None:
+    """act(gate) * up of rows [gate, up]; act is SiLU, or GELU in its tanh form (Shazeer 2020)."""
+    _spread_take_gated(_units(x), x, gelu, inputs)
+
+
+@_unit
+def _take_gated(unit: Any, x: Any, gelu: Any, inputs: Any) -> None:
+    width = x.shape[1] // 2
+    for r in _rows(unit, x):
+        numbers = inputs.numbers[r]
+        for i in range(0, width, _LANES):
+            _gate8(x[r], i, i + width, gelu, numbers)
+        _quantise(numbers[:width], inputs, r)
+
+
+_spread_take_gated = spreading(lambda: _take_gated)
+
+
+@_plain
+def add_normed(x: Any, y: Any, weight: Any, eps: Any) -> None:
+    """x += weight * y / rms(y), row by row."""
+    _spread_add_normed(_units(x), x, y, weight, eps)
+
+
+@_unit
+def _add_normed(unit: Any, x: Any, y: Any, weight: Any, eps: Any) -> None:
+    for r in _rows(unit, x):
+        factor = _inverse_rms(y[r], eps)
+        for i in range(x.shape[1]):
+            x[r, i] += y[r, i] * factor * weight[i]
+
+
+_spread_add_normed = spreading(lambda: _add_normed)
+
+
+@_plain
+def rotate(heads: Any, first: Any, last: Any, cos: Any, sin: Any, weight: Any, eps: Any) -> None:
+    """RoPE (Su et al. 2021) in place on heads [rows, heads, head_dim], those of number first <= h < last.
+
+    cos, sin: float32 [rows, rotary], rotary <= head_dim. Unless weight is NOTHING, each head is first
+    normalised as in take_normed.
+    """
+    _spread_rotate(_units(cos), heads, first, last, cos, sin, weight, eps)
+
+
+@_unit
+def _rotate(unit: Any, heads: Any, first: Any, last: Any, cos: Any, sin: Any, weight: Any, eps: Any) -> None:
+    dim, half = heads.shape[2], cos.shape[1] // 2
+    for r in _rows(unit, cos):
+        for h in range(first, last):
+            head = heads[r, h]
+            if len(weight):
+                factor = _inverse_rms(head, eps)
+                for i in range(dim):
+                    head[i] = head[i] * factor * weight[i]
+            for i in range(half):
+                a, b = head[i], head[half + i]
+                head[i] = a * cos[r, i] - b * sin[r, i]
+                head[half + i] = b * cos[r, half + i] + a * sin[r, half + i]
+
+
+_spread_rotate = spreading(lambda: _rotate)
+
+
+@_unit
+def _units(x: Any) -> Any:
+    """Into how many units the rows of x are cut."""
+    return (len(x) + ROWS_PER_UNIT - 1) // ROWS_PER_UNIT
+
+
+@_unit
+def _rows(unit: Any, x: Any) -> Any:
+    return range(ROWS_PER_UNIT * unit, min(ROWS_PER_UNIT * (unit + 1), len(x)))
+
+
+@_sums
+def _inverse_rms(x: Any, eps: Any) -> Any:
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += x[i] * x[i]
+    return np.float32(1) / np.sqrt(total / np.float32(len(x)) + eps)
+
+
+@_plain
+def _quantise(x: Any, inputs: Any, row: Any) -> None:
+    codes, scales, sums = inputs.codes[row], inputs.scales[row], inputs.sums[row]
+    for group in range(len(x) // GROUP):
+        sums[group] = _quantise32(x, group * GROUP, codes, scales, group)
+
+
+@intrinsic
+def _quantise32(_context: Any, x: Any, start: Any, codes: Any, scales: Any, group: Any) -> Any:
+    """codes[start:start + 32] = round(x / scale), scales[group] = scale; returns scale * sum(codes)."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = pointers(context, builder, signature, args)
+        numbers = load(builder, at[0], [args[1]], GROUP)
+        size = call(builder, "llvm.fabs", numbers.type, numbers)
+        largest = call(builder, "llvm.vector.reduce.fmaximum", F32, size)
+        # NaN where the largest is infinite, too: infinity times a code of 0 is, times another it is not.
+        scale = builder.fadd(builder.fdiv(largest, F32(_LARGEST)), builder.fmul(largest, F32(0.0)))
+        some = builder.fcmp_ordered(">", scale, F32(0.0))
+        inverse = builder.select(some, builder.fdiv(F32(1.0), scale), F32(0.0))
+        scaled = builder.fmul(numbers, broadcast(builder, inverse, GROUP))
+        rounded = call(builder, "llvm.rint", numbers.type, scaled)
+        number = builder.fcmp_ordered("ord", rounded, rounded)
+        rounded = builder.select(number, rounded, constant(0.0, GROUP))
+        whole = builder.fptosi(rounded, ir.VectorType(ir.IntType(16), GROUP))
+        builder.store(whole, vector_address(builder, address(builder, at[2], [args[1]]), GROUP), align=2)
+        builder.store(scale, address(builder, at[3], [args[4]]))
+        total = call(builder, "llvm.vector.reduce.fadd", F32, F32(0.0), rounded, flags=("reassoc",))
+        return builder.fmul(total, scale)
+
+    return types.float32(x, start, codes, scales, group), build
+
+
+@intrinsic
+def _gate8(_context: Any, x: Any, gate: Any, up: Any, gelu: Any, out: Any) -> Any:
+    """out[gate:gate + 8] = g * sigmoid(s) * x[up:up + 8], g = x[gate:gate + 8].
+
+    SiLU has s = g; GELU s = 2 sqrt(2 / pi) (g + 0.044715 g^3), as (1 + tanh(u)) / 2 = sigmoid(2 u).
+    """
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = pointers(context, builder, signature, args)
+        g, factor = (load(builder, at[0], [args[i]], _LANES) for i in (1, 2))
+        one = constant(1.0, _LANES)
+        cubic = builder.fadd(one, builder.fmul(constant(0.044715, _LANES), builder.fmul(g, g)))
+        argument = builder.fmul(g, builder.fmul(constant(1.5957691216057308, _LANES), cubic))
+        s = builder.select(args[3], argument, g)
+        sigmoid = builder.fdiv(one, builder.fadd(one, exp(builder, builder.fsub(constant(0.0, _LANES), s))))
+        result = builder.fmul(builder.fmul(g, sigmoid), factor)
+        builder.store(result, vector_address(builder, address(builder, at[4], [args[1]]), _LANES), align=4)
+        return context.get_dummy_value()
+
+    return types.void(x, gate, up, gelu, out), build
+
+
+def padded(rows: int) -> int:
+    """Memory for so many rows is for this many."""
+    return -(-rows // TOGETHER) * TOGETHER

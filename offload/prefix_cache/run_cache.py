@@ -1,0 +1,157 @@
+"""Runs on disk across requests: which are in use, which can be found again, which go when room is needed."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import ParamSpec, TypeVar
+
+from spilld.offload.disk.extent import RunKey, RunPlace
+from spilld.offload.disk.index import Contents, Stretch
+from spilld.offload.disk.tier import DiskTier
+from spilld.offload.errors import ExtentMissing, IndexDamaged, TierFull
+from spilld.offload.record import Layout
+
+from .eviction import Eviction, Policy, S3Fifo
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class RunCache:
+    """The disk tier as a cache of everything that was ever computed.
+
+    A run that a sequence uses stays. One that none uses may be evicted, after the runs that continue it: a
+    chain is found from its start only. One thread calls everything.
+    """
+
+    def __init__(self, tier: DiskTier, extent_bytes: int, policy: type[Policy] = S3Fifo) -> None:
+        """extent_bytes: the largest extent that can be read; larger ones, of other budgets, are not found."""
+        self._tier = tier
+        self._extent_bytes = extent_bytes
+        self.evicted_runs = 0
+        self._uses: Counter[RunKey] = Counter()
+        self._eviction = Eviction(policy)
+        self._parents: dict[RunKey, list[RunKey]] = {}
+        self._children: dict[RunKey, set[RunKey]] = defaultdict(set)
+        for place in tier.runs():
+            self.enter(place)
+
+    def reserve(
+        self, run: RunKey, *, first: int, count: int, chain: bytes, contents: Contents, layout: Layout
+    ) -> RunPlace:
+        """As DiskTier.reserve; unused runs are evicted until it fits."""
+        while True:
+            try:
+                return self._tier.reserve(
+                    run, first=first, count=count, chain_hash=chain, contents=contents, layout=layout
+                )
+            except TierFull:
+                if not self._evict(self._tier.run_bytes(count, layout)):
+                    raise
+
+    def enter(self, place: RunPlace) -> None:
+        """A committed run is here from now on, used by nobody yet."""
+        contents = self._tier.contents(place.run)
+        self._eviction.insert(place.run, place.range.nbytes, contents.name)
+        self._parents[place.run] = _or_nothing(self._tier.index.holders, contents.parent)
+        for parent in self._parents[place.run]:
+            self._children[parent].add(place.run)
+
+    def find(self, hashes: Sequence[bytes], first: int) -> list[Stretch]:
+        """The longest chain of blocks first, first + 1, ... that is here and whose extents a reader with
+        buffers of extent_bytes can take. An index that cannot be asked knows none."""
+        found = _or_nothing(self._tier.index.chain, hashes, first)
+        return list(itertools.takewhile(lambda stretch: self._readable(stretch.run), found))
+
+    def tails(self, anchor: bytes) -> list[tuple[RunKey, list[int]]]:
+        """As Index.tails, of those that can be read."""
+        found = _or_nothing(self._tier.index.tails, anchor)
+        return [(run, tokens) for run, tokens in found if self._readable(run)]
+
+    def _readable(self, run: RunKey) -> bool:
+        if run not in self._tier:
+            return False
+        identity = self._tier.locate(run).identity
+        return identity.layers == self._tier.layers and identity.nbytes <= self._extent_bytes
+
+    def hold(self, runs: Iterable[RunKey]) -> None:
+        """They stay until as many releases."""
+        self._uses.update(runs)
+
+    def acquire(self, runs: Sequence[RunKey]) -> None:
+        """Hold runs that a request found here, which tells the policy that they are worth keeping. Once a
+        request, the start of the chain first."""
+        self.hold(runs)
+        for run in runs:
+            self._eviction.hit(run)
+        self._tier.touch(runs)
+
+    def release(self, run: RunKey) -> None:
+        self._uses[run] -= 1
+        assert self._uses[run] >= 0, "a run is released more often than it was acquired"
+        if not self._uses[run]:
+            del self._uses[run]
+
+    def prioritise(self, runs: Iterable[RunKey], priority: int) -> None:
+        """Runs of a higher priority are evicted after all of a lower one; 0 at first. Unknown ones are
+        ignored."""
+        for run in runs:
+            if run in self._parents:
+                self._eviction.prioritise(run, priority)
+
+    def supersede(self, run: RunKey) -> None:
+        """Another serves all that this one did: it goes, unless it is held. Unknown runs are ignored."""
+        if run not in self._uses:
+            self.discard(run)
+
+    def discard(self, run: RunKey) -> None:
+        """What it holds is not what was written: nobody shall find it again. Unknown runs are ignored."""
+        try:
+            self._tier.delete(run)
+        except ExtentMissing:
+            return
+        self._eviction.remove(run)
+        self._unlink(run)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of all runs, used or not."""
+        return self._eviction.used_bytes
+
+    def check_integrity(self, used: Mapping[RunKey, int]) -> None:
+        """The policy knows the tier's runs; `used` is how often sequences use each."""
+        self._eviction.check_integrity()
+        assert len(self._eviction) == len(self._tier.runs()), "the policy knows other runs than the tier"
+        assert dict(self._uses) == dict(used), "a use of a run is lost, or one too many"
+
+    def _evict(self, nbytes: int) -> bool:
+        """Make so many bytes free, not always in one place; False if nothing could go."""
+        victims = self._eviction.victims(nbytes, self._may_go)
+        for run in victims:
+            log.info("run %s is evicted", run.hex())
+            self._tier.delete(run)
+            self._eviction.evicted(run)
+            self.evicted_runs += 1
+            self._unlink(run)
+        return bool(victims)
+
+    def _may_go(self, run: RunKey, going: Set[RunKey]) -> bool:
+        return run not in self._uses and self._children.get(run, set()) <= going
+
+    def _unlink(self, run: RunKey) -> None:
+        for parent in self._parents.pop(run):
+            self._children[parent].discard(run)
+        self._children.pop(run, None)
+
+
+def _or_nothing(ask: Callable[P, list[T]], *args: P.args, **kwargs: P.kwargs) -> list[T]:
+    try:
+        return ask(*args, **kwargs)
+    except (OSError, IndexDamaged) as error:
+        log.error("the index cannot be asked: %s", error)
+        return []

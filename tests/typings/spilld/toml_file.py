@@ -1,0 +1,1 @@
+../../../daemon/toml_file.py
