@@ -152,3 +152,23 @@ def test_links_for_checkers() -> None:
     entries = {path.name for path in (ROOT / "daemon").iterdir() if path.is_file() or any(path.glob("*.py"))}
     assert {path.name for path in links.iterdir()} - {"__pycache__"} == entries | {"offload", "cuda_ext"}
     assert all(path.exists() for path in links.iterdir())
+
+
+def lives_there(name: str) -> str:
+    """What a room's `__init__` says of it, in one line."""
+    described = ast.get_docstring(ast.parse(SOURCES[name].read_text())) or ""
+    return " ".join(described.partition("\n\n")[0].split())
+
+
+def test_the_page_agrees_with_the_rooms() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    rows = re.findall(r"^\| `([a-z_.]+)` \| (.+?) \| (.+?) \|$", page, re.MULTILINE)
+    told = {f"spilld.{name}": (what, [] if may == "nothing" else may.split(", ")) for name, what, may in rows}
+    assert told == {name: (lives_there(name), may_import(name)) for name in INNER}
+
+
+def test_the_glossary_is_short() -> None:
+    words = (ROOT / "ARCHITECTURE.md").read_text().partition("\n## Words\n")[2]
+    rows = re.findall(r"^\| (\w[\w ]*) \| (.+) \|$", words, re.MULTILINE)[1:]
+    assert 10 < len(rows) <= 30
+    assert len({word for word, _ in rows}) == len(rows)

@@ -16,7 +16,7 @@ from pathlib import Path
 from .variant import KERNELS, Variant
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-SHIPPED = Path(__file__).parent / "cubins"
+SHIPPED = Path(__file__).parents[1] / "cubins"
 """What `make cubins` compiled before the wheel was made; it need not be there."""
 COMPILER = "nvrtc-version"
 """The file in it that says by which NVRTC."""
