@@ -103,7 +103,7 @@ mutants: $(VENV)/.ready
 	$(VENV)/bin/python -m tests.cuda_ext.mutants $(MUTANTS_ARGS)
 
 cubins: $(VENV)/.ready
-	$(VENV)/bin/python -m spilld.attention.cubins
+	$(VENV)/bin/python -m spilld.cli.cubins
 	$(VENV)/bin/python -m tests.cuda_ext.instructions
 
 lint: $(VENV)/.ready

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from spilld.attention.device_tier import TIERS, DeviceTier, Tier
+from spilld.attention.device.tier import TIERS, DeviceTier, Tier
 from spilld.config.config import Config
 from spilld.config.reload import Reload
 from spilld.cuda_ext.compile.build import BuildError

@@ -1,4 +1,4 @@
-"""Attention over all tiers: the interface, the CPU, the GPU, stored records, the device's copies of them.
+"""Attention over all tiers: the interface, the CPU's, that over stored records, transformers' way to it.
 
-May import: config, cuda_ext, errors, kv, offload.
+May import: cuda_ext, errors, kv, offload.
 """

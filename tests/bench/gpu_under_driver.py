@@ -9,7 +9,7 @@ import gpu
 import gpu_copies
 import numpy as np
 
-from spilld.attention.cubins import kernels
+from spilld.cli.cubins import kernels
 from spilld.cuda_ext.device.cpu import CpuDevice
 from spilld.cuda_ext.device.cuda import CudaDevice
 from spilld.offload.kernels.codec import reference

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product, repeat
 from pathlib import Path
 
-from spilld.attention.cubins import kernels
+from spilld.cli.cubins import kernels
 from spilld.cuda_ext.compile import build
 from spilld.cuda_ext.compile.variant import Variant
 from spilld.cuda_ext.device.cuda import CudaDevice

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spilld.attention import cubins
+from spilld.cli import cubins
 from spilld.cuda_ext.compile import build
 from spilld.cuda_ext.compile.variant import Variant
 from spilld.cuda_ext.device.base import Stream

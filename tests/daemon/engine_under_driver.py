@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from spilld.attention.cubins import kernels
-from spilld.attention.device_tier import has_flash
+from spilld.attention.device.tier import has_flash
+from spilld.cli.cubins import kernels
 from spilld.cuda_ext.device.cuda import CudaDevice
 from spilld.cuda_ext.memory.windows import WindowShape
 from spilld.errors import BudgetError, ConfigError, DeviceUnusable

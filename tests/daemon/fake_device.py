@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from spilld.attention import device_tier
-from spilld.attention.device_cache import SPARE
-from spilld.attention.device_tier import DeviceTier, Tier, window_shape
+from spilld.attention.device import tier
+from spilld.attention.device.block_cache import SPARE
+from spilld.attention.device.tier import DeviceTier, Tier, window_shape
 from spilld.config.config import Config
 from spilld.cuda_ext.choice import Costs, Rates
 from spilld.cuda_ext.flash import Flash
@@ -54,7 +54,7 @@ def fake_tier(
     load, constants = loader(device, emulate), store.layout.constants
     ops = Ops(load, constants, shape, heads, warps=WARPS)
     prompts = Flash(device, load, constants, shape, heads, tile=FLASH_TILE) if flash else None
-    working = device_tier.crossing(ops, highest_block(MAX_CONTEXT)) + (prompts.nbytes if prompts else 0)
+    working = tier.crossing(ops, highest_block(MAX_CONTEXT)) + (prompts.nbytes if prompts else 0)
     records = (SPARE + hot) * store.layout.record_bytes
     budget = working + records + windows * -(-shape.nbytes // device.page_bytes) * device.page_bytes
-    return device_tier.build(device, ops, store, budget, MAX_CONTEXT, costs, prompts)
+    return tier.build(device, ops, store, budget, MAX_CONTEXT, costs, prompts)

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from spilld.assembly import build_engine, use_threads
-from spilld.attention.device_tier import Tier
+from spilld.attention.device.tier import Tier
 from spilld.config.config import Config
 from spilld.demo.plain_transformers import greedy_tokens
 from spilld.demo.spawn import Spawned

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from spilld.attention.costs import measure
+from spilld.attention.device.costs import measure
 from spilld.cuda_ext.flash import Flash
 from spilld.cuda_ext.memory.windows import WindowShape
 from spilld.cuda_ext.ops import Ops

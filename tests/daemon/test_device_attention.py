@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spilld.attention.base import Attention
-from spilld.attention.gpu import DeviceAttention
+from spilld.attention.device.gpu_attention import DeviceAttention
 from spilld.cuda_ext.device.tensors import gpu_errors
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
 from spilld.cuda_ext.memory.staging import Landing

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from spilld.assembly import build_engine, load_model, welcome
-from spilld.attention.device_tier import has_flash
+from spilld.attention.device.tier import has_flash
 from spilld.cli import doctor
 from spilld.config.config import Config
 from spilld.cuda_ext.device.cpu import CpuDevice

@@ -1,4 +1,4 @@
-"""CUDA kernels of known models, compiled ahead of time: `python -m spilld.attention.cubins`, for the wheel.
+"""CUDA kernels of known models, compiled ahead of time: `python -m spilld.cli.cubins`, for the wheel.
 
 What a kernel is compiled with depends on a model's KV heads and head_dim and on the format of its records;
 not on the number of queries. Kernels of other models are compiled when they are first used.

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from spilld.attention.base import Scans
+from spilld.attention.records import Floats, StoredAttention
 from spilld.cuda_ext.choice import Costs, to_fetch
 from spilld.cuda_ext.compile.variant import ROWS
 from spilld.cuda_ext.device.base import (
@@ -54,9 +56,7 @@ from spilld.offload.kernels.attention.partial import merge
 from spilld.offload.record import BLOCK, Layout
 from spilld.offload.store import Store
 
-from .base import Scans
-from .device_cache import PASSING, HotBlocks, Slots
-from .records import Floats, StoredAttention
+from .block_cache import PASSING, HotBlocks, Slots
 
 TRIES, PAUSE_S = 100, 0.05
 """For an event behind what must be over."""

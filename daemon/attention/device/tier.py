@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from spilld.attention.base import Attention, TieredAttention
 from spilld.config.config import Config
 from spilld.cuda_ext.choice import Costs
 from spilld.cuda_ext.device.base import Device
@@ -27,10 +28,9 @@ from spilld.kv.visibility import CELL, WINDOW_SLOTS, highest_block
 from spilld.offload.size import size
 from spilld.offload.store import Store
 
-from .base import Attention, TieredAttention
+from .block_cache import SPARE
 from .costs import measure
-from .device_cache import SPARE
-from .gpu import DeviceAttention
+from .gpu_attention import DeviceAttention
 
 log = logging.getLogger(__name__)
 
