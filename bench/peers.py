@@ -204,9 +204,12 @@ def judged(found: Found, folder: Path, limits: Mapping[str, float]) -> list[Resu
 
 
 def series(found: Sequence[Found], metric: Metric) -> dict[str, list[tuple[float, float, float, float]]]:
-    """What systems.plot draws: (length, median, least, most) by system; of the prefill in tokens/s."""
+    """What systems.plot draws: (length, median, least, most) by system; of the prefill in tokens/s, and only
+    of cases in which prompts are computed."""
     points: dict[str, list[tuple[float, float, float, float]]] = {}
     for one in found:
+        if metric == "prefill" and one.case.prefill_goals is None:
+            continue
         for system in one.runs:
             if seen := numbers(one.runs, system, metric):
                 length = one.case.context if metric == "decode" else one.case.prompt

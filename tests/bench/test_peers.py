@@ -96,6 +96,12 @@ def test_plots_have_tokens_a_second() -> None:
     assert series(found, "decode")[F16] == [(120, 40.0, 30.0, 50.0)]
 
 
+def test_a_prompt_that_nobody_computes_is_in_no_plot() -> None:
+    found = [Found(CASE, RUNS), Found(LONG, {OURS: [Times(0.1, 70.0)]})]
+    assert [point[0] for point in series(found, "prefill")[OURS]] == [100]
+    assert [point[0] for point in series(found, "decode")[OURS]] == [120, LONG.context]
+
+
 def test_streams_are_timed_while_all_run() -> None:
     assert overlap_ms([[0.0, 1.0, 2.0, 3.0], [1.5, 2.5, 3.5]]) == pytest.approx(1e3 * 1.5 / 3)
     with pytest.raises(ValueError, match="same time"):
