@@ -145,8 +145,8 @@ class Config:
         Choice(SEALED),
         About(
             'How KV outside the window is stored: "exact", "int8", "k8v4" (keys of 8 bits, values of 4), or '
-            '"int4". The last takes a fifth less room than "k8v4" and changes what the model says more '
-            "(README.md, Measured)."
+            '"int4". The last takes less room than "k8v4" and changes what the model says more '
+            "(bench/README.md)."
         ),
     ] = "k8v4"
     dtype: Annotated[
@@ -168,7 +168,7 @@ class Config:
         Choice(DEVICES),
         About(
             'Where windows and the hottest records lie: "cpu", or "cuda", the first NVIDIA GPU. It takes the '
-            "extra `cuda` and a device_budget. Nothing of it has run on a real GPU (README.md, GPUs)."
+            "extra `cuda` and a device_budget. Nothing of it has run on a real GPU (cuda_ext/README.md)."
         ),
     ] = "cpu"
     device_budget: Annotated[
