@@ -165,6 +165,18 @@ def test_every_command_in_a_sentence_is_one() -> None:
         assert re.search(rf"^ +{where.text.split()[1]} ", help_text, re.MULTILINE), where
 
 
+def test_python_that_is_shown_compiles() -> None:
+    shown = [
+        (page, text)
+        for page in PAGES
+        for language, text in FENCE.findall(page.read_text())
+        if language == "python"
+    ]
+    assert shown
+    for page, text in shown:
+        compile(text, name(page), "exec")
+
+
 def test_files_that_are_named_are_there() -> None:
     shown = [where for where in spans() if where.text.startswith(FOLDERS) and " " not in where.text]
     assert len(shown) > 10
