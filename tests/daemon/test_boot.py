@@ -196,7 +196,7 @@ def test_the_unit_runs(tmp_path: Path) -> None:
 
 
 def served_with_keys(machine: Machine) -> None:
-    """As systemd/README.md has it: keys that root makes, and a daemon that is not root and may only read them."""
+    """As systemd/README.md has it: root makes the keys, and the daemon, not root, may only read them."""
     machine.run("spilld", "keys")
     machine.run("spilld", "keys", "--client", "laptop")
     made = machine.run("find", "/etc/spilld", "-printf", "%M %u %g %P\n").splitlines()
