@@ -25,7 +25,7 @@ PAGES = sorted(
     for page in ROOT.glob(pattern)
 )
 README_LINES = 150
-FOLDERS = ("bench/", "systemd/", "tests/")
+FOLDERS = ("bench/", "cuda_ext/", "daemon/", "offload/", "systemd/", "tests/")
 """Of which the pages name files in code."""
 PLACEHOLDERS = ("NAME", "DATE-CARD")
 
@@ -175,6 +175,9 @@ def test_python_that_is_shown_compiles() -> None:
     assert shown
     for page, text in shown:
         compile(text, name(page), "exec")
+        for line in text.splitlines():
+            if line.startswith("from spilld"):
+                exec(line)
 
 
 def test_files_that_are_named_are_there() -> None:
