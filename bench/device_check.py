@@ -35,7 +35,7 @@ SANITIZED = (
     "merge-80 or seal-k8v4-bfloat16-80 or k8v4-bfloat16-80-plain or attend_window-bfloat16-64-whole"
     " or dequantise-k8v4-bfloat16-80"
 )
-FAKED = "merge-80 or move_records or seal-int8-bfloat16-64 or int8-bfloat16-80-bounds"
+FAKED = "merge-80 or rotate-80 or seal-int8-bfloat16-64 or int8-bfloat16-80-bounds"
 """Cases of the matrix: compute-sanitizer and the emulator are slow."""
 
 

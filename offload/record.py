@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # config.py takes the names of formats from here, and clients load no numpy
@@ -55,16 +56,13 @@ class Element(enum.StrEnum):
 class Layout:
     """Where each plane of a record lies. All offsets and sizes are bytes.
 
-    Planes follow one another in this order, each starting at a multiple of 64:
+    Planes follow one another in this order without padding; the size of each is a multiple of 64:
 
     k_codes    [kv_heads, head_dim, 64]   channel-major: the 64 tokens of a channel are adjacent; int4 packs
                                           two codes a byte
     k_scales   int8 and k8v4: [kv_heads, 64] bf16; int4: [kv_heads, groups, 64, 2] bf16 (scale, minimum)
     v_codes    [kv_heads, 64, head_dim]   token-major; k8v4 and int4 pack two codes a byte
     v_scales   int8: [kv_heads, 64] bf16; k8v4 and int4: [kv_heads, 64, groups, 2] bf16 (scale, minimum)
-    norms      [3, kv_heads, 64] bf16     |K residual|, |V residual|, |V|, rounded up
-    summary    [4, kv_heads, head_dim] bf16  key minimum, key maximum, key mean, value mean
-    radius     [kv_heads] float32         largest |value - value mean|, rounded up
 
     `raw` has one plane: numbers [64, 2, kv_heads, head_dim], token by token K and V in the compute dtype.
     """
@@ -106,24 +104,12 @@ class Layout:
             Format.K8V4: (int8, int4),
             Format.INT4: (int4, int4),
         }[self.format]
-        sizes = {
-            "k_codes": k[0],
-            "k_scales": k[1],
-            "v_codes": v[0],
-            "v_scales": v[1],
-            "norms": 3 * per_token,
-            "summary": 4 * self.kv_heads * self.head_dim * 2,
-            "radius": 4 * self.kv_heads,
-        }
-        planes, offset = {}, 0
-        for name, size in sizes.items():
-            planes[name] = (offset, size)
-            offset += round_up(size, 64)
-        planes["end"] = (offset, 0)
-        return planes
+        sizes = {"k_codes": k[0], "k_scales": k[1], "v_codes": v[0], "v_scales": v[1], "end": 0}
+        begins = accumulate(sizes.values(), initial=0)
+        return {name: (begin, size) for (name, size), begin in zip(sizes.items(), begins, strict=False)}
 
     def plane(self, name: str) -> tuple[int, int]:
-        """(offset, size) of a plane; size excludes the padding up to the next multiple of 64."""
+        """(offset, size) of a plane, each a multiple of 64."""
         return self._planes[name]
 
     def offset(self, name: str) -> int:
@@ -142,7 +128,7 @@ class Layout:
         codes = {Format.INT8: (8, 8), Format.K8V4: (8, 4), Format.INT4: (4, 4)}
         k, v = codes.get(self.format, (exact, exact))
         sizes = {"HEAD_DIM": self.head_dim, "KV_HEADS": self.kv_heads, "K_BITS": k, "V_BITS": v}
-        sizes |= {"ELEMENT_BYTES": self.element.nbytes, "RECORD_BYTES": self.record_bytes}
+        sizes["ELEMENT_BYTES"] = self.element.nbytes
         return sizes | {name.upper(): offset for name, (offset, _) in self._planes.items() if name != "end"}
 
 

@@ -2,8 +2,7 @@
 
 A record's layout comes as integers from who knows it: HEAD_DIM, KV_HEADS, K_BITS and V_BITS (32 and 16:
 float32 and bfloat16; 8 and 4: codes), ELEMENT_BYTES (of the compute dtype), FLOAT16 (1 where its 16 bits are
-float16; it may be left out), and the byte offsets K_CODES, K_SCALES, V_CODES, V_SCALES, NORMS, SUMMARY,
-RADIUS and RECORD_BYTES.
+float16; it may be left out), and the byte offsets K_CODES, K_SCALES, V_CODES and V_SCALES.
 """
 
 from __future__ import annotations
@@ -67,21 +66,13 @@ def rotate(head_dim: int) -> Variant:
 
 
 def seal(layout: Mapping[str, int]) -> Variant:
-    shared = 4 * (BLOCK * (layout["HEAD_DIM"] + 1) + layout["HEAD_DIM"] + 2)
-    return _variant("seal", {**layout, "SHARED_BYTES": shared}, threads=BLOCK, shared_bytes=shared)
+    shared = 4 * BLOCK * (layout["HEAD_DIM"] + 1) if layout["K_BITS"] <= 8 else 0
+    defines = _numbers(layout) | {"SHARED_BYTES": shared}
+    return _variant("seal", defines, threads=BLOCK, shared_bytes=shared)
 
 
 def dequantise(layout: Mapping[str, int]) -> Variant:
-    more = {"ELEMENT_BYTES": layout["ELEMENT_BYTES"], "FLOAT16": layout.get("FLOAT16", 0)}
-    return _variant("dequantise", {name: layout[name] for name in PLANES} | more, threads=128)
-
-
-def block_scores(layout: Mapping[str, int]) -> Variant:
-    return _variant("block_scores", {name: layout[name] for name in ("HEAD_DIM", "KV_HEADS", "SUMMARY")})
-
-
-def move_records(record_bytes: int) -> Variant:
-    return _variant("move_records", {"RECORD_BYTES": record_bytes}, threads=128)
+    return _variant("dequantise", _numbers(layout), threads=128)
 
 
 def plane_bytes(layout: Mapping[str, int]) -> tuple[int, int]:
@@ -122,6 +113,12 @@ def _shared_plane(defines: Mapping[str, int], side: str, by_token: bool) -> int:
         rows, row = (dim // 2, BLOCK) if bits == 4 else (dim, BLOCK * bits // 8)
     stride = row + 16 if row % 16 == 0 else row
     return rows * stride + _scale_bytes(bits, -(-dim // 32))
+
+
+def _numbers(layout: Mapping[str, int]) -> dict[str, int]:
+    """Of records that are made of numbers of the compute dtype, or become such."""
+    more = {"ELEMENT_BYTES": layout["ELEMENT_BYTES"], "FLOAT16": layout.get("FLOAT16", 0)}
+    return {name: layout[name] for name in PLANES} | more
 
 
 def _scale_bytes(bits: int, groups: int) -> int:

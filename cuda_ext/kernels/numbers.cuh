@@ -1,5 +1,5 @@
-// bfloat16, float16 and codes as numbers. FLOAT16: numbers of 16 bits are float16, not bfloat16; scales and summaries
-// never are.
+// bfloat16, float16 and codes as numbers. FLOAT16: numbers of 16 bits are float16, not bfloat16; scales never
+// are.
 #pragma once
 #include "intrinsics.cuh"
 

@@ -6,10 +6,6 @@ constexpr u16 BF16_NAN = 0x7fc0;
 
 __device__ __forceinline__ u16 bf16_of(float x, u32 bits) { return x == x ? (u16)(bits >> 16) : BF16_NAN; }
 
-__device__ __forceinline__ u16 bf16_nearest(float x) {
-  const u32 bits = __float_as_uint(x);
-  return bf16_of(x, bits + 0x7fff + (bits >> 16 & 1));
-}
 // The least bfloat16 >= x, the largest <= x.
 __device__ __forceinline__ u16 bf16_up(float x) {
   const u32 bits = __float_as_uint(x);

@@ -22,7 +22,7 @@ from spilld.cuda_ext.compile.build import (
     cubin,
     find_driver,
 )
-from spilld.cuda_ext.compile.variant import move_records
+from spilld.cuda_ext.compile.variant import rotate
 from spilld.cuda_ext.device.base import Copy, Device, Stream
 from spilld.cuda_ext.device.cuda import CudaDevice
 from spilld.cuda_ext.errors import DeviceError
@@ -101,7 +101,7 @@ def compiler() -> Finding:
     try:
         with tempfile.TemporaryDirectory(prefix="spilld-doctor-") as cache:
             for architecture in ARCHITECTURES:
-                cubin(move_records(64), architecture, Path(cache))
+                cubin(rotate(64), architecture, Path(cache))
     except BuildError as error:
         return Finding("kernels", "cannot be compiled", str(error))
     return Finding("kernels", f"can be compiled for {', '.join(ARCHITECTURES)}")

@@ -32,7 +32,7 @@ from spilld.offload.record import (
 from spilld.offload.system import PAGE, Bytes, page_aligned
 
 MAGIC = b"SPILLARC"
-VERSION = 1
+VERSION = 2
 END_MAGIC = b"SPILLEND"
 
 _HEADER = struct.Struct("<8sIIQQ")

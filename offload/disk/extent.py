@@ -21,7 +21,7 @@ from spilld.offload.system import PAGE, Bytes
 from .segment import Range
 
 MAGIC = b"SPILLDKV"
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 256
 CHECKED_FROM = 16
 """The checksum covers the bytes from here to the end of the payload."""

@@ -25,8 +25,6 @@ from .kernels import (
     Way,
     Window,
     assert_close,
-    assert_near,
-    by_query,
     frozen,
     merged,
     window_variant,
@@ -269,8 +267,6 @@ def sealed(layout: Layout, kernel: Launches) -> None:
     planes = rng.standard_normal((2, heads, slots, layout.head_dim)).astype(np.float32)
     planes *= 10.0 ** rng.integers(-3, 4, (2, heads, slots, 1)).astype(np.float32)
     _make_special(planes[:, :, 3 * BLOCK :])
-    planes[:, -1, 5 + 17, 4] = np.inf  # and no NaN, which would be the radius whatever its sign
-    planes[:, :, 5 : 5 + BLOCK, 1:3] = 1 + 2.0**-8, 1 + 3 * 2.0**-8  # means halfway between two bfloat16
     k, v = (narrow(x, number_of(layout)) for x in planes)
     firsts = np.array([3 * BLOCK, 5, BLOCK + 9], np.int64)
     wanted = np.full((blocks + 1, layout.record_bytes), 0xFF, np.uint8)
@@ -340,12 +336,8 @@ def _make_special(tokens: NDArray[np.float32]) -> None:
 
 def _others() -> Iterator[Case]:
     for dim, always in ((80, True), (96, True), (64, False), (128, False), (256, True)):
-        layout = integers(layout_of(Format.INT8, BF16, dim))
         yield Case(f"merge-{dim}", variant.merge(dim, 2), partial(merges, dim), always)
         yield Case(f"rotate-{dim}", variant.rotate(dim), partial(rotates, dim), always)
-        made = variant.block_scores(layout)
-        yield Case(f"block_scores-{dim}", made, partial(scores, layout_of(Format.INT8, BF16, dim)), always)
-    yield Case("move_records", variant.move_records(4160), moves, True)
 
 
 def merges(head_dim: int, kernel: Launches) -> None:
@@ -375,45 +367,3 @@ def rotates(head_dim: int, kernel: Launches) -> None:
     out = np.full_like(x, 7)
     WAYS[0].launch(kernel, variant.rotate(head_dim), (3, 1, 1), out, frozen(x))
     np.testing.assert_array_equal(out.view(np.uint32), reference.rotate(x).view(np.uint32))
-
-
-def scores(layout: Layout, kernel: Launches) -> None:
-    """The bound, never below a logit but for float32's roundings, and the mean key's logit."""
-    records = Records(layout, blocks=4, queries=3, group=2)
-    records.k[1, 70, 0] = np.nan  # what lanes beyond the last channel of the other head would read
-    records.seal()
-    shape = (layout.kv_heads, 6, 4)
-    made = variant.block_scores(integers(layout))
-    given = (frozen(records.q), frozen(records.pool), frozen(records.places))
-    summary = layout.offset("summary")
-    planes = records.pool[records.rows, summary : summary + 8 * layout.kv_heads * layout.head_dim]
-    low, high, mean, _ = reference.widen(
-        planes.copy().view(np.uint16).reshape(4, 4, layout.kv_heads, layout.head_dim).swapaxes(0, 1)
-    ).astype(np.float64)
-    for softcap in (0.0, 2.5):
-        bounds, means = (np.full(shape, np.nan, np.float32) for _ in range(2))
-        sizes = (3, 2, float(records.scale), softcap)
-        WAYS[0].launch(kernel, made, (4, layout.kv_heads, 1), bounds, means, *given, *sizes)
-        for block in range(4):
-            q = records.q.reshape(3, layout.kv_heads, 2, -1).astype(np.float64)
-            ends = [(q * x[block][:, None]) for x in (low, high)]
-            wanted = (
-                records.scale * np.maximum(*ends).sum(-1),
-                records.scale * (q * mean[block][:, None]).sum(-1),
-            )
-            for given_scores, exact in zip((bounds, means), wanted, strict=True):
-                capped = softcap * np.tanh(exact / softcap) if softcap else exact
-                mine = by_query(given_scores[..., block], 2).reshape(3, layout.kv_heads, 2)
-                assert_near(mine, capped, CLOSE)
-
-
-def moves(kernel: Launches) -> None:
-    made = variant.move_records(4160)
-    pool = np.random.default_rng(0).integers(0, 256, 6 * 4160 + 64, np.uint8)
-    to = np.full(4 * 4160, 0xFF, np.uint8)
-    to_places, from_places = np.array([8320, 0], np.int64), np.array([64, 5 * 4160], np.int64)
-    WAYS[0].launch(kernel, made, (2, 1, 1), to, frozen(to_places), frozen(pool), frozen(from_places))
-    wanted = np.full_like(to, 0xFF)
-    for target, source in zip(to_places, from_places, strict=True):
-        wanted[target : target + 4160] = pool[source : source + 4160]
-    np.testing.assert_array_equal(to, wanted)

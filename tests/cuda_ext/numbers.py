@@ -21,7 +21,7 @@ Array = NDArray[Any]
 F32 = NDArray[np.float32]
 
 
-PLANES = ("k_codes", "k_scales", "v_codes", "v_scales", "norms", "summary", "radius")
+PLANES = ("k_codes", "k_scales", "v_codes", "v_scales")
 
 
 class Number(enum.StrEnum):

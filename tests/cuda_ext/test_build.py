@@ -12,7 +12,7 @@ import pytest
 
 from spilld.cuda_ext.compile import build, variant
 
-MADE = variant.move_records(128)
+MADE = variant.rotate(64)
 
 
 def version_of(installed: str | None) -> Callable[[str], str]:
@@ -85,7 +85,7 @@ def test_what_an_older_compiler_made_is_not_used(tmp_path: Path, monkeypatch: py
 
 def test_what_the_code_depends_on_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {build.recipe(MADE, "sm_80"), build.recipe(MADE, "sm_90")}
-    names.add(build.recipe(variant.move_records(192), "sm_80"))
+    names.add(build.recipe(variant.rotate(96), "sm_80"))
     monkeypatch.setattr(build, "OPTIONS", ("c++20",))
     names.add(build.recipe(MADE, "sm_80"))
     assert len(names) == 4
@@ -104,7 +104,7 @@ def test_a_kernel_that_the_compiler_refuses(tmp_path: Path) -> None:
 def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "version", version_of(None))
     with pytest.raises(build.CompilerMissing, match=r"pip install 'spilld\[cuda\]'"):
-        build.cubin(variant.move_records(128), "sm_80", tmp_path)
+        build.cubin(variant.rotate(64), "sm_80", tmp_path)
 
 
 @pytest.mark.parametrize(("driver", "refused"), [(12090, True), (13000, False), (14000, False)])

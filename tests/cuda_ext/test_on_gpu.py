@@ -113,7 +113,7 @@ def test_kernels_are_compiled_beforehand(
 ) -> None:
     pytest.importorskip("cuda.core")
     assert {case.variant for case in cases()} < set(compile_matrix.variants())
-    made = [variant.move_records(nbytes) for nbytes in (64, 128)]
+    made = [variant.rotate(head_dim) for head_dim in (64, 128)]
     monkeypatch.setattr(compile_matrix, "variants", lambda: made)
     monkeypatch.setattr(compile_matrix, "default_cache", lambda: tmp_path)
     compile_matrix.main()
@@ -123,7 +123,7 @@ def test_kernels_are_compiled_beforehand(
 
 
 def test_the_matrix_over_the_fake_driver(cache_folder: Path) -> None:
-    some = "merge-80 or move_records or seal-int8-bfloat16-64 or int8-bfloat16-80-bounds"
+    some = "merge-80 or rotate-80 or seal-int8-bfloat16-64 or int8-bfloat16-80-bounds"
     said = run_tests(Path(__file__).with_name("matrix_under_driver.py"), cache_folder, "-k", some)
     assert "4 passed" in said
     assert "attend_records: error " in said

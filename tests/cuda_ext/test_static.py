@@ -17,7 +17,7 @@ from .cubins import instructions, resources
 from .instructions import per_byte
 from .numbers import Number, integers, layout_of
 
-BUDGETS = {"merge": 72, "rotate": 48, "seal": 160, "block_scores": 64, "move_records": 48, "dequantise": 64}
+BUDGETS = {"merge": 72, "rotate": 48, "seal": 160, "dequantise": 64}
 """Registers of a thread. Of attention: 8 warps of 32 threads fit into an SM's 65,536 at 255 each."""
 ATTENTION_BUDGETS = {64: 224, 80: 224, 96: 224, 128: 224, 256: 255}
 
@@ -47,8 +47,6 @@ ALWAYS = {
     variant.seal(integers(layout_of(Format.INT4, Number.BFLOAT16, 80))),
     variant.merge(256, 2),
     variant.rotate(96),
-    variant.block_scores(integers(layout_of(Format.INT8, Number.BFLOAT16, 80))),
-    variant.move_records(4160),
     variant.dequantise(integers(layout_of(Format.K8V4, Number.BFLOAT16, 80))),
 }
 EVERY = sorted({case.variant for case in cases()}, key=lambda made: (made.name, made.defines))

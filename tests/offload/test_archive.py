@@ -117,8 +117,8 @@ def test_each_byte_of_the_header_and_the_trailer(folder: Path, content: bytes) -
 
 
 def test_a_later_version_is_named(folder: Path, content: bytes) -> None:
-    with pytest.raises(ArchiveUnknown, match="version 2 of the format; this spilld reads 1"):
-        opened(folder / "bad", content[:8] + b"\x02" + content[9:])
+    with pytest.raises(ArchiveUnknown, match="version 3 of the format; this spilld reads 2"):
+        opened(folder / "bad", content[:8] + b"\x03" + content[9:])
 
 
 def test_extents_of_other_archives(folder: Path, content: bytes, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ SPECIAL = np.array(ZEROS + SMALL + PLAIN + HUGE + BROKEN, np.float32)
 
 
 def empty_records(layout: Layout, slots: int) -> npt.NDArray[np.uint8]:
-    """Records with an aligned base and a pattern that padding must overwrite."""
+    """Records with an aligned base and a pattern that seal must overwrite."""
     raw = np.full(slots * layout.record_bytes + 64, 0xA5, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + slots * layout.record_bytes].reshape(slots, layout.record_bytes)
@@ -87,18 +87,6 @@ def sealed(layout: Layout, k: Array, v: Array) -> npt.NDArray[np.uint8]:
     return records
 
 
-def norms(layout: Layout, record: npt.NDArray[np.uint8]) -> Array:
-    """[3, kv_heads, 64] float64"""
-    bits = plane(layout, record, "norms", np.uint16)
-    return reference.widen(bits).reshape(3, layout.kv_heads, BLOCK).astype(np.float64)
-
-
-def summary(layout: Layout, record: npt.NDArray[np.uint8]) -> Array:
-    """[4, kv_heads, head_dim] float64"""
-    bits = plane(layout, record, "summary", np.uint16)
-    return reference.widen(bits).reshape(4, layout.kv_heads, layout.head_dim).astype(np.float64)
-
-
 def plane(layout: Layout, record: npt.NDArray[np.uint8], name: str, dtype: Any) -> Array:
     offset, size = layout.plane(name)
     return record[offset : offset + size].view(dtype)
@@ -118,7 +106,7 @@ def test_equals_reference_bit_for_bit(layout: Layout, seed: int, k_kind: str, v_
     codec = Codec(layout)
     codec.seal(k, v, records, rows)
     reference.seal(layout, k, v, expected, rows)
-    for name in ("k_codes", "k_scales", "v_codes", "v_scales", "norms", "summary", "radius"):
+    for name in ("k_codes", "k_scales", "v_codes", "v_scales"):
         np.testing.assert_array_equal(
             plane(layout, records[3], name, np.uint8), plane(layout, expected[3], name, np.uint8), name
         )
@@ -191,57 +179,12 @@ def assert_within_half_a_step(true: Array, value: Array, step: Array, magnitude:
     assert (np.abs(true - value) <= 0.5 * step * (1 + 2.0**-7) * (1 + 2.0**-20) + slack).all()
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    LAYOUTS,
-    st.integers(0, 2**32 - 1),
-    st.sampled_from((0.0, 1e-42, 1e-36, 1e-24, 1e-20, 1e-6, 1.0, 1e6, 1e17)),
-)
-def test_norms_radius_and_key_bounds_hold_and_are_tight(layout: Layout, seed: int, spread: float) -> None:
-    k, v = ordinary(layout, 1, seed, spread)
-    record = sealed(layout, k, v)[0]
-    k_value, v_value = (x.astype(np.float64) for x in reference.values(layout, record))
-    k_true, v_true = (reference.widen(x).astype(np.float64) for x in (k, v))
-    stored = norms(layout, record)
-    for bound, vector in zip(stored, (k_true - k_value, v_true - v_value, v_true), strict=True):
-        assert_bounds(bound, np.linalg.norm(vector, axis=-1), 1.01)
-    if layout.format is Format.EXACT:
-        assert (stored[:2] == 0).all()
-
-    low, high, k_mean, v_mean = summary(layout, record)
-    k_low, k_high = k_true.min(axis=1), k_true.max(axis=1)
-    ulp = 2.0**-7
-    assert (low <= k_low).all()
-    assert (high >= k_high).all()
-    assert (k_low - low <= ulp * np.abs(k_low) + 2.0**-132).all()
-    assert (high - k_high <= ulp * np.abs(k_high) + 2.0**-132).all()
-    for mean, true in ((k_mean, k_true), (v_mean, v_true)):
-        sizes = np.abs(true).mean(axis=1)
-        assert (
-            np.abs(mean - true.mean(axis=1)) <= 2.0**-8 * np.abs(mean) + 2.0**-20 * sizes + 2.0**-133
-        ).all()
-
-    radius = plane(layout, record, "radius", np.float32).astype(np.float64)
-    assert_bounds(radius, np.linalg.norm(v_true - v_mean[:, None], axis=-1).max(axis=1), 1.0002)
-
-
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_rotation_is_orthonormal(head_dim: int) -> None:
     turn = hadamard(head_dim)
     np.testing.assert_allclose(turn @ turn, np.eye(head_dim), atol=1e-14)
     x = np.random.default_rng(head_dim).standard_normal((5, head_dim)).astype(np.float32)
     np.testing.assert_allclose(reference.rotate(x), x @ turn, atol=2e-6)
-
-
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_the_rotation_s_own_rounding_is_in_the_norm(head_dim: int) -> None:
-    """Keys that four bits hold as they are: what is left is how the rotation rounds, there and back."""
-    layout = Layout(Format.INT4, Element.FLOAT32, 1, head_dim)
-    rng = np.random.default_rng(head_dim)
-    k = rng.standard_normal((1, BLOCK, 1)).astype(np.float32) * hadamard(head_dim)[:1].astype(np.float32)
-    record = sealed(layout, k, k)[0]
-    residual = k.astype(np.float64) - reference.values(layout, record)[0]
-    assert_bounds(norms(layout, record)[0], np.linalg.norm(residual, axis=-1), 1.01)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80])
@@ -254,11 +197,6 @@ def test_a_broken_key_of_four_bits_shows_in_its_block(head_dim: int) -> None:
     broken = np.zeros((2, *k.shape), bool)
     broken[0, 0, 7, :64] = True
     np.testing.assert_array_equal(np.isnan(opened), broken)
-
-
-def assert_bounds(bound: Array, truth: Array, looseness: float) -> None:
-    assert (bound >= truth).all()
-    assert (bound <= truth * looseness + 2.0**-70).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -275,27 +213,19 @@ def test_a_broken_number_shows_where_it_was(form: Format, bad: float) -> None:
     v_broken[0, 3, 0 if form is Format.INT8 else 32 :] = True
     np.testing.assert_array_equal(np.isnan(k_out), k_broken)
     np.testing.assert_array_equal(np.isnan(v_out), v_broken)
-    stored = norms(layout, record[0])
-    np.testing.assert_array_equal(np.isnan(stored[0]), k_broken.any(axis=-1))
-    np.testing.assert_array_equal(np.isnan(stored[1]), v_broken.any(axis=-1))
-    np.testing.assert_array_equal(np.isfinite(stored[2]), ~v_broken.any(axis=-1))
-    finite = np.isfinite(summary(layout, record[0]))
-    assert not finite[:2, 1, 9].all()
-    assert finite[:, 0, :40].all()
-    radius = plane(layout, record[0], "radius", np.float32)
-    np.testing.assert_array_equal(np.isfinite(radius), [False, True])
 
 
 @settings(max_examples=25, deadline=None)
 @given(LAYOUTS)
-def test_padding_is_zero_and_other_rows_are_untouched(layout: Layout) -> None:
+def test_every_byte_is_written_and_other_rows_are_untouched(layout: Layout) -> None:
     k, v = ordinary(layout, 1, 6)
     records = empty_records(layout, 3)
-    Codec(layout).seal(k, v, records, np.array([1]))
-    start, size = layout.plane("radius")
-    assert (records[1, start + size :] == 0).all()
-    assert start + size < layout.record_bytes
+    other = ~records
+    for target in (records, other):
+        Codec(layout).seal(k, v, target, np.array([1]))
+    np.testing.assert_array_equal(records[1], other[1])
     assert (records[::2] == 0xA5).all()
+    assert (other[::2] == 0x5A).all()
 
 
 @pytest.mark.parametrize("element", Element)

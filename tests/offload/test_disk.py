@@ -108,7 +108,7 @@ class TestDamage:
                 (44, 4),
             ]
             assert [int.from_bytes(raw[a : a + n], "little") for a, n in numbers] == [
-                1, 256, 1, 0, 64, 1, 16, LAYOUT.record_bytes, LAYERS, layer,
+                2, 256, 1, 0, 64, 1, 16, LAYOUT.record_bytes, LAYERS, layer,
             ]  # fmt: skip
             longs = [int.from_bytes(raw[a : a + 8], "little") for a in (48, 56, 64, 72)]
             assert longs == [7, 3, payload, len(raw)]
@@ -184,7 +184,7 @@ class TestDamage:
                     other.get(key(1), 0)
             other.close()
 
-    @pytest.mark.parametrize("left", [0, 100, 4096, 5000])
+    @pytest.mark.parametrize("left", [0, 100, 4096, 4800])
     def test_a_truncated_file_is_corrupt_not_padded(self, tier: DiskTier, tmp_path: Path, left: int) -> None:
         put(tier, 1)
         place = tier.locate(key(1))
@@ -206,10 +206,10 @@ class TestFaults:
     ) -> None:
         parts: list[Fault] = [Short(4096), InterruptedError(), Short(100), Short(4200), None, Short(8191)]
         system.script["pwritev"].extend([*parts, *parts])
-        put(tier, 1, 5)
+        put(tier, 1, 6)
         assert system.calls["pwritev"] > LAYERS + 6
         system.script["preadv"].extend([*parts, *parts])
-        assert_tier(tier, {1: 5})
+        assert_tier(tier, {1: 6})
         assert not system.script["preadv"]
 
     @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
@@ -509,7 +509,7 @@ class TestReopening:
         tier = open_tier(tmp_path / "kv", system, tier.run_bytes(1))
         assert tier.runs() == []
         with pytest.raises(TierFull):
-            put(tier, 2, 5)
+            put(tier, 2, 6)
         tier.close()
         tier = open_tier(tmp_path / "kv", ScriptedSystem(), tier.run_bytes(1))
         put(tier, 3, 1)

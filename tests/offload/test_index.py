@@ -272,7 +272,7 @@ PARTS = [
     (2, 5, 3, NAMES),
     (3, 8, 4, NAMES),
     (4, 6, 2, OTHER),
-    (5, 8, 5, OTHER),
+    (5, 8, 6, OTHER),
     (6, 3, 4, NAMES),
 ]
 
@@ -320,7 +320,7 @@ def served(folder: Path) -> int:
     return right
 
 
-ALL = LAYERS * (11 + 12)
+ALL = LAYERS * (11 + 13)
 
 
 class TestDamage:
@@ -435,10 +435,10 @@ class TestDamage:
     def test_a_lone_run_before_the_beginning_of_its_file_is_lost(self, folder: Path) -> None:
         """No other row overlaps it there."""
         db = Database(folder / "index.sqlite", SCHEMA, _CREATE)
-        assert db.run("UPDATE runs SET offset = -4096 WHERE run = ?", [key(4)]) == 1
+        assert db.run("UPDATE runs SET offset = -4096 WHERE run = ?", [key(5)]) == 1
         db.close()
         tier = open_tier(folder)
-        assert {place.run for place in tier.runs()} == {key(n) for n in (1, 2, 3, 5)}
+        assert {place.run for place in tier.runs()} == {key(n) for n in (1, 2, 3, 4)}
         tier.check_integrity()
         tier.close()
 

@@ -112,7 +112,7 @@ class TestReading:
 
     def test_the_staging_memory_is_what_it_says(self, tier: DiskTier) -> None:
         ring = make(tier)
-        assert ring.staging_bytes == BUFFERS * 12288
+        assert ring.staging_bytes == BUFFERS * 8192
         views = [ring.wait(ticket) for ticket in ring.submit([Read(key(2), layer) for layer in range(3)])]
         assert not np.shares_memory(views[0], views[1])
         low = min(view.ctypes.data for view in views)

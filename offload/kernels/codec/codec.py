@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
 
-PLANES = ("k_codes", "k_scales", "v_codes", "v_scales", "norms", "summary", "radius", "end")
+PLANES = ("k_codes", "k_scales", "v_codes", "v_scales")
 FLOAT32 = np.dtype(np.float32)
 FORMS = (Format.EXACT, Format.INT8, Format.K8V4, Format.INT4)
 
@@ -41,7 +41,7 @@ class Codec:
         self._form = FORMS.index(layout.format)
 
     def seal(self, k: Array, v: Array, records: Bytes, rows: Rows) -> None:
-        """Pack n blocks, every byte of records[rows[i]], padding zero.
+        """Pack n blocks, every byte of records[rows[i]].
 
         k, v: [kv_heads, n*64, head_dim] in the layout's element (bfloat16 as uint16 bits), last axis
         contiguous. records: uint8 [slots, record_bytes], C-contiguous. rows: distinct, int64 [n].

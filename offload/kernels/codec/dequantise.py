@@ -50,7 +50,7 @@ def _unit(
 ) -> None:
     """One KV head of one block; see Codec.open.
 
-    k, v: bytes, with strides in bytes; planes: int64 [8, (offset, size)].
+    k, v: bytes, with strides in bytes; planes: int64 [4, (offset, size)].
 
     nbytes: of an element, which only `exact` records hold. The functions below take the float32 outputs
     as uint32, with strides in numbers.

@@ -18,7 +18,6 @@ from spilld.offload.kernels.bits import (
     device,
     f32_bits,
     f32_to_bf16_down,
-    f32_to_bf16_nearest,
     f32_to_bf16_up,
     part,
     transpose8,
@@ -28,10 +27,9 @@ from spilld.offload.kernels.inline import joined
 from spilld.offload.kernels.threads import spreading
 from spilld.offload.record import BLOCK
 
-from .dequantise import read_keys4
 from .rotation import rotate
 
-K_CODES, K_SCALES, V_CODES, V_SCALES, NORMS, SUMMARY, RADIUS = range(7)
+K_CODES, K_SCALES, V_CODES, V_SCALES = range(4)
 EXACT, INT8, K8V4, INT4 = range(4)
 KEY, VALUE = range(2)
 
@@ -39,8 +37,6 @@ NAN = np.uint16(0x7FC0)
 INF_BITS = np.uint32(0x7F800000)
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 LEAST, MOST = np.int32(-(2**31)), np.int32(2**31 - 1)
-SMALLEST_SUM = np.float32(2.0**-142)
-ROUNDING = np.float32(1 + 2.0**-14)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -62,7 +58,7 @@ def _unit(
 ) -> None:
     """K or V of one head of one block; see Codec.seal.
 
-    k, v: bytes, with strides in bytes; planes: int64 [8, (offset, size)].
+    k, v: bytes, with strides in bytes; planes: int64 [4, (offset, size)].
     """
     block, head, side = unit // (2 * heads), unit // 2 % heads, unit % 2
     record = records[rows[block]]
@@ -71,8 +67,6 @@ def _unit(
     else:
         source, stride = v[head * v_head + block * BLOCK * v_token :], v_token
     _seal_side(source, stride, record, planes, form, heads, head, side, dim, nbytes)
-    if unit % (2 * heads) == 0:
-        _store_padding(record, planes)
 
 
 _spread = spreading(lambda: _unit)
@@ -99,54 +93,26 @@ def _seal_side(
     nbytes: Any,
 ) -> None:
     """K or V of one head of one block."""
-    x = np.empty(dim * BLOCK, np.float32)
-    total = np.zeros(BLOCK, np.float32)
-    norms = part(record, planes, NORMS, 1, 0).view(np.uint16)
-    summary = part(record, planes, SUMMARY, 1, 0).view(np.uint16)
     target = part(record, planes, V_CODES if side == VALUE else K_CODES, heads, head)
-    scales = part(record, planes, V_SCALES if side == VALUE else K_SCALES, heads, head).view(np.uint16)
-    mean = ((2 + side) * heads + head) * dim
-
-    _load(source, stride, x, dim, nbytes)
-    if form == EXACT and side == KEY:
-        _store_bits(x, target, nbytes)
-    elif form == EXACT:
+    if form == EXACT and side == VALUE:
         copy_rows(source, stride, target, dim * nbytes, dim * nbytes)
+        return
+    x = np.empty(dim * BLOCK, np.float32)
+    _load(source, stride, x, dim, nbytes)
+    if form == EXACT:
+        _store_bits(x, target, nbytes)
+        return
+    scales = part(record, planes, V_SCALES if side == VALUE else K_SCALES, heads, head).view(np.uint16)
+    codes = target if side == KEY else np.empty(dim * BLOCK, np.uint8)
+    if form == INT4 and side == KEY:
+        rotate(x, BLOCK)
+        _quantise4(x, codes, scales, dim, np.int64(1), np.int64(BLOCK))
+    elif form != INT8 and side == VALUE:
+        _quantise4(x, codes, scales, dim, (dim + 31) // 32, np.int64(1))
     else:
-        codes = target if side == KEY else np.empty(dim * BLOCK, np.uint8)
-        groups = (dim + 31) // 32
-        if form == INT4 and side == KEY:
-            turned = x.copy()
-            rotate(turned, BLOCK)
-            _quantise4(turned, codes, scales, total, dim, np.int64(1), np.int64(BLOCK))
-            read_keys4(codes, scales, turned, dim)
-            _add_differences(x, turned, total)
-        elif form != INT8 and side == VALUE:
-            _quantise4(x, codes, scales, total, dim, groups, np.int64(1))
-        else:
-            _quantise8(x, codes, scales, total, dim)
-        if side == VALUE:
-            _store_transposed(codes, target)
-    _store_norms(total, norms, (side * heads + head) * BLOCK)
-    _store_means(x, summary, mean, dim)
-    if side == KEY:
-        _store_bounds(x, summary, head * dim, (heads + head) * dim, dim)
-    else:
-        centre = np.zeros(dim, np.float32)
-        _add_squares(x, centre, total)
-        _store_norms(total, norms, (2 * heads + head) * BLOCK)
-        for d in range(dim):
-            centre[d] = bf16_to_f32(summary[mean + d])
-        _add_squares(x, centre, total)
-        part(record, planes, RADIUS, heads, head).view(np.float32)[0] = _largest_norm(total)
-
-
-@joined
-@device
-def _store_padding(record: Any, planes: Any) -> None:
-    for plane in range(len(planes) - 1):
-        for i in range(planes[plane, 0] + planes[plane, 1], planes[plane + 1, 0]):
-            record[np.uint64(i)] = 0
+        _quantise8(x, codes, scales, dim)
+    if side == VALUE:
+        _store_transposed(codes, target)
 
 
 @joined
@@ -194,41 +160,6 @@ def _store_transposed(codes: Any, target: Any) -> None:
 
 
 @device
-def _add_squares(x: Any, centre: Any, total: Any) -> None:
-    """total[t] = |x - centre|^2 of each token, added in channel order onto SMALLEST_SUM."""
-    total[:] = SMALLEST_SUM
-    for d in range(len(centre)):
-        c = centre[d]
-        for t in range(BLOCK):
-            r = x[d * BLOCK + t] - c
-            total[t] += r * r
-
-
-@device
-def _add_differences(x: Any, value: Any, total: Any) -> None:
-    """total[t] = |x - value|^2 of each token, added likewise."""
-    total[:] = SMALLEST_SUM
-    for d in range(len(x) // BLOCK):
-        for t in range(BLOCK):
-            r = x[d * BLOCK + t] - value[d * BLOCK + t]
-            total[t] += r * r
-
-
-@device
-def _store_norms(total: Any, norms: Any, at: Any) -> None:
-    for t in range(BLOCK):
-        norms[at + t] = f32_to_bf16_up(np.sqrt(total[t]) * ROUNDING)
-
-
-@device
-def _largest_norm(total: Any) -> Any:
-    largest = np.uint32(0)
-    for t in range(BLOCK):
-        largest = max(largest, f32_bits(np.sqrt(total[t]) * ROUNDING) & MAGNITUDE)
-    return bits_f32(largest) if largest <= INF_BITS else np.float32(np.nan)
-
-
-@device
 def _order(x: Any) -> Any:
     """Bits of a float32 as an int32 that sorts the same, -0 before +0."""
     bits = np.int32(f32_bits(x))
@@ -241,39 +172,11 @@ def _from_order(order: Any) -> Any:
 
 
 @device
-def _bounds(least: Any, most: Any) -> Any:
-    """bfloat16 bits of an ordered minimum and maximum, rounded outward; both NaN if a number was."""
+def _minimum_of(least: Any, most: Any) -> Any:
+    """bfloat16 bits of an ordered minimum, rounded down; NaN if a number was: least or most shows it."""
     if least < -np.int64(INF_BITS) - 1 or most > np.int64(INF_BITS):
-        return NAN, NAN
-    return f32_to_bf16_down(_from_order(least)), f32_to_bf16_up(_from_order(most))
-
-
-@joined
-@device
-def _store_bounds(x: Any, summary: Any, low: Any, high: Any, dim: Any) -> None:
-    for d in range(dim):
-        least, most = MOST, LEAST
-        for t in range(BLOCK):
-            order = _order(x[d * BLOCK + t])
-            least = min(least, order)
-            most = max(most, order)
-        summary[low + d], summary[high + d] = _bounds(least, most)
-
-
-@joined
-@device
-def _store_means(x: Any, summary: Any, at: Any, dim: Any) -> None:
-    """The mean of each channel by the fixed tree of halves."""
-    s = np.empty(32, np.float32)
-    for d in range(dim):
-        for i in range(32):
-            s[i] = x[d * BLOCK + i] + x[d * BLOCK + i + 32]
-        half = 16
-        while half:
-            for i in range(half):
-                s[i] += s[i + half]
-            half //= 2
-        summary[at + d] = f32_to_bf16_nearest(s[0] * np.float32(1 / 64))
+        return NAN
+    return f32_to_bf16_down(_from_order(least))
 
 
 @device
@@ -293,8 +196,8 @@ def _code(x: Any, step: Any, low: Any, high: Any) -> Any:
 
 @joined
 @device
-def _quantise8(x: Any, codes: Any, scales: Any, residual: Any, dim: Any) -> None:
-    """codes[d * 64 + t], scales[t] and residual[t] = sum of (x - value)^2 of a head."""
+def _quantise8(x: Any, codes: Any, scales: Any, dim: Any) -> None:
+    """codes[d * 64 + t] and scales[t] of a head."""
     most = np.zeros(BLOCK, np.uint32)
     for d in range(dim):
         for t in range(BLOCK):
@@ -303,26 +206,17 @@ def _quantise8(x: Any, codes: Any, scales: Any, residual: Any, dim: Any) -> None
     for t in range(BLOCK):
         scales[t] = _scale_of(bits_f32(most[t]) / np.float32(127))
         scale[t] = bf16_to_f32(scales[t])
-        residual[t] = SMALLEST_SUM
     for d in range(dim):
         for t in range(BLOCK):
-            q = _code(x[d * BLOCK + t], scale[t], -127, 127)
-            codes[d * BLOCK + t] = np.uint8(np.int8(q))
-            r = x[d * BLOCK + t] - q * scale[t]
-            residual[t] += r * r
+            codes[d * BLOCK + t] = np.uint8(np.int8(_code(x[d * BLOCK + t], scale[t], -127, 127)))
 
 
 @device
-def _quantise4(
-    x: Any, codes: Any, scales: Any, residual: Any, dim: Any, per_token: Any, per_group: Any
-) -> None:
-    """Packed codes[i * 64 + t], scales[(t * per_token + g * per_group) * 2 + (0 step, 1 minimum)]; residual
-    as above.
-    """
+def _quantise4(x: Any, codes: Any, scales: Any, dim: Any, per_token: Any, per_group: Any) -> None:
+    """Packed codes[i * 64 + t] and scales[(t * per_token + g * per_group) * 2 + (0 step, 1 minimum)]."""
     step = np.empty(BLOCK, np.float32)
     minimum = np.empty(BLOCK, np.float32)
     whole = np.empty(32 * BLOCK, np.uint8)
-    residual[:] = SMALLEST_SUM
     for first in range(0, dim, 32):
         half = min(32, dim - first) // 2
         part = x[first * BLOCK : (first + 2 * half) * BLOCK]
@@ -330,10 +224,7 @@ def _quantise4(
         for i in range(2 * half):
             for t in range(BLOCK):
                 number = x[(first + i) * BLOCK + t]
-                q = _code(number - minimum[t], step[t], 0, 15)
-                whole[i * BLOCK + t] = np.uint8(q)
-                r = number - (q * step[t] + minimum[t])
-                residual[t] += r * r
+                whole[i * BLOCK + t] = np.uint8(_code(number - minimum[t], step[t], 0, 15))
         for i in range(half):
             for t in range(BLOCK):
                 high = np.uint8(whole[(i + half) * BLOCK + t] << np.uint8(4))
@@ -351,7 +242,7 @@ def _int4_scales(x: Any, step: Any, minimum: Any, scales: Any, per_token: Any) -
             least[t] = min(least[t], order)
             most[t] = max(most[t], order)
     for t in range(BLOCK):
-        low, _ = _bounds(least[t], most[t])
+        low = _minimum_of(least[t], most[t])
         minimum[t] = bf16_to_f32(low)
         high = _scale_of((_from_order(most[t]) - minimum[t]) / np.float32(15))
         step[t] = bf16_to_f32(high)

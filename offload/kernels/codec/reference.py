@@ -24,8 +24,6 @@ Bf16 = npt.NDArray[np.uint16]
 Array = npt.NDArray[Any]
 
 NAN = np.uint16(0x7FC0)
-SMALLEST_SUM = np.float32(2.0**-142)
-ROUNDING = np.float32(1 + 2.0**-14)
 
 
 def seal(layout: Layout, k: Array, v: Array, records: npt.NDArray[np.uint8], rows: Array) -> None:
@@ -145,28 +143,17 @@ def _values4(layout: Layout, packed: Array, scales: F32) -> F32:
 
 def _planes(layout: Layout, k_in: Array, v_in: Array) -> dict[str, Array]:
     """The planes of one block, each in the shape that record.py gives."""
-    k, v = widen(k_in), widen(v_in)
-    planes: dict[str, Array] = {}
-    k_norm = v_norm = np.zeros(k.shape[:2], np.uint16)
     if layout.format is Format.EXACT:
-        planes["k_codes"], planes["v_codes"] = k_in.swapaxes(1, 2), v_in
+        return {"k_codes": k_in.swapaxes(1, 2), "v_codes": v_in}
+    k, v = widen(k_in), widen(v_in)
+    if layout.format is Format.INT4:
+        k_codes, k_scales = _int4(rotate(k))
+        k_scales = k_scales.swapaxes(1, 2)
     else:
-        if layout.format is Format.INT4:
-            codes, scales, turned = _int4(rotate(k))
-            planes["k_scales"], value = scales.swapaxes(1, 2), rotate(turned)
-        else:
-            codes, planes["k_scales"], value = _int8(k)
-        planes["k_codes"], k_norm = codes.swapaxes(1, 2), bf16_up(_norm(k - value))
-        quantise = _int8 if layout.format is Format.INT8 else _int4
-        planes["v_codes"], planes["v_scales"], value = quantise(v)
-        v_norm = bf16_up(_norm(v - value))
-    low, high = _bounds(k, axis=1)
-    mean = bf16_nearest(_mean(v))
-    planes["norms"] = np.stack([k_norm, v_norm, bf16_up(_norm(v))])
-    planes["summary"] = np.stack([bf16_down(low), bf16_up(high), bf16_nearest(_mean(k)), mean])
-    radius = _norm(v - widen(mean)[:, None]).max(axis=1)
-    planes["radius"] = np.where(np.isnan(radius), np.float32(np.nan), radius)
-    return planes
+        k_codes, k_scales = _int8(k)
+    v_codes, v_scales = (_int8 if layout.format is Format.INT8 else _int4)(v)
+    planes = {"k_codes": k_codes.swapaxes(1, 2), "k_scales": k_scales}
+    return planes | {"v_codes": v_codes, "v_scales": v_scales}
 
 
 def _scale(x: F32) -> Bf16:
@@ -180,17 +167,15 @@ def _quotient(x: F32, scale: F32) -> F32:
     return np.where(usable, np.rint(x / np.where(usable, scale, np.float32(1))), np.float32(0))
 
 
-def _int8(x: F32) -> tuple[Array, Bf16, F32]:
-    """Codes [heads, 64, head_dim], scales [heads, 64] and values."""
+def _int8(x: F32) -> tuple[Array, Bf16]:
+    """Codes [heads, 64, head_dim] and scales [heads, 64]."""
     scales = _scale(np.abs(x).max(axis=-1) / np.float32(127))
-    scale = widen(scales)[..., None]
-    codes = np.clip(_quotient(x, scale), -127, 127).astype(np.int8)
-    return codes, scales, codes.astype(np.float32) * scale
+    return np.clip(_quotient(x, widen(scales)[..., None]), -127, 127).astype(np.int8), scales
 
 
-def _int4(x: F32) -> tuple[Array, Bf16, F32]:
-    """Packed codes [heads, 64, head_dim // 2], (scale, minimum) [heads, 64, groups, 2] and values."""
-    packed, scales, values = [], [], []
+def _int4(x: F32) -> tuple[Array, Bf16]:
+    """Packed codes [heads, 64, head_dim // 2] and (scale, minimum) [heads, 64, groups, 2]."""
+    packed, scales = [], []
     for start in range(0, x.shape[-1], V4_GROUP):
         part = x[..., start : start + V4_GROUP]
         low, high = _bounds(part, axis=-1)
@@ -202,8 +187,7 @@ def _int4(x: F32) -> tuple[Array, Bf16, F32]:
         half = part.shape[-1] // 2
         packed.append(codes[..., :half] | codes[..., half:] << np.uint8(4))
         scales.append(np.stack([steps, minima], axis=-1))
-        values.append(codes.astype(np.float32) * step + minimum)
-    return np.concatenate(packed, axis=-1), np.stack(scales, axis=2), np.concatenate(values, axis=-1)
+    return np.concatenate(packed, axis=-1), np.stack(scales, axis=2)
 
 
 def _order(bits: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
@@ -217,18 +201,3 @@ def _bounds(x: F32, axis: int) -> tuple[F32, F32]:
     nan = np.isnan(x).any(axis=axis)
     low, high = (_order(bound(axis=axis)).view(np.float32) for bound in (order.min, order.max))
     return np.where(nan, np.float32(np.nan), low), np.where(nan, np.float32(np.nan), high)
-
-
-def _mean(x: F32) -> F32:
-    """[heads, 64, head_dim] -> [heads, head_dim], by the fixed tree of halves."""
-    for half in (32, 16, 8, 4, 2, 1):
-        x = x[:, :half] + x[:, half : 2 * half]
-    return x[:, 0] * np.float32(1 / 64)
-
-
-def _norm(x: F32) -> F32:
-    """Euclidean norm over the last axis, never below the true one (FORMAT.md says why)."""
-    total = np.full(x.shape[:-1], SMALLEST_SUM)
-    for channel in range(x.shape[-1]):
-        total = total + x[..., channel] * x[..., channel]
-    return np.sqrt(total) * ROUNDING
