@@ -26,7 +26,6 @@ from harness import CALLS, Result, in_child, main, medians, milliseconds
 
 from spilld.cuda_ext.choice import PROMPT
 from spilld.cuda_ext.compile.build import BuildError
-from spilld.cuda_ext.compile.variant import plane_bytes
 from spilld.cuda_ext.device.base import Copy, Device, Stream
 from spilld.cuda_ext.device.cuda import CudaDevice
 from spilld.cuda_ext.device.tensors import Array
@@ -43,7 +42,7 @@ from spilld.cuda_ext.ops import (
 from spilld.kv.visibility import WINDOW_SLOTS
 from spilld.models.catalog import default_cache
 from spilld.offload.kernels.attention.partial import Partial
-from spilld.offload.kernels.codec import reference, samples
+from spilld.offload.kernels.codec import samples
 from spilld.offload.record import (
     BLOCK,
     Element,
@@ -132,7 +131,7 @@ def measured(device: Device[Any], load: Load, form: Layout, size: Size) -> Numbe
             found |= prompt(device, ops, flash, landing, form, pool, size)
         with landing.turn():
             planes = random(2, form.kv_heads, shape.slots, HEAD_DIM)
-            landing.send(reference.bf16_nearest(planes), other)
+            landing.send(torch.from_numpy(planes).bfloat16().view(torch.int16).numpy(), other)
             seal = sealing(ops, landing, form, pool, other, size.sealed)
             found["seal"] = milliseconds(partial(done, device, Stream.COMPUTE, seal), size.calls)
     landing.close()
@@ -228,7 +227,7 @@ def measure() -> tuple[Mapping[str, float], list[Result]]:
 
 def results(form: Format, layout: Layout, gpu: Numbers, cpu: Numbers, dram: float) -> Iterator[Result]:
     blocks = TOKENS // BLOCK
-    read = sum(plane_bytes(layout.constants)) * layout.kv_heads * blocks
+    read = layout.record_bytes * blocks
     for m in QUERIES:
         case = f"{form} M={m}"
         yield Result(

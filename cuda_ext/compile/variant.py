@@ -75,13 +75,6 @@ def dequantise(layout: Mapping[str, int]) -> Variant:
     return _variant("dequantise", _numbers(layout), threads=128)
 
 
-def plane_bytes(layout: Mapping[str, int]) -> tuple[int, int]:
-    """Bytes of codes and scales of K and of V of one KV head in a record: what attention reads of it."""
-    keys, values = (layout["HEAD_DIM"] * BLOCK * layout[bits] // 8 for bits in ("K_BITS", "V_BITS"))
-    groups = -(-layout["HEAD_DIM"] // 32)
-    return keys + _scale_bytes(layout["K_BITS"], groups), values + _scale_bytes(layout["V_BITS"], groups)
-
-
 def _variant(name: str, defines: Mapping[str, int], *, threads: int = 32, shared_bytes: int = 0) -> Variant:
     return Variant(name, tuple(sorted(defines.items())), threads, shared_bytes)
 

@@ -2,7 +2,6 @@
 
 A bfloat16 is the uint16 of its bits; numpy has none. A NaN becomes the one quiet NaN 0x7FC0, whatever
 its sign and payload: what a CPU or a GPU makes of `inf - inf` differs, the stored bytes must not.
-reference.py has the same roundings for numpy arrays.
 """
 
 from __future__ import annotations

@@ -12,12 +12,12 @@ import numpy as np
 from spilld.cli.cubins import kernels
 from spilld.cuda_ext.device.cpu import CpuDevice
 from spilld.cuda_ext.device.cuda import CudaDevice
-from spilld.offload.kernels.codec import reference
 from spilld.offload.record import Format
 
 from ..cuda_ext.conftest import Emulate, emulate
 from ..cuda_ext.driver import FakeDriver
 from ..cuda_ext.fake import FakeDevice
+from ..offload import reference
 
 __all__ = ["emulate"]
 

@@ -13,9 +13,9 @@ from spilld.cuda_ext.flash import Flash
 from spilld.cuda_ext.memory.staging import Landing
 from spilld.cuda_ext.memory.windows import WindowShape
 from spilld.cuda_ext.ops import Load, Queries
-from spilld.offload.kernels.codec import reference
 from spilld.offload.record import Format
 
+from ..offload import reference
 from .kernels import Records, by_query
 from .numbers import Number, integers, layout_of
 

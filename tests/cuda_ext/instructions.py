@@ -10,12 +10,13 @@ instructions, those below by bytes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from spilld.cuda_ext.compile import variant
 from spilld.cuda_ext.compile.build import path_of
-from spilld.cuda_ext.compile.variant import BLOCK, Variant, plane_bytes
+from spilld.cuda_ext.compile.variant import BLOCK, Variant
 from spilld.models.catalog import default_cache
 from spilld.offload.record import SEALED, Element, Layout
 
@@ -76,6 +77,16 @@ def per_tile(made: Variant, kernel: Loop) -> float:
     around = sum(len(loop.every) for loop in copying) / max(1, sum(map(copies, copying)))
     total += around * sum(-(-nbytes // VECTORS) for nbytes in plane_bytes(given))
     return total + len(tiles[0].own) + sum(len(loop.every) for loop in others)
+
+
+def plane_bytes(given: Mapping[str, int]) -> tuple[int, int]:
+    """Bytes of codes and scales of K and of V of one KV head in a record."""
+    scales = {8: 2 * BLOCK, 4: 4 * BLOCK * -(-given["HEAD_DIM"] // 32)}
+    keys, values = (
+        given["HEAD_DIM"] * BLOCK * given[bits] // 8 + scales.get(given[bits], 0)
+        for bits in ("K_BITS", "V_BITS")
+    )
+    return keys, values
 
 
 def turns(loop: Loop, count: int, wanted: int) -> float:

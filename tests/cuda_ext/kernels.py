@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from spilld.cuda_ext.compile import variant
 from spilld.cuda_ext.compile.variant import BLOCK, ROWS, Variant
-from spilld.offload.kernels.codec import reference
 from spilld.offload.record import Format, Layout
 
+from ..offload import reference
 from .emulator import Landing, Order
 from .numbers import Number, integers, narrow, number_of, seal, values, widen
 

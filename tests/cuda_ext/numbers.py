@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spilld.offload.kernels.codec import reference
 from spilld.offload.record import (
     BLOCK,
     Element,
     Format,
     Layout,
 )
+
+from ..offload import reference
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]

@@ -9,7 +9,7 @@ import torch
 
 from spilld.cli import cubins
 from spilld.cuda_ext.compile import build
-from spilld.cuda_ext.compile.variant import Variant
+from spilld.cuda_ext.compile.variant import KERNELS, Variant
 from spilld.cuda_ext.device.base import Stream
 from spilld.cuda_ext.device.cpu import CpuDevice
 from spilld.cuda_ext.flash import Flash
@@ -77,3 +77,8 @@ def test_what_is_shipped_is_all_of_one_compiler(tmp_path: Path, monkeypatch: pyt
 def test_known_models_have_every_format_once() -> None:
     layouts = list(cubins.known())
     assert len(set(layouts)) == len(layouts) == len(SEALED) * len(cubins.SHAPES)
+
+
+def test_every_kernel_is_one_that_a_model_launches() -> None:
+    launched = {kernel.name for layout in cubins.known() for kernel in cubins.kernels(layout)}
+    assert {path.stem for path in KERNELS.glob("*.cu")} == launched

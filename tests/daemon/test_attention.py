@@ -32,13 +32,13 @@ from spilld.offload.disk.tier import DiskTier
 from spilld.offload.disk.writer import Spiller
 from spilld.offload.errors import ExtentCorrupt
 from spilld.offload.host import HostSlab
-from spilld.offload.kernels.codec import reference
 from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.record import Element, Format, Layout
 from spilld.offload.store import DiskPath, Store
 from spilld.offload.system import PAGE, page_aligned
 from spilld.offload.table import RunRef
 
+from ..offload import reference
 from .harness import one_thread
 
 F64 = npt.NDArray[np.float64]

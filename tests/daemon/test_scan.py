@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from spilld.offload.kernels import threads
 from spilld.offload.kernels.attention.rows import Row, RowAttention, Scan
-from spilld.offload.kernels.codec import reference
 from spilld.offload.record import (
     BLOCK,
     Element,
     Format,
     Layout,
 )
+
+from ..offload import reference
 
 F32 = NDArray[np.float32]
 LAYERS = 2

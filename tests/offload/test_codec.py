@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spilld.offload.kernels.codec import reference
 from spilld.offload.kernels.codec.codec import FORMS, Codec
 from spilld.offload.record import (
     BLOCK,
@@ -19,6 +18,8 @@ from spilld.offload.record import (
     Format,
     Layout,
 )
+
+from . import reference
 
 Array = npt.NDArray[Any]
 

@@ -9,7 +9,6 @@ import pytest
 from numpy.typing import NDArray
 
 from spilld.offload.kernels.attention.partial import Partial, merge
-from spilld.offload.kernels.codec import reference
 from spilld.offload.kernels.codec.codec import FORMS
 from spilld.offload.record import (
     BLOCK,
@@ -17,6 +16,8 @@ from spilld.offload.record import (
     Format,
     Layout,
 )
+
+from . import reference
 
 F32 = NDArray[np.float32]
 FIRST = 64

@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spilld.offload.kernels.codec import reference, samples
+from spilld.offload.kernels.codec import samples
 from spilld.offload.record import (
     SEALED,
     Element,
     Format,
     Layout,
 )
+
+from . import reference
 
 
 @pytest.mark.parametrize("element", list(Element))

@@ -1,4 +1,4 @@
-"""Packs blocks into records and unpacks them. reference.py does the same in numpy, bit for bit."""
+"""Packs blocks into records and unpacks them. FORMAT.md states the arithmetic."""
 
 from __future__ import annotations
 
