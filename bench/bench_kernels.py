@@ -126,7 +126,7 @@ def our_products() -> Numbers:
     steps.feed([1] * tokens)
     steps.skip(CONTEXT)
     numbers["step"] = milliseconds(lambda: steps.step(1, range(1)))
-    numbers["attention"] = found.geometry.layers * layer_attention()
+    numbers["attention"] = len(found.geometry.layers) * layer_attention()
     return numbers
 
 

@@ -68,7 +68,7 @@ def long_scan(on_disk: bool) -> dict[str, float]:
     use_threads(None)
     found = model()
     tokens = LONG + SPARE
-    whole = found.geometry.layers * blocks_of(tokens) * layout(Format.K8V4).record_bytes
+    whole = len(found.geometry.layers) * blocks_of(tokens) * layout(Format.K8V4).record_bytes
     with tempfile.TemporaryDirectory(prefix="spilld-bench-") as folder:
         config = Config(
             format="k8v4",

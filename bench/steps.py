@@ -31,9 +31,9 @@ class Steps:
         g = model.geometry
         shape = WindowShape(
             slots=WINDOW_SLOTS,
-            layers=g.layers,
-            kv_heads=g.kv_heads,
-            head_dim=g.head_dim,
+            layers=len(g.layers),
+            kv_heads=g.sizes.kv_heads,
+            head_dim=g.sizes.head_dim,
             dtype=getattr(torch, store.layout.element),
         )
         windows = CpuWindows(shape, shape.nbytes)
@@ -41,7 +41,7 @@ class Steps:
         self._sequence = Sequence(store.open(), windows.take(), bytes(32))
         windows.tensor.zero_()
         store.promise(self._sequence.table, blocks_of(tokens))
-        self._runner = Runner(model, TieredAttention(windows, store, g.heads), store, chunk)
+        self._runner = Runner(model, TieredAttention(windows, store, g.sizes.heads), store, chunk)
 
     @property
     def computed(self) -> int:
@@ -85,8 +85,8 @@ def blocks_of(tokens: int) -> int:
 
 def in_host(model: Model, form: Format, element: Element, tokens: int) -> Store:
     """A store with room for a sequence of this length in host memory, and no disk."""
-    g = model.geometry
-    layout = Layout(form, element, g.kv_heads, g.head_dim)
+    sizes, layers = model.geometry.sizes, len(model.geometry.layers)
+    layout = Layout(form, element, sizes.kv_heads, sizes.head_dim)
     blocks = blocks_of(tokens)
-    slab = HostSlab(blocks * g.layers * layout.record_bytes, layout.record_bytes)
-    return Store(layout, g.layers, slab, run_blocks=blocks)
+    slab = HostSlab(blocks * layers * layout.record_bytes, layout.record_bytes)
+    return Store(layout, layers, slab, run_blocks=blocks)

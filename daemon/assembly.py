@@ -125,7 +125,9 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
         )
         startup.phase("preparing kernels, which are compiled the first time")
         layout, packed = record_layout(config, model.geometry), model.packed is not None
-        prepare(layout, model.geometry.heads, config.cache, packed=packed, tell=startup.parts(COMPILING))
+        prepare(
+            layout, model.geometry.sizes.heads, config.cache, packed=packed, tell=startup.parts(COMPILING)
+        )
         startup.phase("warming up")
         service.warm_up()
         metrics.follow(service.stats, service.welcome())
@@ -243,8 +245,8 @@ def _balance(model: Model) -> float:
     """The depth at which a token's attention takes as many operations as its products in the layers."""
     geometry = model.geometry
     weights = sum(parameter.numel() for parameter in model.module.base_model.layers.parameters())
-    full = sum(window is None for window in geometry.sliding_windows)
-    pair = 2 * full * geometry.heads * geometry.head_dim
+    full = [layer for layer in geometry.layers if layer.sliding_window is None]
+    pair = sum(2 * layer.heads * layer.head_dim for layer in full)
     return weights / pair if pair else math.inf
 
 
@@ -265,20 +267,20 @@ def _device_tier(make: Tier, config: Config, store: Store, geometry: Geometry) -
 
 
 def record_layout(config: Config, geometry: Geometry) -> Layout:
-    return Layout(Format(config.format), Element(config.dtype), geometry.kv_heads, geometry.head_dim)
+    sizes = geometry.sizes
+    return Layout(Format(config.format), Element(config.dtype), sizes.kv_heads, sizes.head_dim)
 
 
 def build_store(config: Config, model: Model, planner: Planner, metrics: Metrics) -> Store:
     """The host and disk tiers. Raises BudgetTooSmall, MemoryRefused, FolderInUse or FolderUnusable."""
-    geometry = model.geometry
-    layout = record_layout(config, geometry)
+    layout, layers = record_layout(config, model.geometry), len(model.geometry.layers)
     rows = config.host_budget // layout.record_bytes
-    blocks = run_length(layout, geometry.layers, rows, -(-config.chunk_tokens // BLOCK))
+    blocks = run_length(layout, layers, rows, -(-config.chunk_tokens // BLOCK))
     slab = HostSlab(config.host_budget, layout.record_bytes)
     disk = None
     if config.disk_budget:
         tier = DiskTier(
-            *(config.state / "kv", config.disk_budget, layout, geometry.layers, model.fingerprint),
+            *(config.state / "kv", config.disk_budget, layout, layers, model.fingerprint),
             floor_bytes=config.disk_floor,
         )
         stored = [run.identity.nbytes for run in tier.runs() if run.identity.fingerprint == model.fingerprint]
@@ -295,4 +297,4 @@ def build_store(config: Config, model: Model, planner: Planner, metrics: Metrics
             Compaction(tier, cache, extent, rate, wear=wear) if rate else None,
             wear,
         )
-    return Store(layout, geometry.layers, slab, blocks, disk, planner)
+    return Store(layout, layers, slab, blocks, disk, planner)

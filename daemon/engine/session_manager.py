@@ -192,9 +192,8 @@ class SessionKeeper:
 
     def kv_bytes(self, sequence: Sequence) -> dict[str, int]:
         """Where KV lies: exact tokens on the device, records where they are served from."""
-        g, size = self._model.geometry, int(self._model.module.dtype.itemsize)
         exact = sequence.computed - (sequence.table.stop - 1) * BLOCK
-        token = 2 * g.layers * g.kv_heads * g.head_dim * size
+        token = self._model.geometry.token_numbers * int(self._model.module.dtype.itemsize)
         return {"device": exact * token, **self._store.usage(sequence.table)}
 
     def _stored_bytes(self, session: Session) -> dict[str, int]:

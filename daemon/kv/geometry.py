@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from spilld.errors import UnsupportedModel
 from spilld.offload.record import HEAD_DIMS
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of one model.
+class HeadSizes(NamedTuple):
+    """Query heads, KV heads, and numbers of a head."""
 
-    sliding_windows has one entry per layer: None for full attention, or W where a query at position p sees
-    the positions p-W+1..p. softcap is the cap of the attention logits, 0.0 for none.
-    """
-
-    layers: int
     heads: int
     kv_heads: int
     head_dim: int
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """Attention of one layer.
+
+    sliding_window is None for full attention, or W where a query at position p sees the positions
+    p-W+1..p. logit = scaling * q.k, then softcap * tanh(logit / softcap) unless softcap is 0.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    sliding_window: int | None
+    scaling: float
+    softcap: float
+
+    @property
+    def sizes(self) -> HeadSizes:
+        return HeadSizes(self.heads, self.kv_heads, self.head_dim)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one model."""
+
+    layers: tuple[LayerGeometry, ...]
     vocab: int
     max_positions: int
-    sliding_windows: tuple[int | None, ...]
-    softcap: float
     eos: frozenset[int]
 
     @classmethod
@@ -38,17 +57,52 @@ class Geometry:
             raise UnsupportedModel(
                 f"head_dim {head_dim} is not supported; {', '.join(map(str, HEAD_DIMS))} are"
             )
+        layers = (
+            LayerGeometry(
+                heads=heads,
+                kv_heads=int(config.num_key_value_heads),
+                head_dim=head_dim,
+                sliding_window=sliding_window,
+                scaling=_scaling(config, head_dim),
+                softcap=float(getattr(config, "attn_logit_softcapping", None) or 0.0),
+            )
+            for sliding_window in _sliding_windows(config)
+        )
         return cls(
-            layers=int(config.num_hidden_layers),
-            heads=heads,
-            kv_heads=int(config.num_key_value_heads),
-            head_dim=head_dim,
+            layers=tuple(layers),
             vocab=int(config.vocab_size),
             max_positions=_positions(config),
-            sliding_windows=_windows(config),
-            softcap=float(getattr(config, "attn_logit_softcapping", None) or 0.0),
             eos=_ids(config.eos_token_id) | _ids(generation.eos_token_id) | _ids(tokenizer_eos),
         )
+
+    @property
+    def sizes(self) -> HeadSizes:
+        """Of every layer: records and KV windows have one size for all.
+
+        Raises:
+            UnsupportedModel: layers differ.
+        """
+        first, *others = {layer.sizes for layer in self.layers}
+        if others:
+            raise UnsupportedModel("a model whose layers have heads of several sizes is not supported")
+        return first
+
+    @property
+    def token_numbers(self) -> int:
+        """Of K and V of one token, in all layers."""
+        return sum(2 * layer.kv_heads * layer.head_dim for layer in self.layers)
+
+    @property
+    def sliding_windows(self) -> tuple[int | None, ...]:
+        """Of each layer."""
+        return tuple(layer.sliding_window for layer in self.layers)
+
+
+def _scaling(config: Any, head_dim: int) -> float:
+    """Gemma and Granite name it; the others divide by the root of head_dim."""
+    if scalar := getattr(config, "query_pre_attn_scalar", None):
+        return float(scalar**-0.5)
+    return float(getattr(config, "attention_multiplier", None) or head_dim**-0.5)
 
 
 def _positions(config: Any) -> int:
@@ -63,14 +117,14 @@ def _positions(config: Any) -> int:
     return max([int(config.max_position_embeddings), *reached])
 
 
-def _windows(config: Any) -> tuple[int | None, ...]:
-    window: int | None = getattr(config, "sliding_window", None)
+def _sliding_windows(config: Any) -> tuple[int | None, ...]:
+    sliding_window: int | None = getattr(config, "sliding_window", None)
     if config.model_type in ("mistral", "phi3"):  # every layer slides, whatever layer_types may say
-        return (window,) * int(config.num_hidden_layers)
+        return (sliding_window,) * int(config.num_hidden_layers)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     if unknown := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
         raise UnsupportedModel(f"layers with {', '.join(unknown)} are not supported")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(sliding_window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _ids(value: int | list[int] | None) -> frozenset[int]:

@@ -48,10 +48,10 @@ def probe(module: Any, geometry: Geometry) -> None:
         tokens = torch.zeros(1, _TOKENS, dtype=torch.long)
         inputs = {"input_ids": tokens, "position_ids": tokens, "use_cache": False, "spilld_step": seen}
         torch.func.functional_call(module, shapes, kwargs=inputs)
-    if seen.layers != list(range(geometry.layers)):
+    if seen.layers != list(range(len(geometry.layers))):
         raise UnsupportedModel(
-            f"{type(module).__name__} attends in layers {seen.layers} of {geometry.layers}: spilld serves "
-            "models that attend once in every layer"
+            f"{type(module).__name__} attends in layers {seen.layers} of {len(geometry.layers)}: spilld "
+            "serves models that attend once in every layer"
         )
 
 
@@ -65,16 +65,24 @@ class _Seen:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, manner: Manner
     ) -> torch.Tensor:
-        g = self.geometry
-        window = g.sliding_windows[layer] if layer < g.layers else None
-        wanted = (1, g.heads, _TOKENS, g.head_dim), *[(1, g.kv_heads, _TOKENS, g.head_dim)] * 2
-        found = tuple(query.shape), tuple(key.shape), tuple(value.shape)
-        if found != wanted:
-            raise UnsupportedModel(f"layer {layer} has queries, keys and values {found}, not {wanted}")
-        if (manner.softcap, manner.window) != (g.softcap, window):
-            raise UnsupportedModel(
-                f"layer {layer} attends with softcap {manner.softcap} and window {manner.window}, not "
-                f"{g.softcap} and {window} as its config says"
-            )
         self.layers.append(layer)
+        if layer < len(self.geometry.layers):
+            shape = self.geometry.layers[layer]
+            wanted = (
+                (1, shape.heads, _TOKENS, shape.head_dim),
+                *[(1, shape.kv_heads, _TOKENS, shape.head_dim)] * 2,
+            )
+            found = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+            if found != wanted:
+                raise UnsupportedModel(f"layer {layer} has queries, keys and values {found}, not {wanted}")
+            if (manner.softcap, manner.window) != (shape.softcap, shape.sliding_window):
+                raise UnsupportedModel(
+                    f"layer {layer} attends with softcap {manner.softcap} and window {manner.window}, not "
+                    f"{shape.softcap} and {shape.sliding_window} as its config says"
+                )
+            if manner.scaling != shape.scaling:
+                raise UnsupportedModel(
+                    f"layer {layer} attends with scaling {manner.scaling}, not {shape.scaling} as its config "
+                    "says"
+                )
         return query.transpose(1, 2)

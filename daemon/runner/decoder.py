@@ -65,8 +65,8 @@ class Decoder:
         self._layers = [_layer(i, layer, weights, gemma) for i, layer in enumerate(base.layers)]
         _check(weights, len(self._layers), geometry, int(config.hidden_size))
         self._kinds = [
-            _Kind(_rope(layer, base.rotary_emb), float(layer.self_attn.scaling), geometry.softcap, window)
-            for layer, window in zip(base.layers, geometry.sliding_windows, strict=True)
+            _Kind(_rope(layer, base.rotary_emb), shape.scaling, shape.softcap, shape.sliding_window)
+            for layer, shape in zip(base.layers, geometry.layers, strict=True)
         ]
         self._norm, self._head = _factors(base.norm, gemma), Matrix.of(weights["head"])
         self._outputs = weights["head"].outputs
@@ -74,9 +74,7 @@ class Decoder:
         self._rows = Activations.of(
             padded(rows),
             int(config.hidden_size),
-            geometry.heads,
-            geometry.kv_heads,
-            geometry.head_dim,
+            *geometry.sizes,
             weights["layers.0.down"].inputs,
         )
 
@@ -154,8 +152,9 @@ def _layer(index: int, layer: Any, weights: Mapping[str, Packed], gemma: bool) -
 
 
 def _check(weights: Mapping[str, Packed], layers: int, geometry: Geometry, hidden: int) -> None:
-    attended = geometry.heads * geometry.head_dim
-    heads = attended + 2 * geometry.kv_heads * geometry.head_dim
+    query_heads, kv_heads, head_dim = geometry.sizes
+    attended = query_heads * head_dim
+    heads = attended + 2 * kv_heads * head_dim
     intermediate = weights["layers.0.down"].inputs
     wanted = {
         "qkv": (heads, hidden),

@@ -52,8 +52,8 @@ class Runner:
         float32, and what the layers take."""
         if self._decoder is None:
             return self._module_bytes
-        geometry = self._model.geometry
-        attention = 4 * self._chunk_tokens * geometry.heads * geometry.head_dim * 4
+        heads, _, head_dim = self._model.geometry.sizes
+        attention = 4 * self._chunk_tokens * heads * head_dim * 4
         return attention + self._decoder.workspace_bytes
 
     @property
@@ -61,8 +61,9 @@ class Runner:
         """By formula, the largest set of the module's activations alive at once (attention, or the MLP), what
         linear layers widen, and one row of logits."""
         config, geometry = self._model.module.config, self._model.geometry
-        width, size = geometry.heads * geometry.head_dim, int(self._model.module.dtype.itemsize)
-        attention = 4 * width * 4 + (width + 2 * geometry.kv_heads * geometry.head_dim) * size
+        heads, kv_heads, head_dim = geometry.sizes
+        width, size = heads * head_dim, int(self._model.module.dtype.itemsize)
+        attention = 4 * width * 4 + (width + 2 * kv_heads * head_dim) * size
         mlp = 3 * int(config.intermediate_size) * size
         residual = 3 * int(config.hidden_size) * size
         chunk = self._chunk_tokens * (max(attention, mlp) + residual)
@@ -117,7 +118,7 @@ class Runner:
         """Let decode scans bring back what host memory has room for, a run each: fresh memory is slow, and a
         first token shall not wait for it. Where layers slide no scan passes all layers of a run, nor where
         the device has blocks of it."""
-        layers = self._model.geometry.layers
+        layers = len(self._model.geometry.layers)
         if any(self._model.geometry.sliding_windows):
             return
         for part in (part for part in slices if part.count == 1):

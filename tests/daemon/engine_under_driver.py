@@ -27,8 +27,8 @@ __all__ = ["emulate", "model"]
 @pytest.fixture
 def driver(model: Model, emulate: Emulate) -> FakeDriver:
     """A GPU whose kernels are those of the model, emulated."""
-    g = model.geometry
-    layout = Layout(Format.K8V4, Element.FLOAT32, g.kv_heads, g.head_dim)
+    sizes = model.geometry.sizes
+    layout = Layout(Format.K8V4, Element.FLOAT32, sizes.kv_heads, sizes.head_dim)
     driver = FakeDriver(FakeDevice(5), {k.name: emulate(k.source, dict(k.defines)) for k in kernels(layout)})
     driver.connect()
     return driver

@@ -33,7 +33,7 @@ def tier_of(device: FakeDevice, emulate: Emulate, **options: Any) -> Tier:
 
     def tier(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
         shape = window_shape(config, geometry)
-        return fake_tier(device, emulate, store, shape, geometry.heads, **options)
+        return fake_tier(device, emulate, store, shape, geometry.sizes.heads, **options)
 
     return tier
 

@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from spilld.demo.plain_transformers import greedy_tokens
 from spilld.demo.spawn import Spawned
 from spilld.engine.engine import Engine
 from spilld.engine.request_state import NOBODY
+from spilld.kv.geometry import Geometry
 from spilld.kv.visibility import BLOCK, WINDOW_SLOTS
 from spilld.models.model import Model, load
 from spilld.offload import residency
@@ -160,8 +162,9 @@ def one_thread() -> Iterator[None]:
 
 def column_bytes(model: Model, form: str, dtype: str = "float32") -> int:
     """Bytes of one block in every layer."""
-    g = model.geometry
-    return g.layers * Layout(Format(form), Element(dtype), g.kv_heads, g.head_dim).record_bytes
+    sizes = model.geometry.sizes
+    layout = Layout(Format(form), Element(dtype), sizes.kv_heads, sizes.head_dim)
+    return len(model.geometry.layers) * layout.record_bytes
 
 
 def random_split(seed: int, run_blocks: int = 0) -> Planner:
@@ -196,6 +199,15 @@ def greedy(module: Any, prompt: Sequence[int], count: int) -> list[int]:
     return list(islice(greedy_tokens(module, prompt), count))
 
 
+def changed(
+    geometry: Geometry, sliding_windows: Sequence[int | None] | None = None, **fields: Any
+) -> Geometry:
+    """That of another model: sliding_windows of its layers, fields of each of them."""
+    windows = sliding_windows or [layer.sliding_window for layer in geometry.layers]
+    shapes = [replace(geometry.layers[0], sliding_window=window, **fields) for window in windows]
+    return replace(geometry, layers=tuple(shapes))
+
+
 def load_tiny(folder: Path) -> Model:
     return load(folder, "float32", cache=folder / "cache")
 
@@ -219,8 +231,7 @@ def some_tokens(seed: int, count: int) -> list[int]:
 
 def window_bytes(model: Model, dtype: str = "float32") -> int:
     """Device bytes of one sequence's window."""
-    g, size = model.geometry, Element(dtype).nbytes
-    return g.layers * 2 * g.kv_heads * WINDOW_SLOTS * g.head_dim * size
+    return model.geometry.token_numbers * WINDOW_SLOTS * Element(dtype).nbytes
 
 
 def disk_tier(harness: Harness) -> DiskTier:

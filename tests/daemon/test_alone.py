@@ -176,7 +176,7 @@ def test_a_step_that_seals_for_others_is_computed_again(
         harness.add("good", prompt, **fields)
         while said(harness, "good") < 8:  # position 768, the next step's, seals a cell and takes its place
             harness.engine.turn()
-        last = model.geometry.layers - 1
+        last = len(model.geometry.layers) - 1
 
         def guilty(_self: object, _q: object, _k: object, _v: object, call: Call) -> bool:
             return call.layer == last and is_bad(harness, call.part.sequence.table)

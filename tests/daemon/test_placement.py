@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from ..cuda_ext.conftest import Emulate, emulate
 from ..cuda_ext.fake import FakeDevice
 from .elsewhere import GPU, Elsewhere, Gpu
 from .fake_device import tier_of
-from .harness import CLIENT, engine, one_thread, shared, some_tokens
+from .harness import CLIENT, changed, engine, one_thread, shared, some_tokens
 
 __all__ = ["emulate"]
 
@@ -108,7 +107,7 @@ def test_where_prompts_take_flash_attention(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: finds)
     if not runs:
         monkeypatch.setattr(device, "compute", refuses)
-    assert has_flash(device, shape, replace(model.geometry, **changes)) == wanted
+    assert has_flash(device, shape, changed(model.geometry, **changes)) == wanted
     assert ("no kernel image" in caplog.text) is not runs
 
 

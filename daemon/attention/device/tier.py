@@ -51,7 +51,7 @@ def on_cpu(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
     shape = window_shape(config, geometry)
     budget = DEFAULT_WINDOWS * shape.nbytes if config.device_budget is None else config.device_budget
     windows = CpuWindows(shape, budget)
-    return DeviceTier(windows, TieredAttention(windows, store, geometry.heads))
+    return DeviceTier(windows, TieredAttention(windows, store, geometry.sizes.heads))
 
 
 def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
@@ -64,7 +64,7 @@ def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
     device = CudaDevice()
     try:
         load = partial(device.compiled, cache=config.cache / "cubins")
-        constants, shape, heads = store.layout.constants, window_shape(config, geometry), geometry.heads
+        constants, shape, heads = store.layout.constants, window_shape(config, geometry), geometry.sizes.heads
         ops = Ops(load, constants, shape, heads)
         flash = Flash(device, load, constants, shape, heads) if has_flash(device, shape, geometry) else None
         longest = config.max_context or geometry.max_positions
@@ -78,7 +78,7 @@ def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
 def has_flash(device: Device[Any], shape: WindowShape, geometry: Geometry) -> bool:
     """Whether torch finds the GPU, and its flash attention takes such numbers, is for a layer of the model,
     and runs there."""
-    of_use = not geometry.softcap and None in geometry.sliding_windows
+    of_use = any(layer.sliding_window is None and not layer.softcap for layer in geometry.layers)
     if not torch.cuda.is_available() or shape.dtype is torch.float32 or not of_use:
         return False
     try:
@@ -98,9 +98,9 @@ TIERS: dict[str, Tier] = {"cpu": on_cpu, "cuda": on_cuda}
 def window_shape(config: Config, geometry: Geometry) -> WindowShape:
     return WindowShape(
         slots=WINDOW_SLOTS,
-        layers=geometry.layers,
-        kv_heads=geometry.kv_heads,
-        head_dim=geometry.head_dim,
+        layers=len(geometry.layers),
+        kv_heads=geometry.sizes.kv_heads,
+        head_dim=geometry.sizes.head_dim,
         dtype=getattr(torch, config.dtype),
     )
 
