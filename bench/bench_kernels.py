@@ -24,17 +24,20 @@ from steps import Steps, in_host
 
 from spilld.assembly import use_threads
 from spilld.demo.demo import MODEL
-from spilld.kv.batch import places, slots
-from spilld.kv.visibility import WINDOW_SLOTS, boundary
+from spilld.kv.visibility import (
+    WINDOW_TOKENS,
+    boundary,
+    window_offsets,
+    window_ranges,
+)
 from spilld.models.catalog import default_cache, resolve
 from spilld.models.model import Model, load
 from spilld.models.wide_linear import WideLinear, widen
 from spilld.offload.kernels.attention.partial import Partial
-from spilld.offload.kernels.attention.rows import Row, RowAttention, Scan
+from spilld.offload.kernels.attention.rows import DecodeRow, DecodeRows, RowAttention
 from spilld.offload.kernels.codec.codec import Codec
-from spilld.offload.kernels.linear.layer import Activations
 from spilld.offload.kernels.linear.products import Matrix, multiply_rows
-from spilld.offload.kernels.linear.row_operations import TOGETHER, Inputs
+from spilld.offload.kernels.linear.row_operations import Inputs
 from spilld.offload.record import (
     BLOCK,
     Element,
@@ -134,15 +137,15 @@ def layer_attention() -> float:
     """Milliseconds of a layer's attention in a step at CONTEXT tokens."""
     blocks = boundary(CONTEXT) // BLOCK
     memory = records(Format.K8V4, blocks)
-    windows = np.zeros((1, 1, 2, KV_HEADS, WINDOW_SLOTS, HEAD_DIM), np.uint16)
+    windows = np.zeros((1, 1, 2, KV_HEADS, WINDOW_TOKENS, HEAD_DIM), np.uint16)
     offsets = np.arange(blocks)[None] * layout(Format.K8V4).record_bytes
-    row = Row(0, places(CONTEXT), slots(CONTEXT, None), offsets, np.arange(blocks) * BLOCK, BLOCK, CONTEXT)
-    scan, rows = Scan.of([row]), Activations.of(TOGETHER, BLOCK, HEADS, KV_HEADS, HEAD_DIM, BLOCK)
+    seen = (window_offsets(CONTEXT), window_ranges(CONTEXT, None), offsets, np.arange(blocks) * BLOCK)
+    scan = DecodeRows.of([DecodeRow(0, *seen, BLOCK, CONTEXT)])
     attention = RowAttention(layout(Format.K8V4), HEADS // KV_HEADS)
+    q, kv = torch.zeros(1, HEADS, HEAD_DIM), torch.zeros(1, KV_HEADS, HEAD_DIM)
+    out, lse = np.zeros((1, HEADS, HEAD_DIM), np.float32), np.zeros((1, HEADS), np.float32)
     return milliseconds(
-        lambda: attention.attend(
-            rows.heads, windows, 0, scan, memory, HEAD_DIM**-0.5, 0.0, rows.attended, rows.lse
-        )
+        lambda: attention.attend(q, kv, kv, windows, 0, scan, memory, HEAD_DIM**-0.5, 0.0, out, lse)
     )
 
 

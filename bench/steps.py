@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from spilld.attention.base import TieredAttention
+from spilld.attention.cpu import CpuAttention
 from spilld.cuda_ext.memory.cpu_windows import CpuWindows
 from spilld.cuda_ext.memory.windows import WindowShape
-from spilld.kv.batch import Slice
+from spilld.kv.batch import BatchItem
 from spilld.kv.sequence import Sequence
 from spilld.kv.visibility import (
     BLOCK,
     CELL,
-    WINDOW_SLOTS,
+    WINDOW_TOKENS,
     boundary,
     sealed_by,
 )
@@ -30,7 +30,7 @@ class Steps:
         """tokens: room for so many; chunk: the most of one step."""
         g = model.geometry
         shape = WindowShape(
-            slots=WINDOW_SLOTS,
+            slots=WINDOW_TOKENS,
             layers=len(g.layers),
             kv_heads=g.sizes.kv_heads,
             head_dim=g.sizes.head_dim,
@@ -41,7 +41,7 @@ class Steps:
         self._sequence = Sequence(store.open(), windows.take(), bytes(32))
         windows.tensor.zero_()
         store.promise(self._sequence.table, blocks_of(tokens))
-        self._runner = Runner(model, TieredAttention(windows, store, g.sizes.heads), store, chunk)
+        self._runner = Runner(model, CpuAttention(g, store, windows), store, chunk)
 
     @property
     def computed(self) -> int:
@@ -60,7 +60,7 @@ class Steps:
     def step(self, count: int, keep: range) -> torch.Tensor:
         """Compute the next tokens; float32 logits [len(keep), vocab]."""
         self._grow(count)
-        [found] = self._runner.run([Slice(self._sequence, count, self._sequence.computed)], [keep])
+        [found] = self._runner.run([BatchItem(self._sequence, count, self._sequence.computed)], [keep])
         self._sequence.computed += count
         self._store.settle()
         return found

@@ -1,80 +1,112 @@
-"""Attention over stored blocks by the CPU: records in host memory where they lie, extents as they land."""
+"""Attention over records by the CPU: in host memory where they lie, extents as they come from disk."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 
 from spilld.cuda_ext.errors import OutOfMemory
-from spilld.kv.batch import Blocks, Call, Slice
+from spilld.kv.batch import BatchItem
+from spilld.kv.geometry import Geometry
+from spilld.kv.visible_kv import Blocks, VisibleKV
 from spilld.offload.errors import ReadFailed
 from spilld.offload.kernels.attention.partial import Partial, merge
 from spilld.offload.record import BLOCK
 from spilld.offload.store import Store
 
+from .base import AttentionPlan, ExtentRead
+
 Floats = npt.NDArray[np.float32]
-Records = Iterator[tuple[npt.NDArray[np.uint8], Blocks, Blocks]]
-"""(memory, byte offsets, block numbers)"""
+Places = tuple[npt.NDArray[np.uint8], Blocks, Blocks]
+"""(memory, byte offsets of records in it, block numbers)"""
+
+NO_BLOCKS: Blocks = np.empty(0, np.int64)
 
 
-class StoredAttention:
-    """Merges into attention over a window what a call's queries see in stored form."""
+class RecordAttention:
+    """Merges into attention over a KV window what queries see in stored form."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.layout = store.layout
+    def __init__(self, geometry: Geometry, store: Store) -> None:
+        self._geometry = geometry
+        self._store = store
         self._partial = Partial(store.layout)
 
     @contextmanager
-    def failing(self, part: Slice) -> Iterator[None]:
-        """A read that fails, or a device without memory for what must be done, ends the slice."""
+    def failing(self, plan: AttentionPlan, item: BatchItem) -> Iterator[None]:
+        """A read that fails, or a device without memory for what must be done, ends the item."""
         try:
             yield
         except (ReadFailed, OutOfMemory) as failure:
             # A traceback, that of torch's error among them, would keep the call's tensors.
             failure.__cause__ = failure.__context__ = None
-            part.failure = failure.with_traceback(None)
-            self.store.cancel(ticket for layer in part.tickets.values() for _, ticket in layer)
+            item.failure = failure.with_traceback(None)
+            self._store.cancel(plan.tickets(item))
 
-    def merge(self, q: Floats, call: Call, here: Blocks, seen: Blocks, out: Floats, lse: Floats) -> None:
-        """Merge the partials over the blocks `here` in host memory, and over all on disk that are not `seen`
-        already, into out [M, heads, head_dim], like q, and lse [M, heads]. Raises ReadFailed."""
-        low, high = call.part.bounds(call.window)
-        other, other_lse = np.empty_like(q), np.empty(q.shape[:2], np.float32)
-        scale, softcap = call.scale, call.softcap
-        for memory, offsets, blocks in self._records(call, here, seen):
-            at = blocks * BLOCK
-            self._partial.attend(q, memory, offsets, at, low, high, scale, softcap, other, other_lse)
+    def merge(
+        self,
+        layer: int,
+        q: Floats,
+        seen: VisibleKV,
+        plan: AttentionPlan,
+        out: Floats,
+        lse: Floats,
+        *,
+        in_host: Blocks = NO_BLOCKS,
+        but: Blocks = NO_BLOCKS,
+    ) -> None:
+        """Merge the partials over blocks in host memory, and over those that come from disk.
+
+        Args:
+            q: [count, heads, head_dim], the queries of an item.
+            seen: what they see in this layer.
+            out, lse: [count, heads, head_dim] and [count, heads], what is there of their attention.
+            in_host: blocks in host memory.
+            but: blocks on disk that are in `out` already.
+
+        Raises:
+            ReadFailed: of the disk; what was merged before is in `out`.
+        """
+        shape = self._geometry.layers[layer]
+        other, other_lse = np.empty(q.shape, np.float32), np.empty(lse.shape, np.float32)
+        for memory, offsets, blocks in self._records(layer, seen, plan, in_host, but):
+            at, bounds = blocks * BLOCK, (seen.low, seen.high)
+            kind = (shape.scaling, shape.softcap)
+            self._partial.attend(q, memory, offsets, at, *bounds, *kind, other, other_lse)
             merge(out, lse, other, other_lse)
 
-    def _records(self, call: Call, here: Blocks, seen: Blocks) -> Records:
-        """Host memory first, then extents as they land."""
-        if len(here):
-            record_bytes = self.layout.record_bytes
-            call.part.read_bytes["host"] += len(here) * record_bytes
-            yield self.store.memory, call.part.sequence.table.rows[call.layer, here] * record_bytes, here
-        yield from self._on_disk(call, seen)
-
-    def _on_disk(self, call: Call, seen: Blocks) -> Records:
-        part, record_bytes = call.part, self.layout.record_bytes
-        waiting = part.tickets.get(call.layer, [])
+    def _records(
+        self, layer: int, seen: VisibleKV, plan: AttentionPlan, in_host: Blocks, but: Blocks
+    ) -> Iterator[Places]:
+        """Host memory first, then extents as they come."""
+        item, record_bytes = seen.item, self._store.layout.record_bytes
+        if len(in_host):
+            item.read_bytes["host"] += len(in_host) * record_bytes
+            yield self._store.memory, item.sequence.table.rows[layer, in_host] * record_bytes, in_host
+        waiting = plan.reads_of(layer, item)
         while waiting:
-            batch, waiting = waiting[: self.store.staging_batch], waiting[self.store.staging_batch :]
-            with self.store.staged([ticket for _, ticket in batch]) as (memory, offsets):
-                stalls = sum(ticket.stalled for _, ticket in batch)
-                part.stalls, part.hits = part.stalls + stalls, part.hits + len(batch) - stalls
-                blocks = [part.on_disk(ref, call.window) for ref, _ in batch]
-                if len(seen):
-                    blocks = [found[~np.isin(found, seen)] for found in blocks]
-                if part.promotion is not None:
-                    for (ref, _), offset in zip(batch, offsets, strict=True):
-                        part.promotion.copy(ref, call.layer, memory, offset)
-                begins = [
-                    offset + (found - ref.base) * record_bytes
-                    for (ref, _), offset, found in zip(batch, offsets, blocks, strict=True)
-                ]
-                part.read_bytes["disk"] += sum(map(len, blocks)) * record_bytes
-                yield memory, np.concatenate(begins), np.concatenate(blocks)
+            size = self._store.staging_batch
+            yield from self._staged(waiting[:size], plan, but)
+            waiting = waiting[size:]
+
+    def _staged(self, reads: Many[ExtentRead], plan: AttentionPlan, but: Blocks) -> Iterator[Places]:
+        """What some reads of one item and layer bring."""
+        item, record_bytes = reads[0].item, self._store.layout.record_bytes
+        tickets = [read.ticket for read in reads if read.ticket is not None]
+        assert len(tickets) == len(reads), "a read was planned that nobody has submitted"
+        with self._store.staged(tickets) as (memory, offsets):
+            stalls = sum(ticket.stalled for ticket in tickets)
+            item.stalls, item.hits = item.stalls + stalls, item.hits + len(tickets) - stalls
+            if (promotion := plan.promotions.get(item)) is not None:
+                for read, offset in zip(reads, offsets, strict=True):
+                    promotion.copy(read.ref, read.layer, memory, offset)
+            blocks = [read.blocks[~np.isin(read.blocks, but)] if len(but) else read.blocks for read in reads]
+            begins = [
+                offset + (found - read.ref.base) * record_bytes
+                for read, offset, found in zip(reads, offsets, blocks, strict=True)
+            ]
+            item.read_bytes["disk"] += sum(map(len, blocks)) * record_bytes
+            yield memory, np.concatenate(begins), np.concatenate(blocks)

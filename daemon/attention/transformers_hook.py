@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from spilld.errors import UnsupportedModel
-from spilld.kv.batch import Call, Slice
+from spilld.kv.geometry import Geometry, LayerGeometry
 
-from .base import Attention
+from .base import Attention, AttentionPlan
 
 IMPLEMENTATION = "spilld"
 
@@ -27,42 +27,33 @@ HARMLESS: Mapping[str, object] = {
 None does. With any other keyword or value the model would be another than the one asked for."""
 
 _NO_MATTER = frozenset({"position_ids"})
-"""Whatever their value: RoPE has been applied, and slices know their positions."""
+"""Whatever their value: RoPE has been applied, and the batch knows its positions."""
 
 
-class Manner(NamedTuple):
-    """How a layer attends, as transformers has it."""
+class ModuleAttention(Protocol):
+    """What one forward pass of a module carries to every attention call."""
 
-    scaling: float
-    softcap: float
-    window: int | None
+    @property
+    def geometry(self) -> Geometry:
+        """What the calls must agree with."""
 
-
-class Forward(Protocol):
-    """What one forward pass carries to every attention call."""
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, manner: Manner
-    ) -> torch.Tensor:
-        """query [1, heads, total, head_dim], key, value [1, kv_heads, ...] to [1, total, heads, head_dim]."""
+    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [total, heads, head_dim], k, v [total, kv_heads, head_dim] to [total, heads, head_dim]."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """A Forward over a packed batch [1, total] that is cut into slices."""
+class PlannedAttention:
+    """That of one step over a packed batch [1, total]."""
 
     attention: Attention
-    slices: list[Slice]
+    plan: AttentionPlan
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, manner: Manner
-    ) -> torch.Tensor:
-        out = torch.empty(query.transpose(1, 2).shape, dtype=query.dtype, device=query.device)
-        for part in self.slices:
-            rows = slice(part.start, part.start + part.count)
-            call = Call(layer, part, *manner)
-            out[0, rows] = self.attention.attend(query[0, :, rows], key[0, :, rows], value[0, :, rows], call)
-        return out
+    @property
+    def geometry(self) -> Geometry:
+        return self.attention.geometry
+
+    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self.attention.forward(layer, q, k, v, self.plan)
 
 
 def _forward(
@@ -72,12 +63,17 @@ def _forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
-    spilld_step: Forward,
+    spilld_attention: ModuleAttention,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
-    """Raises UnsupportedModel for what spilld's attention does not compute."""
+    """From query [1, heads, total, head_dim] and key, value [1, kv_heads, total, head_dim] to the output
+    [1, total, heads, head_dim].
+
+    Raises:
+        UnsupportedModel: it asks for what spilld's attention does not compute, or its geometry does not say.
+    """
     unknown = [name for name, value in others.items() if not _is_harmless(name, value)]
     if attention_mask is not None:
         unknown.append("attention_mask")
@@ -86,8 +82,37 @@ def _forward(
             f"{type(module).__name__} asks for an attention with {', '.join(unknown)}, which spilld does not "
             "compute: this model cannot be served"
         )
-    manner = Manner(scaling, softcap or 0.0, sliding_window)
-    return spilld_step.attend(module.layer_idx, query, key, value, manner), None
+    layer, layers = module.layer_idx, spilld_attention.geometry.layers
+    if layer < len(layers):
+        _check_sizes(layer, layers[layer], query, key, value)
+        _check_numbers(layer, layers[layer], scaling, softcap or 0.0, sliding_window)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return spilld_attention.forward(layer, q, k, v).to(query.dtype)[None], None
+
+
+def _check_sizes(
+    layer: int, geometry: LayerGeometry, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> None:
+    total = query.shape[2]
+    kv = (1, geometry.kv_heads, total, geometry.head_dim)
+    wanted = (1, geometry.heads, total, geometry.head_dim), kv, kv
+    found = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+    if found != wanted:
+        raise UnsupportedModel(f"layer {layer} has queries, keys and values {found}, not {wanted}")
+
+
+def _check_numbers(
+    layer: int, geometry: LayerGeometry, scaling: float, softcap: float, sliding_window: int | None
+) -> None:
+    if (softcap, sliding_window) != (geometry.softcap, geometry.sliding_window):
+        raise UnsupportedModel(
+            f"layer {layer} attends with softcap {softcap} and window {sliding_window}, not "
+            f"{geometry.softcap} and {geometry.sliding_window} as its config says"
+        )
+    if scaling != geometry.scaling:
+        raise UnsupportedModel(
+            f"layer {layer} attends with scaling {scaling}, not {geometry.scaling} as its config says"
+        )
 
 
 def _is_harmless(name: str, value: object) -> bool:

@@ -23,7 +23,7 @@ from spilld.cli.tables import size
 from spilld.client.client import Client, Done, Token
 from spilld.config.config import Config
 from spilld.errors import InvalidRequest
-from spilld.kv.visibility import SINKS, WINDOW_SLOTS, boundary
+from spilld.kv.visibility import SINKS, WINDOW_TOKENS, boundary
 from spilld.models.catalog import resolve
 from spilld.offload.record import (
     BLOCK,
@@ -78,7 +78,7 @@ class Shape:
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         return cls(config["num_hidden_layers"], config["num_key_value_heads"], head_dim)
 
-    def window_bytes(self, element: Element, tokens: int = WINDOW_SLOTS) -> int:
+    def window_bytes(self, element: Element, tokens: int = WINDOW_TOKENS) -> int:
         return tokens * 2 * self.layers * self.kv_heads * self.head_dim * element.nbytes
 
     def kv_bytes(self, tokens: int, form: Format, element: Element) -> int:

@@ -33,7 +33,7 @@ from spilld.errors import (
     StorageFailed,
 )
 from spilld.kv import checkpoint
-from spilld.kv.batch import Slice
+from spilld.kv.batch import BatchItem
 from spilld.kv.sequence import Sequence
 from spilld.kv.visibility import (
     BLOCK,
@@ -425,7 +425,7 @@ class Engine:
                     self._begin_anew(generation)
 
     def _charge(
-        self, generations: list[Generation], slices: list[Slice], seconds: float, stalled: float
+        self, generations: list[Generation], slices: list[BatchItem], seconds: float, stalled: float
     ) -> None:
         """Let each client pay for its share of a step."""
         costs = [self._pace.cost(part.position, part.count) for part in slices]
@@ -665,9 +665,9 @@ class Engine:
             f"its prompt alone would take about {alone:.1f} s, {left:.1f} are left; give it more"
         )
 
-    def _slices(self, plan: Plan) -> tuple[list[Slice], list[Generation]]:
+    def _slices(self, plan: Plan) -> tuple[list[BatchItem], list[Generation]]:
         """The plan as slices, with room for the blocks that they will seal."""
-        slices: list[Slice] = []
+        slices: list[BatchItem] = []
         generations = []
         for job, count in plan.run:
             generation = self._generations[job]
@@ -679,18 +679,18 @@ class Engine:
                     self._store.grow(sequence.table, hashes)
                 except OffloadError as error:
                     raise StorageFailed(f"{error}; raise the host or the disk budget") from error
-                slices.append(Slice(sequence, count, sequence.computed))
+                slices.append(BatchItem(sequence, count, sequence.computed))
                 generations.append(generation)
         return slices, generations
 
-    def _kept(self, generation: Generation, part: Slice) -> range:
+    def _kept(self, generation: Generation, part: BatchItem) -> range:
         """Rows of the slice whose logits are needed."""
         if generation.wants_prompt:
             return range(part.count)
         last = part.last + 1 == len(part.sequence.tokens)
         return range(part.count - 1, part.count) if last else range(0)
 
-    def _advance(self, generation: Generation, part: Slice, logits: Logits) -> None:
+    def _advance(self, generation: Generation, part: BatchItem, logits: Logits) -> None:
         """Take in a step's result for one request: progress, a token, or the end."""
         if part.failure is not None:
             self._recompute(generation, part.failure)
@@ -718,7 +718,7 @@ class Engine:
         cells = 1 if complete else checkpoint.ANCHOR_CELLS
         return sequence.computed % (cells * CELL) == 0 or (complete and not generation.produced)
 
-    def _note_prompt(self, generation: Generation, part: Slice, logits: Logits) -> None:
+    def _note_prompt(self, generation: Generation, part: BatchItem, logits: Logits) -> None:
         count = generation.request.prompt_logprobs or 0
         tokens = part.sequence.tokens
         for position, row in enumerate(logits, part.position + 1):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence as Sequence_
 
 from spilld.errors import SpilldError
-from spilld.kv.batch import Slice
+from spilld.kv.batch import BatchItem
 from spilld.kv.sequence import Sequence
 from spilld.offload.disk.extent import RunKey
 from spilld.protocol.messages import (
@@ -212,7 +212,7 @@ class Generation:
         if self.wants_prompt:
             del self.prompt_logprobs[0 if self.first else 1 :]  # nothing predicts a sequence's first token
 
-    def account(self, part: Slice, disk_read: int, stalled_s: float, took_s: float) -> None:
+    def account(self, part: BatchItem, disk_read: int, stalled_s: float, took_s: float) -> None:
         """A step's cost, or this request's share of it."""
         for tier, count in part.read_bytes.items():
             self.read_bytes[tier] += count

@@ -1,109 +1,36 @@
-"""A sequence's tokens in a step, and what they see: the same for every layer with one sliding window."""
+"""The batch of a step: tokens of several sequences, packed row by row."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-
-import numpy as np
-import numpy.typing as npt
-import torch
-
-from spilld.cuda_ext.memory.cpu_windows import CpuBackend
-from spilld.offload.disk.prefetch import Ticket
-from spilld.offload.promotion import Promotion
-from spilld.offload.table import RunRef
+from itertools import accumulate
 
 from .sequence import Sequence
-from .visibility import (
-    SINKS,
-    boundary,
-    exact_ranges,
-    lowest_visible,
-    slot,
-    stored_blocks,
-)
-
-Blocks = npt.NDArray[np.int64]
-Positions = npt.NDArray[np.int64]
 
 
-@dataclass
-class Slice:
-    """One sequence's tokens in a step: rows [start, start + count) of the packed batch it runs in."""
+@dataclass(eq=False)
+class BatchItem:
+    """Tokens of one sequence in a step, and what became of them.
+
+    position is that of the first token; start is its row of the batch. What a step finds of an item, it notes
+    here: the bytes of KV that attention read, by tier; how many extents were in memory when attention came to
+    them (hits) and how many it had to wait for (stalls); and failure, why some of its KV could not be had.
+    """
 
     sequence: Sequence
     count: int
     position: int
     start: int = 0
-    tickets: dict[int, list[tuple[RunRef, Ticket]]] = field(default_factory=dict)
-    """Per layer, the extents that are being read for it, in the order in which they will be used."""
-    promotion: Promotion | None = None
     read_bytes: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "disk": 0})
     hits: int = 0
     stalls: int = 0
-    """Extents that were in memory when attention came to them, and those it had to wait for."""
     failure: Exception | None = None
-    """Why some of its KV could not be had."""
-    _bounds: dict[int | None, tuple[Positions, Positions]] = field(default_factory=dict)
-    _exact: dict[int | None, tuple[Positions, int]] = field(default_factory=dict)
-    _ranges: dict[tuple[int, int | None], Positions] = field(default_factory=dict)
-    _in_host: dict[int | None, Blocks] = field(default_factory=dict)
-    _on_disk: dict[tuple[RunRef, int | None], Blocks] = field(default_factory=dict)
-    _masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
-    def bounds(self, window: int | None) -> tuple[Positions, Positions]:
-        """Per query, the stored positions [low, high) that it sees in layers with this window."""
-        if window not in self._bounds:
-            low = np.array([max(SINKS, lowest_visible(p, window)) for p in self.positions])
-            self._bounds[window] = low, np.array([boundary(p) for p in self.positions])
-        return self._bounds[window]
-
-    def exact(self, window: int | None) -> tuple[Positions, int]:
-        """What its first query sees exactly: window slots [start, stop), int64 [n, 2], and their number."""
-        if window not in self._exact:
-            seen = np.array(slots(self.position, window))
-            self._exact[window] = seen, int(np.diff(seen).sum())
-        return self._exact[window]
-
-    def ranges(self, start: int, stop: int, window: int | None) -> Positions:
-        """The window slots that each query at [start, stop) of one cell sees: int64 [queries, n, 2], where an
-        empty range counts nothing."""
-        if (start, window) not in self._ranges:
-            seen = [slots(position, window) for position in range(start, stop)]
-            most = max(map(len, seen))
-            padded = [[*ranges, *[(0, 0)] * (most - len(ranges))] for ranges in seen]
-            self._ranges[start, window] = np.array(padded)
-        return self._ranges[start, window]
-
-    def in_host(self, window: int | None) -> Blocks:
-        """Blocks that some query sees in stored form and that lie in host memory: the same in every layer."""
-        if window not in self._in_host:
-            visible = stored_blocks(self.position, self.last, window)
-            rows = self.sequence.table.rows[0, visible.start : visible.stop]
-            self._in_host[window] = np.flatnonzero(rows >= 0) + visible.start
-        return self._in_host[window]
-
-    def on_disk(self, ref: RunRef, window: int | None) -> Blocks:
-        """Blocks of a run that some query sees in stored form and that do not lie in host memory, ascending:
-        the same in every layer."""
-        if (ref, window) not in self._on_disk:
-            visible = stored_blocks(self.position, self.last, window)
-            self._on_disk[ref, window] = self.sequence.table.extent_blocks(ref, visible)
-        return self._on_disk[ref, window]
-
-    def mask(
-        self, start: int, stop: int, window: int | None, group: int, backend: CpuBackend
-    ) -> torch.Tensor:
-        """For queries at [start, stop) of one cell, over the exact tokens any of them sees, oldest first."""
-        if (start, window) not in self._masks:
-            ranges = [*exact_ranges(start, window), (start + 1, stop)]
-            positions = torch.cat([torch.arange(a, b) for a, b in ranges])
-            own = torch.arange(start, stop)[:, None]
-            hidden = positions > own
-            if window is not None:
-                hidden |= positions <= own - window
-            self._masks[start, window] = backend.mask(hidden, group)
-        return self._masks[start, window]
+    @property
+    def rows(self) -> slice:
+        """Of the batch."""
+        return slice(self.start, self.start + self.count)
 
     @property
     def last(self) -> int:
@@ -119,26 +46,23 @@ class Slice:
         return self.sequence.tokens[self.position : self.last + 1]
 
 
-@dataclass(frozen=True)
-class Call:
-    """One layer's attention for one slice. window: tokens a query sees back, itself included; None = all."""
+class Batch:
+    """Items in the order of their rows. Those of one token come first: attention takes them together."""
 
-    layer: int
-    part: Slice
-    scale: float
-    softcap: float
-    window: int | None
+    def __init__(self, items: Iterable[BatchItem]) -> None:
+        self.items = tuple(sorted(items, key=lambda item: item.count > 1))
+        starts = accumulate((item.count for item in self.items), initial=0)
+        for item, start in zip(self.items, starts, strict=False):
+            item.start = start
+        self.total = sum(item.count for item in self.items)
+        """Rows."""
+        self.single = sum(item.count == 1 for item in self.items)
+        """Items of one token: rows [0, single)."""
 
+    @property
+    def tokens(self) -> list[int]:
+        return [token for item in self.items for token in item.tokens]
 
-def places(position: int) -> tuple[int, ...]:
-    """The slots of a token: the sinks have two while their cell is one of the newest."""
-    return (slot(position), position) if position < SINKS else (slot(position),)
-
-
-def slots(position: int, window: int | None) -> list[tuple[int, int]]:
-    """Window slots [start, stop) of what the query at `position` sees exactly."""
-    ranges = []
-    for a, b in exact_ranges(position, window):
-        start = a if boundary(position) and a < SINKS else slot(a)
-        ranges.append((start, start + b - a))
-    return ranges
+    @property
+    def positions(self) -> list[int]:
+        return [position for item in self.items for position in item.positions]

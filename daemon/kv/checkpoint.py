@@ -27,7 +27,7 @@ from .visibility import (
     boundary,
     sealed_by,
     segments,
-    slot,
+    window_offset,
 )
 
 TAIL_BLOCKS = 1 + 2 * BLOCKS_PER_CELL
@@ -109,7 +109,7 @@ def _tokens(numbers: Bytes, planes: Numbers) -> Numbers:
 
 def _slots(n: int) -> list[tuple[int, int]]:
     """Slots [start, stop) of the sinks and of positions [boundary(n - 1), n), as a tail lists them."""
-    newest = [(slot(a), slot(a) + b - a) for a, b in segments(boundary(n - 1), n)]
+    newest = [(window_offset(a), window_offset(a) + b - a) for a, b in segments(boundary(n - 1), n)]
     return [(0, SINKS), *newest]
 
 

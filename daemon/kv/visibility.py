@@ -16,8 +16,8 @@ SINKS = 64
 BLOCK = 64
 BLOCKS_PER_CELL = CELL // BLOCK
 
-WINDOW_SLOTS = SINKS + 2 * CELL
-"""A window holds the sinks, then two halves that take turns holding the cell that is being filled."""
+WINDOW_TOKENS = SINKS + 2 * CELL
+"""A KV window holds the sinks, then two halves that take turns holding the cell that is being filled."""
 
 
 def boundary(position: int) -> int:
@@ -25,15 +25,15 @@ def boundary(position: int) -> int:
     return max(0, (position // CELL - 1) * CELL)
 
 
-def lowest_visible(position: int, window: int | None) -> int:
+def lowest_visible(position: int, sliding_window: int | None) -> int:
     """The oldest position that a query sees in a layer with this sliding window."""
-    return 0 if window is None else max(0, position - window + 1)
+    return 0 if sliding_window is None else max(0, position - sliding_window + 1)
 
 
-def stored_blocks(first: int, last: int, window: int | None) -> range:
+def stored_blocks(first: int, last: int, sliding_window: int | None) -> range:
     """Blocks of which queries at positions first..last (inclusive) see some token in stored form."""
     stop = boundary(last) // BLOCK
-    start = max(1, lowest_visible(first, window) // BLOCK)
+    start = max(1, lowest_visible(first, sliding_window) // BLOCK)
     return range(min(start, stop), stop)
 
 
@@ -60,14 +60,30 @@ def longest_with(blocks: int) -> int:
     return ((blocks + 1) * BLOCK // CELL + 2) * CELL
 
 
-def slot(position: int) -> int:
-    """Where in the window the exact K/V of a position lies while its cell is one of the newest two."""
+def window_offset(position: int) -> int:
+    """Where in the KV window the exact K/V of a position lies while its cell is one of the newest two."""
     return SINKS + position % (2 * CELL)
 
 
-def exact_ranges(position: int, window: int | None) -> list[tuple[int, int]]:
+def window_offsets(position: int) -> tuple[int, ...]:
+    """Where in the KV window a new token goes: the sinks have two places while their cell is one of the
+    newest."""
+    offset = window_offset(position)
+    return (offset, position) if position < SINKS else (offset,)
+
+
+def exact_ranges(position: int, sliding_window: int | None) -> list[tuple[int, int]]:
     """Position ranges [start, stop) that the query at `position` sees exactly, oldest first."""
-    low, border = lowest_visible(position, window), boundary(position)
+    low, border = lowest_visible(position, sliding_window), boundary(position)
     cell = position // CELL * CELL
     ranges = [(0, min(SINKS, border)), (border, cell), (cell, position + 1)]
     return [(max(a, low), b) for a, b in ranges if max(a, low) < b]
+
+
+def window_ranges(position: int, sliding_window: int | None) -> list[tuple[int, int]]:
+    """Offsets [start, stop) in the KV window of what the query at `position` sees exactly, oldest first."""
+    ranges = []
+    for a, b in exact_ranges(position, sliding_window):
+        start = a if boundary(position) and a < SINKS else window_offset(a)
+        ranges.append((start, start + b - a))
+    return ranges

@@ -13,7 +13,6 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spilld.attention import transformers_hook
-from spilld.attention.transformers_hook import Manner
 from spilld.errors import UnsupportedModel
 from spilld.kv.geometry import Geometry
 
@@ -46,7 +45,7 @@ def probe(module: Any, geometry: Geometry) -> None:
         tensors = (*module.named_parameters(), *module.named_buffers())
         shapes: dict[str, torch.Tensor] = {name: mode.from_tensor(tensor) for name, tensor in tensors}
         tokens = torch.zeros(1, _TOKENS, dtype=torch.long)
-        inputs = {"input_ids": tokens, "position_ids": tokens, "use_cache": False, "spilld_step": seen}
+        inputs = {"input_ids": tokens, "position_ids": tokens, "use_cache": False, "spilld_attention": seen}
         torch.func.functional_call(module, shapes, kwargs=inputs)
     if seen.layers != list(range(len(geometry.layers))):
         raise UnsupportedModel(
@@ -57,32 +56,11 @@ def probe(module: Any, geometry: Geometry) -> None:
 
 @dataclass
 class _Seen:
-    """A Forward that computes nothing."""
+    """A ModuleAttention that computes nothing: what is to be checked of a call is checked before that."""
 
     geometry: Geometry
     layers: list[int] = field(default_factory=list)
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, manner: Manner
-    ) -> torch.Tensor:
+    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.layers.append(layer)
-        if layer < len(self.geometry.layers):
-            shape = self.geometry.layers[layer]
-            wanted = (
-                (1, shape.heads, _TOKENS, shape.head_dim),
-                *[(1, shape.kv_heads, _TOKENS, shape.head_dim)] * 2,
-            )
-            found = tuple(query.shape), tuple(key.shape), tuple(value.shape)
-            if found != wanted:
-                raise UnsupportedModel(f"layer {layer} has queries, keys and values {found}, not {wanted}")
-            if (manner.softcap, manner.window) != (shape.softcap, shape.sliding_window):
-                raise UnsupportedModel(
-                    f"layer {layer} attends with softcap {manner.softcap} and window {manner.window}, not "
-                    f"{shape.softcap} and {shape.sliding_window} as its config says"
-                )
-            if manner.scaling != shape.scaling:
-                raise UnsupportedModel(
-                    f"layer {layer} attends with scaling {manner.scaling}, not {shape.scaling} as its config "
-                    "says"
-                )
-        return query.transpose(1, 2)
+        return q

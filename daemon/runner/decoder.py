@@ -1,21 +1,19 @@
 """A forward pass over packed weights: what a step runs instead of the module.
 
-Each layer is three kernels: what comes before attention, attention, what follows it. Tokens of prompts are
-rows like those of decode steps; only their attention differs.
+Each layer is what comes before attention, attention, and what follows it. Tokens of prompts are rows like
+those of decode steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from spilld.attention.base import Attention
-from spilld.kv.batch import Call, Slice
+from spilld.attention.base import Attention, AttentionPlan
 from spilld.kv.geometry import Geometry
 from spilld.models.model import Model
 from spilld.models.packed.packable import check_packable
@@ -31,17 +29,6 @@ from spilld.offload.kernels.linear.products import Matrix, multiply_rows
 from spilld.offload.kernels.linear.row_operations import NOTHING, padded, take_normed
 
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How a layer attends."""
-
-    rope: str
-    """Key of its angles: the layer type where the model has several, else ""."""
-    scale: float
-    softcap: float
-    window: int | None
 
 
 class Decoder:
@@ -64,10 +51,9 @@ class Decoder:
         self._gelu = ACTIVATIONS[activation(config)]
         self._layers = [_layer(i, layer, weights, gemma) for i, layer in enumerate(base.layers)]
         _check(weights, len(self._layers), geometry, int(config.hidden_size))
-        self._kinds = [
-            _Kind(_rope(layer, base.rotary_emb), shape.scaling, shape.softcap, shape.sliding_window)
-            for layer, shape in zip(base.layers, geometry.layers, strict=True)
-        ]
+        self._ropes = [_rope(layer, base.rotary_emb) for layer in base.layers]
+        heads, kv_heads, _ = geometry.sizes
+        self._split = [heads, kv_heads, kv_heads]
         self._norm, self._head = _factors(base.norm, gemma), Matrix.of(weights["head"])
         self._outputs = weights["head"].outputs
         self._final_softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
@@ -83,34 +69,25 @@ class Decoder:
         """Its activations and a row of logits; weights are mapped."""
         return self._rows.nbytes + padded(1) * self._outputs * 4
 
-    def run(self, slices: list[Slice], keep: list[int]) -> torch.Tensor:
-        """Compute the slices' tokens, each slice at its rows, those of one token before those of more.
+    def run(self, plan: AttentionPlan, keep: list[int]) -> torch.Tensor:
+        """Compute the tokens of a batch.
 
-        Returns the float32 logits of rows `keep` [len(keep), vocab].
+        Args:
+            plan: of the batch.
+            keep: rows whose logits are wanted.
+
+        Returns:
+            float32 logits [len(keep), vocab].
         """
-        rows, tokens = self._rows, [token for part in slices for token in part.tokens]
-        count, singles = len(tokens), [part for part in slices if part.count == 1]
-        rows.x[:count] = self._embed(torch.tensor(tokens)).float().numpy()
-        angles = self._angles([position for part in slices for position in part.positions])
-        scans = self._attention.scans(singles, [kind.window for kind in self._kinds]) if singles else {}
-        for index, (layer, kind) in enumerate(zip(self._layers, self._kinds, strict=True)):
-            before_attention(layer, rows, *angles[kind.rope], self._eps)
-            calls = [Call(index, part, kind.scale, kind.softcap, kind.window) for part in slices]
-            if singles:
-                ours = calls[: len(singles)]
-                self._attention.attend_rows(rows.heads, scans, ours, rows.attended, rows.lse)
-            for call in calls[len(singles) :]:
-                self._attend(call)
-            after_attention(layer, rows, count, self._eps, self._gelu)
+        rows, batch = self._rows, plan.batch
+        rows.x[: batch.total] = self._embed(torch.tensor(batch.tokens)).float().numpy()
+        angles = self._angles(batch.positions)
+        q, k, v = torch.split(torch.from_numpy(rows.heads[: batch.total]), self._split, dim=1)
+        for index, (layer, rope) in enumerate(zip(self._layers, self._ropes, strict=True)):
+            before_attention(layer, rows, *angles[rope], self._eps)
+            rows.attended[: batch.total] = self._attention.forward(index, q, k, v, plan).numpy()
+            after_attention(layer, rows, batch.total, self._eps, self._gelu)
         return self._logits(keep)
-
-    def _attend(self, call: Call) -> None:
-        """A chunk of a prompt."""
-        these = slice(call.part.start, call.part.start + call.part.count)
-        count, kv_heads = self._rows.attended.shape[1], self._attention.layout.kv_heads
-        heads = torch.from_numpy(self._rows.heads[these]).transpose(0, 1)
-        q, k, v = heads[:count], heads[count : count + kv_heads], heads[count + kv_heads :]
-        self._rows.attended[these] = self._attention.attend(q, k, v, call).numpy()
 
     def _logits(self, keep: list[int]) -> torch.Tensor:
         rows, found = self._rows, np.zeros((padded(len(keep)), self._outputs), np.float32)
@@ -123,12 +100,12 @@ class Decoder:
         return logits
 
     def _angles(self, positions: list[int]) -> dict[str, tuple[Floats, Floats]]:
-        """cos and sin [rows, rotary] for each kind of layer."""
+        """cos and sin [rows, rotary] for each kind of layer, as _rope names it."""
         like, places = torch.empty(0), torch.tensor([positions])
         found = {}
-        for kind in {kind.rope for kind in self._kinds}:
-            cos, sin = self._rotary(like, places, kind) if kind else self._rotary(like, places)
-            found[kind] = cos[0].numpy(), sin[0].numpy()
+        for rope in set(self._ropes):
+            cos, sin = self._rotary(like, places, rope) if rope else self._rotary(like, places)
+            found[rope] = cos[0].numpy(), sin[0].numpy()
         return found
 
 
@@ -172,6 +149,7 @@ def _check(weights: Mapping[str, Packed], layers: int, geometry: Geometry, hidde
 
 
 def _rope(layer: Any, rotary: Any) -> str:
+    """The layer's type where the model has several kinds of RoPE, else ""."""
     return str(layer.self_attn.layer_type) if isinstance(rotary.rope_type, dict) else ""
 
 

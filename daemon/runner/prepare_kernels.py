@@ -20,13 +20,12 @@ import numba
 import numpy as np
 import torch
 
-import spilld.cuda_ext
-from spilld.cuda_ext.memory.cpu_windows import CpuBackend, element_view
+from spilld.cuda_ext.memory.cpu_windows import element_view
 from spilld.errors import ConfigError, InternalError
 from spilld.models.child_output import lines_to
 from spilld.offload.kernels import kernel_cache
 from spilld.offload.kernels.attention.partial import Partial, merge
-from spilld.offload.kernels.attention.rows import Row, RowAttention, Scan
+from spilld.offload.kernels.attention.rows import DecodeRow, DecodeRows, RowAttention
 from spilld.offload.kernels.attention.tiles import MAX_TILE
 from spilld.offload.kernels.codec.codec import Codec
 from spilld.offload.kernels.linear.layer import (
@@ -47,10 +46,10 @@ from spilld.offload.record import (
 )
 from spilld.offload.system import page_aligned
 
-FOLDERS = (kernel_cache.KERNELS, Path(spilld.cuda_ext.__file__).parent)
+FOLDER = kernel_cache.KERNELS
 """Of everything that is compiled."""
 
-COMMON_PARTS, PACKED_PARTS = 2 + MAX_TILE, 4
+COMMON_PARTS, PACKED_PARTS = 2 + MAX_TILE, 3
 """Of the work, each some seconds."""
 
 
@@ -98,7 +97,7 @@ def _key(words: list[str]) -> str:
     hasher = blake2b(digest_size=16)
     for text in (*words, numba.__version__, sys.version, llvmlite.binding.get_host_cpu_name()):
         hasher.update(text.encode() + b"\0")
-    for source in (*(path for folder in FOLDERS for path in sorted(folder.rglob("*.py"))), Path(__file__)):
+    for source in (*sorted(FOLDER.rglob("*.py")), Path(__file__)):
         hasher.update(f"{source} {source.stat().st_mtime_ns}\0".encode())
     return hasher.hexdigest()
 
@@ -109,7 +108,7 @@ def compile_all(layout: Layout, heads: int) -> Iterator[None]:
     dtype = getattr(torch, layout.element)
     k, v = torch.zeros(2, layout.kv_heads, BLOCK, layout.head_dim, dtype=dtype)
     records, rows = page_aligned(layout.record_bytes).reshape(1, -1), np.zeros(1, np.int64)
-    codec, partial, backend = Codec(layout), Partial(layout), CpuBackend()
+    codec, partial = Codec(layout), Partial(layout)
     codec.seal(element_view(k), element_view(v), records, rows)
     yield
     for queries in range(1, MAX_TILE + 1):
@@ -119,9 +118,11 @@ def compile_all(layout: Layout, heads: int) -> Iterator[None]:
         partial.attend(q, records.reshape(-1), rows, rows, low, high, 1.0, 0.0, out, lse)
         merge(out, lse, out.copy(), lse.copy())
         yield
-    planes = torch.stack([k, v])
-    backend.append_one(planes, k[:, 0], v[:, 0], (0,))
-    backend.attend_one(torch.zeros(heads, layout.head_dim), planes, np.array([[0, BLOCK]]), 1.0, 0.0)
+    planes, numbers = element_view(torch.stack([k, v])[None, None]), torch.zeros(1, heads, layout.head_dim)
+    row = DecodeRow(0, (0,), [(0, 1)], np.zeros((1, 1), np.int64), np.zeros(1, np.int64), 0, BLOCK)
+    scan, kv = DecodeRows.of([row]), numbers[:, : layout.kv_heads]
+    attention, result = RowAttention(layout, heads // layout.kv_heads), (numbers.numpy(), lse[:1])
+    attention.attend(numbers, kv, kv, planes, 0, scan, records.reshape(-1), 1.0, 0.0, *result)
     yield
 
 
@@ -149,13 +150,6 @@ def compile_packed(layout: Layout, heads: int) -> Iterator[None]:
     )
     angles = np.zeros((2, 1, head_dim), np.float32)
     before_attention(layer, rows, *angles, eps)
-    yield
-    planes = torch.zeros(1, 1, 2, kv_heads, BLOCK, head_dim, dtype=getattr(torch, layout.element))
-    here = Row(0, (0,), [(0, 1)], np.zeros((1, 1), np.int64), np.zeros(1, np.int64), 0, BLOCK)
-    scan, records = Scan.of([here]), page_aligned(layout.record_bytes)
-    RowAttention(layout, heads // kv_heads).attend(
-        rows.heads, element_view(planes), 0, scan, records, 1.0, 0.0, rows.attended, rows.lse
-    )
     yield
     after_attention(layer, rows, 1, eps, False)
     yield

@@ -1,45 +1,37 @@
-"""A step: forward passes over packed batches of slices, with the disk reads they need under way."""
+"""A step: a forward pass over a packed batch, with the disk reads it needs under way."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence as Many
-from itertools import accumulate
 
 import torch
 
-from spilld.attention.base import Attention
-from spilld.attention.transformers_hook import Step
+from spilld.attention.base import Attention, AttentionPlan
+from spilld.attention.transformers_hook import PlannedAttention
 from spilld.cuda_ext.device.tensors import gpu_errors
 from spilld.cuda_ext.errors import OutOfMemory
-from spilld.kv.batch import Slice
+from spilld.kv.batch import Batch, BatchItem
 from spilld.kv.sequence import Sequence
-from spilld.kv.visibility import stored_blocks
 from spilld.models.model import Model
 from spilld.models.wide_linear import wide_bytes
-from spilld.offload.disk.prefetch import Read, Ticket
 from spilld.offload.store import Store
-from spilld.offload.table import RunRef
 from spilld.scheduler.scheduler import MAX_RUNNING
 
 from .decoder import Decoder
-
-Needed = list[tuple[Slice, int, RunRef]]
+from .read_ahead import ReadAhead
 
 
 class Runner:
-    """Runs the model. The reads of the next step are queued behind this one's, for a decode step's next
-    scan is almost always the same: the disk goes on while the sampler works."""
+    """Runs the model: its module, or what steps over packed weights compute instead."""
 
     def __init__(self, model: Model, attention: Attention, store: Store, chunk_tokens: int) -> None:
         self._model = model
         self._chunk_tokens = chunk_tokens
         self._attention = attention
-        self._store = store
+        self._reads = ReadAhead(model.geometry, store)
         self._decoder = None
         if model.packed is not None:
             self._decoder = Decoder(model, model.packed, attention, chunk_tokens + MAX_RUNNING)
-        self._ahead: list[Ticket] = []
 
     @property
     def attended(self) -> int:
@@ -70,61 +62,55 @@ class Runner:
         wide = wide_bytes(self._model.module.base_model, self._chunk_tokens)
         return chunk + wide + geometry.vocab * (4 + size)
 
-    def run(self, slices: list[Slice], keep: Many[Many[int]]) -> list[torch.Tensor]:
-        """Compute the slices' tokens; returns float32 logits [len(keep[i]), vocab] for those of their rows.
+    def run(self, items: Many[BatchItem], keep: Many[Many[int]]) -> list[torch.Tensor]:
+        """Compute the tokens of a batch.
 
-        A slice whose KV did not come back carries its `failure` afterwards; its logits mean nothing. So does
-        every slice where the GPU had no memory for the module. Raises LaunchFailed if the device is lost.
+        An item whose KV did not come back carries its `failure` afterwards; its logits mean nothing. So does
+        every item where the GPU had no memory for the module.
+
+        Args:
+            items: the batch.
+            keep: tokens of each whose logits are wanted.
+
+        Returns:
+            For each item float32 logits [len(keep[i]), vocab].
+
+        Raises:
+            LaunchFailed: the device is lost.
         """
-        parts = _in_rows(slices)
-        forward = self._forward if self._decoder is None else self._decoder.run
-        rows = [part.start + row for part, kept in zip(slices, keep, strict=True) for row in kept]
+        batch = Batch(items)
+        rows = [item.start + row for item, kept in zip(items, keep, strict=True) for row in kept]
+        plan = self._attention.plan(batch)
         try:
-            self._read_for(parts)
-            self._begin_promotions(parts)
+            self._reads.begin(plan)
             with torch.inference_mode(), gpu_errors():
-                logits = forward(parts, rows)
-        except BaseException as error:  # reads that nobody takes would keep their staging buffers for good
-            self._store.cancel(ticket for s in slices for reads in s.tickets.values() for _, ticket in reads)
+                logits = (self._forward if self._decoder is None else self._decoder.run)(plan, rows)
+        except BaseException as error:
+            self._reads.cancel(plan)
             if not isinstance(error, OutOfMemory):
                 raise
-            logits = self._failed(slices, len(rows), str(error))
+            logits = self._failed(batch, len(rows), str(error))
         finally:
-            for part in slices:
-                if part.promotion is not None:
-                    part.promotion.end()
+            self._reads.end(plan)
         return list(torch.split(logits, [len(kept) for kept in keep]))
 
-    def _failed(self, slices: list[Slice], rows: int, why: str) -> torch.Tensor:
+    def _failed(self, batch: Batch, rows: int, why: str) -> torch.Tensor:
         """Of a step that found no memory. Its error is not kept: the traceback holds the activations."""
-        for part in slices:
-            part.failure = part.failure or OutOfMemory(why)
+        for item in batch.items:
+            item.failure = item.failure or OutOfMemory(why)
         return torch.zeros(rows, self._model.geometry.vocab)
 
-    def _forward(self, parts: list[Slice], keep: list[int]) -> torch.Tensor:
-        tokens = [token for part in parts for token in part.tokens]
-        positions = [position for part in parts for position in part.positions]
+    def _forward(self, plan: AttentionPlan, keep: list[int]) -> torch.Tensor:
+        """Decoder.run by the transformers module."""
         device = self._model.module.device
         logits: torch.Tensor = self._model.module(
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=torch.tensor([positions], device=device),
+            input_ids=torch.tensor([plan.batch.tokens], device=device),
+            position_ids=torch.tensor([plan.batch.positions], device=device),
             use_cache=False,
             logits_to_keep=torch.tensor(keep, dtype=torch.long, device=device),
-            spilld_step=Step(self._attention, parts),
+            spilld_attention=PlannedAttention(self._attention, plan),
         ).logits[0]
         return logits.cpu().float()
-
-    def _begin_promotions(self, slices: list[Slice]) -> None:
-        """Let decode scans bring back what host memory has room for, a run each: fresh memory is slow, and a
-        first token shall not wait for it. Where layers slide no scan passes all layers of a run, nor where
-        the device has blocks of it."""
-        layers = len(self._model.geometry.layers)
-        if any(self._model.geometry.sliding_windows):
-            return
-        for part in (part for part in slices if part.count == 1):
-            passed = Counter(ref for reads in part.tickets.values() for ref, _ in reads)
-            whole = [ref for ref in part.sequence.table.runs if passed[ref] == layers]
-            part.promotion = self._store.promotion(part.sequence.table, whole)
 
     def forget(self, sequence: Sequence) -> None:
         """As Attention.forget."""
@@ -149,45 +135,5 @@ class Runner:
         return self._attention.device_used_bytes
 
     def rest(self) -> None:
-        """Drop what was read ahead: the next step will be another, or there is none."""
-        self._store.cancel(self._ahead)
-        self._ahead = []
-
-    def _read_for(self, parts: list[Slice]) -> None:
-        needed = self._needed(parts)
-        reads = [Read(ref.run, layer) for _, layer, ref in needed]
-        tickets = self._ahead
-        if [ticket.read for ticket in tickets] != reads:
-            self.rest()
-            tickets = self._store.submit(reads)
-        for (part, layer, ref), ticket in zip(needed, tickets, strict=True):
-            part.tickets.setdefault(layer, []).append((ref, ticket))
-        decoding = all(part.count == 1 for part in parts)
-        self._ahead = self._store.submit(reads) if decoding else []
-
-    def _needed(self, slices: list[Slice]) -> Needed:
-        """Extents in the order in which attention will ask for them: by layer, slice, age."""
-        windows = self._model.geometry.sliding_windows
-        runs = {
-            (index, window): self._store.runs_to_read(
-                part.sequence.table, stored_blocks(part.position, part.last, window)
-            )
-            for window in set(windows)
-            for index, part in enumerate(slices)
-        }
-        return [
-            (part, layer, ref)
-            for layer, window in enumerate(windows)
-            for index, part in enumerate(slices)
-            for ref in runs[index, window]
-            if self._attention.reads(part, layer, part.on_disk(ref, window))
-        ]
-
-
-def _in_rows(slices: list[Slice]) -> list[Slice]:
-    """The slices in the order of their rows: decode steps first, whose kernel takes them together."""
-    parts = sorted(slices, key=lambda part: part.count > 1)
-    starts = accumulate((part.count for part in parts), initial=0)
-    for part, start in zip(parts, starts, strict=False):
-        part.start = start
-    return parts
+        """As ReadAhead.rest."""
+        self._reads.rest()

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from spilld.cuda_ext.errors import OutOfMemory
 from spilld.cuda_ext.memory.windows import Windows
 from spilld.kv import checkpoint
-from spilld.kv.batch import Slice
+from spilld.kv.batch import BatchItem
 from spilld.kv.sequence import Sequence
 from spilld.kv.visibility import (
     CELL,
@@ -137,7 +137,7 @@ class Sequences:
             self._store.promise(sequence.table, highest_block(len(sequence.tokens)))
             self._store.grow(sequence.table, sequence.hashes(0, sealed_by(SEALS)))
             for count in (chunk, 1):
-                part = Slice(sequence, count, sequence.computed)
+                part = BatchItem(sequence, count, sequence.computed)
                 self._runner.run([part], [[count - 1]])
                 if part.failure is not None:
                     raise part.failure

@@ -33,7 +33,7 @@ def tier_of(device: FakeDevice, emulate: Emulate, **options: Any) -> Tier:
 
     def tier(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
         shape = window_shape(config, geometry)
-        return fake_tier(device, emulate, store, shape, geometry.sizes.heads, **options)
+        return fake_tier(device, emulate, store, shape, geometry, **options)
 
     return tier
 
@@ -43,7 +43,7 @@ def fake_tier(
     emulate: Emulate,
     store: Store,
     shape: WindowShape,
-    heads: int,
+    geometry: Geometry,
     *,
     hot: int = 12,
     windows: int = 1,
@@ -51,10 +51,10 @@ def fake_tier(
     flash: bool = False,
 ) -> DeviceTier:
     """hot: records that may stay on the device. flash: whether prompts take it."""
-    load, constants = loader(device, emulate), store.layout.constants
+    heads, load, constants = geometry.sizes.heads, loader(device, emulate), store.layout.constants
     ops = Ops(load, constants, shape, heads, warps=WARPS)
     prompts = Flash(device, load, constants, shape, heads, tile=FLASH_TILE) if flash else None
     working = tier.crossing(ops, highest_block(MAX_CONTEXT)) + (prompts.nbytes if prompts else 0)
     records = (SPARE + hot) * store.layout.record_bytes
     budget = working + records + windows * -(-shape.nbytes // device.page_bytes) * device.page_bytes
-    return tier.build(device, ops, store, budget, MAX_CONTEXT, costs, prompts)
+    return tier.build(device, ops, geometry, store, budget, MAX_CONTEXT, costs, prompts)

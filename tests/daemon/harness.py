@@ -24,7 +24,7 @@ from spilld.demo.spawn import Spawned
 from spilld.engine.engine import Engine
 from spilld.engine.request_state import NOBODY
 from spilld.kv.geometry import Geometry
-from spilld.kv.visibility import BLOCK, WINDOW_SLOTS
+from spilld.kv.visibility import BLOCK, WINDOW_TOKENS
 from spilld.models.model import Model, load
 from spilld.offload import residency
 from spilld.offload.disk.tier import DiskTier
@@ -231,7 +231,7 @@ def some_tokens(seed: int, count: int) -> list[int]:
 
 def window_bytes(model: Model, dtype: str = "float32") -> int:
     """Device bytes of one sequence's window."""
-    return model.geometry.token_numbers * WINDOW_SLOTS * Element(dtype).nbytes
+    return model.geometry.token_numbers * WINDOW_TOKENS * Element(dtype).nbytes
 
 
 def disk_tier(harness: Harness) -> DiskTier:

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spilld.attention.base import TieredAttention
+from spilld.attention.base import AttentionPlan
+from spilld.attention.cpu import CpuAttention
 from spilld.client.client import Client
 from spilld.engine.engine import LIVES
 from spilld.engine.request_state import Generation
 from spilld.engine.session_manager import SessionKeeper
 from spilld.errors import InternalError, SpilldError
-from spilld.kv.batch import Call
 from spilld.models.model import Model
 from spilld.offload.store import Store
 from spilld.protocol.messages import (
@@ -93,11 +93,15 @@ SEAMS: dict[str, tuple[type, str, Callable[[Harness], Guilty]]] = {
     "its progress": (Generation, "progress", lambda _: lambda self, *_: self.request.request_id == "bad"),
     "its account": (Generation, "account", lambda _: lambda self, *_: self.request.request_id == "bad"),
     "attention": (
-        TieredAttention,
-        "attend",
-        lambda h: lambda _self, _q, _k, _v, call: is_bad(h, call.part.sequence.table),
+        CpuAttention,
+        "forward",
+        lambda h: lambda _self, _layer, _q, _k, _v, plan: has_bad(h, plan),
     ),
 }
+
+
+def has_bad(harness: Harness, plan: AttentionPlan) -> bool:
+    return any(is_bad(harness, item.sequence.table) for item in plan.batch.items)
 
 
 def _reads(harness: Harness, detokenizer: Detokenizer) -> bool:
@@ -178,10 +182,12 @@ def test_a_step_that_seals_for_others_is_computed_again(
             harness.engine.turn()
         last = len(model.geometry.layers) - 1
 
-        def guilty(_self: object, _q: object, _k: object, _v: object, call: Call) -> bool:
-            return call.layer == last and is_bad(harness, call.part.sequence.table)
+        def guilty(
+            _self: object, layer: int, _q: object, _k: object, _v: object, plan: AttentionPlan
+        ) -> bool:
+            return layer == last and has_bad(harness, plan)
 
-        breaks(patch, TieredAttention, "attend", guilty)
+        breaks(patch, CpuAttention, "forward", guilty)
         harness.add("bad", BAD[:300], **fields)
         harness.run()
         assert logprobs(harness) == pytest.approx(wanted, abs=1e-5)

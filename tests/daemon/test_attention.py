@@ -13,21 +13,23 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from spilld.attention.base import Attention, TieredAttention
+from spilld.attention.base import Attention
+from spilld.attention.cpu import CpuAttention
 from spilld.cuda_ext.memory.cpu_windows import CpuWindows, element_view
 from spilld.cuda_ext.memory.windows import Windows, WindowShape
-from spilld.kv.batch import Call, Slice
+from spilld.kv.batch import Batch, BatchItem
+from spilld.kv.geometry import Geometry, LayerGeometry
 from spilld.kv.sequence import Sequence
 from spilld.kv.visibility import (
     BLOCK,
     SINKS,
-    WINDOW_SLOTS,
+    WINDOW_TOKENS,
     boundary,
     sealed_by,
     stored_blocks,
 )
 from spilld.offload.disk.extent import extent_bytes
-from spilld.offload.disk.prefetch import Prefetcher, Read
+from spilld.offload.disk.prefetch import Prefetcher
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.disk.writer import Spiller
 from spilld.offload.errors import ExtentCorrupt
@@ -36,7 +38,6 @@ from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.record import Element, Format, Layout
 from spilld.offload.store import DiskPath, Store
 from spilld.offload.system import PAGE, page_aligned
-from spilld.offload.table import RunRef
 
 from ..offload import reference
 from .harness import one_thread
@@ -68,6 +69,13 @@ class Case:
     @property
     def layout(self) -> Layout:
         return Layout(self.format, self.element, self.kv_heads, self.head_dim)
+
+    @property
+    def geometry(self) -> Geometry:
+        heads = self.group * self.kv_heads
+        scaling = float(self.head_dim**-0.5)
+        layer = LayerGeometry(heads, self.kv_heads, self.head_dim, self.window, scaling, self.softcap)
+        return Geometry((layer,), vocab=100, max_positions=4096, eos=frozenset())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,13 +115,13 @@ CASES = [
 ]
 
 
-Tier = Callable[[Store, WindowShape, int], tuple[Windows, Attention]]
-"""What attends, for so many query heads."""
+Tier = Callable[[Store, WindowShape, Geometry], tuple[Windows, Attention]]
+"""What attends."""
 
 
-def cpu_tier(store: Store, shape: WindowShape, heads: int) -> tuple[Windows, Attention]:
+def cpu_tier(store: Store, shape: WindowShape, geometry: Geometry) -> tuple[Windows, Attention]:
     windows = CpuWindows(shape, 2 * shape.nbytes)
-    return windows, TieredAttention(windows, store, heads)
+    return windows, CpuAttention(geometry, store, windows)
 
 
 class Setup:
@@ -122,7 +130,7 @@ class Setup:
     def __init__(self, case: Case, folder: Path, tier: Tier = cpu_tier) -> None:
         self.case = case
         layout = case.layout
-        shape = WindowShape(WINDOW_SLOTS, 1, case.kv_heads, case.head_dim, case.dtype)
+        shape = WindowShape(WINDOW_TOKENS, 1, case.kv_heads, case.head_dim, case.dtype)
         disk = DiskTier(folder / "kv", 64 << 20, layout, 1, bytes(32))
         self.disk = DiskPath(
             disk,
@@ -131,7 +139,7 @@ class Setup:
             Prefetcher(disk, 4, extent_bytes(layout, RUN)),
         )
         self.store = Store(layout, 1, HostSlab(64 * layout.record_bytes, layout.record_bytes), RUN, self.disk)
-        windows, self.attention = tier(self.store, shape, case.group * case.kv_heads)
+        windows, self.attention = tier(self.store, shape, case.geometry)
         self.sequence = Sequence(self.store.open(), windows.take(), bytes(32))
         with windows.written(self.sequence.window) as numbers:  # what was never written is never looked at
             numbers.view(np.uint8)[...] = 0xFF
@@ -141,31 +149,27 @@ class Setup:
 
         def normal(heads: int) -> torch.Tensor:
             numbers = draw.standard_normal((stop, heads, case.head_dim), np.float32)
-            return torch.from_numpy(numbers).to(case.dtype).transpose(0, 1)  # laid out as models do
+            return torch.from_numpy(numbers).to(case.dtype)
 
         self.q, self.k, self.v = (normal(n * case.kv_heads) for n in (case.group, 1, 1))
         self.q *= 3
         self.sequence.tokens = draw.integers(0, 100, stop).tolist()
-        self.scale = float(case.head_dim**-0.5)
 
-    def part(self, position: int, count: int) -> Slice:
+    def part(self, position: int, count: int) -> BatchItem:
         """The next `count` tokens, with room for what they seal and the reads that they need."""
         table = self.sequence.table
         self.store.grow(table, self.sequence.hashes(len(table.chain), sealed_by(position + count - 1)))
-        part = Slice(self.sequence, count, position)
-        runs = [
-            ref
-            for ref in self._runs(part)
-            if self.attention.reads(part, 0, part.on_disk(ref, self.case.window))
-        ]
-        tickets = self.store.submit([Read(ref.run, 0) for ref in runs])
-        part.tickets[0] = list(zip(runs, tickets, strict=True))
+        part = BatchItem(self.sequence, count, position)
+        self.plan = self.attention.plan(Batch([part]))
+        tickets = self.store.submit([planned.read for planned in self.plan.reads])
+        for planned, ticket in zip(self.plan.reads, tickets, strict=True):
+            planned.ticket = ticket
         return part
 
-    def attend(self, part: Slice) -> torch.Tensor:
+    def attend(self, part: BatchItem) -> torch.Tensor:
+        """What was made last by `part`."""
         tokens = slice(part.position, part.last + 1)
-        call = Call(0, part, self.scale, self.case.softcap, self.case.window)
-        return self.attention.attend(self.q[:, tokens], self.k[:, tokens], self.v[:, tokens], call)
+        return self.attention.forward(0, self.q[tokens], self.k[tokens], self.v[tokens], self.plan)
 
     def fill(self) -> None:
         """Everything before the queries, in uneven pieces; then every second run goes to disk."""
@@ -191,10 +195,10 @@ class Setup:
         out = np.empty((case.m, case.kv_heads * case.group, case.head_dim))
         stored = self._stored()
         for head in range(out.shape[1]):
-            q, kv = widen(self.q)[head, case.start :], head // case.group
-            k, v = (widen(x)[kv] for x in (self.k, self.v))
+            q, kv = widen(self.q)[case.start :, head], head // case.group
+            k, v = (widen(x)[:, kv] for x in (self.k, self.v))
             old_k, old_v = (x[kv].astype(np.float64) for x in stored)
-            logits = self.scale * np.where(old, q @ old_k.T, q @ k.T)
+            logits = case.head_dim**-0.5 * np.where(old, q @ old_k.T, q @ k.T)
             if case.softcap:
                 logits = case.softcap * np.tanh(logits / case.softcap)
             logits[hidden] = -np.inf
@@ -203,20 +207,16 @@ class Setup:
             out[:, head] = sums / weights.sum(axis=1, keepdims=True)
         return out
 
-    def _runs(self, part: Slice) -> list[RunRef]:
-        visible = stored_blocks(part.position, part.last, self.case.window)
-        return self.store.runs_to_read(self.sequence.table, visible)
-
     def _stored(self) -> list[npt.NDArray[np.float32]]:
         """What the reference codec keeps of every whole block; zeros after those."""
         layout, blocks = self.case.layout, (self.case.start + self.case.m) // BLOCK
         records = np.zeros((blocks, layout.record_bytes), np.uint8)
-        k, v = (element_view(x[:, : blocks * BLOCK].contiguous()) for x in (self.k, self.v))
+        k, v = (element_view(x[: blocks * BLOCK].transpose(0, 1).contiguous()) for x in (self.k, self.v))
         reference.seal(layout, k, v, records, np.arange(blocks))
         values = [reference.values(layout, record) for record in records]
         kept = []
         for parts in zip(*values, strict=True):
-            kept.append(np.zeros(self.k.shape, np.float32))
+            kept.append(np.zeros(self.k.transpose(0, 1).shape, np.float32))
             kept[-1][:, : blocks * BLOCK] = np.concatenate(parts, axis=1)
         return kept
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from spilld.attention.base import AttentionPlan
 from spilld.errors import CorruptModel, UnsupportedModel
-from spilld.kv.batch import Slice
 from spilld.models.files.folder import FAMILIES as SERVED
 from spilld.models.model import Model, load
 from spilld.models.packed.packable import check_packable
@@ -74,9 +74,9 @@ def test_the_same_logits(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     steps: list[tuple[list[int], torch.Tensor]] = []
     run = Decoder.run
 
-    def noted(self: Decoder, slices: list[Slice], keep: list[int]) -> torch.Tensor:
-        logits = run(self, slices, keep)
-        last = {part.start + part.count - 1: part for part in slices}
+    def noted(self: Decoder, plan: AttentionPlan, keep: list[int]) -> torch.Tensor:
+        logits = run(self, plan, keep)
+        last = {part.start + part.count - 1: part for part in plan.batch.items}
         steps.extend(
             (list(last[row].sequence.tokens), found) for row, found in zip(keep, logits, strict=True)
         )

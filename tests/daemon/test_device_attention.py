@@ -14,7 +14,7 @@ from spilld.cuda_ext.device.tensors import gpu_errors
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
 from spilld.cuda_ext.memory.staging import Landing
 from spilld.cuda_ext.memory.windows import Windows, WindowShape
-from spilld.kv.batch import Call
+from spilld.kv.geometry import Geometry
 from spilld.offload.record import Element, Format
 from spilld.offload.store import Store
 
@@ -47,8 +47,8 @@ PROMPTS = [
 
 
 def on(device: FakeDevice, emulate: Emulate, hot: int = 12, *, flash: bool = False) -> Tier:
-    def tier(store: Store, shape: WindowShape, heads: int) -> tuple[Windows, Attention]:
-        return fake_tier(device, emulate, store, shape, heads, hot=hot, flash=flash)
+    def tier(store: Store, shape: WindowShape, geometry: Geometry) -> tuple[Windows, Attention]:
+        return fake_tier(device, emulate, store, shape, geometry, hot=hot, flash=flash)
 
     return tier
 
@@ -79,11 +79,10 @@ def test_prompts_by_flash_attention_are_the_oracles(case: Case, tmp_path: Path, 
 def test_rows_of_a_decode_step(tmp_path: Path, emulate: Emulate) -> None:
     case, device = Case(777, 1, Format.K8V4, kv_heads=1, group=2), FakeDevice(1)
     with prepared(case, tmp_path, on(device, emulate)) as setup:
-        call = Call(0, setup.part(case.start, 1), setup.scale, case.softcap, case.window)
-        heads = torch.cat([x[:, -1] for x in (setup.q, setup.k, setup.v)])[None].numpy()
-        out, lse = np.zeros((1, 2, 64), np.float32), np.zeros((1, 2), np.float32)
-        setup.attention.attend_rows(heads, setup.attention.scans([call.part], [None]), [call], out, lse)
-        assert np.abs(out - setup.expected()).max() < 2e-2
+        setup.part(case.start, 1)
+        q, k, v = torch.split(torch.cat([x[-1:] for x in (setup.q, setup.k, setup.v)], 1), [2, 1, 1], 1)
+        out = setup.attention.forward(0, q, k, v, setup.plan)
+        assert np.abs(out.numpy() - setup.expected()).max() < 2e-2
 
 
 def test_what_the_device_has_is_not_read_from_disk(tmp_path: Path, emulate: Emulate) -> None:

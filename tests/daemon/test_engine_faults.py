@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from spilld.attention.base import TieredAttention
+from spilld.attention.cpu import CpuAttention
 from spilld.cuda_ext.device.cpu import CpuDevice
 from spilld.cuda_ext.errors import OutOfMemory
 from spilld.errors import PromptTooLong, StorageFailed
@@ -269,7 +269,7 @@ def test_a_step_that_breaks_leaves_nothing_behind(
         for name in (f"r{number}" for number in range(6)):
             harness.add(name, PROMPT, **FIELDS)
             until_said(harness, 2, name)
-            monkeypatch.setattr(TieredAttention, "attend", breaks)
+            monkeypatch.setattr(CpuAttention, "forward", breaks)
             harness.engine.turn()
             monkeypatch.undo()
             harness.engine.check_integrity()

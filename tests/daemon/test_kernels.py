@@ -38,7 +38,7 @@ def test_changed_sources_are_compiled_again(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(subprocess, "run", run)
     source = tmp_path / "kernel.py"
     source.write_text("")
-    monkeypatch.setattr(prepare_kernels, "FOLDERS", (tmp_path,))
+    monkeypatch.setattr(prepare_kernels, "FOLDER", tmp_path)
     for text in ("", "changed"):
         prepare_kernels.prepare(LAYOUT, 2, tmp_path, packed=False)
         prepare_kernels.prepare(LAYOUT, 2, tmp_path, packed=False)

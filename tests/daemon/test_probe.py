@@ -10,6 +10,7 @@ import torch
 
 from spilld.attention.transformers_hook import _forward
 from spilld.errors import UnsupportedModel
+from spilld.kv.geometry import Geometry, LayerGeometry
 from spilld.models import probe as probes
 from spilld.models.files.folder import FAMILIES
 from spilld.models.model import load, load_module
@@ -88,10 +89,12 @@ def test_what_passed_is_not_looked_at_again(tmp_path: Path, monkeypatch: pytest.
 
 
 class Seen:
-    """A Forward that gives the values back."""
+    """A ModuleAttention that gives the values back."""
 
-    def attend(self, layer: int, query: Any, key: Any, value: Any, manner: Any) -> Any:
-        return value
+    geometry = Geometry((LayerGeometry(2, 2, 16, None, 0.25, 0.0),), 1, 1, frozenset())
+
+    def forward(self, layer: int, q: Any, k: Any, v: Any) -> Any:
+        return v
 
 
 @pytest.mark.parametrize(
@@ -110,16 +113,16 @@ class Seen:
     ids=lambda keyword: next(iter(keyword)),
 )
 def test_every_other_keyword_is_an_error(keyword: dict[str, Any]) -> None:
-    heads = torch.zeros(1, 2, 3, 16)
+    heads = torch.rand(1, 2, 3, 16)
     layer = torch.nn.Linear(1, 1)
     layer.layer_idx = 0  # type: ignore[assignment]
-    usual: dict[str, Any] = {"attention_mask": None, "scaling": 0.25, "spilld_step": Seen()}
+    usual: dict[str, Any] = {"attention_mask": None, "scaling": 0.25, "spilld_attention": Seen()}
     harmless: dict[str, Any] = {
         "dropout": 0.0,
         "s_aux": None,
         "is_causal": True,
         "position_ids": torch.zeros(1, 3),
     }
-    assert _forward(layer, heads, heads, heads, **usual, **harmless)[0] is heads
+    assert torch.equal(_forward(layer, heads, heads, heads, **usual, **harmless)[0], heads.transpose(1, 2))
     with pytest.raises(UnsupportedModel, match=f"Linear asks for an attention with {next(iter(keyword))},"):
         _forward(layer, heads, heads, heads, **{**usual, **keyword})

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from spilld.assembly import build_engine, welcome
-from spilld.attention.base import TieredAttention
+from spilld.attention.cpu import CpuAttention
 from spilld.config.config import Config
 from spilld.engine.engine import Engine
 from spilld.engine.service import EngineService
@@ -220,7 +220,7 @@ def test_a_step_that_breaks_fails_what_ran_in_it(opened: Desk, monkeypatch: pyte
     def breaks(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(TieredAttention, "attend", breaks)
+    monkeypatch.setattr(CpuAttention, "forward", breaks)
     assert opened.code("r") == "internal"
     monkeypatch.undo()
     assert opened.ask("after", tokens).text == expected

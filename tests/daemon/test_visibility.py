@@ -10,7 +10,7 @@ from spilld.kv.visibility import (
     BLOCK,
     CELL,
     SINKS,
-    WINDOW_SLOTS,
+    WINDOW_TOKENS,
     boundary,
     exact_ranges,
     highest_block,
@@ -18,8 +18,8 @@ from spilld.kv.visibility import (
     lowest_visible,
     sealed_by,
     segments,
-    slot,
     stored_blocks,
+    window_offset,
 )
 
 POSITIONS = st.integers(0, 5000)
@@ -57,14 +57,14 @@ def test_a_chunk_reads_the_blocks_that_its_queries_see(first: int, count: int, w
 
 
 @given(POSITIONS)
-def test_slots_of_what_a_query_sees_never_collide(position: int) -> None:
+def test_offsets_of_what_a_query_sees_never_collide(position: int) -> None:
     ranges = exact_ranges(position, None)
     sinks = [p for a, b in ranges for p in range(a, b) if boundary(position) and p < SINKS]
-    slots = sinks + [slot(p) for a, b in ranges for p in range(a, b) if p not in sinks]
-    assert len(set(slots)) == len(slots)
-    assert all(0 <= s < WINDOW_SLOTS for s in slots)
+    offsets = sinks + [window_offset(p) for a, b in ranges for p in range(a, b) if p not in sinks]
+    assert len(set(offsets)) == len(offsets)
+    assert all(0 <= s < WINDOW_TOKENS for s in offsets)
     for a, b in ranges:
-        assert slot(b - 1) - slot(a) == b - 1 - a, "a range is not contiguous in the window"
+        assert window_offset(b - 1) - window_offset(a) == b - 1 - a, "a range is not contiguous in the window"
 
 
 @given(POSITIONS)

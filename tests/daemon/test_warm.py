@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from spilld.__main__ import main
-from spilld.kv.batch import Slice
+from spilld.kv.batch import BatchItem
 from spilld.kv.visibility import BLOCK
 from spilld.models.model import Model, load
 from spilld.monitoring.sd_notify import Notifier
@@ -84,10 +84,10 @@ def test_one_that_fails_gives_everything_back(
 ) -> None:
     model, run = model_of("llama", tmp_path_factory), Runner.run
 
-    def fails_later(runner: Runner, slices: list[Slice], keep: Any) -> Any:
-        if slices[0].count == 1:
+    def fails_later(runner: Runner, items: list[BatchItem], keep: Any) -> Any:
+        if items[0].count == 1:
             raise MemoryError("no room for a token")
-        return run(runner, slices, keep)
+        return run(runner, items, keep)
 
     with engine(model, tmp_path / "s") as harness:
         monkeypatch.setattr(Runner, "run", fails_later)

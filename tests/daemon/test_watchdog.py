@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from spilld.assembly import build_engine, welcome
-from spilld.attention.base import TieredAttention
+from spilld.attention.cpu import CpuAttention
 from spilld.client.client import Client
 from spilld.config.config import Config
 from spilld.engine import service
@@ -107,18 +107,18 @@ def serving(model: Model, folder: Path) -> Iterator[tuple[EngineService, Client]
 def test_an_engine_that_hangs_is_not_reported_alive(
     systemd: Watch, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attend, entered, released = TieredAttention.attend, threading.Event(), threading.Event()
+    forward, entered, released = CpuAttention.forward, threading.Event(), threading.Event()
 
     def hangs(*arguments: Any) -> Any:
         entered.set()
         released.wait(60)
-        return attend(*arguments)
+        return forward(*arguments)
 
     monkeypatch.setattr(service, "IDLE_S", WATCHDOG_S / 8)
     with serving(model, tmp_path) as (_, client):
         try:
             assert systemd.signs(4 * WATCHDOG_S) >= 4, "to have nothing to do is not to hang"
-            monkeypatch.setattr(TieredAttention, "attend", hangs)
+            monkeypatch.setattr(CpuAttention, "forward", hangs)
             generation = client.generate("hello", max_tokens=3, ignore_eos=True)
             assert entered.wait(10)
             systemd.signs(WATCHDOG_S)  # the last that was due
@@ -133,14 +133,14 @@ def test_an_engine_that_hangs_is_not_reported_alive(
 def test_within_a_long_step_every_layer_is_progress(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attend, seen = TieredAttention.attend, []
+    forward, seen = CpuAttention.forward, []
 
     def looked_at(*arguments: Any) -> Any:
         seen.append((engine._turns, engine.progress()))
-        return attend(*arguments)
+        return forward(*arguments)
 
     with serving(model, tmp_path) as (engine, client):
-        monkeypatch.setattr(TieredAttention, "attend", looked_at)
+        monkeypatch.setattr(CpuAttention, "forward", looked_at)
         client.generate(some_tokens(1, 1300), max_tokens=2, ignore_eos=True).text()
     turns = [[moved for _, moved in layers] for _, layers in groupby(seen, lambda look: look[0])]
     assert len(turns) >= 4, "three chunks and a token"

@@ -1,4 +1,4 @@
-"""Hot blocks: stored blocks of open sequences of which the device has a copy.
+"""Stored blocks of open sequences of which the device has a copy.
 
 Attention is dense and passes all blocks in the same order for every token: a share of them that stays is
 worth its size, a cache that replaces the oldest nothing. What has a place keeps it until its sequence ends.
@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from spilld.cuda_ext.memory.record_pool import RecordPool
-from spilld.kv.batch import Blocks
 from spilld.kv.sequence import Sequence
 from spilld.kv.visibility import BLOCKS_PER_CELL
+from spilld.kv.visible_kv import Blocks
 
 PASSING = 16
 """Slots for records that come, are attended to, and go."""
@@ -25,7 +25,7 @@ SPARE = BLOCKS_PER_CELL + PASSING
 Slots = npt.NDArray[np.int64]
 
 
-class HotBlocks:
+class DeviceBlockCache:
     """Slots of a pool, by sequence, layer and block."""
 
     def __init__(self, pool: RecordPool, layers: int) -> None:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spilld.attention.base import Attention, TieredAttention
+from spilld.attention.base import Attention
+from spilld.attention.cpu import CpuAttention
 from spilld.config.config import Config
 from spilld.cuda_ext.choice import Costs
 from spilld.cuda_ext.device.base import Device
@@ -24,7 +25,7 @@ from spilld.cuda_ext.memory.windows import Windows, WindowShape
 from spilld.cuda_ext.ops import Ops
 from spilld.errors import ConfigError
 from spilld.kv.geometry import Geometry
-from spilld.kv.visibility import CELL, WINDOW_SLOTS, highest_block
+from spilld.kv.visibility import CELL, WINDOW_TOKENS, highest_block
 from spilld.offload.size import size
 from spilld.offload.store import Store
 
@@ -51,7 +52,7 @@ def on_cpu(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
     shape = window_shape(config, geometry)
     budget = DEFAULT_WINDOWS * shape.nbytes if config.device_budget is None else config.device_budget
     windows = CpuWindows(shape, budget)
-    return DeviceTier(windows, TieredAttention(windows, store, geometry.sizes.heads))
+    return DeviceTier(windows, CpuAttention(geometry, store, windows))
 
 
 def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
@@ -69,7 +70,7 @@ def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
         flash = Flash(device, load, constants, shape, heads) if has_flash(device, shape, geometry) else None
         longest = config.max_context or geometry.max_positions
         costs = measure(device, ops, flash, store.layout)
-        return build(device, ops, store, config.device_budget, longest, costs, flash)
+        return build(device, ops, geometry, store, config.device_budget, longest, costs, flash)
     except BaseException:
         device.close()
         raise
@@ -97,7 +98,7 @@ TIERS: dict[str, Tier] = {"cpu": on_cpu, "cuda": on_cuda}
 
 def window_shape(config: Config, geometry: Geometry) -> WindowShape:
     return WindowShape(
-        slots=WINDOW_SLOTS,
+        slots=WINDOW_TOKENS,
         layers=len(geometry.layers),
         kv_heads=geometry.sizes.kv_heads,
         head_dim=geometry.sizes.head_dim,
@@ -108,6 +109,7 @@ def window_shape(config: Config, geometry: Geometry) -> WindowShape:
 def build(
     device: Device[Any],
     ops: Ops,
+    geometry: Geometry,
     store: Store,
     budget_bytes: int,
     max_context: int,
@@ -135,7 +137,8 @@ def build(
     windows = DeviceWindows(device, landing, shape, -(-for_windows // page) * page)
     pool = RecordPool(device, budget_bytes - working_bytes - windows.budget_bytes, record_bytes)
     store.pin_memory(device.register)
-    return DeviceTier(windows, DeviceAttention(device, ops, windows, pool, landing, store, costs, flash))
+    attention = DeviceAttention(geometry, store, device, ops, windows, pool, landing, costs, flash)
+    return DeviceTier(windows, attention)
 
 
 def crossing(ops: Ops, blocks: int) -> int:

@@ -1,6 +1,6 @@
-"""Attention of a decode step's rows over their windows and host records: one parallel loop a layer.
+"""Attention of decode rows over their KV windows and host records: one parallel loop a layer.
 
-A row is one query of one sequence. Its window is one part of the loop and every few blocks of its records
+A row is one query of one sequence. Its KV window is one part of the loop and every few blocks of its records
 another; the parts merge exactly, in an order that depends on the number of blocks only: neither the other
 rows nor the threads change a bit of a row's result.
 """
@@ -13,10 +13,11 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numba import njit
 from numpy.typing import NDArray
 
-from spilld.offload.kernels.bits import f32_to_bf16_nearest
+from spilld.offload.kernels.bits import f32_at, f32_to_bf16_nearest
 from spilld.offload.kernels.inline import inside
 from spilld.offload.kernels.threads import check, spreading
 from spilld.offload.record import BLOCK, Element, Layout
@@ -39,15 +40,15 @@ Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 
 
-class Row(NamedTuple):
-    """What one query sees in layers of one kind."""
+class DecodeRow(NamedTuple):
+    """What one query sees in layers with one sliding window."""
 
     window: int
-    """The number of its window."""
-    slots: tuple[int, ...]
-    """Where in the window its own token goes; one place or two."""
+    """The number of its KV window."""
+    offsets: tuple[int, ...]
+    """Where in the KV window its own token goes; one place or two."""
     ranges: Sequence[tuple[int, int]]
-    """Slots [start, stop) that it sees, its own among them."""
+    """Offsets [start, stop) in the KV window of what it sees, its own token among them."""
     places: Integers
     """Byte offsets of the records [layers, n], multiples of 64."""
     positions: Integers
@@ -57,11 +58,11 @@ class Row(NamedTuple):
     """Of the records it sees the positions low <= t < high."""
 
 
-class Scan(NamedTuple):
+class DecodeRows(NamedTuple):
     """The rows of a step as the kernel takes them: int64 arrays."""
 
     windows: Integers
-    slots: Integers
+    offsets: Integers
     """[rows, 2]"""
     ranges: Integers
     """[rows, most, 2]; empty ones count nothing."""
@@ -78,13 +79,13 @@ class Scan(NamedTuple):
     """The row of each part."""
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> Scan:
+    def of(cls, rows: Sequence[DecodeRow]) -> DecodeRows:
         counts = [len(row.positions) for row in rows]
         parts = [1 + parts_of(count, 1) for count in counts]
         most = max(len(row.ranges) for row in rows)
         return cls(
             windows=np.array([row.window for row in rows]),
-            slots=np.array([(row.slots[0], row.slots[-1]) for row in rows]),
+            offsets=np.array([(row.offsets[0], row.offsets[-1]) for row in rows]),
             ranges=np.array([[*row.ranges, *[(0, 0)] * (most - len(row.ranges))] for row in rows]),
             # Of what is picked by index numpy makes columns, and for those numba would compile once more.
             places=np.ascontiguousarray(np.concatenate([row.places for row in rows], axis=1)),
@@ -115,29 +116,39 @@ class RowAttention:
 
     def attend(
         self,
-        heads: Floats,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
         planes: NDArray[Any],
         layer: int,
-        scan: Scan,
+        scan: DecodeRows,
         memory: NDArray[np.uint8],
         scale: float,
         softcap: float,
         out: Floats,
         lse: Floats,
     ) -> None:
-        """Write each row's K and V to its window, attend over what it sees, write out and lse.
+        """Write each row's K and V to its KV window, attend over what it sees, write out and lse.
 
-        heads: float32 [rows, heads + 2 kv_heads, head_dim], query, key and value heads of the scan's rows.
-        planes: the windows, [windows, layers, 2, kv_heads, slots, head_dim], float32 or bf16 bits. memory:
-        the records, uint8. scale and softcap as in Partial.attend. out: float32 [rows, heads, head_dim];
-        lse: [rows, heads]. Nothing is checked.
+        Nothing is checked.
+
+        Args:
+            q: float32 [rows, heads, head_dim], a head's numbers side by side; more rows do not matter.
+            k, v: [rows, kv_heads, head_dim], likewise.
+            planes: the KV windows, [windows, layers, 2, kv_heads, tokens, head_dim], float32 or bf16 bits.
+            layer: of the KV windows, and of the places of records.
+            scan: the rows.
+            memory: the records, uint8.
+            scale, softcap: as in Partial.attend.
+            out: float32 [rows, heads, head_dim].
+            lse: float32 [rows, heads].
         """
         rows, parts = len(scan.windows), len(scan.rows)
         if rows > len(self._queries) or parts > len(self._sums):
             self._queries, self._sums, self._tops, self._totals = self._workspace(rows, parts)
         records, factors = self._partial.views(memory), (np.float32(scale), np.float32(softcap))
         room = (self._queries, self._sums, self._tops, self._totals)
-        check(self._kernel(heads, planes, layer, scan, records, *factors, *room, out, lse))
+        check(self._kernel(_at(q), _at(k), _at(v), planes, layer, scan, records, *factors, *room, out, lse))
 
     def _workspace(self, rows: int, parts: int) -> tuple[Floats, Floats, Floats, Floats]:
         """Tiles of queries, and the sums, maxima and totals of the parts."""
@@ -147,13 +158,21 @@ class RowAttention:
         return queries, sums, np.zeros((parts, *shape), np.float32), np.zeros((parts, *shape), np.float32)
 
 
+def _at(numbers: torch.Tensor) -> tuple[int, int, int]:
+    """Where numbers lie, and the strides of rows and heads: to numba, strided arrays of one row are of
+    another type than those of two."""
+    return numbers.data_ptr(), numbers.stride(0), numbers.stride(1)
+
+
 @cache
 def _kernel(keys4: int, int4: int, exact: int, wide: int, head_dim: int, tile: int) -> Callable[..., int]:
     """Only numbers are captured, as in partial.py."""
 
     @njit(nogil=True, error_model="numpy", cache=True, no_cfunc_wrapper=True)
     def kernel(
-        heads: Any,
+        q: Any,
+        k: Any,
+        v: Any,
         planes: Any,
         layer: Any,
         scan: Any,
@@ -171,15 +190,17 @@ def _kernel(keys4: int, int4: int, exact: int, wide: int, head_dim: int, tile: i
         for row in range(len(scan.windows)):
             for head in range(kv_heads):
                 for i in range(group):
+                    at = row * q[1] + (head * group + i) * q[2]
                     for d in range(head_dim):
-                        queries[row, head, i, d] = heads[row, head * group + i, d]
+                        queries[row, head, i, d] = f32_at(q[0], at + d)
                 for which in range(2):
                     plane = planes[scan.windows[row], layer, which, head]
-                    new = heads[row, (group + which) * kv_heads + head]
+                    new = v if which else k
+                    at = row * new[1] + head * new[2]
                     for i in range(2):
                         for d in range(head_dim):
-                            number = new[d] if wide else f32_to_bf16_nearest(new[d])
-                            plane[scan.slots[row, i], d] = number
+                            number = f32_at(new[0], at + d)
+                            plane[scan.offsets[row, i], d] = number if wide else f32_to_bf16_nearest(number)
         failed = _spread(
             len(scan.rows) * kv_heads,
             keys4,
@@ -211,7 +232,7 @@ def _kernel(keys4: int, int4: int, exact: int, wide: int, head_dim: int, tile: i
 
 @cache
 def _unit(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Any:
-    """One KV head over one part: a row's window, or some of its blocks."""
+    """One KV head over one part: a row's KV window, or some of its blocks."""
 
     @njit(nogil=True, error_model="numpy")
     def unit(
@@ -236,7 +257,7 @@ def _unit(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Any:
         if index < 0:
             window = planes[scan.windows[row], layer]
             keys, values = window[0, head].reshape(-1), window[1, head].reshape(-1)
-            attend_slots(head_dim, tile, q, keys, values, scan.ranges[row], scale, softcap, acc, top, total)
+            attend_window(head_dim, tile, q, keys, values, scan.ranges[row], scale, softcap, acc, top, total)
         else:
             begin, count = scan.blocks[row], scan.blocks[row + 1] - scan.blocks[row]
             first, last = begin + count * index // parts, begin + count * (index + 1) // parts
@@ -268,9 +289,9 @@ _spread = spreading(_unit, literals=5)
 
 
 @cache
-def _slots(head_dim: int, tile: int) -> Any:
+def _window(head_dim: int, tile: int) -> Any:
     @njit(nogil=True, error_model="numpy")
-    def slots(
+    def window(
         q: Any,
         keys: Any,
         values: Any,
@@ -281,13 +302,13 @@ def _slots(head_dim: int, tile: int) -> Any:
         top: Any,
         total: Any,
     ) -> None:
-        """attend_blocks over a window, which lies token by token: keys, values [slots * head_dim]."""
+        """attend_blocks over a KV window, which lies token by token: keys, values [tokens * head_dim]."""
         weights = np.empty((tile, BLOCK), np.float32)
         k_scale = np.empty(BLOCK, np.float32)
         start(acc, top, total, k_scale, scale)
         for r in range(len(ranges)):
-            for slot in range(ranges[r, 0], ranges[r, 1], BLOCK):
-                count, at = min(BLOCK, ranges[r, 1] - slot), slot * head_dim
+            for offset in range(ranges[r, 0], ranges[r, 1], BLOCK):
+                count, at = min(BLOCK, ranges[r, 1] - offset), offset * head_dim
                 for first in range(0, len(q), tile):
                     dot_rows(keys, at, count, q, first, weights, head_dim, tile)
                     finish(weights, k_scale, softcap)
@@ -297,7 +318,7 @@ def _slots(head_dim: int, tile: int) -> Any:
                     soften(weights, first, top, total, acc)
                     weigh_tile(values, at, at, weights, 0, count, acc, first, head_dim, tile)
 
-    return slots
+    return window
 
 
-attend_slots = inside(_slots, literals=2)
+attend_window = inside(_window, literals=2)

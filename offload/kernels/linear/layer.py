@@ -52,8 +52,6 @@ class Activations(NamedTuple):
     """Query, key and value heads [rows, heads + 2 kv_heads, head_dim]."""
     attended: Floats
     """[rows, heads, head_dim]"""
-    lse: Floats
-    """[rows, heads]"""
     gate_up: Floats
 
     @classmethod
@@ -71,7 +69,6 @@ class Activations(NamedTuple):
             delta=zeros(hidden),
             heads=zeros(heads + 2 * kv_heads, head_dim),
             attended=zeros(heads, head_dim),
-            lse=zeros(heads),
             gate_up=zeros(2 * intermediate),
         )
 

@@ -1,0 +1,240 @@
+"""Attention where the CPU is the device: one parallel loop over decode rows, tiles over chunks of prompts.
+
+Rows of one token go together through one loop (scan.py), over their KV windows and their records in host
+memory. A chunk's queries see its KV window tile by tile, as cells are sealed on the way, then records
+(offload/kernels/attention/partial.py). What comes from disk merges into either.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from spilld.cuda_ext.memory.cpu_windows import CpuWindows, element_view
+from spilld.kv.batch import Batch
+from spilld.kv.geometry import Geometry, LayerGeometry
+from spilld.kv.sequence import Sequence
+from spilld.kv.visibility import (
+    BLOCKS_PER_CELL,
+    CELL,
+    SINKS,
+    exact_ranges,
+    segments,
+    window_offset,
+    window_offsets,
+    window_ranges,
+)
+from spilld.kv.visible_kv import VisibleKV
+from spilld.offload.kernels.attention.rows import DecodeRow, DecodeRows, RowAttention
+from spilld.offload.kernels.codec.codec import Codec
+from spilld.offload.record import BLOCK
+from spilld.offload.store import Store
+
+from .base import Attention, AttentionPlan
+from .records import Floats, RecordAttention
+from .tile import additive_mask, attend_tile
+
+
+class Tile(NamedTuple):
+    """Queries of a chunk that lie in one cell, and what they see of their KV window.
+
+    start is the position of the first; ranges are offsets in the window, oldest first; mask is as
+    additive_mask gives it.
+    """
+
+    start: int
+    queries: int
+    ranges: tuple[slice, ...]
+    mask: torch.Tensor
+
+
+class CpuPlan(AttentionPlan):
+    """Beside what every plan has, the rows as their kernel takes them, and the chunks as tiles.
+
+    Attributes:
+        scans: by sliding window, the batch's rows of one token.
+        row_bytes: by sliding window, bytes of exact K and V that each of them sees in a layer.
+        lse: float32 [single, heads], for a layer after the other.
+    """
+
+    def __init__(self, batch: Batch, geometry: Geometry, store: Store, token_bytes: int) -> None:
+        super().__init__(batch, geometry, store, lambda *_: True)
+        heads, kv_heads, _ = geometry.sizes
+        self._group = heads // kv_heads
+        self.lse: Floats = np.empty((batch.single, heads), np.float32)
+        self.scans: dict[int | None, DecodeRows] = {}
+        self.row_bytes: dict[int | None, list[int]] = {}
+        self._tiles: dict[VisibleKV, list[Tile]] = {}
+        for sliding_window, visible in self.visible.items() if batch.single else ():
+            rows = [_row(seen, store.layout.record_bytes) for seen in visible[: batch.single]]
+            self.scans[sliding_window] = DecodeRows.of(rows)
+            self.row_bytes[sliding_window] = [token_bytes * sum(b - a for a, b in row.ranges) for row in rows]
+
+    def tiles(self, seen: VisibleKV) -> list[Tile]:
+        """Of a chunk, in the order of its tokens."""
+        if seen not in self._tiles:
+            item = seen.item
+            self._tiles[seen] = [
+                _tile(start, stop, seen.sliding_window, self._group)
+                for start, stop in segments(item.position, item.last + 1)
+            ]
+        return self._tiles[seen]
+
+
+def _row(seen: VisibleKV, record_bytes: int) -> DecodeRow:
+    item = seen.item
+    return DecodeRow(
+        window=item.sequence.window,
+        offsets=window_offsets(item.position),
+        ranges=window_ranges(item.position, seen.sliding_window),
+        places=item.sequence.table.rows[:, seen.in_host] * record_bytes,
+        positions=seen.in_host * BLOCK,
+        low=int(seen.low[0]),
+        high=int(seen.high[0]),
+    )
+
+
+def _tile(start: int, stop: int, sliding_window: int | None, group: int) -> Tile:
+    """Queries at [start, stop) see what the first does, and each other."""
+    ranges = [slice(a, b) for a, b in window_ranges(start, sliding_window)]
+    ranges[-1] = slice(ranges[-1].start, ranges[-1].stop + stop - start - 1)
+    seen = [*exact_ranges(start, sliding_window), (start + 1, stop)]
+    positions = torch.cat([torch.arange(a, b) for a, b in seen])
+    own = torch.arange(start, stop)[:, None]
+    hidden = positions > own
+    if sliding_window is not None:
+        hidden |= positions <= own - sliding_window
+    return Tile(start, stop - start, tuple(ranges), additive_mask(hidden, group))
+
+
+class CpuAttention(Attention):
+    """Composes the partials of every tier where the CPU is the device."""
+
+    def __init__(self, geometry: Geometry, store: Store, windows: CpuWindows) -> None:
+        super().__init__(geometry, store)
+        heads, kv_heads, head_dim = geometry.sizes
+        self._windows = windows.tensor
+        self._planes = element_view(windows.tensor)
+        self._token_bytes = 2 * kv_heads * head_dim * windows.shape.dtype.itemsize
+        self._codec = Codec(store.layout)
+        self._rows = RowAttention(store.layout, heads // kv_heads)
+        self._records = RecordAttention(geometry, store)
+
+    def plan(self, batch: Batch) -> CpuPlan:
+        return CpuPlan(batch, self.geometry, self.store, self._token_bytes)
+
+    def forward(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
+    ) -> torch.Tensor:
+        assert isinstance(plan, CpuPlan)
+        self.calls += 1
+        q, k, v = _numbers(q), _numbers(k), _numbers(v)
+        out = torch.empty(q.shape)
+        if plan.batch.single:
+            self._attend_rows(layer, q, k, v, plan, out)
+        visible = plan.visible[self.geometry.layers[layer].sliding_window]
+        for seen in visible[plan.batch.single :]:
+            rows = seen.item.rows
+            if seen.item.failure is None:
+                with self._records.failing(plan, seen.item):
+                    self._attend_chunk(layer, q[rows], k[rows], v[rows], seen, plan, out[rows])
+        for item in plan.batch.items:
+            if item.failure is not None:
+                out[item.rows] = 0
+        return out
+
+    def _attend_rows(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: CpuPlan,
+        out: torch.Tensor,
+    ) -> None:
+        """The rows of items of one token; one that has failed is nobody's."""
+        shape = self.geometry.layers[layer]
+        window, count = shape.sliding_window, plan.batch.single
+        visible, sums = plan.visible[window][:count], out.numpy()
+        for seen in visible:
+            self._seal_before(layer, seen.item.position, seen.item.sequence)
+        kind, result = (shape.scaling, shape.softcap), (sums[:count], plan.lse)
+        self._rows.attend(q, k, v, self._planes, layer, plan.scans[window], self.store.memory, *kind, *result)
+        record_bytes = self.store.layout.record_bytes
+        for row, (seen, nbytes) in enumerate(zip(visible, plan.row_bytes[window], strict=True)):
+            item = seen.item
+            item.read_bytes["device"] += nbytes
+            item.read_bytes["host"] += len(seen.in_host) * record_bytes
+            if item.failure is None and plan.reads_of(layer, item):
+                one = slice(row, row + 1)
+                with self._records.failing(plan, item):
+                    self._records.merge(layer, q[one].numpy(), seen, plan, sums[one], plan.lse[one])
+
+    def _attend_chunk(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        seen: VisibleKV,
+        plan: CpuPlan,
+        out: torch.Tensor,
+    ) -> None:
+        """The rows of an item of many tokens."""
+        shape, item = self.geometry.layers[layer], seen.item
+        heads = (shape.kv_heads, shape.heads // shape.kv_heads)
+        queries = q.reshape(item.count, *heads, shape.head_dim).permute(1, 2, 0, 3)
+        sums, lse = out.view(item.count, *heads, shape.head_dim), torch.empty(item.count, *heads)
+        for tile in plan.tiles(seen):
+            first = tile.start - item.position
+            rows = slice(first, first + tile.queries)
+            self._append(layer, k[rows], v[rows], tile.start, item.sequence)
+            exact, exact_lse = self._attend_window(layer, queries[:, :, rows], tile, item.sequence, shape)
+            sums[rows], lse[rows] = exact.permute(2, 0, 1, 3), exact_lse.permute(2, 0, 1)
+            item.read_bytes["device"] += tile.mask.shape[1] * self._token_bytes
+        result = (out.numpy(), lse.view(item.count, shape.heads).numpy())
+        self._records.merge(layer, q.numpy(), seen, plan, *result, in_host=seen.in_host)
+
+    def _attend_window(
+        self, layer: int, queries: torch.Tensor, tile: Tile, sequence: Sequence, shape: LayerGeometry
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """queries: [kv_heads, group, tile.queries, head_dim]; as attend_tile."""
+        keys, values = (
+            torch.cat([plane[:, part] for part in tile.ranges], dim=1).float()
+            for plane in self._windows[sequence.window, layer]
+        )
+        return attend_tile(queries, keys, values, tile.mask, shape.scaling, shape.softcap)
+
+    def _append(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, position: int, sequence: Sequence
+    ) -> None:
+        """Put K/V [n, kv_heads, head_dim] of tokens within one cell into the KV window, sealing the cell
+        whose half they take."""
+        at, count = window_offset(position), len(k)
+        self._seal_before(layer, position, sequence)
+        for plane, new in zip(self._windows[sequence.window, layer], (k, v), strict=True):
+            numbers = new.transpose(0, 1)
+            plane[:, at : at + count] = numbers
+            if position < SINKS:
+                sinks = min(SINKS - position, count)
+                plane[:, position : position + sinks] = numbers[:, :sinks]
+
+    def _seal_before(self, layer: int, position: int, sequence: Sequence) -> None:
+        """If a cell begins at `position`, pack the one whose half of the window it takes, if there is one,
+        into records."""
+        if position % CELL or position < 2 * CELL:
+            return
+        cell = position // CELL - 2
+        first = max(1, cell * BLOCKS_PER_CELL)
+        offsets = slice(window_offset(first * BLOCK), window_offset(cell * CELL) + CELL)
+        keys, values = self._windows[sequence.window, layer, :, :, offsets]
+        rows = sequence.table.rows[layer, first : (cell + 1) * BLOCKS_PER_CELL]
+        self._codec.seal(element_view(keys), element_view(values), self.store.records, rows)
+
+
+def _numbers(x: torch.Tensor) -> torch.Tensor:
+    """In float32, a head's numbers side by side."""
+    x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,60 @@
+"""What the tokens of a batch item see: the same in every layer with one sliding window."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from spilld.offload.store import Store
+from spilld.offload.table import RunRef
+
+from .batch import BatchItem
+from .visibility import (
+    SINKS,
+    boundary,
+    lowest_visible,
+    stored_blocks,
+    window_ranges,
+)
+
+Blocks = npt.NDArray[np.int64]
+Positions = npt.NDArray[np.int64]
+
+
+class VisibleKV:
+    """Positions and blocks, each with the tier that has it when the step begins.
+
+    Attributes:
+        low, high: int64 [count]. Of what is stored, a query sees the positions low <= t < high.
+        stored: blocks that some query sees in stored form.
+        in_host: those of them that lie in host memory, ascending.
+        on_disk: runs of blocks on disk, oldest first, with those of their blocks that are not in host memory.
+    """
+
+    def __init__(self, item: BatchItem, sliding_window: int | None, store: Store) -> None:
+        self.item, self.sliding_window = item, sliding_window
+        self.low: Positions = np.array(
+            [max(SINKS, lowest_visible(position, sliding_window)) for position in item.positions]
+        )
+        self.high: Positions = np.array([boundary(position) for position in item.positions])
+        self.stored = stored_blocks(item.position, item.last, sliding_window)
+        table = item.sequence.table
+        rows = table.rows[0, self.stored.start : self.stored.stop]
+        self.in_host: Blocks = np.flatnonzero(rows >= 0) + self.stored.start
+        self.on_disk: list[tuple[RunRef, Blocks]] = [
+            (ref, table.extent_blocks(ref, self.stored)) for ref in store.runs_to_read(table, self.stored)
+        ]
+        self._ranges: dict[int, Positions] = {}
+
+    def window_ranges(self, start: int, stop: int) -> Positions:
+        """What queries at [start, stop) of one cell see of the KV window.
+
+        Returns:
+            int64 [queries, n, 2]: ranges of window offsets; an empty one counts nothing.
+        """
+        if start not in self._ranges:
+            seen = [window_ranges(position, self.sliding_window) for position in range(start, stop)]
+            most = max(map(len, seen))
+            padded = [[*ranges, *[(0, 0)] * (most - len(ranges))] for ranges in seen]
+            self._ranges[start] = np.array(padded)
+        return self._ranges[start]
