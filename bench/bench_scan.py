@@ -47,7 +47,7 @@ from spilld.demo.demo import MODEL, budgets
 from spilld.demo.spawn import spawned
 from spilld.models.catalog import default_cache, resolve
 from spilld.monitoring.metrics import Metrics
-from spilld.offload import residency
+from spilld.offload.host import residency
 from spilld.offload.record import Element, Format
 from spilld.offload.store import Store
 

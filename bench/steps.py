@@ -17,7 +17,7 @@ from spilld.kv.visibility import (
     sealed_by,
 )
 from spilld.models.model import Model
-from spilld.offload.host import HostSlab
+from spilld.offload.host.slab import HostSlab
 from spilld.offload.record import Element, Format, Layout
 from spilld.offload.store import Store
 from spilld.runner.runner import Runner

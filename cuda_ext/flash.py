@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from spilld.cuda_ext.compile import variant
 from spilld.cuda_ext.compile.variant import BLOCK
 from spilld.cuda_ext.device.base import Device, Stream
 from spilld.cuda_ext.device.tensors import Array
 from spilld.cuda_ext.memory.windows import WindowShape
 
+from .compile import variant
 from .ops import (
     Load,
     Parts,

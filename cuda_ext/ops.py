@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from spilld.cuda_ext.compile import variant
 from spilld.cuda_ext.compile.variant import BLOCK, ROWS, Variant
 from spilld.cuda_ext.device.base import Kernel, Stream
 from spilld.cuda_ext.memory.staging import Landing
 from spilld.cuda_ext.memory.windows import WindowShape
+
+from .compile import variant
 
 WARPS = 1024
 """About as many as a GPU runs at a time: calls are divided into parts until there are so many."""

@@ -29,9 +29,8 @@ from spilld.models.model import (
 from spilld.monitoring.memory import MemoryWatch
 from spilld.monitoring.metrics import Metrics
 from spilld.monitoring.startup import Startup
-from spilld.offload import residency
-from spilld.offload.disk.database import Database
-from spilld.offload.disk.extent import extent_bytes
+from spilld.offload.disk.files.extent import extent_bytes
+from spilld.offload.disk.index.database import Database
 from spilld.offload.disk.prefetch import Prefetcher
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.disk.writer import Spiller
@@ -41,7 +40,8 @@ from spilld.offload.errors import (
     FolderUnusable,
     MemoryRefused,
 )
-from spilld.offload.host import HostSlab
+from spilld.offload.host import residency
+from spilld.offload.host.slab import HostSlab
 from spilld.offload.kernels import threads
 from spilld.offload.maintenance.compaction import Compaction
 from spilld.offload.maintenance.wear import WriteBudget
@@ -64,7 +64,6 @@ from spilld.runner.prepare_kernels import prepare
 from spilld.runner.runner import Runner
 from spilld.scheduler.prefill_budget import Pace
 from spilld.server.server import Server
-from spilld.sessions import journal, store
 from spilld.sessions.journal import Journal
 from spilld.sessions.store import SessionBook
 from spilld.sessions.transfers import Transfers
@@ -77,6 +76,7 @@ from .errors import (
     ModelError,
     StateFolderError,
 )
+from .sessions import journal, store
 
 log = logging.getLogger(__name__)
 

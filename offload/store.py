@@ -21,16 +21,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from spilld.offload.disk.extent import RunKey, RunPlace, extent_bytes
-from spilld.offload.disk.index import Contents
+from spilld.offload.disk.files.extent import RunKey, RunPlace, extent_bytes
+from spilld.offload.disk.index.index import Contents
 from spilld.offload.disk.prefetch import Prefetcher, Read, Ticket
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.disk.writer import CLOSE_S, Spilled, Spiller
+from spilld.offload.host.promotion import Promotion
+from spilld.offload.host.residency import Holding, Spill
+from spilld.offload.host.slab import HostSlab
 from spilld.offload.maintenance.compaction import Compaction
 from spilld.offload.maintenance.wear import WriteBudget
 from spilld.offload.prefix_cache.run_cache import RunCache
 
-from . import residency
 from .errors import (
     BudgetTooSmall,
     ExtentCorrupt,
@@ -38,10 +40,8 @@ from .errors import (
     WriteFailed,
     WriteRefused,
 )
-from .host import HostSlab
-from .promotion import Promotion
+from .host import residency
 from .record import Layout, round_up
-from .residency import Holding, Spill
 from .size import size
 from .system import PAGE, Bytes
 from .table import ABSENT, BlockTable, RunRef

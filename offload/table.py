@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from spilld.offload.disk.extent import RunKey
+from spilld.offload.disk.files.extent import RunKey
 
 ABSENT = -1
 

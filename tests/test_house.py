@@ -119,7 +119,7 @@ def test_rooms_have_an_order() -> None:
 
 @pytest.mark.parametrize("name", ROOMS)
 def test_a_room_can_be_overlooked(name: str) -> None:
-    assert len(list(ROOMS[name].glob("*.py"))) <= MOST_FILES
+    assert len(set(ROOMS[name].glob("*.py")) - {ROOMS[name] / "__init__.py"}) <= MOST_FILES
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -20,7 +20,7 @@ from spilld.kv.geometry import Geometry
 from spilld.kv.sequence import Sequence
 from spilld.kv.visible_kv import Blocks, VisibleKV
 from spilld.offload.disk.prefetch import Read, Ticket
-from spilld.offload.promotion import Promotion
+from spilld.offload.host.promotion import Promotion
 from spilld.offload.store import Store
 from spilld.offload.table import RunRef
 

@@ -10,7 +10,6 @@ from contextlib import suppress
 from rich.console import Console
 from rich.markup import escape
 
-from spilld.client.calls import Options
 from spilld.client.client import (
     Client,
     Done,
@@ -18,6 +17,7 @@ from spilld.client.client import (
     Message,
     Welcome,
 )
+from spilld.client.core import Options
 from spilld.errors import (
     Cancelled,
     ContextNotFound,

@@ -47,7 +47,8 @@ from spilld.protocol.messages import (
     Welcome,
 )
 
-from .calls import (
+from .client_socket import Link
+from .core import (
     Call,
     Calls,
     Options,
@@ -55,7 +56,6 @@ from .calls import (
     change_request,
     generate_request,
 )
-from .dealer import Link
 from .transfer import Ask, fetch, send
 
 __all__ = [

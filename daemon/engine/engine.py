@@ -20,6 +20,9 @@ import numpy as np
 from spilld.config.config import Config
 from spilld.cuda_ext.errors import OutOfMemory
 from spilld.cuda_ext.memory.windows import Windows
+from spilld.engine.sessions.archive_transfers import Courier
+from spilld.engine.sessions.commands import SessionDesk
+from spilld.engine.sessions.manager import Chat, SessionKeeper
 from spilld.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -47,7 +50,7 @@ from spilld.monitoring.counters import Tally
 from spilld.monitoring.failures import is_lost, logged, typed
 from spilld.monitoring.memory import MemoryWatch
 from spilld.monitoring.metrics import Metrics
-from spilld.offload.disk.extent import RunKey
+from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.errors import ExtentCorrupt, OffloadError
 from spilld.offload.store import Store
 from spilld.protocol.messages import (
@@ -62,6 +65,7 @@ from spilld.protocol.messages import (
     Resume,
     is_last,
 )
+from spilld.requests.request_state import NOBODY, Generation
 from spilld.runner.runner import Runner
 from spilld.runner.sampler import logprobs
 from spilld.runner.sequence_manager import Sequences
@@ -78,11 +82,6 @@ from spilld.sessions.idle_contexts import Contexts, Key, new_handle
 from spilld.sessions.journal import Entry, Journal, Unfinished
 from spilld.sessions.store import Session, SessionBook
 from spilld.sessions.transfers import Transfers
-
-from .archive_transfers import Courier
-from .request_state import NOBODY, Generation
-from .session_commands import SessionDesk
-from .session_manager import Chat, SessionKeeper
 
 log = logging.getLogger(__name__)
 

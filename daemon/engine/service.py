@@ -11,6 +11,7 @@ from functools import partial
 
 from spilld.config.config import Config
 from spilld.cuda_ext.errors import DeviceError
+from spilld.engine.sessions.manager import Chat
 from spilld.errors import (
     Cancelled,
     DeviceUnusable,
@@ -36,11 +37,10 @@ from spilld.protocol.messages import (
     Welcome,
     is_last,
 )
+from spilld.requests.request_state import NOBODY
 from spilld.tokenizer.intake import Intake
 
 from .engine import Composed, Engine, Post
-from .request_state import NOBODY
-from .session_manager import Chat
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spilld.cuda_ext.memory.windows import Numbers
-from spilld.offload.disk.extent import RunKey
+from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.prefix_cache.block_hash import chain
 from spilld.offload.store import Store
 from spilld.offload.system import Bytes, page_aligned

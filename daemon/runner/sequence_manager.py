@@ -17,7 +17,7 @@ from spilld.kv.visibility import (
     highest_block,
     sealed_by,
 )
-from spilld.offload.disk.extent import RunKey
+from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.errors import ReadFailed
 from spilld.offload.prefix_cache.block_hash import CHAIN_BYTES
 from spilld.offload.store import Store

@@ -1,4 +1,4 @@
 """What outlives a request and a process: sessions, the journal of requests, archives on their way.
 
-May import: errors, fields, kv, models, offload, protocol.
+May import: errors, kv, offload, protocol.
 """

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from spilld.errors import SpilldError
-from spilld.offload.disk.database import Database
+from spilld.offload.disk.index.database import Database
 from spilld.offload.errors import IndexDamaged
 from spilld.protocol.messages import (
     MAGIC,

@@ -13,7 +13,7 @@ import msgpack
 import numpy as np
 
 from spilld.errors import ContextNotFound, InvalidRequest
-from spilld.offload.disk.database import Database
+from spilld.offload.disk.index.database import Database
 from spilld.protocol.messages import Message
 
 CREATE = """

@@ -18,8 +18,8 @@ import msgpack
 import numpy as np
 import xxhash
 
-from spilld.offload.disk import extent
-from spilld.offload.disk.extent import ExtentIdentity, RunKey
+from spilld.offload.disk.files import extent
+from spilld.offload.disk.files.extent import ExtentIdentity, RunKey
 from spilld.offload.errors import ArchiveDamaged, ArchiveUnknown, ExtentCorrupt
 from spilld.offload.prefix_cache.block_hash import chain, root
 from spilld.offload.record import (

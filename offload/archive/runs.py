@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spilld.offload.disk.extent import RunKey, RunPlace
-from spilld.offload.disk.index import Contents
+from spilld.offload.disk.files.extent import RunKey, RunPlace
+from spilld.offload.disk.index.index import Contents
 from spilld.offload.errors import ExtentMissing, TierFull, WriteFailed
 from spilld.offload.record import Layout
 from spilld.offload.store import DiskPath, Store

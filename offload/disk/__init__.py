@@ -1,4 +1,5 @@
-"""The disk tier: runs of extents in segment files, their index, reads ahead, writes behind.
+"""The disk tier: runs of extents, reads ahead, writes behind.
 
-May import: offload.errors, offload.host, offload.record, offload.size, offload.system.
+May import: offload.disk.files, offload.disk.index, offload.errors, offload.host, offload.record,
+offload.size, offload.system.
 """

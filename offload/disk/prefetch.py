@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from spilld.offload.disk.files.extent import HEADER_BYTES, RunKey, RunPlace
 from spilld.offload.errors import (
     BudgetTooSmall,
     ExtentCorrupt,
@@ -23,7 +24,6 @@ from spilld.offload.errors import (
 from spilld.offload.record import round_up
 from spilld.offload.system import PAGE, Bytes, page_aligned
 
-from .extent import HEADER_BYTES, RunKey, RunPlace
 from .tier import DiskTier
 
 log = logging.getLogger(__name__)

@@ -12,6 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
+from spilld.offload.disk.files.extent import (
+    ExtentIdentity,
+    Move,
+    RunKey,
+    RunPlace,
+    extent_bytes,
+)
+from spilld.offload.disk.files.folder import Folder
+from spilld.offload.disk.files.segment import SEGMENT_BYTES, Range, SegmentSpace
+from spilld.offload.disk.index.index import (
+    Contents,
+    Entry,
+    Index,
+    consistent,
+)
 from spilld.offload.errors import (
     BudgetTooSmall,
     ExtentCorrupt,
@@ -23,7 +38,7 @@ from spilld.offload.errors import (
     WriteFailed,
     WriteRefused,
 )
-from spilld.offload.host import Rows
+from spilld.offload.host.slab import Rows
 from spilld.offload.record import Layout
 from spilld.offload.size import size
 from spilld.offload.system import (
@@ -34,22 +49,7 @@ from spilld.offload.system import (
     write_fully,
 )
 
-from . import extent
-from .extent import (
-    ExtentIdentity,
-    Move,
-    RunKey,
-    RunPlace,
-    extent_bytes,
-)
-from .folder import Folder
-from .index import (
-    Contents,
-    Entry,
-    Index,
-    consistent,
-)
-from .segment import SEGMENT_BYTES, Range, SegmentSpace
+from .files import extent
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from spilld.offload.disk.files.extent import RunKey, RunPlace
 from spilld.offload.errors import WriteFailed
-from spilld.offload.host import Rows
+from spilld.offload.host.slab import Rows
 from spilld.offload.record import round_up
 from spilld.offload.system import PAGE, Bytes, page_aligned
 
-from .extent import RunKey, RunPlace
 from .tier import DiskTier
 
 log = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spilld.offload.disk.extent import verify
-from spilld.offload.disk.folder import Folder
-from spilld.offload.disk.index import Entry, Index, consistent
+from spilld.offload.disk.files.extent import verify
+from spilld.offload.disk.files.folder import Folder
+from spilld.offload.disk.index.index import Entry, Index, consistent
 from spilld.offload.errors import ExtentCorrupt, FolderUnusable, IndexDamaged
 from spilld.offload.system import SystemCalls, page_aligned, read_fully
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from spilld.offload.disk.extent import Move
+from spilld.offload.disk.files.extent import Move
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.disk.writer import CLOSE_S
 from spilld.offload.errors import (

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 
-from spilld.offload.disk.index import Index
+from spilld.offload.disk.index.index import Index
 from spilld.offload.errors import IndexDamaged
 from spilld.offload.prefix_cache.sketch import Sketch
 

@@ -8,8 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import ParamSpec, TypeVar
 
-from spilld.offload.disk.extent import RunKey, RunPlace
-from spilld.offload.disk.index import Contents, Stretch
+from spilld.offload.disk.files.extent import RunKey, RunPlace
+from spilld.offload.disk.index.index import Contents, Stretch
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import ExtentMissing, IndexDamaged, TierFull
 from spilld.offload.record import Layout

@@ -22,15 +22,14 @@ from spilld.config.config import Config
 from spilld.demo.plain_transformers import greedy_tokens
 from spilld.demo.spawn import Spawned
 from spilld.engine.engine import Engine
-from spilld.engine.request_state import NOBODY
 from spilld.kv.geometry import Geometry
 from spilld.kv.visibility import BLOCK, WINDOW_TOKENS
 from spilld.models.model import Model, load
-from spilld.offload import residency
 from spilld.offload.disk.tier import DiskTier
+from spilld.offload.host import residency
+from spilld.offload.host.residency import Holding, Spill
 from spilld.offload.kernels import threads
 from spilld.offload.record import Element, Format, Layout
-from spilld.offload.residency import Holding, Spill
 from spilld.offload.store import Planner
 from spilld.protocol.messages import (
     Done,
@@ -41,6 +40,7 @@ from spilld.protocol.messages import (
     Resume,
     Token,
 )
+from spilld.requests.request_state import NOBODY
 
 from .forked import spawned
 from .tiny_models import VOCAB, build

@@ -16,8 +16,7 @@ from spilld.attention.base import AttentionPlan
 from spilld.attention.cpu import CpuAttention
 from spilld.client.client import Client
 from spilld.engine.engine import LIVES
-from spilld.engine.request_state import Generation
-from spilld.engine.session_manager import SessionKeeper
+from spilld.engine.sessions.manager import SessionKeeper
 from spilld.errors import InternalError, SpilldError
 from spilld.models.model import Model
 from spilld.offload.store import Store
@@ -33,6 +32,7 @@ from spilld.protocol.messages import (
     Sessions,
     Token,
 )
+from spilld.requests.request_state import Generation
 from spilld.runner.sampler import Sampler
 from spilld.runner.sequence_manager import Sequences
 from spilld.sessions.journal import Journal

@@ -548,7 +548,7 @@ class TestTransfers:
                     request(harness, message)
 
     def test_what_nobody_asks_for_is_over(self, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("spilld.engine.archive_transfers.LOOK_S", 0.0)
+        monkeypatch.setattr("spilld.engine.sessions.archive_transfers.LOOK_S", 0.0)
         self.opened(harness, 5)
         harness.engine.turn()
         assert len(leftovers(harness)) == 1

@@ -28,12 +28,12 @@ from spilld.kv.visibility import (
     sealed_by,
     stored_blocks,
 )
-from spilld.offload.disk.extent import extent_bytes
+from spilld.offload.disk.files.extent import extent_bytes
 from spilld.offload.disk.prefetch import Prefetcher
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.disk.writer import Spiller
 from spilld.offload.errors import ExtentCorrupt
-from spilld.offload.host import HostSlab
+from spilld.offload.host.slab import HostSlab
 from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.record import Element, Format, Layout
 from spilld.offload.store import DiskPath, Store

@@ -19,9 +19,8 @@ import msgpack
 import pytest
 import zmq
 
-from spilld.client import calls, dealer
 from spilld.client import client as client_module
-from spilld.client.calls import ACKNOWLEDGED, AHEAD
+from spilld.client import client_socket, core
 from spilld.client.client import (
     Accepted,
     AsyncClient,
@@ -31,6 +30,7 @@ from spilld.client.client import (
     SessionInfo,
     Token,
 )
+from spilld.client.core import ACKNOWLEDGED, AHEAD
 from spilld.errors import (
     Cancelled,
     ConfigError,
@@ -105,7 +105,7 @@ def test_what_nobody_takes_is_not_acknowledged_for_ever(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client keeps a bounded number of events; all are there when somebody asks."""
-    monkeypatch.setattr(calls, "KEPT", 2 * ACKNOWLEDGED)
+    monkeypatch.setattr(core, "KEPT", 2 * ACKNOWLEDGED)
     with Client(running.address) as client:
         idle, busy = client.generate("a", max_tokens=1000), client.generate("b", max_tokens=1000)
         busy.text()
@@ -358,8 +358,8 @@ def test_a_daemon_that_is_stopped_is_missed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
     """It holds its connections and answers nothing, as does a machine that has lost its power."""
-    monkeypatch.setattr(dealer, "HEARTBEAT_MS", 100)
-    monkeypatch.setattr(dealer, "SILENT_MS", 500)
+    monkeypatch.setattr(client_socket, "HEARTBEAT_MS", 100)
+    monkeypatch.setattr(client_socket, "SILENT_MS", 500)
     address = f"ipc://{tmp_path}/s" if transport == "ipc" else f"tcp://127.0.0.1:{free_port()}"
     conftest = Path(__file__).with_name("conftest.py")
     with subprocess.Popen([sys.executable, str(conftest), address, "9", "0.01"]) as daemon:

@@ -21,7 +21,7 @@ from spilld.errors import (
 )
 from spilld.kv.visibility import BLOCK, boundary, sealed_by
 from spilld.models.model import Model
-from spilld.offload import residency
+from spilld.offload.host import residency
 from spilld.protocol.messages import (
     Accepted,
     Done,

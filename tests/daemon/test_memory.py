@@ -10,7 +10,7 @@ import pytest
 from spilld.engine import engine as engine_module
 from spilld.models.model import Model
 from spilld.monitoring.memory import MemoryWatch, available_bytes
-from spilld.offload.host import HostSlab
+from spilld.offload.host.slab import HostSlab
 
 from .harness import Harness, engine, said, shared, smallest_host_budget, some_tokens
 

@@ -13,7 +13,7 @@ import pytest
 
 from spilld.errors import InvalidRequest, RequestNotFound, StorageFailed
 from spilld.models.model import Model
-from spilld.offload.disk.database import Database
+from spilld.offload.disk.index.database import Database
 from spilld.protocol.messages import (
     Accepted,
     Done,

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload.disk.extent import RunKey, RunPlace, extent_bytes
-from spilld.offload.disk.index import Contents, Stretch
+from spilld.offload.disk.files.extent import RunKey, RunPlace, extent_bytes
+from spilld.offload.disk.index.index import Contents, Stretch
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import IndexDamaged, TierFull
 from spilld.offload.prefix_cache.block_hash import chain_hash, root
@@ -270,7 +270,7 @@ def test_an_index_that_cannot_be_asked_knows_nothing(
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr("spilld.offload.disk.database.Database.rows", fail)
+        patched.setattr("spilld.offload.disk.index.database.Database.rows", fail)
         assert cache.find(NAMES[1:], 1) == []
         assert cache.tails(NAMES[2]) == []
         cache.enter(place)

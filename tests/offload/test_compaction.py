@@ -14,8 +14,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from spilld.offload.disk.extent import HEADER_BYTES, RunPlace, extent_bytes
-from spilld.offload.disk.segment import Range
+from spilld.offload.disk.files.extent import HEADER_BYTES, RunPlace, extent_bytes
+from spilld.offload.disk.files.segment import Range
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import (
     ExtentMissing,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from spilld.offload.disk.database import Database
+from spilld.offload.disk.index.database import Database
 from spilld.offload.errors import IndexDamaged
 
 SCHEMA = 3
@@ -85,7 +85,7 @@ class TestKeeping:
         """And what was not committed does not."""
         program = (
             "import os, signal, sys; from pathlib import Path\n"
-            "from spilld.offload.disk.database import Database\n"
+            "from spilld.offload.disk.index.database import Database\n"
             f"db = Database.open(Path(sys.argv[1]), {SCHEMA}, {CREATE!r})\n"
             "for word in ('a', 'b'):\n"
             "    with db.transaction() as transaction:\n"
@@ -222,7 +222,8 @@ class TestDamage:
     def test_a_damaged_log_ends_where_the_damage_begins(self, path: Path, seed: int) -> None:
         """Whole transactions, the first ones."""
         program = (
-            "import os, sys; from pathlib import Path; from spilld.offload.disk.database import Database\n"
+            "import os, sys; from pathlib import Path\n"
+            "from spilld.offload.disk.index.database import Database\n"
             f"db = Database.open(Path(sys.argv[1]), {SCHEMA}, {CREATE!r})\n"
             "for n in range(40):\n"
             "    with db.transaction() as transaction:\n"

@@ -16,8 +16,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from spilld.offload.disk.extent import HEADER_BYTES, HEADER_FIELDS, RunPlace
-from spilld.offload.disk.index import Contents
+from spilld.offload.disk.files.extent import HEADER_BYTES, HEADER_FIELDS, RunPlace
+from spilld.offload.disk.index.index import Contents
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import (
     BudgetTooSmall,

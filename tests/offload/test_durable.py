@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload.disk.extent import RunKey
+from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.errors import (
     ExtentCorrupt,
     ExtentMissing,
@@ -528,7 +528,7 @@ def test_an_index_that_cannot_be_asked_is_a_miss(
         raise damage if isinstance(damage, OSError) else IndexDamaged(damage)
 
     with monkeypatch.context() as patched:
-        patched.setattr("spilld.offload.disk.database.Database.rows", fail)
+        patched.setattr("spilld.offload.disk.index.database.Database.rows", fail)
         assert rig.store.find(known.names) == []
         assert rig.store.tails(known.names[RUN]) == []
     other = rig.open(RUN)
@@ -544,7 +544,7 @@ def test_a_run_whose_row_stays_behind_is_not_found(rig: Rig, monkeypatch: pytest
         raise OSError("database or disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr("spilld.offload.disk.index.Index.remove", fail)
+        patched.setattr("spilld.offload.disk.index.index.Index.remove", fail)
         rig.path.cache.discard(ref.run)
     assert ref.run not in rig.path.tier
     assert rig.store.find(known.names) == []

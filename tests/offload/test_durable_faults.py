@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload.disk.database import Database
-from spilld.offload.disk.extent import RunKey, extent_bytes
+from spilld.offload.disk.files.extent import RunKey, extent_bytes
+from spilld.offload.disk.files.segment import Range
+from spilld.offload.disk.index.database import Database
 from spilld.offload.disk.prefetch import Prefetcher, Read
-from spilld.offload.disk.segment import Range
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.disk.writer import Spiller
 from spilld.offload.errors import (

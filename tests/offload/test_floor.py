@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload.disk.index import Contents
+from spilld.offload.disk.index.index import Contents
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import TierFull
 from spilld.offload.prefix_cache.run_cache import RunCache

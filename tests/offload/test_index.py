@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload.disk.database import Database
-from spilld.offload.disk.extent import ExtentIdentity
-from spilld.offload.disk.index import (
+from spilld.offload.disk.files.extent import ExtentIdentity
+from spilld.offload.disk.files.segment import Range
+from spilld.offload.disk.index.database import Database
+from spilld.offload.disk.index.index import (
     _CREATE,
     SCHEMA,
     Contents,
@@ -22,7 +23,6 @@ from spilld.offload.disk.index import (
     Index,
     Stretch,
 )
-from spilld.offload.disk.segment import Range
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import FolderInUse, IndexDamaged, ReadFailed
 from spilld.offload.prefix_cache.block_hash import chain_hash, root

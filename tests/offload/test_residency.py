@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spilld.offload.residency import Holding, Spill, plan
+from spilld.offload.host.residency import Holding, Spill, plan
 
 
 @st.composite

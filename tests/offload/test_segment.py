@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from spilld.offload.disk.segment import Range, SegmentSpace
+from spilld.offload.disk.files.segment import Range, SegmentSpace
 from spilld.offload.errors import TierFull
 
 PAGE = 4096

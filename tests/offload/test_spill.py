@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from spilld.offload.disk import writer
-from spilld.offload.disk.extent import RunPlace
+from spilld.offload.disk.files.extent import RunPlace
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.disk.writer import Spilled, Spiller
 from spilld.offload.errors import ExtentMissing, FolderInUse
-from spilld.offload.host import HostSlab, Rows
+from spilld.offload.host.slab import HostSlab, Rows
 
 from .faults import Fault, ScriptedSystem, Stall, error
 from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, assert_tier, blocks, chain, key

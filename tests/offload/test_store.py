@@ -22,9 +22,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from spilld.offload import residency, store
-from spilld.offload.disk.extent import RunKey, extent_bytes
-from spilld.offload.disk.index import Contents
+from spilld.offload import store
+from spilld.offload.disk.files.extent import RunKey, extent_bytes
+from spilld.offload.disk.index.index import Contents
 from spilld.offload.disk.prefetch import Prefetcher, Read, Ticket
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.disk.writer import Spiller
@@ -35,7 +35,9 @@ from spilld.offload.errors import (
     TierFull,
     WriteFailed,
 )
-from spilld.offload.host import HostSlab
+from spilld.offload.host import residency
+from spilld.offload.host.residency import Holding, Spill
+from spilld.offload.host.slab import HostSlab
 from spilld.offload.maintenance.compaction import Compaction
 from spilld.offload.maintenance.wear import WriteBudget
 from spilld.offload.prefix_cache.block_hash import chain_hash, root
@@ -46,7 +48,6 @@ from spilld.offload.record import (
     Format,
     Layout,
 )
-from spilld.offload.residency import Holding, Spill
 from spilld.offload.store import (
     EXTENT_TARGET,
     RUN_STEP,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload.disk.extent import RunKey
+from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import (
     BudgetTooSmall,
@@ -18,7 +18,7 @@ from spilld.offload.errors import (
     TierFull,
     WriteFailed,
 )
-from spilld.offload.host import HostSlab, Rows
+from spilld.offload.host.slab import HostSlab, Rows
 from spilld.offload.system import Bytes
 
 from .faults import ScriptedSystem, error

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spilld.offload.disk.index import Index
+from spilld.offload.disk.index.index import Index
 from spilld.offload.errors import IndexDamaged
 from spilld.offload.maintenance.compaction import Compaction
 from spilld.offload.maintenance.wear import DAY_S, WriteBudget

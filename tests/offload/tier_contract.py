@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import pytest
 
-from spilld.offload.disk.extent import RunKey
+from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.errors import (
     ExtentMissing,
     ReadFailed,

@@ -29,19 +29,19 @@ from unittest.mock import patch
 import numpy as np
 
 from spilld.offload.archive.runs import Arrival, Departure, Part
-from spilld.offload.disk.database import Database
-from spilld.offload.disk.extent import (
+from spilld.offload.disk.files.extent import (
     Move,
     RunKey,
     RunPlace,
     extent_bytes,
 )
-from spilld.offload.disk.index import Contents
+from spilld.offload.disk.index.database import Database
+from spilld.offload.disk.index.index import Contents
 from spilld.offload.disk.prefetch import Prefetcher
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.disk.writer import Spiller
 from spilld.offload.errors import ExtentMissing, TierFull
-from spilld.offload.host import HostSlab
+from spilld.offload.host.slab import HostSlab
 from spilld.offload.maintenance.compaction import Compaction
 from spilld.offload.maintenance.wear import WriteBudget
 from spilld.offload.prefix_cache.block_hash import chain_hash, root

@@ -14,13 +14,13 @@ from .reach import add_options, connected
 from .sampling import add_sampling, sampling
 
 if TYPE_CHECKING:
-    from spilld.client.calls import Options
     from spilld.client.client import (
         Client,
         Message,
         SessionInfo,
         Welcome,
     )
+    from spilld.client.core import Options
 
 RAW = "Question: {question}\nAnswer:"
 RAW_STOP = "\nQuestion:"

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Sequence_
 from spilld.errors import SpilldError
 from spilld.kv.batch import BatchItem
 from spilld.kv.sequence import Sequence
-from spilld.offload.disk.extent import RunKey
+from spilld.offload.disk.files.extent import RunKey
 from spilld.protocol.messages import (
     Accepted,
     Done,

@@ -31,8 +31,8 @@ from spilld.kv.visibility import (
 from spilld.models.model import Model
 from spilld.offload.archive.file import ArchivedRun, Manifest
 from spilld.offload.archive.runs import Departure, Part
-from spilld.offload.disk.extent import RunKey
-from spilld.offload.disk.index import Contents
+from spilld.offload.disk.files.extent import RunKey
+from spilld.offload.disk.index.index import Contents
 from spilld.offload.errors import ReadFailed
 from spilld.offload.prefix_cache.block_hash import chain
 from spilld.offload.record import BLOCK
@@ -40,8 +40,7 @@ from spilld.offload.store import Store
 from spilld.offload.system import Bytes
 from spilld.offload.table import RunRef
 from spilld.protocol.messages import Message
-
-from .store import Session
+from spilld.sessions.store import Session
 
 AGAIN = "export the session again and copy the file whole"
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from spilld.offload.disk.files.extent import ExtentIdentity, RunKey
+from spilld.offload.disk.files.segment import Range
 from spilld.offload.errors import IndexDamaged
 from spilld.offload.record import (
     Element,
@@ -28,8 +30,6 @@ from spilld.offload.record import (
 from spilld.offload.system import PAGE
 
 from .database import Database, put_aside
-from .extent import ExtentIdentity, RunKey
-from .segment import Range
 
 log = logging.getLogger(__name__)
 

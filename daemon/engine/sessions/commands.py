@@ -15,12 +15,12 @@ from spilld.protocol.messages import (
     Reply,
     Sessions,
 )
+from spilld.requests.request_state import Generation
 from spilld.runner.sequence_manager import Sequences
 from spilld.sessions.idle_contexts import Contexts, Key
 from spilld.sessions.store import Session
 
-from .request_state import Generation
-from .session_manager import SessionKeeper
+from .manager import SessionKeeper
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from spilld.kv.checkpoint import Resume
 from spilld.kv.sequence import Sequence
 from spilld.kv.visibility import BLOCK
 from spilld.models.model import Model
-from spilld.offload.disk.extent import RunKey
+from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.prefix_cache.block_hash import root
 from spilld.offload.store import Store
 from spilld.protocol.messages import (
@@ -19,11 +19,10 @@ from spilld.protocol.messages import (
     Message,
     SessionInfo,
 )
+from spilld.requests.request_state import Generation
 from spilld.sessions.idle_contexts import Key
 from spilld.sessions.store import Session, SessionBook
 from spilld.tokenizer.tokenizer import Tokenizer
-
-from .request_state import Generation
 
 OF_A_SESSION = 1
 """Priority of KV that a named session goes on with; that of other requests is 0."""

@@ -59,13 +59,13 @@ from spilld.protocol.messages import (
     TransferRequest,
     WriteTransfer,
 )
-from spilld.sessions import archive_contents
-from spilld.sessions.archive_contents import AGAIN, Unreadable
 from spilld.sessions.idle_contexts import Key
 from spilld.sessions.store import Session
 from spilld.sessions.transfers import Transfers
 
-from .session_manager import SessionKeeper
+from . import archive_contents
+from .archive_contents import AGAIN, Unreadable
+from .manager import SessionKeeper
 
 log = logging.getLogger(__name__)
 

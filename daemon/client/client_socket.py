@@ -12,7 +12,7 @@ from spilld.errors import ConfigError
 from spilld.protocol.address import FORMS
 from spilld.protocol.messages import HEARTBEAT_MS, MAX_FRAME_BYTES, SILENT_MS
 
-from .calls import Calls
+from .core import Calls
 
 BATCH = 256
 """Messages taken at once, so that an event loop gets its turn."""

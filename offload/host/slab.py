@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .errors import BudgetTooSmall, MemoryRefused, TierFull
-from .size import size
-from .system import Bytes, give_back, page_aligned
+from spilld.offload.errors import BudgetTooSmall, MemoryRefused, TierFull
+from spilld.offload.size import size
+from spilld.offload.system import Bytes, give_back, page_aligned
 
 Rows = npt.NDArray[np.int64]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from .host import HostSlab, Rows
-from .system import Bytes
-from .table import BlockTable, RunRef
+from spilld.offload.system import Bytes
+from spilld.offload.table import BlockTable, RunRef
+
+from .slab import HostSlab, Rows
 
 
 class Promotion:
