@@ -24,7 +24,7 @@ from spilld.offload.kernels.linear.packed import (
     stack,
     unpack,
 )
-from spilld.offload.kernels.linear.products import multiply
+from spilld.offload.kernels.linear.products import Matrix, multiply_rows
 from spilld.offload.kernels.linear.row_operations import Inputs, padded, take
 
 Floats = NDArray[np.float32]
@@ -49,7 +49,7 @@ def product(rows: Floats, weights: Packed, start: Floats | None = None) -> Float
     out = np.zeros((padded(len(rows)), weights.outputs), np.float32)
     if start is not None:
         out[: len(rows)] = start
-    multiply(inputs, weights, out, len(rows))
+    multiply_rows(inputs, Matrix.of(weights), out, len(rows))
     return out[: len(rows)]
 
 
@@ -140,15 +140,3 @@ def test_what_is_not_finite_stays_so_and_in_its_row(form: Form, bad: float) -> N
     found = product(x, weights)
     np.testing.assert_array_equal(found[0], clean[0])
     assert np.isnan(found[1]).all()
-
-
-def test_shapes_that_disagree() -> None:
-    weights = quantise(some(11, 16, 64), Form.INT8)
-    with pytest.raises(ValueError, match="16 outputs"):
-        multiply(Inputs.of(8, 64), weights, np.zeros((8, 8), np.float32), 1)
-    with pytest.raises(ValueError, match="5 rows"):
-        multiply(Inputs.of(8, 64), weights, np.zeros((7, 16), np.float32), 5)
-    with pytest.raises(ValueError, match="5 rows"):
-        multiply(Inputs.of(4, 64), weights, np.zeros((8, 16), np.float32), 5)
-    with pytest.raises(ValueError, match="64 inputs"):
-        multiply(Inputs.of(8, 32), weights, np.zeros((8, 16), np.float32), 1)

@@ -41,8 +41,6 @@ from .packable import check_packable
 
 log = logging.getLogger(__name__)
 
-Floats = NDArray[np.float32]
-
 WEIGHTS = Path("packed") / "weights.safetensors"
 """Where they lie in a folder that was made from a GGUF file."""
 

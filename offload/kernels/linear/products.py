@@ -37,7 +37,7 @@ from .packed import (
     Form,
     Packed,
 )
-from .row_operations import TOGETHER, Inputs
+from .row_operations import TOGETHER
 
 I16 = ir.IntType(16)
 
@@ -55,8 +55,6 @@ LINES4, LINES8 = 4, 8
 
 _INTS = ir.VectorType(I32, LANES)
 
-Floats = NDArray[np.float32]
-
 
 class Matrix(NamedTuple):
     """Packed weights as kernels take them."""
@@ -73,16 +71,6 @@ class Matrix(NamedTuple):
     def of(cls, weights: Packed) -> Matrix:
         int4 = weights.form is Form.INT4
         return cls(weights.tiles.reshape(-1), weights.tiles.shape[1], int4, LINES4 if int4 else LINES8)
-
-
-def multiply(inputs: Inputs, weights: Packed, out: Floats, rows: int) -> None:
-    """multiply_rows; raises ValueError if shapes disagree."""
-    room = min(len(out), len(inputs.codes)) // TOGETHER * TOGETHER
-    if out.shape[1:] != (weights.outputs,) or not 1 <= rows <= room:
-        raise ValueError(f"{rows} rows of out {out.shape} for {weights.outputs} outputs")
-    if weights.inputs > inputs.codes.shape[1]:
-        raise ValueError(f"{weights.inputs} inputs where there are {inputs.codes.shape[1]}")
-    multiply_rows(inputs, Matrix.of(weights), out, rows)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
