@@ -216,19 +216,18 @@ def _quantise4(x: Any, codes: Any, scales: Any, dim: Any, per_token: Any, per_gr
     """Packed codes[i * 64 + t] and scales[(t * per_token + g * per_group) * 2 + (0 step, 1 minimum)]."""
     step = np.empty(BLOCK, np.float32)
     minimum = np.empty(BLOCK, np.float32)
-    whole = np.empty(32 * BLOCK, np.uint8)
     for first in range(0, dim, 32):
         half = min(32, dim - first) // 2
         part = x[first * BLOCK : (first + 2 * half) * BLOCK]
         _int4_scales(part, step, minimum, scales[first // 32 * per_group * 2 :], per_token)
-        for i in range(2 * half):
-            for t in range(BLOCK):
-                number = x[(first + i) * BLOCK + t]
-                whole[i * BLOCK + t] = np.uint8(_code(number - minimum[t], step[t], 0, 15))
         for i in range(half):
+            low, high = part[i * BLOCK :], part[(i + half) * BLOCK :]
+            target = codes[(first // 2 + i) * BLOCK :]
             for t in range(BLOCK):
-                high = np.uint8(whole[(i + half) * BLOCK + t] << np.uint8(4))
-                codes[(first // 2 + i) * BLOCK + t] = whole[i * BLOCK + t] | high
+                at = np.uint64(t)
+                lower = np.int32(_code(low[at] - minimum[at], step[at], 0, 15))
+                upper = np.int32(_code(high[at] - minimum[at], step[at], 0, 15))
+                target[at] = np.uint8(lower | (upper << np.int32(4)))
 
 
 @device
