@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from spilld.errors import ConfigError
+from spilld.models.frameworks import import_frameworks
 
 
 @contextmanager
@@ -19,6 +20,7 @@ def engine() -> Iterator[None]:
     collects = gc.isenabled()
     gc.disable()
     try:
+        import_frameworks()
         yield
     except ModuleNotFoundError as error:
         if (error.name or "spilld").partition(".")[0] == "spilld":

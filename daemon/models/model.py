@@ -8,13 +8,15 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.utils import logging as transformers_logging
 
 from spilld.attention.transformers_hook import IMPLEMENTATION
 from spilld.cuda_ext.device.tensors import gpu_errors
@@ -22,7 +24,7 @@ from spilld.cuda_ext.errors import DeviceError
 from spilld.errors import ConfigError, CorruptModel, DeviceUnusable
 from spilld.kv.geometry import Geometry
 from spilld.models.files.digest import digest
-from spilld.models.files.folder import check_folder, read_config
+from spilld.models.files.folder import FAMILIES, check_folder, read_config
 from spilld.models.files.weights import read_layout
 from spilld.models.packed.packing import packed_file, read
 from spilld.offload.kernels.linear.packed import Packed
@@ -31,6 +33,7 @@ from spilld.tokenizer.tokenizer import Tokenizer
 from .catalog import default_cache, identify, resolve
 from .probe import probe_once
 from .rope import fix_rope, rope_bytes
+from .skeleton import SkeletonMode
 from .wide_linear import has_bfloat16_products, widen
 
 __all__ = ["Model", "identify", "load", "load_module", "resolve"]
@@ -144,9 +147,9 @@ def load_module(folder: Path, dtype: str, attention: str) -> Any:
     """
     check_folder(folder)
     read_layout(folder)
-    with _quiet():
+    with _quiet(), SkeletonMode():
         try:
-            module, report = transformers.AutoModelForCausalLM.from_pretrained(
+            module, report = _model_class(folder).from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention,
@@ -162,6 +165,13 @@ def load_module(folder: Path, dtype: str, attention: str) -> Any:
         if keys := sorted(map(str, report[kind])):
             raise CorruptModel(f"{folder}: {len(keys)} {kind.replace('_', ' ')}, the first is {keys[0]}")
     return module.eval().requires_grad_(False)
+
+
+def _model_class(folder: Path) -> Any:
+    """The class of transformers that computes a checked folder's model; no other family is imported."""
+    family = read_config(folder)["model_type"]
+    package = model_type_to_module_name(family)
+    return getattr(import_module(f"transformers.models.{package}.modeling_{package}"), FAMILIES[family])
 
 
 def _fingerprint(folder: Path, dtype: str, module: Any, contents: bytes, steps: bytes) -> bytes:
@@ -182,13 +192,13 @@ def _fingerprint(folder: Path, dtype: str, module: Any, contents: bytes, steps: 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' progress bars and load report: what they would say is raised."""
-    log = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        log.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
         if bars:
-            log.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
