@@ -24,7 +24,7 @@ from harness import Goal, Result, document, main, medians, say
 from ours import Prompts
 from rows import overlap_ms
 
-from spilld.client.client import Accepted, AsyncClient, Token
+from spilld import Accepted, AsyncClient, Token
 from spilld.demo.demo import MODEL, budgets
 from spilld.demo.spawn import spawned
 from spilld.models.catalog import default_cache, resolve

@@ -18,7 +18,7 @@ from itertools import pairwise
 from harness import Goal, Result, document, main, medians
 from ours import Prompts, daemon
 
-from spilld.client.client import AsyncClient, Token
+from spilld import AsyncClient, Token
 from spilld.demo.demo import MODEL
 from spilld.models.catalog import default_cache, resolve
 from spilld.offload.record import Element

@@ -19,7 +19,7 @@ from pydoc_data.topics import topics
 from harness import Goal, Result, document, in_child, main, medians
 from ours import Prompts, daemon
 
-from spilld.client.client import AsyncClient, Client, Token
+from spilld import AsyncClient, Client, Token
 from spilld.demo.demo import MODEL
 from spilld.errors import FrameTooLarge, PromptTooLong
 from spilld.models.catalog import default_cache, resolve

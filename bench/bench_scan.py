@@ -40,8 +40,8 @@ from bench_kernels import layout, model, records
 from harness import Goal, Result, disk_rates, document, in_our_child, main, medians, say
 from steps import Steps, blocks_of
 
+from spilld import Client
 from spilld.assembly import READERS, build_store, use_threads
-from spilld.client.client import Client
 from spilld.config.config import Config
 from spilld.demo.demo import MODEL, budgets
 from spilld.demo.spawn import spawned

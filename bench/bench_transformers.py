@@ -26,7 +26,7 @@ from harness import Goal, Result, document, gemm_rate, in_child, main, medians, 
 from ours import Prompts
 from work import Work
 
-from spilld.client.client import Client, Token
+from spilld import Client, Token
 from spilld.demo.demo import MODEL, budgets
 from spilld.demo.plain_transformers import greedy
 from spilld.demo.spawn import spawned

@@ -23,7 +23,7 @@ from ours import THREADS, Prompts, daemon
 from peers import PEERS
 from systems.child import Child, NotRun
 
-from spilld.client.client import AsyncClient
+from spilld import AsyncClient
 from spilld.demo.demo import MODEL, Shape
 from spilld.models.catalog import default_cache, resolve
 from spilld.offload.record import Element

@@ -13,7 +13,7 @@ from pathlib import Path
 from harness import Goal, Result, say
 from rows import BENCH, COUNT, overlap_ms
 
-from spilld.client.client import AsyncClient, Client, Token
+from spilld import AsyncClient, Client, Token
 from spilld.demo.spawn import spawned
 
 THREADS = 2

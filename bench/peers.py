@@ -65,7 +65,7 @@ from rows import rows as rows_of
 from systems.child import Child, NotRun
 from work import Work
 
-from spilld.client.client import Client
+from spilld import Client
 from spilld.config.named_models import PACKAGED
 from spilld.demo.demo import MODEL
 from spilld.models.catalog import default_cache, resolve

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 
 from harness import Goal, Result, disk_rates, document, main, medians, say
 
-from spilld.client.client import Client, Done, Token
+from spilld import Client, Done, Token
 from spilld.demo.demo import MODEL, Shape
 from spilld.demo.spawn import spawned
 from spilld.models.catalog import default_cache, resolve

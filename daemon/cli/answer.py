@@ -11,14 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from spilld.client.client import (
-    Done,
-    Generation,
-    Progress,
-    Token,
-)
+from spilld.client.client import Generation
 from spilld.errors import SpilldError
 from spilld.printable import harmless
+from spilld.protocol.messages import Done, Progress, Token
 
 UNSAVED = (
     "spilld: the session could not be written to disk, as the daemon's log says: it goes on, is kept once "

@@ -10,14 +10,8 @@ from contextlib import suppress
 from rich.console import Console
 from rich.markup import escape
 
-from spilld.client.client import (
-    Client,
-    Done,
-    Generation,
-    Message,
-    Welcome,
-)
-from spilld.client.core import Options
+from spilld.client.client import Client, Generation
+from spilld.client.generate_options import Options
 from spilld.errors import (
     Cancelled,
     ContextNotFound,
@@ -26,7 +20,12 @@ from spilld.errors import (
     Unreachable,
 )
 from spilld.printable import harmless
-from spilld.protocol.messages import SessionInfo
+from spilld.protocol.messages import (
+    Done,
+    Message,
+    SessionInfo,
+    Welcome,
+)
 
 from .answer import Output, show
 

@@ -14,10 +14,11 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from spilld.client.client import Client, Welcome
+from spilld.client.client import Client
 from spilld.errors import StateFolderError
 from spilld.offload.errors import FolderUnusable
 from spilld.printable import harmless
+from spilld.protocol.messages import Welcome
 
 from .engine_extra import engine
 

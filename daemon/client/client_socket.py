@@ -1,4 +1,4 @@
-"""The client's socket: moves frames between a DEALER and the calls, and sees the daemon come and go."""
+"""The client's socket: moves frames between a DEALER and the core, and sees the daemon come and go."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spilld.errors import ConfigError
 from spilld.protocol.address import FORMS
 from spilld.protocol.messages import HEARTBEAT_MS, MAX_FRAME_BYTES, SILENT_MS
 
-from .core import Calls
+from .core import ClientCore
 
 BATCH = 256
 """Messages taken at once, so that an event loop gets its turn."""
@@ -28,21 +28,29 @@ SEEN = (
     | zmq.EVENT_DISCONNECTED
 )
 
-BEGINNING = "`spilld keys --client NAME`, where the daemon runs,"
+MAKE_KEY = "`spilld keys --client NAME`, where the daemon runs,"
 
-NO_KEY = f"it wants a key. {BEGINNING} makes a file: give it as keys=FILE, --keys FILE or $SPILLD_KEYS"
-UNKNOWN_KEY = f"its clients.toml does not have this client's key. {BEGINNING} makes one that it knows"
+NO_KEY = f"it wants a key. {MAKE_KEY} makes a file: give it as keys=FILE, --keys FILE or $SPILLD_KEYS"
+UNKNOWN_KEY = f"its clients.toml does not have this client's key. {MAKE_KEY} makes one that it knows"
 WRONG_SERVER = (
-    f"it has no keys, or another than this client's key file says. {BEGINNING} makes a file that fits"
+    f"it has no keys, or another than this client's key file says. {MAKE_KEY} makes a file that fits"
 )
 FULL = "it closed the connection at once: it may have max_connections of them, or be another user's"
 
 
-class Link:
-    """key: for a daemon that has keys."""
+class ClientSocket:
+    """The DEALER of one client, and the monitor that tells of its connection.
 
-    def __init__(self, calls: Calls, key: ClientKey | None = None) -> None:
-        self._calls = calls
+    Args:
+        core: What frames come from and go to.
+        key: For a daemon that has keys.
+
+    Raises:
+        ConfigError: The address cannot be connected to.
+    """
+
+    def __init__(self, core: ClientCore, key: ClientKey | None = None) -> None:
+        self._core = core
         self._keyed = key is not None
         self._sending = False
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -51,7 +59,7 @@ class Link:
         self.socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENT_MS)
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_FRAME_BYTES)
-        self.socket.setsockopt(zmq.IPV6, int("[" in calls.address))
+        self.socket.setsockopt(zmq.IPV6, int("[" in core.address))
         if key is not None:
             self.socket.setsockopt(zmq.CURVE_SERVERKEY, key.server.encode())
             self.socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public.encode())
@@ -59,29 +67,29 @@ class Link:
         self.monitor: zmq.Socket[bytes] = self.socket.get_monitor_socket(SEEN)
         self.monitor.setsockopt(zmq.RCVHWM, 0)  # where it is full, libzmq stops, for all sockets
         try:
-            self.socket.connect(calls.address)
+            self.socket.connect(core.address)
         except zmq.ZMQError as error:
             self.close()
-            raise ConfigError(f"cannot connect to {calls.address!r}: {error}; {FORMS}") from error
+            raise ConfigError(f"cannot connect to {core.address!r}: {error}; {FORMS}") from error
 
     def flush(self) -> None:
         """Send what the outbox holds."""
         if not self._sending and not self.socket.closed:  # a finaliser may run in the middle of a send
             self._sending = True
             try:
-                while self._calls.outbox:
-                    self.socket.send_multipart(self._calls.outbox.popleft())
+                while self._core.outbox:
+                    self.socket.send_multipart(self._core.outbox.popleft())
             finally:
                 self._sending = False
 
     def move(self) -> bool:
         """Send and take what can be without waiting; True if more may be there to take."""
-        if self._calls.closed:
+        if self._core.closed:
             return False
         self._watch()
         self.flush()
         more = self._take()
-        answers = bool(self._calls.outbox)  # to go on, or a cancel
+        answers = bool(self._core.outbox)  # to go on, or a cancel
         self.flush()
         return more or answers  # Hazard: a send takes the descriptor's word of what came meanwhile
 
@@ -89,9 +97,9 @@ class Link:
         while self.monitor.poll(0):
             event, _value = struct.unpack("=hi", self.monitor.recv_multipart()[0])
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._calls.link_up()
+                self._core.connection_made()
             elif event == zmq.EVENT_DISCONNECTED:
-                self._calls.link_lost(time.monotonic())
+                self._core.connection_lost(time.monotonic())
             else:
                 self._turned_away(event)
 
@@ -103,7 +111,7 @@ class Link:
             why = UNKNOWN_KEY
         elif not final:
             why = f"{WRONG_SERVER}; or {FULL}" if self._keyed else FULL
-        self._calls.turned_away(why, time.monotonic(), final=final)
+        self._core.turned_away(why, time.monotonic(), final=final)
 
     def _take(self) -> bool:
         for _ in range(BATCH):
@@ -111,7 +119,7 @@ class Link:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return False
-            self._calls.received(frames)
+            self._core.received(frames)
         return True
 
     def close(self) -> None:

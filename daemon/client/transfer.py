@@ -1,4 +1,4 @@
-"""How a client fetches and sends an archive, without a socket: requests come out, replies go in.
+"""Downloads and uploads the archive of a session, piece by piece.
 
 The client has the file, the daemon never sees its path.
 """
@@ -6,9 +6,9 @@ The client has the file, the daemon never sees its path.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO
 
 from spilld.errors import CorruptArchive, InvalidRequest, ProtocolError
 from spilld.protocol.messages import (
@@ -22,12 +22,12 @@ from spilld.protocol.messages import (
     OpenTransfer,
     Piece,
     ReadTransfer,
-    Reply,
-    Request,
     Sessions,
     Transfer,
     WriteTransfer,
 )
+
+from .query import Operation, ask
 
 PIECE_S = 60.0
 """How long a piece waits: the daemon has others to serve, and a disk to wait for."""
@@ -35,18 +35,15 @@ PIECE_S = 60.0
 BUILD_S = 3600.0
 """How long export and import wait: the daemon reads or writes all of it, between other work."""
 
-Ask = tuple[Request, type[Reply], float]
-"""A request, what must answer it, and how many seconds it may take."""
-
 NextId = Callable[[], str]
 
-R = TypeVar("R", bound=Reply)
 
-
-def fetch(session: str, tenant: str, path: Path, next_id: NextId) -> Generator[Ask, Any, Exported]:
+def download(session: str, tenant: str, path: Path, next_id: NextId) -> Operation[Exported]:
     """Export a session to a new file of mode 0600. On any error there is no file.
 
-    Raises InvalidRequest if the file exists or cannot be made, and what the daemon answers.
+    Raises:
+        InvalidRequest: The file exists or cannot be written.
+        SpilldError: What the daemon answers.
     """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -55,26 +52,32 @@ def fetch(session: str, tenant: str, path: Path, next_id: NextId) -> Generator[A
     try:
         with os.fdopen(descriptor, "wb") as file:
             request = ExportSession(request_id=next_id(), session=session, tenant=tenant)
-            exported = _is(Exported, (yield request, Exported, BUILD_S))
+            exported = yield from ask(request, Exported, BUILD_S)
             for offset in range(0, exported.nbytes, PIECE_BYTES):
                 read = ReadTransfer(request_id=next_id(), transfer=exported.transfer, offset=offset)
-                data = _is(Piece, (yield read, Piece, PIECE_S)).data
+                data = (yield from ask(read, Piece, PIECE_S)).data
                 if len(data) != min(PIECE_BYTES, exported.nbytes - offset):
                     raise ProtocolError(f"a piece of {len(data)} bytes came at {offset} of {exported.nbytes}")
                 _put(file, data, path)
             _put(file, b"", path)
-        yield CloseTransfer(request_id=next_id(), transfer=exported.transfer), Transfer, PIECE_S
+        close = CloseTransfer(request_id=next_id(), transfer=exported.transfer)
+        yield from ask(close, Transfer, PIECE_S)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     return exported
 
 
-def send(path: Path, session: str, tenant: str, next_id: NextId) -> Generator[Ask, Any, Imported]:
-    """Import a session from a file. Raises CorruptArchive if it cannot be read, InvalidRequest for a name
-    that is taken, and what the daemon answers."""
-    listed = yield ListSessions(request_id=next_id(), tenant=tenant), Sessions, PIECE_S
-    if any(info.name == session for info in _is(Sessions, listed).sessions):  # before much is sent
+def upload(path: Path, session: str, tenant: str, next_id: NextId) -> Operation[Imported]:
+    """Import a session from a file.
+
+    Raises:
+        CorruptArchive: The file cannot be read, or the daemon refuses it.
+        InvalidRequest: The name is taken.
+        SpilldError: What else the daemon answers.
+    """
+    listed = yield from ask(ListSessions(request_id=next_id(), tenant=tenant), Sessions, PIECE_S)
+    if any(info.name == session for info in listed.sessions):  # before much is sent
         raise InvalidRequest(f"there is a session {session!r} already; delete it or choose another name")
     try:
         file = path.open("rb")
@@ -83,14 +86,14 @@ def send(path: Path, session: str, tenant: str, next_id: NextId) -> Generator[As
         raise CorruptArchive(f"cannot read {path}: {error.strerror}; name a file of an export") from error
     with file:
         begin = OpenTransfer(request_id=next_id(), nbytes=nbytes)
-        transfer = _is(Transfer, (yield begin, Transfer, PIECE_S)).transfer
+        transfer = (yield from ask(begin, Transfer, PIECE_S)).transfer
         offset = 0
         while data := _take(file, path):
             write = WriteTransfer(request_id=next_id(), transfer=transfer, offset=offset, data=data)
-            yield write, Transfer, PIECE_S
+            yield from ask(write, Transfer, PIECE_S)
             offset += len(data)
     request = ImportSession(request_id=next_id(), transfer=transfer, session=session, tenant=tenant)
-    return _is(Imported, (yield request, Imported, BUILD_S))
+    return (yield from ask(request, Imported, BUILD_S))
 
 
 def _put(file: BinaryIO, data: bytes, path: Path) -> None:
@@ -109,8 +112,3 @@ def _take(file: BinaryIO, path: Path) -> bytes:
         return file.read(PIECE_BYTES)
     except OSError as error:
         raise CorruptArchive(f"cannot read {path}: {error.strerror}; name a file of an export") from error
-
-
-def _is(kind: type[R], reply: Reply) -> R:
-    assert isinstance(reply, kind)
-    return reply

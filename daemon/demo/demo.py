@@ -20,7 +20,7 @@ from rich.table import Table
 
 from spilld.cli.answer import Output, show
 from spilld.cli.tables import size
-from spilld.client.client import Client, Done, Token
+from spilld.client.client import Client
 from spilld.config.config import Config
 from spilld.errors import InvalidRequest
 from spilld.kv.visibility import SINKS, WINDOW_TOKENS, boundary
@@ -31,6 +31,7 @@ from spilld.offload.record import (
     Format,
     Layout,
 )
+from spilld.protocol.messages import Done, Token
 
 from .plain_transformers import greedy
 from .spawn import import_rss_bytes, spawned

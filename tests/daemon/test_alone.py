@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from spilld import Client
 from spilld.attention.base import AttentionPlan
 from spilld.attention.cpu import CpuAttention
-from spilld.client.client import Client
 from spilld.engine.engine import LIVES
 from spilld.engine.sessions.manager import SessionKeeper
 from spilld.errors import InternalError, SpilldError

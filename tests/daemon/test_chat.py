@@ -17,7 +17,7 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from spilld.client.client import Client
+from spilld import Client
 from spilld.demo.spawn import Spawned
 from spilld.models.model import Model
 

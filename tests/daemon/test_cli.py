@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
+from spilld import Client
 from spilld.__main__ import main, make_parser
-from spilld.client.client import Client
 from spilld.demo.spawn import Spawned, spawned
 from spilld.models.model import Model
 

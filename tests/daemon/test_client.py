@@ -19,9 +19,8 @@ import msgpack
 import pytest
 import zmq
 
-from spilld.client import client as client_module
-from spilld.client import client_socket, core
-from spilld.client.client import (
+import spilld
+from spilld import (
     Accepted,
     AsyncClient,
     Client,
@@ -30,7 +29,9 @@ from spilld.client.client import (
     SessionInfo,
     Token,
 )
-from spilld.client.core import ACKNOWLEDGED, AHEAD
+from spilld.client import client_socket, core
+from spilld.client.core import ACKNOWLEDGED
+from spilld.client.generate_options import AHEAD
 from spilld.errors import (
     Cancelled,
     ConfigError,
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 
 
 def test_public_names() -> None:
-    assert client_module.__all__ == [
+    assert spilld.__all__ == [
         "Accepted",
         "AsyncClient",
         "AsyncGeneration",
@@ -109,7 +110,7 @@ def test_what_nobody_takes_is_not_acknowledged_for_ever(
     with Client(running.address) as client:
         idle, busy = client.generate("a", max_tokens=1000), client.generate("b", max_tokens=1000)
         busy.text()
-        until(lambda: client.hello() and len(idle._call.replies) == 1002)
+        until(lambda: client.hello() and len(idle._pending.replies) == 1002)
         seen = [seq for name, seq in running.echo.acknowledged if name == idle.id]
         assert seen
         assert seen[-1] < 4 * ACKNOWLEDGED
@@ -376,7 +377,7 @@ def test_a_daemon_that_is_stopped_is_missed(
 
 STOPS = """
 import os, signal, sys
-from spilld.client.client import Client
+from spilld import Client
 with Client(sys.argv[1], connect_timeout=20) as client:
     generation = client.generate("a", max_tokens=10**6)  # dropped, it would be cancelled
     next(generation)
@@ -468,7 +469,7 @@ def test_a_closed_client(running: Running) -> None:
 def test_an_unclosed_client_does_not_hang_the_exit(running: Running) -> None:
     running.echo.pace_s = 0.01
     script = (
-        "import sys; from spilld.client.client import Client; client = Client(sys.argv[1]);"
+        "import sys; from spilld import Client; client = Client(sys.argv[1]);"
         "generation = client.generate('a', max_tokens=10**6); next(generation)"
     )
     began = time.monotonic()

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import zmq
 
-from spilld.auth.keyring import make_client, make_server
-from spilld.client.client import (
+from spilld import (
     AsyncClient,
     Client,
     Done,
     Token,
 )
+from spilld.auth.keyring import make_client, make_server
 from spilld.demo.spawn import Spawned
 from spilld.errors import (
     AccessDenied,
@@ -204,7 +204,7 @@ def test_a_killed_client_disturbs_nobody_and_its_request_ends(
     client: Client, running: Spawned, expected: list[int]
 ) -> None:
     program = (
-        "import sys; from spilld.client.client import Client, Token\n"
+        "import sys; from spilld import Client, Token\n"
         "for event in Client(sys.argv[1]).generate('hello', max_tokens=2500, ignore_eos=True):\n"
         "    if isinstance(event, Token): print('token', flush=True)\n"
     )

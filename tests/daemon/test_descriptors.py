@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from spilld.client.client import Client
+from spilld import Client
 from spilld.errors import AccessDenied
 from spilld.protocol.messages import (
     Done,

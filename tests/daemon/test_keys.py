@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
 
+from spilld import AsyncClient, Client
 from spilld.__main__ import main
 from spilld.auth import keyring
 from spilld.auth.clients import Guests, load
@@ -26,7 +27,6 @@ from spilld.auth.keyring import (
     make_server,
 )
 from spilld.auth.keys import ClientKey, ServerKey
-from spilld.client.client import AsyncClient, Client
 from spilld.errors import (
     AccessDenied,
     ConfigError,

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from spilld.__main__ import main
-from spilld.client.client import (
+from spilld import (
     Accepted,
     Client,
     Event,
@@ -22,6 +21,7 @@ from spilld.client.client import (
     Progress,
     Token,
 )
+from spilld.__main__ import main
 from spilld.demo.spawn import Spawned
 from spilld.errors import RequestNotFound, Unreachable
 from spilld.models.model import Model

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from spilld.client.client import Client
+from spilld import Client
 from spilld.demo.spawn import Spawned
 from spilld.models.model import Model
 
@@ -33,7 +33,7 @@ SOURCES = ("pyproject.toml", "README.md", "LICENSE", "daemon", "offload", "cuda_
 QUIETLY = ("--disable-pip-version-check", "--no-index", "-q")
 TALK = """
 import importlib.util, json, sys
-from spilld.client.client import Client, Token
+from spilld import Client, Token
 
 with Client(sys.argv[1]) as client:
     generation = client.generate("Once upon a time", max_tokens=12, ignore_eos=True)

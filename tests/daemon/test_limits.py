@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from spilld import Client, Done
 from spilld.auth.keyring import CLIENTS, make_client, make_server
-from spilld.client.client import Client, Done
 from spilld.errors import Overloaded
 from spilld.protocol.messages import (
     Accepted,

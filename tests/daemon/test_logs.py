@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from spilld import Client
 from spilld.__main__ import main
-from spilld.client.client import Client
 from spilld.models.child_output import lines_to
 from spilld.models.model import Model
 from spilld.monitoring import logs

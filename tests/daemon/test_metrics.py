@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from spilld.client.client import Client, Token
+from spilld import Client, Token
 from spilld.demo.spawn import Spawned
 from spilld.errors import ConfigError, InvalidRequest
 from spilld.models.model import Model

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from spilld import AsyncClient, Client, Token
 from spilld.__main__ import main
-from spilld.client.client import AsyncClient, Client, Token
+from spilld.client.query import ask
 from spilld.demo.spawn import Spawned
 from spilld.errors import (
     ContextNotFound,
@@ -156,8 +157,9 @@ def test_killed_while_it_is_built(model: Model, tmp_path: Path) -> None:
     """Half an export and half of what was sent are gone after a restart, and were never a session."""
     with spawned(settings(model, tmp_path)) as process, Client(process.address) as client:
         client.generate(PROMPT, session="s", **FIELDS).text()
-        begun = client._ask(OpenTransfer(request_id="o", nbytes=9), Transfer)
-        client._ask(WriteTransfer(request_id="w", transfer=begun.transfer, offset=0, data=b"half"), Transfer)
+        begun = client._run(ask(OpenTransfer(request_id="o", nbytes=9), Transfer, 10.0))
+        half = WriteTransfer(request_id="w", transfer=begun.transfer, offset=0, data=b"half")
+        client._run(ask(half, Transfer, 10.0))
         client._start(ExportSession(request_id="e", session="s"), None)
         give_up = time.monotonic() + 30
         while len(files(tmp_path)) < 2:
@@ -171,4 +173,4 @@ def test_killed_while_it_is_built(model: Model, tmp_path: Path) -> None:
         assert files(tmp_path) == []
         assert [info.name for info in client.sessions()] == ["s"]
         with pytest.raises(TransferNotFound):
-            client._ask(ReadTransfer(request_id="r", transfer=begun.transfer, offset=0), Transfer)
+            client._run(ask(ReadTransfer(request_id="r", transfer=begun.transfer, offset=0), Transfer, 10.0))

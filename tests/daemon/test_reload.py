@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from spilld.client.client import Client, Token
+from spilld import Client, Token
 from spilld.config.config import Config
 from spilld.config.reload import SAFE, Reload
 from spilld.demo import spawn

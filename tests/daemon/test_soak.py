@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from spilld.client.client import (
+from spilld import (
     AsyncClient,
     AsyncGeneration,
     Client,

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from spilld import Client
 from spilld.assembly import build_engine, welcome
 from spilld.attention.cpu import CpuAttention
-from spilld.client.client import Client
 from spilld.config.config import Config
 from spilld.engine import service
 from spilld.engine.service import EngineService

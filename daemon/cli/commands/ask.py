@@ -14,13 +14,9 @@ from .reach import add_options, connected
 from .sampling import add_sampling, sampling
 
 if TYPE_CHECKING:
-    from spilld.client.client import (
-        Client,
-        Message,
-        SessionInfo,
-        Welcome,
-    )
-    from spilld.client.core import Options
+    from spilld.client.client import Client
+    from spilld.client.generate_options import Options
+    from spilld.protocol.messages import Message, SessionInfo, Welcome
 
 RAW = "Question: {question}\nAnswer:"
 RAW_STOP = "\nQuestion:"

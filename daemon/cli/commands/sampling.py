@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spilld.client.core import Options
+    from spilld.client.generate_options import Options
 
 
 def add_sampling(parser: argparse.ArgumentParser, temperature: float) -> None:

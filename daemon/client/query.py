@@ -1,0 +1,36 @@
+"""What a client asks the daemon for, without a socket: requests come out of an operation, replies go in."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, NamedTuple, TypeVar
+
+from spilld.errors import ProtocolError
+from spilld.protocol.messages import Reply, Request
+
+R = TypeVar("R", bound=Reply)
+T = TypeVar("T")
+
+
+class Query(NamedTuple):
+    """A request that one reply answers."""
+
+    request: Request
+    reply: type[Reply]
+    timeout_s: float
+
+
+Operation = Generator[Query, Any, T]
+"""Yields queries, is sent the reply to each, of the type that the query names, and returns the result."""
+
+
+def expect(reply: Reply | None, kind: type[R]) -> R:
+    """The reply, as of this type. Raises ProtocolError if it is of another."""
+    if not isinstance(reply, kind):
+        raise ProtocolError(f"the daemon answered with {type(reply).__name__}, not {kind.__name__}")
+    return reply
+
+
+def ask(request: Request, kind: type[R], timeout_s: float) -> Operation[R]:
+    """The operation of one query: its reply."""
+    return expect((yield Query(request, kind, timeout_s)), kind)
