@@ -7,10 +7,8 @@ systemd/spilld.toml (settings.py) are made of it.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,20 +20,20 @@ from spilld.fields import (
     Flag,
     Int,
     Maybe,
-    Reader,
     Real,
     Text,
     readers,
 )
 from spilld.offload.record import SEALED, Element
-from spilld.protocol.address import (
-    check_address,
-    check_endpoint,
-    default_address,
-    home,
-)
+from spilld.protocol.address import check_address, default_address, home
 from spilld.toml_file import TomlFile
 
+from .config_readers import (
+    Bytes,
+    FolderPath,
+    ListenAddress,
+    MetricsEndpoint,
+)
 from .named_models import PACKAGED
 
 GIB = 2**30
@@ -49,55 +47,6 @@ DEVICES = ("cpu", "cuda")
 
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-
-BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_NUMBER = re.compile(r"\s*(\d{1,15}(?:\.\d{1,9})?(?:E\+?\d{1,2})?)\s*(?:([KMGT])(I?B)?|B)?\s*", re.ASCII)
-_LARGEST = 2**63 - 1
-
-
-@dataclass(frozen=True)
-class Size(Reader):
-    """Bytes: a whole number, or a string such as "8G", "512 MiB" or "1.5TB".
-
-    K, M, G and T are powers of 1024, as KiB to TiB are, and as systemd and llama.cpp have it; with a B alone,
-    KB to TB, powers of 1000. Small letters do as well.
-    """
-
-    def read(self, value: object, name: str) -> int:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if type(value) is int and 0 <= value <= _LARGEST:
-            return value
-        if isinstance(value, str) and (parts := _NUMBER.fullmatch(value.upper())):
-            units = _DECIMAL if parts[3] == "B" else BINARY
-            size = Decimal(parts[1]) * (units[parts[2]] if parts[2] else 1)
-            if size <= _LARGEST:
-                return int(size)
-        raise FieldError(name, value, 'bytes, or a string such as "8G", "512MiB" or "1.5TB"')
-
-
-@dataclass(frozen=True)
-class Folder(Reader):
-    """A full path; ~ is the home directory."""
-
-    def read(self, value: object, name: str) -> Path:
-        path = Path(os.path.expanduser(value) if isinstance(value, str | Path) else "")  # noqa: PTH111 (never raises)
-        if path.is_absolute():
-            return path
-        raise FieldError(name, value, "a full path, or one that starts with ~")
-
-
-@dataclass(frozen=True)
-class Address(Reader):
-    def read(self, value: object, name: str) -> str:
-        return check_address(Text(1).read(value, name), keyed=True)
-
-
-@dataclass(frozen=True)
-class Endpoint(Reader):
-    def read(self, value: object, name: str) -> str:
-        return check_endpoint(Text(1).read(value, name))
 
 
 def _folder(service_variable: str, user_variable: str, fallback: str) -> Path:
@@ -117,7 +66,7 @@ def _cache() -> Path:
 
 
 @dataclass(frozen=True)
-class About:
+class SettingHelp:
     """What a setting is for: the first sentence stands alone in --help, all of it in the file.
 
     example: a value to show in the file where the default is none, or depends on the user.
@@ -138,24 +87,24 @@ class Config:
     model: Annotated[
         str,
         Text(1),
-        About(f"A known name ({', '.join(PACKAGED)}), a .gguf file, or a Hugging Face folder."),
+        SettingHelp(f"A known name ({', '.join(PACKAGED)}), a .gguf file, or a Hugging Face folder."),
     ] = "smollm2-135m"
     format: Annotated[
         str,
         Choice(SEALED),
-        About(
+        SettingHelp(
             'How KV outside the window is stored: "exact", "int8", "k8v4" (keys of 8 bits, values of 4), or '
             '"int4". The last takes less room than "k8v4" and changes what the model says more '
             "(bench/README.md)."
         ),
     ] = "k8v4"
     dtype: Annotated[
-        str, Choice(tuple(Element)), About('What the model computes in: "bfloat16" or "float32".')
+        str, Choice(tuple(Element)), SettingHelp('What the model computes in: "bfloat16" or "float32".')
     ] = "bfloat16"
     weights: Annotated[
         str,
         Choice(WEIGHTS),
-        About(
+        SettingHelp(
             'What steps read: "auto", "bf16", "int8" or "int4". "int8" and "int4" are quantised in groups of '
             '32 once and kept in the cache; "bf16" is the weights in `dtype`; "auto" is a quantised GGUF '
             'file\'s own codes with dtype bfloat16, else as "bf16". With device = "cuda" and a torch that '
@@ -166,39 +115,41 @@ class Config:
     device: Annotated[
         str,
         Choice(DEVICES),
-        About(
+        SettingHelp(
             'Where windows and the hottest records lie: "cpu", or "cuda", the first NVIDIA GPU. It takes the '
             "extra `cuda` and a device_budget. Nothing of it has run on a real GPU (cuda_ext/README.md)."
         ),
     ] = "cpu"
     device_budget: Annotated[
         int | None,
-        Maybe(Size()),
-        About(
+        Maybe(Bytes()),
+        SettingHelp(
             "KV in device memory: windows; on a GPU also hot records and what attention takes. Weights on a "
             "GPU, and what torch takes for a step, come on top (`spilld doctor` says how much the weights). "
             "Unset: room for a few windows.",
             example="1GiB",
         ),
     ] = None
-    host_budget: Annotated[int, Size(), About("KV in host memory.")] = 2 * GIB
+    host_budget: Annotated[int, Bytes(), SettingHelp("KV in host memory.")] = 2 * GIB
     disk_budget: Annotated[
         int,
-        Size(),
-        About(
+        Bytes(),
+        SettingHelp(
             "KV on disk; 0 is no disk tier. What `du` says of the segment files in state/kv never exceeds "
             "it. The index beside them is not counted (`disk_index_bytes` in `spilld stats`)."
         ),
     ] = 16 * GIB
     disk_floor: Annotated[
         int,
-        Size(),
-        About("What the file system must have free. The disk tier stops growing before, and evicts instead."),
+        Bytes(),
+        SettingHelp(
+            "What the file system must have free. The disk tier stops growing before, and evicts instead."
+        ),
     ] = GIB
     memory_floor: Annotated[
         int,
-        Size(),
-        About(
+        Bytes(),
+        SettingHelp(
             "Memory that the kernel must have left for the daemon, of the machine and of its control group. "
             "With less, nothing is admitted beside what runs, idle contexts are given up, and KV moves from "
             "host memory to disk, until there is more. 0: never."
@@ -206,8 +157,8 @@ class Config:
     ] = 256 * 2**20
     compaction_rate: Annotated[
         int,
-        Size(),
-        About(
+        Bytes(),
+        SettingHelp(
             "Bytes a second at which runs on disk move together, so that what was evicted between them is "
             "room again. It is done while no other write waits, and only when over an eighth of the files is "
             "holes. 0: never."
@@ -215,8 +166,8 @@ class Config:
     ] = 32 * 2**20
     write_budget: Annotated[
         int | None,
-        Maybe(Size()),
-        About(
+        Maybe(Bytes()),
+        SettingHelp(
             "Bytes a day that may be written to disk, because flash wears out. Up to a day's may be written "
             "at once. What host memory has no room for is always written and counts. When less than half is "
             "left, only prompts that come a second time are kept for later, and when nothing is left, none. "
@@ -226,8 +177,8 @@ class Config:
     ] = None
     state: Annotated[
         Path,
-        Folder(),
-        About(
+        FolderPath(),
+        SettingHelp(
             "Where the disk tier and the sessions lie. Unset: $STATE_DIRECTORY, else $XDG_STATE_HOME/spilld, "
             "else ~/.local/state/spilld.",
             example="/var/lib/spilld",
@@ -235,8 +186,8 @@ class Config:
     ] = field(default_factory=_state)
     cache: Annotated[
         Path,
-        Folder(),
-        About(
+        FolderPath(),
+        SettingHelp(
             "Where converted models lie. Unset: $CACHE_DIRECTORY, else $XDG_CACHE_HOME/spilld, else "
             "~/.cache/spilld.",
             example="/var/cache/spilld",
@@ -244,8 +195,8 @@ class Config:
     ] = field(default_factory=_cache)
     listen: Annotated[
         str,
-        Address(),
-        About(
+        ListenAddress(),
+        SettingHelp(
             "Where clients connect: ipc:// and a path, or tcp://HOST:PORT. The socket is its owner's alone, "
             "but for open_to_group; tcp://127.0.0.1:PORT is open to every local user unless there are keys, "
             "and without keys no other tcp address is served. Unset: ipc, spilld.sock in $RUNTIME_DIRECTORY, "
@@ -256,15 +207,15 @@ class Config:
     open_to_group: Annotated[
         bool,
         Flag(),
-        About(
+        SettingHelp(
             "Whether an ipc socket is open to the group of the daemon's user, too. spilld.service says so on "
             "its command line, which overrides this."
         ),
     ] = False
     keys: Annotated[
         Path | None,
-        Maybe(Folder()),
-        About(
+        Maybe(FolderPath()),
+        SettingHelp(
             "A folder that `spilld keys` made: clients must have a key that its clients.toml names. The "
             "daemon's user must be able to read it. Unset: no keys.",
             example="/etc/spilld/keys",
@@ -272,8 +223,8 @@ class Config:
     ] = None
     metrics: Annotated[
         str | None,
-        Maybe(Endpoint()),
-        About(
+        Maybe(MetricsEndpoint()),
+        SettingHelp(
             "Where Prometheus scrapes, HOST:PORT; only the loopback is allowed. It is served at /metrics "
             "over HTTP, where every local user can read it. Names of sessions, prompts and answers are not "
             "in it. Port 0: any; the log says which. Unset: nowhere.",
@@ -283,7 +234,7 @@ class Config:
     log_format: Annotated[
         str,
         Choice(LOG_FORMATS),
-        About(
+        SettingHelp(
             'How the log is written, to stderr: "text", or "json", one object a line. An object has time, '
             "level, logger, message and, where there is one, exception. Text in the journal has systemd's "
             "priorities."
@@ -292,16 +243,16 @@ class Config:
     log_level: Annotated[
         str,
         Choice(LOG_LEVELS),
-        About(
+        SettingHelp(
             'The least that is logged: "debug", "info", "warning" or "error". The line that says that the '
             'daemon is ready is "info".'
         ),
     ] = "info"
-    chunk_tokens: Annotated[int, Int(1, 65536), About("Prompt tokens computed in one step.")] = 512
+    chunk_tokens: Annotated[int, Int(1, 65536), SettingHelp("Prompt tokens computed in one step.")] = 512
     max_gap_ms: Annotated[
         float,
         Real(0, 3600000, above=True),
-        About(
+        SettingHelp(
             "The longest gap between two tokens of an answer while prompts are computed, in milliseconds. "
             "While answers are running, as few prompt tokens are computed in a step as it takes for the step "
             "to last no longer than this. The more, the faster prompts are computed beside them."
@@ -310,15 +261,15 @@ class Config:
     max_context: Annotated[
         int | None,
         Maybe(Int(1)),
-        About("The longest context, in tokens. Unset: what the model can.", example=131072),
+        SettingHelp("The longest context, in tokens. Unset: what the model can.", example=131072),
     ] = None
     max_queue: Annotated[
-        int, Int(1, 65536), About("Requests that may wait; more are refused as overloaded.")
+        int, Int(1, 65536), SettingHelp("Requests that may wait; more are refused as overloaded.")
     ] = 64
     max_open: Annotated[
         int,
         MAX_OPEN,
-        About(
+        SettingHelp(
             "Requests that one client may have open; more are refused as overloaded. A client is a key with "
             "all its connections, or without keys a connection. clients.toml may give a key limits of its "
             "own."
@@ -327,14 +278,14 @@ class Config:
     max_rate: Annotated[
         float,
         MAX_RATE,
-        About(
+        SettingHelp(
             "Messages a second that a client may send, and that many at once; more are refused as overloaded."
         ),
     ] = 1000.0
     max_connections: Annotated[
         int,
         Int(1, 65536),
-        About(
+        SettingHelp(
             "Clients that may be connected at a time, with one key half of them; who comes then is turned "
             "away. Fewer where the process may open fewer files (LimitNOFILE of the unit): 256 of these stay "
             "free for other things."
@@ -343,7 +294,7 @@ class Config:
     drain_seconds: Annotated[
         float,
         Real(0, 86400),
-        About(
+        SettingHelp(
             "After the first SIGTERM: how long running requests may go on, in seconds. Keep TimeoutStopSec "
             "of the unit above it."
         ),
@@ -351,18 +302,18 @@ class Config:
     read_deadline_s: Annotated[
         float,
         Real(0, 86400, above=True),
-        About(
+        SettingHelp(
             "A read from disk that takes longer, in seconds, has failed, and its KV is recomputed. Keep "
             "WatchdogSec of the unit above it."
         ),
     ] = 30.0
     threads: Annotated[
-        int | None, Maybe(Int(1, 4096)), About("CPU threads. Unset: all cores.", example=8)
+        int | None, Maybe(Int(1, 4096)), SettingHelp("CPU threads. Unset: all cores.", example=8)
     ] = None
     context_ttl_s: Annotated[
         float,
         Real(0, above=True),
-        About(
+        SettingHelp(
             "A kept context (one without a session's name) that nobody has used for so many seconds is "
             "deleted."
         ),
@@ -370,7 +321,7 @@ class Config:
     retention_s: Annotated[
         float,
         Real(0, above=True),
-        About(
+        SettingHelp(
             "A request whose client is gone goes on for so many seconds, and so long its end is kept for a "
             "client that asks again."
         ),

@@ -16,13 +16,8 @@ from spilld.fields import (
     Real,
 )
 
-from .config import (
-    BINARY,
-    About,
-    Config,
-    Folder,
-    Size,
-)
+from .config import Config, SettingHelp
+from .config_readers import BINARY, Bytes, FolderPath
 from .reload import SAFE
 
 WIDTH = 118
@@ -44,7 +39,7 @@ class Setting:
 
     name: str
     reader: Reader
-    about: About
+    about: SettingHelp
     default: object
 
     def parse(self, text: str) -> object:
@@ -58,18 +53,18 @@ class Setting:
 
     def toml(self, value: object) -> str:
         """A value as it is written in a file."""
-        if isinstance(self._inner, Size) and type(value) is int:
+        if isinstance(self._inner, Bytes) and type(value) is int:
             return size_text(value)
         return json.dumps(value)
 
     @property
     def metavar(self) -> str:
         kinds: dict[type[Reader], str] = {
-            Size: "SIZE",
+            Bytes: "SIZE",
             Flag: "true|false",
             Int: "N",
             Real: "N",
-            Folder: "FOLDER",
+            FolderPath: "FOLDER",
         }
         return kinds.get(type(self._inner), "VALUE")
 

@@ -26,7 +26,9 @@ from spilld.sessions.idle_contexts import Key
 from spilld.sessions.journal import Entry
 from spilld.sessions.store import Session
 from spilld.tokenizer.cut import cut
-from spilld.tokenizer.tokenizer import Detokenizer, StopStrings, Tokenizer
+from spilld.tokenizer.detokenizer import Detokenizer
+from spilld.tokenizer.stop_strings import StopStrings
+from spilld.tokenizer.tokenizer import Tokenizer
 
 NOBODY = b""
 """The client of a request whose connection is lost."""

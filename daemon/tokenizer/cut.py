@@ -5,7 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-from .tokenizer import Detokenizer, Tokenizer
+from .detokenizer import Detokenizer
+from .tokenizer import Tokenizer
 
 LOOK_BACK = 8
 """Tokens before the cut that may be written anew."""

@@ -1,12 +1,10 @@
-"""Text in, tokens out, and back: the tokenizer with its chat template, incremental decoding, stop strings."""
+"""From text and messages to tokens: a model's tokenizer and chat template."""
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
@@ -16,6 +14,12 @@ from spilld.protocol.messages import Message
 from .chat_template import ChatTemplate
 from .control_tokens import ControlTokens
 from .template_process import Mode
+from .tokenizer_files import (
+    read_backend,
+    read_settings,
+    read_template,
+    special_names,
+)
 from .vocabulary import bounds
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -26,9 +30,6 @@ LONGEST_PROMPT = 1 << 25
 
 UNSEEN = 4
 """A chat template, which may leave out what it is given, is given so many times what the model could take."""
-
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder shows for bytes that are no character, or not one yet."""
 
 CHANGED = (
     "this model's chat template changes earlier turns, so a context cannot be continued: "
@@ -75,13 +76,8 @@ class Tokenizer:
     def load(cls, folder: Path) -> Tokenizer:
         """Raises CorruptModel if the folder has no usable tokenizer."""
         try:
-            settings = _json(folder / "tokenizer_config.json")
-            variables = {
-                key: value["content"] if isinstance(value, dict) else value
-                for key, value in settings.items()
-                if key.endswith("_token") and isinstance(value, (str, dict))
-            }
-            return cls(_backend(folder), _template(folder, settings), variables)
+            settings = read_settings(folder)
+            return cls(read_backend(folder), read_template(folder, settings), special_names(settings))
         except Exception as error:  # tokenizers raises bare Exception for a damaged file
             said = " ".join(str(error).split())
             raise CorruptModel(f"{folder} has no usable tokenizer: {said}") from error
@@ -257,83 +253,6 @@ class Tokenizer:
         return ids
 
 
-class Detokenizer:
-    """Decodes one answer token by token. Never splits a character.
-
-    The texts pushed out and finish(), joined, are tokenizer.decode(all tokens); except that a run of
-    byte-fallback tokens that turns out broken after a whole character of it was shown cannot take that
-    character back. A push decodes only the tokens since the last but one that ended a character, so its
-    cost does not grow.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
-        """With the prompt's tokens, the first word keeps the space that some tokenizers would drop."""
-        self._tokenizer = tokenizer
-        self._window = [token for token in prompt[-16:] if not tokenizer.is_silent(token)]
-        self._read = len(self._window)
-        self._shown = len(tokenizer.decode(self._window).rstrip(_UNFINISHED))
-
-    def push(self, token: int) -> str:
-        """The text that this token completes; "" while a character is unfinished."""
-        if self._tokenizer.is_silent(token):
-            return ""
-        self._window.append(token)
-        if len(self._window) - self._read > 16 and self._ends_unfinished(self._window[-8:]):
-            return ""  # a long run of broken bytes: look at its end only, until it ends
-        text = self._tokenizer.decode(self._window)
-        if text.endswith(_UNFINISHED):
-            return ""
-        new = text[self._shown :]
-        self._window = self._window[self._read :]
-        self._read = len(self._window)
-        self._shown = len(self._tokenizer.decode(self._window))
-        return new
-
-    def finish(self) -> str:
-        """What is still held back, with U+FFFD for bytes that never became a character."""
-        new = self._tokenizer.decode(self._window)[self._shown :]
-        self._window, self._read, self._shown = [], 0, 0
-        return new
-
-    def _ends_unfinished(self, tokens: list[int]) -> bool:
-        return self._tokenizer.decode(tokens).endswith(_UNFINISHED)
-
-
-class StopStrings:
-    """Cuts a stream of text before the stop string that is complete first.
-
-    Where the text is split into pushes does not matter. Of two stops complete at once the longer counts.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        if any(not stop for stop in stops):
-            raise InvalidRequest("a stop string must not be empty")
-        self._stops = tuple(sorted(set(stops), key=len, reverse=True))
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, str | None]:
-        """(text that can be shown now, the stop string hit). Nothing may be pushed after a hit."""
-        held = self._held + text
-        hits = [(held.index(stop) + len(stop), stop) for stop in self._stops if stop in held]
-        if hits:
-            end, hit = min(hits, key=lambda found: found[0])  # min keeps the first, thus the longest
-            self._held = ""
-            return held[: end - len(hit)], hit
-        keep = max((_overlap(held, stop) for stop in self._stops), default=0)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep], None
-
-    def finish(self) -> str:
-        """The text held back that turned out to be no stop string."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of text that begins stop."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-
 def _make_special(backend: tokenizers.Tokenizer, variables: dict[str, str]) -> None:
     """As transformers does, with the tokens that a tokenizer's settings name."""
     named = {variables[key] for key in NAMED if key in variables}
@@ -356,37 +275,3 @@ def _add_stand_ins(
         ]
     )
     return stand_ins
-
-
-def _backend(folder: Path) -> tokenizers.Tokenizer:
-    if (folder / "tokenizer.json").is_file():
-        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    import transformers
-
-    wrapped = transformers.AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
-    backend: tokenizers.Tokenizer = wrapped.backend_tokenizer
-    return backend
-
-
-def _template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """chat_template.jinja, or tokenizer_config.json's entry: a text, or named ones (`default`)."""
-    if (file := folder / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        try:
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        except (TypeError, KeyError) as error:
-            raise ValueError("a list of chat templates whose entries have no name and template") from error
-    if not isinstance(template, str | None):
-        raise ValueError(f"the chat template is a {type(template).__name__}; allowed: a text, or named ones")
-    return template
-
-
-def _json(file: Path) -> dict[str, Any]:
-    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{file.name} is a {type(content).__name__}; allowed: a map")
-    return content

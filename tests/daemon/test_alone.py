@@ -37,7 +37,8 @@ from spilld.runner.sampler import Sampler
 from spilld.runner.sequence_manager import Sequences
 from spilld.sessions.journal import Journal
 from spilld.sessions.store import SessionBook
-from spilld.tokenizer.tokenizer import Detokenizer, Tokenizer
+from spilld.tokenizer.detokenizer import Detokenizer
+from spilld.tokenizer.tokenizer import Tokenizer
 
 from .harness import Harness, daemon, engine, said, shared, some_tokens
 from .test_service import CLIENT, Desk, desk

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spilld.tokenizer.cut import LOOK_BACK, cut
-from spilld.tokenizer.tokenizer import Detokenizer, Tokenizer
+from spilld.tokenizer.detokenizer import Detokenizer
+from spilld.tokenizer.tokenizer import Tokenizer
 
 from .tiny_models import SPECIAL, VOCAB
 

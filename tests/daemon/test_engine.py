@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from spilld.assembly import build_engine
-from spilld.config.config import Config, Size
+from spilld.config.config import Config
+from spilld.config.config_readers import Bytes
 from spilld.engine.engine import Engine
 from spilld.errors import (
     BudgetError,
@@ -316,7 +317,7 @@ def test_a_budget_that_is_too_small_says_what_is_enough(
     settings: dict[str, Any] = {"format": form, "disk_budget": "1MiB", "chunk_tokens": 256, name: 1000}
     with pytest.raises(BudgetError) as refusal, engine(model, tmp_path / "s", **settings):
         pass
-    enough = max(Size().read(text, name) for text in re.findall(r"[\d.]+ [KMG]iB", str(refusal.value)))
+    enough = max(Bytes().read(text, name) for text in re.findall(r"[\d.]+ [KMG]iB", str(refusal.value)))
     settings[name] = int(enough * 0.95)
     with pytest.raises(BudgetError), engine(model, tmp_path / "s", **settings):
         pass

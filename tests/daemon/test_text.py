@@ -19,7 +19,9 @@ from tokenizers import normalizers
 from spilld.errors import CorruptModel, InvalidRequest, PromptTooLong
 from spilld.protocol.messages import Message
 from spilld.tokenizer.control_tokens import PIECE, ControlTokens
-from spilld.tokenizer.tokenizer import Detokenizer, StopStrings, Tokenizer
+from spilld.tokenizer.detokenizer import Detokenizer
+from spilld.tokenizer.stop_strings import StopStrings
+from spilld.tokenizer.tokenizer import Tokenizer
 
 from .tiny_models import CHAT_TEMPLATE, END, SPECIAL, byte_level
 
