@@ -62,7 +62,7 @@ from spilld.protocol.messages import Welcome
 from spilld.runner.placement import place
 from spilld.runner.prepare_kernels import prepare
 from spilld.runner.runner import Runner
-from spilld.scheduler.prefill_budget import Pace
+from spilld.scheduler.prefill_budget import PrefillBudget
 from spilld.server.server import Server
 from spilld.sessions.journal import Journal
 from spilld.sessions.store import SessionBook
@@ -228,7 +228,7 @@ def build_engine(
             SessionBook(book),
             Journal(book),
             transfers,
-            Pace(config.max_gap_ms / 1e3, _balance(model)),
+            PrefillBudget(config.max_gap_ms / 1e3, _balance(model)),
             metrics,
             MemoryWatch(config.memory_floor),
             post,

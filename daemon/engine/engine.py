@@ -70,12 +70,12 @@ from spilld.runner.runner import Runner
 from spilld.runner.sampler import logprobs
 from spilld.runner.sequence_manager import Sequences
 from spilld.scheduler.fair_share import shares
-from spilld.scheduler.latency import Forecast
-from spilld.scheduler.prefill_budget import Pace
+from spilld.scheduler.latency import LatencyModel
+from spilld.scheduler.prefill_budget import PrefillBudget
 from spilld.scheduler.scheduler import (
+    Capacity,
     Job,
     Plan,
-    Room,
     Scheduler,
 )
 from spilld.sessions.idle_contexts import Contexts, Key, new_handle
@@ -93,8 +93,6 @@ HOPELESS = 2.0
 
 PROMPT_LOGPROB_CHUNK = 64
 """Tokens a step where the logits of every token are wanted: they take 4 bytes * vocabulary each."""
-
-NO_ROOM = Room(windows=0, blocks=-1)
 
 LIVES = 3
 """Daemons in a row that may end, not in order, before a request gets any further: then it is set aside."""
@@ -121,7 +119,7 @@ class Engine:
         book: SessionBook,
         journal: Journal,
         transfers: Transfers,
-        pace: Pace,
+        prefill: PrefillBudget,
         metrics: Metrics,
         memory: MemoryWatch,
         post: Post,
@@ -149,11 +147,11 @@ class Engine:
         self._post = post
         self._max_context = max_context
         self._chunk_tokens = chunk_tokens
-        self._pace = pace
-        self._forecast = Forecast(
+        self._prefill = prefill
+        self._latency = LatencyModel(
             model.geometry.sliding_windows, store.layout.record_bytes, store.host_budget_bytes
         )
-        self._scheduler = Scheduler(chunk_tokens, pace)
+        self._scheduler = Scheduler(chunk_tokens, prefill)
         self.compose: Compose | None = None
         """Has prompts made of messages, which may take long, and calls back in this thread; without it they
         are made here."""
@@ -174,7 +172,7 @@ class Engine:
     def adjust(self, config: Config) -> None:
         """Take the settings that may change between two steps. What is under way keeps what it began with: a
         context its lifetime."""
-        self._pace.gap_s = config.max_gap_ms / 1e3
+        self._prefill.gap_s = config.max_gap_ms / 1e3
         self._keeper.context_ttl_s = config.context_ttl_s
         self._retention_s = config.retention_s
         if self._store.disk is not None:
@@ -190,7 +188,7 @@ class Engine:
         """Requests and bytes; may be read from another thread."""
         behind = sum(len(waiting) for waiting in list(self._behind.values()))
         return {
-            "requests_running": self._scheduler.running,
+            "requests_running": len(self._scheduler.running),
             "requests_paused": sum(g.unread for g in list(self._generations.values())),
             "requests_waiting": self._scheduler.waiting + len(self._away) + len(self._composing) + behind,
             "memory_short": int(self._memory.short),
@@ -219,15 +217,17 @@ class Engine:
         with logged("archives are not tended"):
             self.courier.tend()
         self._bring_back()
-        plan = self._plan()
-        for generation in [self._generations[job] for job in plan.admit]:
+        admitted = self._to_admit()
+        for job in admitted:
+            self._scheduler.start(job)
+        for generation in [self._generations[job] for job in admitted]:
             with self._blaming(generation):
                 self._admit(generation)
-        running = self._scheduler.plan(NO_ROOM)  # the admitted may begin further on than was planned
-        for batch in self._batches(running):
+        plan = self._scheduler.plan()
+        for batch in self._batches(plan):
             self._step(batch)
             self._store.settle()
-        return bool(plan.admit or running.run)
+        return bool(admitted or plan)
 
     @contextmanager
     def _blaming(self, generation: Generation) -> Iterator[None]:
@@ -241,11 +241,9 @@ class Engine:
 
     def _batches(self, plan: Plan) -> list[Plan]:
         """What is computed together: all but those under suspicion, each of which goes alone."""
-        alone = [part for part in plan.run if self._generations[part[0]].suspect]
-        if not alone:
-            return [plan]
-        together = tuple(part for part in plan.run if part not in alone)
-        return [Plan((), run) for run in (together, *((part,) for part in alone)) if run]
+        alone = [part for part in plan if self._generations[part[0]].suspect]
+        together = tuple(part for part in plan if part not in alone)
+        return [batch for batch in (together, *((part,) for part in alone)) if batch]
 
     @property
     def writing(self) -> bool:
@@ -285,16 +283,16 @@ class Engine:
         waiting = (g for waiting in self._behind.values() for g in waiting)
         return [*waiting, *self._composing.values(), *self._generations.values()]
 
-    def _plan(self) -> Plan:
-        """What to admit and run; contexts make way for a request that finds no room beside them."""
+    def _to_admit(self) -> tuple[int, ...]:
+        """Requests to start; contexts make way for one that finds no capacity beside them."""
         self._scheduler.pause({g.job for g in self._generations.values() if g.unread})
-        if self._memory.short and (going_on := self._scheduler.plan(NO_ROOM)).run:
-            return going_on
-        while self._scheduler.starved(self._room) and self._make_way():
+        if self._memory.short and self._scheduler.plan():
+            return ()
+        while self._scheduler.starved(self._capacity) and self._make_way():
             continue
         if self._scheduler.full:
             self._preempt()
-        return self._scheduler.plan(self._room)
+        return self._scheduler.admit(self._capacity)
 
     def _relieve(self) -> None:
         """Memory is short: give some back, all of it soon if it stays short."""
@@ -330,12 +328,12 @@ class Engine:
         generation.history = list(sequence.tokens)
         self._sequences.discard(sequence)
         generation.sequence = None
-        self._scheduler.replace(self._job(generation))
+        self._scheduler.update(self._job(generation))
 
     def _preempt(self) -> bool:
         """Let a running request make way if one is to: what was computed of it goes to disk. False if none
         is."""
-        job = self._scheduler.displaced()
+        job = self._scheduler.to_preempt()
         if job is None:
             return False
         generation = self._generations[job]
@@ -348,7 +346,7 @@ class Engine:
         saved = self._sequences.save(sequence, generation.milestone)
         generation.milestone = saved if generation.produced else None
         if not self._sequences.saved(sequence, saved):
-            self._scheduler.fix(generation.job)  # its KV would be lost
+            self._scheduler.forbid_preemption(generation.job)  # its KV would be lost
             return
         log.info("request %s makes way for another", generation.request.request_id)
         self._tally.preemptions += 1
@@ -371,9 +369,9 @@ class Engine:
                 self._scheduler.add(queued)
 
     @property
-    def _room(self) -> Room:
+    def _capacity(self) -> Capacity:
         windows = self._sequences.windows
-        return Room(min(windows, 1) if self._memory.short else windows, self._store.unpromised)
+        return Capacity(min(windows, 1) if self._memory.short else windows, self._store.unpromised)
 
     def _step(self, plan: Plan) -> None:
         began = time.monotonic()
@@ -405,10 +403,10 @@ class Engine:
         self._store.make_room((self._chunk_tokens if chunks else CELL) // BLOCK)
         self._store.write_behind()
         if chunks:
-            self._pace.took(chunks, time.monotonic() - began)
+            self._prefill.took(chunks, time.monotonic() - began)
         else:
             host, disk = (sum(part.read_bytes[tier] for part in slices) for tier in ("host", "disk"))
-            self._forecast.took(len(slices), host, disk, time.monotonic() - began)
+            self._latency.took(len(slices), host, disk, time.monotonic() - began)
 
     def _suspect(self, generations: list[Generation], error: SpilldError) -> None:
         """A step broke. Where several took part in it each goes on alone, and so fails alone if it was the
@@ -427,7 +425,7 @@ class Engine:
         self, generations: list[Generation], slices: list[BatchItem], seconds: float, stalled: float
     ) -> None:
         """Let each client pay for its share of a step."""
-        costs = [self._pace.cost(part.position, part.count) for part in slices]
+        costs = [self._prefill.cost(part.position, part.count) for part in slices]
         reads = [part.read_bytes["disk"] for part in slices]
         for generation, share in zip(generations, shares(seconds, stalled, costs, reads), strict=True):
             self._scheduler.charge(generation.job, share)
@@ -619,7 +617,7 @@ class Engine:
             window=sequence is None,
             blocks=max(0, blocks - (sequence.table.promised if sequence else 0)),
             flow=generation.flow,
-            movable=self._store.disk is not None and generation.request.prompt_logprobs is None,
+            preemptible=self._store.disk is not None and generation.request.prompt_logprobs is None,
         )
 
     def _admit(self, generation: Generation) -> None:
@@ -639,7 +637,7 @@ class Engine:
             found = self._sequences.find(sequence)
             self._tally.prefix_hits += found
             self._tally.prefix_misses += not found
-            self._scheduler.resume(generation.job, sequence.computed)
+            self._scheduler.reuse(generation.job, sequence.computed)
         first_token_s = self._scheduler.first_token_s(generation.job)
         for event in generation.begin(first, sequence, first_token_s, token_s):
             self._tell(generation, event)
@@ -650,14 +648,14 @@ class Engine:
 
     def _token_s(self) -> float | None:
         """What a decode step is expected to take once the prompts of all that run are computed."""
-        return self._forecast.token_s([len(self._generations[job].tokens) for job in self._scheduler.jobs])
+        return self._latency.token_s([len(self._generations[job].tokens) for job in self._scheduler.running])
 
     def _hopeless(self, generation: Generation, sequence: Sequence) -> DeadlineExceeded | None:
         """Why its deadline cannot be met, by far, if that is known. An idle engine tries: what it knows may
         be of a worse time, and only steps tell."""
-        alone = self._pace.seconds(sequence.computed, len(sequence.tokens) - sequence.computed)
-        idle = self._scheduler.running == 1
-        if idle or not self._pace.seen or alone <= HOPELESS * generation.left_s:
+        alone = self._prefill.seconds(sequence.computed, len(sequence.tokens) - sequence.computed)
+        idle = len(self._scheduler.running) == 1
+        if idle or not self._prefill.measured or alone <= HOPELESS * generation.left_s:
             return None
         left = max(generation.left_s, 0.0)
         return DeadlineExceeded(
@@ -668,7 +666,7 @@ class Engine:
         """The plan as slices, with room for the blocks that they will seal."""
         slices: list[BatchItem] = []
         generations = []
-        for job, count in plan.run:
+        for job, count in plan:
             generation = self._generations[job]
             sequence = _sequence(generation)
             newest = sequence.computed + count - 1

@@ -1,10 +1,11 @@
-"""How much of the engine each client has had, in seconds of it: who has had least is next.
+"""Fair share: how many seconds of the engine each flow of requests has used.
 
-The virtual counters of VTC (Sheng et al. 2024, "Fairness in Serving Large Language Models") with measured
-time in the place of tokens, so that a long context and cold bytes count for what they cost. Weights are the
-paper's, too (section 4.3): of a client's requests each priority is a flow of its own, whose time counts the
-less the higher it is. So a high one goes first without ever starving a low one. A flow that
-comes back is lifted to the least of those who are there: time that it left to others is not owed to it.
+The virtual counters of VTC (Sheng et al. 2024, "Fairness in Serving Large Language Models"), with measured
+time instead of tokens, so that long contexts and reads from disk count for what they cost. Priorities are the
+weights of section 4.3: a client's requests of one priority are a flow of their own, and its time counts less
+the higher the priority, so a high priority goes first without starving a low one. A flow that comes back is
+lifted to the least of those present: it is not owed the time that it left to others.
+
 Pure: no clocks.
 """
 
@@ -17,11 +18,11 @@ from typing import NamedTuple
 from spilld.protocol.messages import PRIORITIES
 
 WEIGHTS = {priority: 8.0**rank for rank, priority in enumerate(PRIORITIES, -PRIORITIES.index("normal"))}
-"""By priority: of two flows that always want more, each has so much of the engine."""
+"""By priority: of flows that always want more, each gets the engine in proportion to its weight."""
 
 
 class Flow(NamedTuple):
-    """A client's requests of one priority."""
+    """The requests of one client that have the same priority."""
 
     client: str
     priority: str = "normal"
@@ -31,55 +32,66 @@ class Flow(NamedTuple):
         return WEIGHTS[self.priority]
 
 
-class Ledger:
-    """Weighted seconds by flow. A flow is there while it has requests that wait or run."""
+class FairShare:
+    """Weighted seconds used, by flow. A flow is present while it has requests that wait or run."""
 
     def __init__(self) -> None:
-        self._had: dict[Flow, float] = {}
+        self._used: dict[Flow, float] = {}
         self._requests: Counter[Flow] = Counter()
-        self._left = 0.0
-        """What the last flow had that left nobody behind."""
+        self._last = 0.0
+        """What the last flow had used when it left nobody behind."""
 
     def enter(self, flow: Flow) -> None:
-        """A request of the flow is there."""
+        """Count in a request of the flow."""
         if flow not in self._requests:
-            self._had[flow] = max(self._had.get(flow, 0.0), self._least)
+            self._used[flow] = max(self._used.get(flow, 0.0), self._least)
         self._requests[flow] += 1
 
     def leave(self, flow: Flow) -> None:
-        """One of its requests has ended."""
+        """Count out a request of the flow."""
         self._requests[flow] -= 1
         if self._requests[flow] == 0:
             del self._requests[flow]
             if not self._requests:
-                self._left = self._had[flow]
+                self._last = self._used[flow]
             self._forget()
 
     def charge(self, flow: Flow, seconds: float) -> None:
-        self._had[flow] += seconds / flow.weight
+        """Add seconds of the engine to what a flow has used."""
+        self._used[flow] += seconds / flow.weight
 
-    def had(self, flow: Flow) -> float:
-        """Seconds of the engine over the flow's weight. They compare with those of other flows, and mean
-        nothing else."""
-        return self._had[flow]
+    def used(self, flow: Flow) -> float:
+        """Seconds used divided by the flow's weight. Only the order among present flows has a meaning."""
+        return self._used[flow]
 
     def owed(self, flow: Flow, to: Flow) -> float:
-        """Seconds of the engine that `to` would have had beside the flow, had both had their part."""
-        return (self._had[flow] - self._had[to]) * to.weight
+        """Seconds of the engine by which `flow` is ahead of `to`, in the seconds of `to`."""
+        return (self._used[flow] - self._used[to]) * to.weight
 
     @property
     def _least(self) -> float:
-        return min((self._had[flow] for flow in self._requests), default=self._left)
+        return min((self._used[flow] for flow in self._requests), default=self._last)
 
     def _forget(self) -> None:
-        """Drop who would be lifted when it comes back: a connection has a name of its own each time."""
+        """Drop absent flows that would be lifted when they come back: each connection is a new client."""
         least = self._least
-        self._had = {flow: had for flow, had in self._had.items() if had > least or flow in self._requests}
+        self._used = {
+            flow: used for flow, used in self._used.items() if used > least or flow in self._requests
+        }
 
 
 def shares(seconds: float, waited: float, costs: Sequence[float], reads: Sequence[int]) -> list[float]:
-    """What each request of a step pays of its seconds: for computing by its cost, for the time in which the
-    step waited for the disk by the bytes it read."""
+    """Divide the seconds of a step among its requests.
+
+    Args:
+        seconds: Wall time of the step.
+        waited: Of these, seconds that it waited for the disk; divided by bytes read.
+        costs: Of each request, the cost of what it computed; the rest is divided by it.
+        reads: Of each request, bytes read from disk.
+
+    Returns:
+        Seconds of each request; their sum is `seconds`.
+    """
     waited = min(waited, seconds) if any(reads) else 0.0
     computed, total, read = seconds - waited, sum(costs), sum(reads) or 1
     return [

@@ -1,8 +1,10 @@
-"""How long the tokens of running requests will take, from the steps that were seen.
+"""Latency model: how long a token of the running requests will take, learnt from measured steps.
 
-A decode step takes a time of its own, some for each of its rows, and some for each byte of records that it
-reads from host memory and from disk. These four are fitted to the last steps, to the least sum of squares of
-the relative errors, none below 0. Pure: no clocks.
+A decode step takes a fixed time, a time for each of its rows, and a time for each byte of records that it
+reads from host memory and from disk. These four are fitted to the last steps by non-negative least squares of
+the relative errors.
+
+Pure: no clocks.
 """
 
 from __future__ import annotations
@@ -16,38 +18,46 @@ from numpy.typing import NDArray
 from spilld.kv.visibility import stored_blocks
 
 STEPS = 256
-"""So many steps are remembered."""
+"""Steps that are remembered."""
 
 GB = 1e9
-"""Bytes are counted in these, so that all four numbers are of a kind."""
+"""Unit of bytes in the fit, so that all four coefficients are of one magnitude."""
 
 GUESSES = (0.1, 1.0)
-"""What is thought of a tier that no step has read: seconds a GB of host memory, of disk."""
+"""Prior of a tier that no step has read: seconds a GB of host memory, of disk."""
 
 BELIEF = 0.1
-"""The weight of a guess beside that of a step that was seen."""
+"""Weight of a prior, where a measured step has 1."""
 
 ROUNDS = 200
+"""Sweeps of coordinate descent."""
 
 Floats = NDArray[np.float64]
 
 
-class Forecast:
+class LatencyModel:
+    """Predicts the time of a decode step."""
+
     def __init__(self, windows: Sequence[int | None], record_bytes: int, host_bytes: int) -> None:
-        """windows: of each layer, tokens that a query sees, None for all. host_bytes: records that memory
-        holds; more are read from disk."""
+        """Create a model that has measured nothing.
+
+        Args:
+            windows: Of each layer, tokens that a query sees; None for all.
+            record_bytes: Bytes of a block's record in one layer.
+            host_bytes: Records that host memory holds, in bytes; more are read from disk.
+        """
         self._windows = windows
         self._record_bytes = record_bytes
         self._host_bytes = host_bytes
         self._seen: deque[tuple[float, float, float, float]] = deque(maxlen=STEPS)
 
     def took(self, rows: int, host_bytes: int, disk_bytes: int, seconds: float) -> None:
-        """A step of so many decode rows, and nothing else, has read so much."""
+        """Learn from a step of `rows` decode rows and no prefill, and the bytes that it read."""
         self._seen.append((float(rows), host_bytes / GB, disk_bytes / GB, max(seconds, 1e-6)))
 
     def token_s(self, lengths: Sequence[int]) -> float | None:
-        """Seconds from one token to the next when sequences of these lengths decode together. None as long as
-        no step was seen."""
+        """Expected seconds between tokens when sequences of these lengths decode together; None before any
+        step was measured."""
         if not self._seen:
             return None
         records = sum(self._records(length) for length in lengths) * self._record_bytes
@@ -56,7 +66,7 @@ class Forecast:
         return float(self._fit() @ step)
 
     def _records(self, length: int) -> int:
-        """That the last token of a sequence reads, in all layers."""
+        """Records that the last token of a sequence reads, in all layers."""
         return sum(len(stored_blocks(length - 1, length - 1, window)) for window in self._windows)
 
     def _fit(self) -> Floats:
@@ -68,7 +78,7 @@ class Forecast:
 
 
 def _least_squares(matrix: Floats, wanted: Floats) -> Floats:
-    """x >= 0 with the least |matrix x - wanted|, by coordinate descent."""
+    """Minimise |matrix x - wanted| over x >= 0 by coordinate descent."""
     squares, products = matrix.T @ matrix, matrix.T @ wanted
     x = np.zeros(matrix.shape[1])
     for _ in range(ROUNDS):

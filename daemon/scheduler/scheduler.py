@@ -1,4 +1,7 @@
-"""Which requests run in the next step, and how many tokens of each. Pure: no clocks, no tensors, no I/O."""
+"""Decides which requests run in the next step, and how many tokens of each.
+
+Pure: no clocks, no tensors, no I/O.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from dataclasses import dataclass
 
 from spilld.kv.visibility import CELL
 
-from .fair_share import Flow, Ledger
-from .prefill_budget import LEAST, Pace
+from .fair_share import FairShare, Flow
+from .prefill_budget import LEAST, PrefillBudget
 
 JobId = int
 
@@ -16,8 +19,11 @@ MAX_RUNNING = 16
 """Requests that are computed at a time."""
 
 QUANTUM_S = 10.0
-"""Seconds of the engine that a request which finds no room must be owed before a running one makes way: many
-times what it takes to bring its context back from disk."""
+"""Seconds of the engine by which a running request must be ahead of one that finds no capacity before it is
+preempted: many times what it takes to bring its context back from disk."""
+
+Plan = tuple[tuple[JobId, int], ...]
+"""(job, tokens) of each job that takes part in a step."""
 
 
 @dataclass
@@ -32,201 +38,206 @@ class Job:
     chunk: int
     """Most tokens of this job in one step."""
     window: bool
-    """Needs a new window (a continued context has its own)."""
+    """Needs a new KV window; a continued context has its own."""
     blocks: int
-    """Block columns it must be promised before it starts."""
+    """Block columns that it must be promised before it starts."""
     flow: Flow
     """Whose it is, and how urgent."""
-    movable: bool = True
-    """Where it runs it may make way for others, to go on later where it was."""
+    preemptible: bool = True
+    """It may be preempted and go on later where it was."""
     paused: bool = False
-    """Nobody takes what it has produced: it is not computed."""
+    """Its client does not take what it has produced: it is not computed."""
     began: int = 0
-    """Its position when it was admitted."""
+    """Its position when it was started."""
 
     @property
     def left(self) -> int:
+        """Known tokens that are not computed."""
         return self.known - self.position
 
     @property
-    def gains(self) -> bool:
-        """To have run was of use, even if it makes way now: less than a cell is not kept."""
-        return self.movable and self.position >= CELL and self.position > self.began
+    def has_gained(self) -> bool:
+        """Whether preempting it now keeps something that it has computed: less than a cell is not kept."""
+        return self.preemptible and self.position >= CELL and self.position > self.began
 
 
 @dataclass(frozen=True)
-class Room:
-    """What is free now."""
+class Capacity:
+    """What is free: KV windows, and block columns that may be promised."""
 
     windows: int
     blocks: int
 
+    def holds(self, job: Job) -> bool:
+        """Whether the job can be started."""
+        return job.window <= self.windows and job.blocks <= self.blocks
 
-@dataclass(frozen=True)
-class Plan:
-    """Jobs to admit, in order, then (job, tokens) to run in one packed step."""
-
-    admit: tuple[JobId, ...]
-    run: tuple[tuple[JobId, int], ...]
+    def without(self, job: Job) -> Capacity:
+        """What is left when the job was started."""
+        return Capacity(self.windows - job.window, self.blocks - job.blocks)
 
 
 class Scheduler:
-    """Admits jobs of the flow that has had least of the engine first, each flow's in order of arrival; every
-    step decodes all running jobs and prefills one chunk, as short as the decoding ones need it.
+    """Admits jobs of the flow that has used least of the engine, each flow's in order of arrival. Every step
+    decodes all running jobs and prefills some prompts, as few tokens as the decoding jobs need it.
 
-    A job is admitted only when everything that it can grow to has been promised, so no admitted job
-    waits for another to finish. Nobody passes by the job that is next: it waits for running ones alone, and
-    they make way for it, one after the other, once their flows have had QUANTUM_S more than its own. Who
-    has had least makes way for nobody, and is next; who makes way has come further: so all end, whatever
+    A job is admitted only when everything that it can grow to can be promised, so no running job waits for
+    another to end. The next job is never passed by: it waits for running jobs, and these are preempted, one
+    after the other, once their flows are QUANTUM_S ahead of its own. The flow that has used least is
+    preempted for nobody and is next, and a preempted job has made progress, so every job ends, whatever
     arrives.
+
+    `admit` and `plan` change nothing; `start`, `advance` and the others report what was done.
     """
 
-    def __init__(self, chunk_tokens: int, pace: Pace, max_running: int = MAX_RUNNING) -> None:
+    def __init__(self, chunk_tokens: int, prefill: PrefillBudget, max_running: int = MAX_RUNNING) -> None:
         self._chunk_tokens = chunk_tokens
-        self._pace = pace
+        self._prefill = prefill
         self._max_running = max_running
-        self._ledger = Ledger()
+        self._fair_share = FairShare()
         self._waiting: dict[JobId, Job] = {}
         self._running: dict[JobId, Job] = {}
 
-    def add(self, job: Job) -> None:
-        self._waiting[job.id] = job
-        self._ledger.enter(job.flow)
+    # Decisions.
 
-    def replace(self, job: Job) -> None:
-        """A waiting job needs something else than before; it keeps its place in the line."""
-        self._waiting[job.id] = job
+    def admit(self, capacity: Capacity) -> tuple[JobId, ...]:
+        """Waiting jobs to start now, in order."""
+        waiting, running = dict(self._waiting), list(self._running.values())
+        admitted = []
+        while len(running) < self._max_running and (job := self._first(waiting.values(), running)):
+            if not capacity.holds(job):
+                break  # strictly in order: small jobs behind a large one would starve it
+            capacity = capacity.without(job)
+            running.append(waiting.pop(job.id))
+            admitted.append(job.id)
+        return tuple(admitted)
 
-    def remove(self, job: JobId) -> None:
-        """The job has ended, in whatever state; unknown ids are ignored."""
-        ended = self._waiting.pop(job, None) or self._running.pop(job, None)
-        if ended is not None:
-            self._ledger.leave(ended.flow)
+    def plan(self) -> Plan:
+        """The next step: one token of each decoding job, and chunks of prompts in the order of `_turn`."""
+        jobs = sorted((job for job in self._running.values() if not job.paused), key=self._turn)
+        left, cost = self._chunk_tokens, self._prefill.of_a_step
+        decoding = any(job.left == 1 for job in jobs)
+        parts = []
+        for job in jobs:
+            if job.left == 1:
+                parts.append((job.id, 1))
+                continue
+            tokens = min(job.chunk, left, job.left)
+            if decoding:
+                least = LEAST if left == self._chunk_tokens else 0
+                tokens = min(tokens, max(least, self._prefill.tokens(job.position, cost)))
+            if tokens:
+                tokens = _end_on_grid(job, tokens)
+                parts.append((job.id, tokens))
+                left -= tokens
+                cost -= self._prefill.cost(job.position, tokens)
+        return tuple(parts)
 
-    def displaced(self) -> JobId | None:
-        """The running job that shall make way for the next one, which finds no room: one that is paused, else
-        the last of the flow that has had most, if that owes the next one's flow enough."""
-        candidates = [job for job in self._running.values() if job.gains]
+    def to_preempt(self) -> JobId | None:
+        """The running job to preempt for the next one, which finds no capacity: a paused one, else the newest
+        of the flow that has used most, if it is far enough ahead. None if the next one is to wait."""
+        candidates = [job for job in self._running.values() if job.has_gained]
         if (ahead := self.next) is None or not candidates:
             return None
-        last = max(candidates, key=lambda job: (job.paused, self._ledger.had(job.flow), job.id))
-        overdue = last.paused or self._ledger.owed(last.flow, ahead.flow) > QUANTUM_S
+        last = max(candidates, key=lambda job: (job.paused, self._fair_share.used(job.flow), job.id))
+        overdue = last.paused or self._fair_share.owed(last.flow, ahead.flow) > QUANTUM_S
         return last.id if overdue else None
 
-    def fix(self, job: JobId) -> None:
-        """A running job cannot make way."""
-        self._running[job].movable = False
-
-    def pause(self, jobs: Collection[JobId]) -> None:
-        """Compute these no further for now, and all others."""
-        for job in self._running.values():
-            job.paused = job.id in jobs
-
-    def advance(self, job: JobId, tokens: int, sampled: int) -> None:
-        """A step computed `tokens` of the job and then sampled so many new ones (0 or 1)."""
-        self._running[job].position += tokens
-        self._running[job].known += sampled
+    def starved(self, capacity: Capacity) -> bool:
+        """Whether the next job waits for capacity, and not for its turn."""
+        job = self.next
+        return job is not None and not self.full and not capacity.holds(job)
 
     def first_token_s(self, job: JobId) -> float | None:
-        """Seconds until a running job's first token is expected: of its own prompt, and of those that have
-        their turn before it. None as long as nothing is known of the machine."""
-        if not self._pace.seen:
+        """Expected seconds until the first token of a running job: for its own prompt and those computed
+        before it. None before any step was measured."""
+        if not self._prefill.measured:
             return None
         turn = self._turn(self._running[job])
         ahead = (each for each in self._running.values() if self._turn(each) <= turn)
-        return sum(self._pace.seconds(each.position, each.left) for each in ahead)
-
-    def charge(self, job: JobId, seconds: float) -> None:
-        """A running job has taken so much of the engine."""
-        self._ledger.charge(self._running[job].flow, seconds)
-
-    def resume(self, job: JobId, position: int) -> None:
-        """So many tokens of the job, just admitted, were computed before."""
-        self._running[job].position = self._running[job].began = position
-
-    def rewind(self, job: JobId) -> None:
-        """The job's K/V was lost: compute all its known tokens again."""
-        self._running[job].position = 0
-
-    def starved(self, room: Room) -> bool:
-        """Whether the next job in line waits for windows or blocks, and not for its turn."""
-        job = self.next
-        return job is not None and not self.full and not _fits(job, room)
-
-    def plan(self, room: Room) -> Plan:
-        """Admit what fits and fill a step. Admitted jobs run in the same step."""
-        admitted = self._admit(room)
-        return Plan(tuple(job.id for job in admitted), tuple(self._fill(self._running.values())))
-
-    def _admit(self, room: Room) -> list[Job]:
-        admitted = []
-        while not self.full and (job := self.next) is not None:
-            if not _fits(job, room):
-                break  # strictly in order: a large request is not starved by small ones behind it
-            room = Room(room.windows - job.window, room.blocks - job.blocks)
-            self._running[job.id] = self._waiting.pop(job.id)
-            job.began = job.position
-            admitted.append(job)
-        return admitted
+        return sum(self._prefill.seconds(each.position, each.left) for each in ahead)
 
     @property
     def next(self) -> Job | None:
-        """The waiting job to be admitted first: the oldest one of the flow that has had least, or will have
-        once its running prompts are computed."""
-        taken = {flow: self._taken(flow) for flow in {job.flow for job in self._waiting.values()}}
-        return min(self._waiting.values(), key=lambda job: (taken[job.flow], job.id), default=None)
+        """The waiting job to be admitted first."""
+        return self._first(self._waiting.values(), self._running.values())
 
-    def _taken(self, flow: Flow) -> float:
-        running = (job for job in self._running.values() if job.flow == flow)
-        prompts = sum(self._pace.seconds(job.position, job.left) for job in running)
-        return self._ledger.had(flow) + prompts / flow.weight
+    def _first(self, waiting: Iterable[Job], running: Collection[Job]) -> Job | None:
+        """The oldest job of the flow that has used least, the prompts that it is computing included."""
+        line = list(waiting)
+        used = {flow: self._committed(flow, running) for flow in {job.flow for job in line}}
+        return min(line, key=lambda job: (used[job.flow], job.id), default=None)
+
+    def _committed(self, flow: Flow, running: Iterable[Job]) -> float:
+        prompts = sum(self._prefill.seconds(job.position, job.left) for job in running if job.flow == flow)
+        return self._fair_share.used(flow) + prompts / flow.weight
 
     def _turn(self, job: Job) -> tuple[float, JobId]:
-        """Running jobs go in this order: whose flow has had least, then the older one."""
-        return self._ledger.had(job.flow), job.id
+        """Order of running jobs: the flow that has used least first, then the older job."""
+        return self._fair_share.used(job.flow), job.id
 
-    def _fill(self, jobs: Iterable[Job]) -> list[tuple[JobId, int]]:
-        """One token for each decoding job, and prefill chunks, each in its turn."""
-        jobs = sorted((job for job in jobs if not job.paused), key=self._turn)
-        left, cost = self._chunk_tokens, self._pace.budget
-        hurried = any(job.left == 1 for job in jobs)
-        run = []
-        for job in jobs:
-            if job.left == 1:
-                run.append((job.id, 1))
-                continue
-            tokens = min(job.chunk, left, job.left)
-            if hurried:
-                least = LEAST if left == self._chunk_tokens else 0
-                tokens = min(tokens, max(least, self._pace.tokens(job.position, cost)))
-            if tokens:
-                tokens = _end_on_grid(job, tokens)
-                run.append((job.id, tokens))
-                left -= tokens
-                cost -= self._pace.cost(job.position, tokens)
-        return run
+    # Reports.
+
+    def add(self, job: Job) -> None:
+        """Queue a job."""
+        self._waiting[job.id] = job
+        self._fair_share.enter(job.flow)
+
+    def update(self, job: Job) -> None:
+        """Replace a waiting job that needs something else than before; it keeps its place."""
+        self._waiting[job.id] = job
+
+    def remove(self, job: JobId) -> None:
+        """Forget a job that has ended, whether it waits or runs; unknown ids are ignored."""
+        ended = self._waiting.pop(job, None) or self._running.pop(job, None)
+        if ended is not None:
+            self._fair_share.leave(ended.flow)
+
+    def start(self, job: JobId) -> None:
+        """A waiting job runs from now on."""
+        started = self._running[job] = self._waiting.pop(job)
+        started.began = started.position
+
+    def reuse(self, job: JobId, position: int) -> None:
+        """The first `position` tokens of a job that was just started had been computed before."""
+        self._running[job].position = self._running[job].began = position
+
+    def advance(self, job: JobId, tokens: int, sampled: int) -> None:
+        """A step has computed `tokens` of the job, and then sampled `sampled` new ones (0 or 1)."""
+        self._running[job].position += tokens
+        self._running[job].known += sampled
+
+    def charge(self, job: JobId, seconds: float) -> None:
+        """A running job has used so much of the engine."""
+        self._fair_share.charge(self._running[job].flow, seconds)
+
+    def rewind(self, job: JobId) -> None:
+        """The K/V of a running job is lost: all its known tokens are to be computed again."""
+        self._running[job].position = 0
+
+    def pause(self, jobs: Collection[JobId]) -> None:
+        """Compute these jobs no further for now, and all others."""
+        for job in self._running.values():
+            job.paused = job.id in jobs
+
+    def forbid_preemption(self, job: JobId) -> None:
+        """A running job cannot be preempted."""
+        self._running[job].preemptible = False
 
     @property
     def waiting(self) -> int:
+        """Number of waiting jobs."""
         return len(self._waiting)
 
     @property
-    def running(self) -> int:
-        return len(self._running)
-
-    @property
-    def jobs(self) -> tuple[JobId, ...]:
-        """Those that run."""
+    def running(self) -> tuple[JobId, ...]:
+        """Running jobs, paused or not."""
         return tuple(self._running)
 
     @property
     def full(self) -> bool:
-        """As many run as may."""
+        """Whether as many jobs run as may."""
         return len(self._running) >= self._max_running
-
-
-def _fits(job: Job, room: Room) -> bool:
-    return job.window <= room.windows and job.blocks <= room.blocks
 
 
 def _end_on_grid(job: Job, tokens: int) -> int:

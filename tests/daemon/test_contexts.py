@@ -209,7 +209,7 @@ class TestEnds:
         with engine(model, tmp_path / "s") as harness:
             harness.ask(PROMPT, "first", **FIELDS)
             for _ in range(20):
-                harness.engine._pace.took([(0, 1)], 1000.0)
+                harness.engine._prefill.took([(0, 1)], 1000.0)
             harness.add("late", PROMPT[7:], deadline_s=30.0, **FIELDS)
             harness.add("patient", PROMPT[8:], **FIELDS)
             harness.run()

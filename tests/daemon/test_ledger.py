@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from spilld.protocol.messages import PRIORITIES
 from spilld.scheduler.fair_share import (
     WEIGHTS,
+    FairShare,
     Flow,
-    Ledger,
     shares,
 )
 
@@ -18,44 +18,44 @@ A, B, C = Flow("a"), Flow("b"), Flow("c")
 
 
 def test_a_newcomer_begins_with_the_least_of_those_who_are_there() -> None:
-    ledger = Ledger()
+    fair = FairShare()
     for client, seconds in ((A, 5.0), (B, 7.0)):
-        ledger.enter(client)
-        ledger.charge(client, seconds - ledger.had(client))
-    ledger.enter(C)
-    assert ledger.had(C) == 5.0
+        fair.enter(client)
+        fair.charge(client, seconds - fair.used(client))
+    fair.enter(C)
+    assert fair.used(C) == 5.0
 
 
 def test_time_left_to_others_is_not_owed() -> None:
-    ledger = Ledger()
-    ledger.enter(A)
-    ledger.enter(B)
-    ledger.leave(B)
-    ledger.charge(A, 9.0)
-    ledger.enter(B)
-    assert ledger.had(B) == 9.0
+    fair = FairShare()
+    fair.enter(A)
+    fair.enter(B)
+    fair.leave(B)
+    fair.charge(A, 9.0)
+    fair.enter(B)
+    assert fair.used(B) == 9.0
 
 
 def test_who_had_more_is_not_forgiven_by_leaving() -> None:
-    ledger = Ledger()
-    ledger.enter(A)
-    ledger.enter(B)
-    ledger.charge(B, 9.0)
-    ledger.leave(B)
-    ledger.enter(B)
-    assert (ledger.had(A), ledger.had(B)) == (0.0, 9.0)
+    fair = FairShare()
+    fair.enter(A)
+    fair.enter(B)
+    fair.charge(B, 9.0)
+    fair.leave(B)
+    fair.enter(B)
+    assert (fair.used(A), fair.used(B)) == (0.0, 9.0)
 
 
 def test_time_counts_the_less_the_higher_the_priority() -> None:
-    ledger = Ledger()
+    fair = FairShare()
     low, high = Flow("a", "low"), Flow("b", "high")
     for flow in (low, high):
-        ledger.enter(flow)
+        fair.enter(flow)
     for flow in (low, high):
-        ledger.charge(flow, 4.0)
-    assert ledger.had(low) == pytest.approx(64 * ledger.had(high))
-    assert ledger.owed(low, high) == pytest.approx(8 * 32.0 - 4.0)
-    assert ledger.owed(high, low) < 0
+        fair.charge(flow, 4.0)
+    assert fair.used(low) == pytest.approx(64 * fair.used(high))
+    assert fair.owed(low, high) == pytest.approx(8 * 32.0 - 4.0)
+    assert fair.owed(high, low) < 0
 
 
 def test_every_priority_of_the_protocol_has_a_weight() -> None:
@@ -64,21 +64,21 @@ def test_every_priority_of_the_protocol_has_a_weight() -> None:
 
 
 def test_an_idle_time_keeps_what_was() -> None:
-    ledger = Ledger()
-    ledger.enter(A)
-    ledger.charge(A, 3.0)
-    ledger.leave(A)
-    ledger.enter(B)
-    assert ledger.had(B) == 3.0
+    fair = FairShare()
+    fair.enter(A)
+    fair.charge(A, 3.0)
+    fair.leave(A)
+    fair.enter(B)
+    assert fair.used(B) == 3.0
 
 
 def test_connections_that_come_and_go_are_forgotten() -> None:
-    ledger = Ledger()
+    fair = FairShare()
     for number in range(1000):
-        ledger.enter(Flow(str(number)))
-        ledger.charge(Flow(str(number)), 1.0)
-        ledger.leave(Flow(str(number)))
-    assert len(ledger._had) <= 1
+        fair.enter(Flow(str(number)))
+        fair.charge(Flow(str(number)), 1.0)
+        fair.leave(Flow(str(number)))
+    assert len(fair._used) <= 1
 
 
 @given(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spilld.scheduler.prefill_budget import LEAST, Pace
+from spilld.scheduler.prefill_budget import LEAST, PrefillBudget
 
 GAP_S = 0.25
 
@@ -20,32 +20,32 @@ GAP_S = 0.25
     balance=st.floats(1.0, 1e6) | st.just(math.inf),
 )
 def test_the_longest_chunk_that_costs_no_more(position: int, budget: float, balance: float) -> None:
-    pace = Pace(GAP_S, balance)
-    tokens = pace.tokens(position, budget)
-    assert pace.cost(position, tokens) <= budget * (1 + 1e-9)
-    assert pace.cost(position, tokens + 2) > budget
+    prefill = PrefillBudget(GAP_S, balance)
+    tokens = prefill.tokens(position, budget)
+    assert prefill.cost(position, tokens) <= budget * (1 + 1e-9)
+    assert prefill.cost(position, tokens + 2) > budget
 
 
 def test_a_chunk_costs_what_its_pairs_and_products_do() -> None:
-    pace = Pace(GAP_S, 1000.0)
-    assert pace.cost(0, 100) == pytest.approx(105.0)
-    assert pace.cost(1000, 100) == pytest.approx(205.0)
-    assert sum(pace.cost(start, 10) for start in range(0, 100, 10)) == pytest.approx(pace.cost(0, 100))
+    prefill = PrefillBudget(GAP_S, 1000.0)
+    assert prefill.cost(0, 100) == pytest.approx(105.0)
+    assert prefill.cost(1000, 100) == pytest.approx(205.0)
+    assert sum(prefill.cost(start, 10) for start in range(0, 100, 10)) == pytest.approx(prefill.cost(0, 100))
 
 
 def test_nothing_is_known_before_the_first_step() -> None:
-    assert Pace(GAP_S, 1000.0).budget == 0.0
-    assert Pace(GAP_S, 1000.0).tokens(0, -1.0) == 0
+    assert PrefillBudget(GAP_S, 1000.0).of_a_step == 0.0
+    assert PrefillBudget(GAP_S, 1000.0).tokens(0, -1.0) == 0
 
 
 @pytest.mark.parametrize("fixed_s", [0.0, 0.02, 0.15])
 def test_it_settles_where_the_gap_is_kept(fixed_s: float) -> None:
     """A machine whose steps take a fixed time besides, prefilling 8,000 tokens beside a decode."""
-    pace, position, gaps = Pace(GAP_S, 3000.0), 0, []
+    prefill, position, gaps = PrefillBudget(GAP_S, 3000.0), 0, []
     while position < 8000:
-        tokens = max(LEAST, min(512, pace.tokens(position, pace.budget)))
-        seconds = fixed_s + pace.cost(position, tokens) / 1500
-        pace.took([(position, tokens)], seconds)
+        tokens = max(LEAST, min(512, prefill.tokens(position, prefill.of_a_step)))
+        seconds = fixed_s + prefill.cost(position, tokens) / 1500
+        prefill.took([(position, tokens)], seconds)
         position += tokens
         gaps.append(seconds)
     assert max(gaps) < 1.2 * GAP_S
@@ -54,11 +54,11 @@ def test_it_settles_where_the_gap_is_kept(fixed_s: float) -> None:
 
 def test_a_machine_that_swings_keeps_the_gap() -> None:
     """Steps take up to a fifth longer or shorter than the mean, as beside other processes."""
-    pace, draw, gaps = Pace(GAP_S, math.inf), random.Random(1), []
+    prefill, draw, gaps = PrefillBudget(GAP_S, math.inf), random.Random(1), []
     for _ in range(400):
-        tokens = max(LEAST, pace.tokens(0, pace.budget))
+        tokens = max(LEAST, prefill.tokens(0, prefill.of_a_step))
         seconds = tokens / 1500 * draw.uniform(0.8, 1.2)
-        pace.took([(0, tokens)], seconds)
+        prefill.took([(0, tokens)], seconds)
         gaps.append(seconds)
     gaps.sort()
     assert gaps[-4] < 1.2 * GAP_S, "the 99th percentile"
@@ -66,11 +66,11 @@ def test_a_machine_that_swings_keeps_the_gap() -> None:
 
 
 def test_a_machine_that_slows_down_is_followed() -> None:
-    pace = Pace(GAP_S, math.inf)
+    prefill = PrefillBudget(GAP_S, math.inf)
     gaps = []
     for step in range(40):
-        tokens = max(LEAST, pace.tokens(0, pace.budget))
+        tokens = max(LEAST, prefill.tokens(0, prefill.of_a_step))
         seconds = tokens / (2000 if step < 20 else 500)
-        pace.took([(0, tokens)], seconds)
+        prefill.took([(0, tokens)], seconds)
         gaps.append(seconds)
     assert max(gaps[25:]) < 1.2 * GAP_S

@@ -14,16 +14,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from spilld.kv.visibility import CELL
 from spilld.scheduler.fair_share import WEIGHTS, Flow, shares
-from spilld.scheduler.prefill_budget import LEAST, Pace
+from spilld.scheduler.prefill_budget import LEAST, PrefillBudget
 from spilld.scheduler.scheduler import (
     QUANTUM_S,
+    Capacity,
     Job,
     Plan,
-    Room,
     Scheduler,
 )
 
-PLENTY = Room(windows=100, blocks=10**6)
+PLENTY = Capacity(windows=100, blocks=10**6)
 
 
 def job(
@@ -39,15 +39,15 @@ def job(
     return Job(number, position, known, chunk, bool(needs["window"]), needs["blocks"], Flow(client, priority))
 
 
-def unhurried() -> Pace:
+def unhurried() -> PrefillBudget:
     """For which every chunk is short enough."""
-    pace = Pace(1.0, 1e9)
+    pace = PrefillBudget(1.0, 1e9)
     pace.took([(0, 10**6)], 1.0)
     return pace
 
 
 def scheduler(
-    *jobs: Job, chunk_tokens: int = 512, max_running: int = 16, pace: Pace | None = None
+    *jobs: Job, chunk_tokens: int = 512, max_running: int = 16, pace: PrefillBudget | None = None
 ) -> Scheduler:
     made = Scheduler(chunk_tokens, pace or unhurried(), max_running)
     for each in jobs:
@@ -55,97 +55,114 @@ def scheduler(
     return made
 
 
+def admitted(scheduler: Scheduler, capacity: Capacity) -> tuple[int, ...]:
+    """Start what is admitted; admission itself changes nothing."""
+    jobs = scheduler.admit(capacity)
+    assert scheduler.admit(capacity) == jobs
+    for number in jobs:
+        scheduler.start(number)
+    return jobs
+
+
+def planned(scheduler: Scheduler) -> Plan:
+    """The next step once all that may run does; to plan it changes nothing."""
+    admitted(scheduler, PLENTY)
+    plan = scheduler.plan()
+    assert scheduler.plan() == plan
+    return plan
+
+
 def test_admission_is_in_order_even_where_a_later_job_would_fit() -> None:
     waiting = scheduler(job(1, 100, blocks=5), job(2, 100, blocks=50), job(3, 100, blocks=1))
-    assert waiting.plan(Room(windows=3, blocks=40)).admit == (1,)
-    assert waiting.starved(Room(windows=3, blocks=40))
-    assert waiting.plan(Room(windows=3, blocks=49)).admit == ()
-    assert waiting.plan(Room(windows=3, blocks=51)).admit == (2, 3)
-    assert (waiting.running, waiting.waiting) == (3, 0)
+    assert admitted(waiting, Capacity(windows=3, blocks=40)) == (1,)
+    assert waiting.starved(Capacity(windows=3, blocks=40))
+    assert admitted(waiting, Capacity(windows=3, blocks=49)) == ()
+    assert admitted(waiting, Capacity(windows=3, blocks=51)) == (2, 3)
+    assert (len(waiting.running), waiting.waiting) == (3, 0)
 
 
 def test_admission_needs_windows_for_new_contexts_only() -> None:
     waiting = scheduler(job(1, 10), job(2, 10, window=0), job(3, 10), job(4, 10, window=0))
-    assert waiting.plan(Room(windows=1, blocks=0)).admit == (1, 2)
-    assert waiting.starved(Room(windows=0, blocks=0))
-    assert waiting.plan(Room(windows=1, blocks=0)).admit == (3, 4)
+    assert admitted(waiting, Capacity(windows=1, blocks=0)) == (1, 2)
+    assert waiting.starved(Capacity(windows=0, blocks=0))
+    assert admitted(waiting, Capacity(windows=1, blocks=0)) == (3, 4)
 
 
 def test_a_job_that_waits_for_its_turn_is_not_starved() -> None:
     waiting = scheduler(job(1, 10), job(2, 10), max_running=1)
-    assert waiting.plan(PLENTY).admit == (1,)
-    assert not waiting.starved(Room(windows=0, blocks=0))
-    assert waiting.plan(PLENTY).admit == ()
+    assert admitted(waiting, PLENTY) == (1,)
+    assert not waiting.starved(Capacity(windows=0, blocks=0))
+    assert admitted(waiting, PLENTY) == ()
     waiting.remove(1)
-    assert waiting.starved(Room(windows=0, blocks=0))
-    assert waiting.plan(PLENTY).admit == (2,)
+    assert waiting.starved(Capacity(windows=0, blocks=0))
+    assert admitted(waiting, PLENTY) == (2,)
 
 
 def test_prefill_chunks_end_on_the_grid_beside_decodes() -> None:
     running = scheduler(job(1, 700, position=699), job(2, 1000, position=100), job(3, 300))
-    assert running.plan(PLENTY).run == ((1, 1), (2, 412), (3, 100))
+    assert planned(running) == ((1, 1), (2, 412), (3, 100))
     for number, tokens in ((1, 1), (2, 412), (3, 100)):
         running.advance(number, tokens, sampled=int(number == 1))
-    assert running.plan(PLENTY).run == ((1, 1), (2, 488), (3, 24))
+    assert planned(running) == ((1, 1), (2, 488), (3, 24))
     running.advance(2, 488, 1)
     running.advance(3, 24, 0)
     running.advance(1, 1, 1)
-    assert running.plan(PLENTY).run == ((1, 1), (2, 1), (3, 176))
+    assert planned(running) == ((1, 1), (2, 1), (3, 176))
 
 
 def test_prefill_beside_decodes_is_as_short_as_the_pace_asks() -> None:
-    pace = Pace(0.25, 1e9)
+    pace = PrefillBudget(0.25, 1e9)
     running = scheduler(job(1, 700, position=699), job(2, 5000), job(3, 5000), pace=pace)
-    assert running.plan(PLENTY).run == ((1, 1), (2, LEAST)), "nothing is known of the machine"
+    assert planned(running) == ((1, 1), (2, LEAST)), "nothing is known of the machine"
     pace.took([(0, 400)], 1.0)
-    assert running.plan(PLENTY).run == ((1, 1), (2, 100))
+    assert planned(running) == ((1, 1), (2, 100))
     running.remove(1)
-    assert running.plan(PLENTY).run == ((2, 512),), "nobody waits for a token"
+    assert planned(running) == ((2, 512),), "nobody waits for a token"
 
 
 def test_a_short_prompt_leaves_its_time_to_the_next() -> None:
-    pace = Pace(0.25, 1e9)
+    pace = PrefillBudget(0.25, 1e9)
     pace.took([(0, 400)], 1.0)
     running = scheduler(job(1, 700, position=699), job(2, 60), job(3, 5000), pace=pace)
-    assert running.plan(PLENTY).run == ((1, 1), (2, 60), (3, 40))
+    assert planned(running) == ((1, 1), (2, 60), (3, 40))
 
 
 def test_a_job_with_small_chunks_leaves_the_budget_to_others() -> None:
     running = scheduler(job(1, 300, chunk=64), job(2, 900))
-    assert running.plan(PLENTY).run == ((1, 64), (2, 256))
+    assert planned(running) == ((1, 64), (2, 256))
 
 
 def test_who_has_had_least_is_admitted_first() -> None:
     waiting = scheduler(*(job(n, 100) for n in range(1, 9)), job(9, 100, client="b"), max_running=2)
-    assert waiting.plan(PLENTY).admit == (1, 9), "a prompt that runs counts before it is computed"
+    assert admitted(waiting, PLENTY) == (1, 9), "a prompt that runs counts before it is computed"
     waiting.charge(1, 1.0)
     waiting.charge(9, 2.0)
     waiting.remove(9)
     waiting.add(job(10, 100, client="b"))
-    assert waiting.plan(PLENTY).admit == (2,)
+    assert admitted(waiting, PLENTY) == (2,)
 
 
 def test_the_next_job_is_not_passed_by() -> None:
     waiting = scheduler(job(1, 100, client="a"), job(2, 100, client="b", blocks=50), job(3, 100, client="c"))
-    assert waiting.plan(Room(windows=1, blocks=10)).admit == (1,)
+    assert admitted(waiting, Capacity(windows=1, blocks=10)) == (1,)
     waiting.charge(1, 5.0)
-    assert waiting.plan(Room(windows=5, blocks=10)).admit == ()
-    assert waiting.starved(Room(windows=5, blocks=10))
-    assert waiting.plan(Room(windows=5, blocks=50)).admit == (2, 3)
+    assert admitted(waiting, Capacity(windows=5, blocks=10)) == ()
+    assert waiting.starved(Capacity(windows=5, blocks=10))
+    assert admitted(waiting, Capacity(windows=5, blocks=50)) == (2, 3)
 
 
 def test_prefills_of_who_has_had_least_come_first() -> None:
     running = scheduler(job(1, 5000, client="a"), job(2, 300, client="b"))
-    running.plan(PLENTY)
+    admitted(running, PLENTY)
     running.charge(1, 1.0)
-    assert running.plan(PLENTY).run == ((2, 300), (1, 212 // CELL * CELL or 212))
+    assert planned(running) == ((2, 300), (1, 212 // CELL * CELL or 212))
 
 
 @pytest.mark.parametrize("others", [1, 3])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_greedy_client_gets_its_share_and_no_more(seed: int, others: int) -> None:
     """One client keeps 100 requests of random lengths in line, each other one 10: all are backlogged."""
-    draw, pace, numbers = random.Random(seed), Pace(0.25, 3000.0), count()
+    draw, pace, numbers = random.Random(seed), PrefillBudget(0.25, 3000.0), count()
     had: dict[str, float] = defaultdict(float)
     shared, jobs, ends = Scheduler(512, pace, max_running=8), dict[int, Job](), dict[int, int]()
     wanted = {"greedy": 100} | {f"other {i}": 10 for i in range(others)}
@@ -155,7 +172,7 @@ def test_a_greedy_client_gets_its_share_and_no_more(seed: int, others: int) -> N
                 number, known = next(numbers), draw.randint(1, 4000)
                 jobs[number], ends[number] = job(number, known, client=client), known + draw.randint(1, 200)
                 shared.add(jobs[number])
-        run = shared.plan(PLENTY).run
+        run = planned(shared)
         chunks = [(jobs[number].position, tokens) for number, tokens in run]
         costs = [pace.cost(*chunk) for chunk in chunks]
         seconds = 0.01 + sum(costs) / 500
@@ -173,17 +190,17 @@ def test_a_greedy_client_gets_its_share_and_no_more(seed: int, others: int) -> N
 
 def test_of_two_prefills_that_have_had_as_much_the_older_comes_first() -> None:
     """As in the line: whoever made way and came back is the older one."""
-    running = scheduler(job(2, 5000, client="b"), pace=Pace(0.25, 1e9))
-    running.plan(PLENTY)
+    running = scheduler(job(2, 5000, client="b"), pace=PrefillBudget(0.25, 1e9))
+    admitted(running, PLENTY)
     running.add(job(1, 5000, client="a"))
     running.add(job(3, 700, position=699, client="b"))
-    assert running.plan(PLENTY).run == ((1, LEAST), (3, 1))
+    assert planned(running) == ((1, LEAST), (3, 1))
 
 
 def served(flow: Flow, seconds: float, *others: Job) -> Scheduler:
     """One job of a flow runs alone on the only window and has had so much since the others came."""
     made = scheduler(job(0, 10**6, client=flow.client, priority=flow.priority))
-    made.plan(PLENTY)
+    admitted(made, PLENTY)
     made.advance(0, CELL, 0)
     for other in others:
         made.add(other)
@@ -193,52 +210,52 @@ def served(flow: Flow, seconds: float, *others: Job) -> Scheduler:
 
 def test_who_has_had_too_much_makes_way() -> None:
     ahead = job(1, 100, client="b")
-    assert served(Flow("a"), QUANTUM_S + 0.1, ahead).displaced() == 0
-    assert served(Flow("a"), QUANTUM_S - 0.1, ahead).displaced() is None
-    assert served(Flow("a"), 1000.0, job(1, 100, client="a")).displaced() is None, "a client's own line"
-    assert served(Flow("a"), 1000.0).displaced() is None, "nobody waits"
+    assert served(Flow("a"), QUANTUM_S + 0.1, ahead).to_preempt() == 0
+    assert served(Flow("a"), QUANTUM_S - 0.1, ahead).to_preempt() is None
+    assert served(Flow("a"), 1000.0, job(1, 100, client="a")).to_preempt() is None, "a client's own line"
+    assert served(Flow("a"), 1000.0).to_preempt() is None, "nobody waits"
 
 
 def test_priority_makes_others_give_way_sooner() -> None:
     high, low = job(1, 100, client="b", priority="high"), job(1, 100, client="b", priority="low")
-    assert served(Flow("a"), QUANTUM_S / 7.9, high).displaced() == 0
-    assert served(Flow("a", "low"), QUANTUM_S / 63, high).displaced() == 0
-    assert served(Flow("a"), 7.9 * QUANTUM_S, low).displaced() is None
-    assert served(Flow("a"), 8.1 * QUANTUM_S, low).displaced() == 0
+    assert served(Flow("a"), QUANTUM_S / 7.9, high).to_preempt() == 0
+    assert served(Flow("a", "low"), QUANTUM_S / 63, high).to_preempt() == 0
+    assert served(Flow("a"), 7.9 * QUANTUM_S, low).to_preempt() is None
+    assert served(Flow("a"), 8.1 * QUANTUM_S, low).to_preempt() == 0
 
 
 def test_a_job_that_cannot_move_does_not() -> None:
     running = served(Flow("a"), 1000.0, job(1, 100, client="b"))
-    running.fix(0)
-    assert running.displaced() is None
+    running.forbid_preemption(0)
+    assert running.to_preempt() is None
 
 
 def test_a_job_runs_some_way_before_it_makes_way() -> None:
     running = scheduler(job(0, 5000))
-    running.plan(PLENTY)
-    running.resume(0, 1000)
+    admitted(running, PLENTY)
+    running.reuse(0, 1000)
     running.add(job(1, 100, client="b"))
     running.charge(0, 1000.0)
-    assert running.displaced() is None, "nothing was gained"
+    assert running.to_preempt() is None, "nothing was gained"
     running.advance(0, 1, 0)
-    assert running.displaced() == 0
+    assert running.to_preempt() == 0
     running.rewind(0)
     running.advance(0, CELL - 1, 0)
-    assert running.displaced() is None, "it would be lost"
+    assert running.to_preempt() is None, "it would be lost"
 
 
 def test_a_paused_job_is_not_computed_and_makes_way_first() -> None:
     running = scheduler(job(1, 700, position=699), job(2, 700, position=699, client="b"))
-    running.plan(PLENTY)
+    admitted(running, PLENTY)
     running.advance(1, 1, 1)
     running.pause({1, 99})
-    assert running.plan(PLENTY).run == ((2, 1),)
+    assert running.plan() == ((2, 1),)
     running.charge(2, 1.0)
     running.add(job(3, 100, client="a"))
-    assert running.displaced() == 1
+    assert running.to_preempt() == 1
     running.pause(set())
-    assert running.displaced() is None
-    assert set(running.plan(Room(0, 0)).run) == {(1, 1), (2, 1)}
+    assert running.to_preempt() is None
+    assert set(running.plan()) == {(1, 1), (2, 1)}
 
 
 def test_a_low_request_ends_however_many_high_ones_arrive() -> None:
@@ -253,13 +270,12 @@ def test_a_low_request_ends_however_many_high_ones_arrive() -> None:
                 waiting[number] = job(number, 100, client=client, priority="high")
                 left[number] = 3.0
                 shared.add(waiting[number])
-        if shared.starved(Room(free, 0)) and (displaced := shared.displaced()) is not None:
+        if shared.starved(Capacity(free, 0)) and (displaced := shared.to_preempt()) is not None:
             shared.remove(displaced)
             shared.add(waiting.get(displaced) or job(0, 400, position=300, client="z", priority="low"))
             free, moved = 1, moved + 1
-        plan = shared.plan(Room(free, 0))
-        free -= len(plan.admit)
-        for number, _ in plan.run:
+        free -= len(admitted(shared, Capacity(free, 0)))
+        for number, _ in shared.plan():
             shared.charge(number, 0.5)
             shared.advance(number, 1, 1)
             left[number] -= 0.5
@@ -274,9 +290,9 @@ def test_a_low_request_ends_however_many_high_ones_arrive() -> None:
 
 
 def test_a_first_token_is_expected_after_the_prompts_before_it() -> None:
-    pace = Pace(0.25, 1e9)
+    pace = PrefillBudget(0.25, 1e9)
     running = scheduler(job(1, 400), job(2, 1000, client="b"), job(3, 200), pace=pace)
-    running.plan(PLENTY)
+    admitted(running, PLENTY)
     assert running.first_token_s(1) is None, "nothing is known of the machine"
     pace.took([(0, 100)], 1.0)
     running.charge(2, 1.0)
@@ -287,17 +303,17 @@ def test_a_first_token_is_expected_after_the_prompts_before_it() -> None:
 
 def test_a_rewound_job_computes_everything_again() -> None:
     running = scheduler(job(1, 3, position=2))
-    running.plan(PLENTY)
+    admitted(running, PLENTY)
     running.advance(1, 1, 1)
     running.rewind(1)
-    assert running.plan(PLENTY) == Plan((), ((1, 4),))
+    assert planned(running) == ((1, 4),)
 
 
 def test_unknown_jobs_may_be_removed() -> None:
     running = scheduler(job(1, 5))
     running.remove(7)
     running.remove(1)
-    assert running.plan(PLENTY) == Plan((), ())
+    assert planned(running) == ()
 
 
 @dataclass
@@ -315,7 +331,7 @@ class Mirror:
 
 
 class Scheduling(RuleBasedStateMachine):
-    """Jobs come, are cancelled, lose their KV and end; the room is what windows and blocks leave over."""
+    """Jobs come, are cancelled, lose their KV and end; the capacity is what windows and blocks leave over."""
 
     chunk_tokens = 512
     max_running = 3
@@ -324,15 +340,15 @@ class Scheduling(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pace = Pace(0.25, 3000.0)
+        self.pace = PrefillBudget(0.25, 3000.0)
         self.scheduler = Scheduler(self.chunk_tokens, self.pace, self.max_running)
         self.jobs: dict[int, Mirror] = {}
         self.count = 0
 
     @property
-    def room(self) -> Room:
+    def capacity(self) -> Capacity:
         admitted = [mirror for mirror in self.jobs.values() if mirror.admitted]
-        return Room(
+        return Capacity(
             self.windows - sum(m.window for m in admitted), self.blocks - sum(m.blocks for m in admitted)
         )
 
@@ -373,21 +389,19 @@ class Scheduling(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
-        self._make_room()
-        room = self.room
-        plan = self.scheduler.plan(room)
-        self._admit(plan, room)
-        self._run(plan)
+        self._preempt()
+        self._admit(admitted(self.scheduler, self.capacity))
+        self._run(self.scheduler.plan())
 
-    def _make_room(self) -> None:
+    def _preempt(self) -> None:
         """Jobs make way as the engine lets them."""
-        while self.scheduler.starved(self.room) or self.scheduler.full:
-            if (displaced := self.scheduler.displaced()) is None:
+        while self.scheduler.starved(self.capacity) or self.scheduler.full:
+            if (displaced := self.scheduler.to_preempt()) is None:
                 return
             mirror, ahead = self.jobs[displaced], self.scheduler.next
             assert mirror.admitted
             assert ahead is not None
-            owed = self.scheduler._ledger.owed(mirror.flow, self.jobs[ahead.id].flow)
+            owed = self.scheduler._fair_share.owed(mirror.flow, self.jobs[ahead.id].flow)
             assert owed > QUANTUM_S, "it makes way for who has had enough"
             assert mirror.position >= CELL
             mirror.admitted, mirror.window = False, True
@@ -397,35 +411,37 @@ class Scheduling(RuleBasedStateMachine):
             )
             self.scheduler.add(again)
 
-    def _admit(self, plan: Plan, room: Room) -> None:
+    def _admit(self, started: tuple[int, ...]) -> None:
         line = [n for n, mirror in self.jobs.items() if not mirror.admitted]
         for flow in {mirror.flow for mirror in self.jobs.values()}:
-            theirs, admitted = ([n for n in some if self.jobs[n].flow == flow] for some in (line, plan.admit))
+            theirs, admitted = ([n for n in some if self.jobs[n].flow == flow] for some in (line, started))
             assert admitted == theirs[: len(admitted)], "a flow's requests are admitted out of order"
-        for number in plan.admit:
+        for number in started:
             self.jobs[number].admitted = True
-        assert self.room.windows >= 0, "more windows are used than there are"
-        assert self.room.blocks >= 0, "more blocks are promised than there are"
-        if len(plan.admit) < len(line) and sum(m.admitted for m in self.jobs.values()) < self.max_running:
+        assert self.capacity.windows >= 0, "more windows are used than there are"
+        assert self.capacity.blocks >= 0, "more blocks are promised than there are"
+        if len(started) < len(line) and sum(m.admitted for m in self.jobs.values()) < self.max_running:
             following = self.scheduler.next
             assert following is not None
             head = self.jobs[following.id]
-            assert head.window > self.room.windows or head.blocks > self.room.blocks, "it waits for nothing"
-            assert self.scheduler.starved(self.room)
+            assert head.window > self.capacity.windows or head.blocks > self.capacity.blocks, (
+                "it waits for nothing"
+            )
+            assert self.scheduler.starved(self.capacity)
 
     def _run(self, plan: Plan) -> None:
-        run = dict(plan.run)
-        assert len(run) == len(plan.run)
+        run = dict(plan)
+        assert len(run) == len(plan)
         assert all(self.jobs[n].admitted for n in run), "a job runs before it is admitted"
         decodes = [n for n, m in self.jobs.items() if m.admitted and m.known - m.position == 1]
         assert all(run.get(n) == 1 for n in decodes), "a decoding job got no token"
         assert sum(run.values()) <= self.chunk_tokens + len(decodes)
         chunks = [(self.jobs[n].position, tokens) for n, tokens in run.items() if n not in decodes]
         if decodes and sum(tokens for _, tokens in chunks) > LEAST:
-            assert sum(self.pace.cost(*chunk) for chunk in chunks) <= 1.001 * self.pace.budget, "late"
+            assert sum(self.pace.cost(*chunk) for chunk in chunks) <= 1.001 * self.pace.of_a_step, "late"
         prefills = [n for n, m in self.jobs.items() if m.admitted and n not in decodes]
         if prefills:
-            first = min(prefills, key=lambda n: (self.scheduler._ledger.had(self.jobs[n].flow), n))
+            first = min(prefills, key=lambda n: (self.scheduler._fair_share.used(self.jobs[n].flow), n))
             assert first in run, "the prefill of who has had least stands still"
         for number, tokens in run.items():
             mirror = self.jobs[number]
@@ -446,7 +462,7 @@ class Scheduling(RuleBasedStateMachine):
     @invariant()
     def counts(self) -> None:
         admitted = sum(mirror.admitted for mirror in self.jobs.values())
-        assert self.scheduler.running == admitted <= self.max_running
+        assert len(self.scheduler.running) == admitted <= self.max_running
         assert self.scheduler.waiting == len(self.jobs) - admitted
 
     def teardown(self) -> None:
