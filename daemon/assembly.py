@@ -16,9 +16,10 @@ from spilld.config.config import Config
 from spilld.config.reload import Reload
 from spilld.cuda_ext.compile.build import BuildError
 from spilld.cuda_ext.errors import DeviceError
-from spilld.engine.engine import Engine, Post
+from spilld.engine.engine import Engine
+from spilld.engine.outbox import Post
 from spilld.engine.service import EngineService
-from spilld.kv.checkpoint import TAIL_BLOCKS
+from spilld.kv.checkpoint import CHECKPOINT_BLOCKS
 from spilld.kv.geometry import Geometry
 from spilld.models.model import (
     Model,
@@ -64,8 +65,8 @@ from spilld.runner.prepare_kernels import prepare
 from spilld.runner.runner import Runner
 from spilld.scheduler.prefill_budget import PrefillBudget
 from spilld.server.server import Server
-from spilld.sessions.journal import Journal
-from spilld.sessions.store import SessionBook
+from spilld.sessions.journal import JOURNAL_TABLES, Journal
+from spilld.sessions.store import SESSIONS_TABLE, SessionStore
 from spilld.sessions.transfers import Transfers
 from spilld.transport.descriptors import raise_limit
 
@@ -76,11 +77,13 @@ from .errors import (
     ModelError,
     StateFolderError,
 )
-from .sessions import journal, store
 
 log = logging.getLogger(__name__)
 
 COMPILING = "compiling kernels, the first time only"
+
+STATE_SCHEMA = 3
+"""Of the database of sessions and requests."""
 
 STAGING_BUFFERS = 16
 """Extents on their way from disk or being attended to: how far reads run ahead."""
@@ -208,8 +211,8 @@ def build_engine(
             config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
             store = build_store(config, model, planner, metrics)
             unless_made.callback(store.close)
-            book = _book(config.state / "sessions.sqlite")
-            unless_made.callback(book.close)
+            database = _state_database(config.state / "sessions.sqlite")
+            unless_made.callback(database.close)
             quota = max(config.disk_budget, LEAST_TRANSFERS)
             transfers = Transfers(config.state / "transfers", quota, config.disk_floor)
         except (BudgetTooSmall, ValueError) as error:
@@ -225,8 +228,8 @@ def build_engine(
             windows,
             store,
             Runner(model, attention, store, config.chunk_tokens),
-            SessionBook(book),
-            Journal(book),
+            SessionStore(database),
+            Journal(database),
             transfers,
             PrefillBudget(config.max_gap_ms / 1e3, _balance(model)),
             metrics,
@@ -250,11 +253,9 @@ def _balance(model: Model) -> float:
     return weights / pair if pair else math.inf
 
 
-def _book(path: Path) -> Database:
-    """Sessions and requests. Schema 1 had sessions only; 2 said neither of which model they are nor how
-    often a request was taken up."""
-    upgrades = {1: store.UPGRADE + journal.CREATE, 2: store.UPGRADE + journal.UPGRADE}
-    return Database.open(path, 3, store.CREATE + journal.CREATE, upgrades)
+def _state_database(path: Path) -> Database:
+    """Sessions and requests."""
+    return Database.open(path, STATE_SCHEMA, SESSIONS_TABLE + JOURNAL_TABLES)
 
 
 def _device_tier(make: Tier, config: Config, store: Store, geometry: Geometry) -> DeviceTier:
@@ -284,7 +285,7 @@ def build_store(config: Config, model: Model, planner: Planner, metrics: Metrics
             floor_bytes=config.disk_floor,
         )
         stored = [run.identity.nbytes for run in tier.runs() if run.identity.fingerprint == model.fingerprint]
-        extent = max(extent_bytes(layout, blocks), extent_bytes(layout.raw, TAIL_BLOCKS), *stored)
+        extent = max(extent_bytes(layout, blocks), extent_bytes(layout.raw, CHECKPOINT_BLOCKS), *stored)
         cache, rate, daily = RunCache(tier, extent), config.compaction_rate, config.write_budget
         wear = None if daily is None else WriteBudget(daily, tier.index)
         disk = DiskPath(

@@ -40,7 +40,9 @@ from spilld.protocol.messages import (
 from spilld.requests.request_state import NOBODY
 from spilld.tokenizer.intake import Intake
 
-from .engine import Composed, Engine, Post
+from .arrivals import Composed
+from .engine import Engine
+from .outbox import Post
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ class EngineService:
         self._suspended: frozenset[str] = frozenset()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._intake = Intake(self._inbox.put)
-        self._engine.compose = self._compose
+        self._engine.compose_with(self._compose)
         self._thread = threading.Thread(target=self._loop, name="spilld-engine")
 
     def warm_up(self) -> None:
@@ -143,7 +145,7 @@ class EngineService:
     @property
     def longest(self) -> int:
         """Tokens that one sequence may have."""
-        return self._engine.longest
+        return self._engine.published.longest
 
     def stats(self) -> dict[str, object]:
         return self._engine.stats()
@@ -178,11 +180,11 @@ class EngineService:
 
     def transfer(self, client: bytes, request: TransferRequest) -> None:
         self._count(+1)
-        courier, answer = self._engine.courier, partial(self._pass_on, client)
+        archives, answer = self._engine.archives, partial(self._pass_on, client)
         if isinstance(request, ExportSession | ImportSession):
-            self._intake.in_turn(client, partial(courier.begin, request, answer))
+            self._intake.in_turn(client, partial(archives.begin, request, answer))
         else:
-            courier.serve(request, answer)
+            archives.serve(request, answer)
 
     # The intake's threads.
 
@@ -201,7 +203,7 @@ class EngineService:
 
     def _tokens(self, request: Generate) -> list[int]:
         """Of a text, token ids, or a new chat; what continues a session is the engine's to complete."""
-        model, prompt, most = self._engine.model, request.prompt, self._engine.longest
+        model, prompt, most = self._engine.model, request.prompt, self._engine.published.longest
         new = request.context is None and request.session is None
         if isinstance(prompt, str):
             return model.tokenizer.encode(prompt, start=new, special=request.parse_special, most=most)

@@ -30,7 +30,7 @@ from .visibility import (
     window_offset,
 )
 
-TAIL_BLOCKS = 1 + 2 * BLOCKS_PER_CELL
+CHECKPOINT_BLOCKS = 1 + 2 * BLOCKS_PER_CELL
 """The most blocks of a tail: the sinks and two cells."""
 
 ANCHOR_CELLS = 12
@@ -38,7 +38,7 @@ ANCHOR_CELLS = 12
 
 
 @dataclass(frozen=True)
-class Resume:
+class ResumePoint:
     """Where a sequence can go on: `position` tokens are computed, its sealed blocks have these hashes, and
     all but block 0 lie in `refs`."""
 
@@ -53,7 +53,7 @@ class Resume:
         return [*(ref.run for ref in self.refs), self.tail]
 
 
-def find(store: Store, root: bytes, tokens: Sequence[int]) -> Resume | None:
+def find_resume_point(store: Store, root: bytes, tokens: Sequence[int]) -> ResumePoint | None:
     """The longest beginning of a sequence that need not be computed; its last token always must be."""
     hashes = chain(root, tokens, len(tokens) // BLOCK)
     refs = store.find(hashes)
@@ -66,11 +66,11 @@ def find(store: Store, root: bytes, tokens: Sequence[int]) -> Resume | None:
         lengths = {run: _common(saved, tokens[start:-1]) for run, saved in store.tails(anchor)}
         run = max(lengths, key=lambda run: lengths[run], default=None)
         if run is not None and lengths[run]:
-            return Resume(start + lengths[run], run, _below(refs, sealed), hashes[:sealed])
+            return ResumePoint(start + lengths[run], run, _below(refs, sealed), hashes[:sealed])
     return None
 
 
-def save(
+def save_checkpoint(
     store: Store, window: Numbers, sequence: TokenSequence, instead_of: RunKey | None = None
 ) -> RunKey | None:
     """Begin to write the tail of what is computed of a sequence, a cell at the least. window: what its window
@@ -91,7 +91,7 @@ def save(
     return store.save_tail(anchor, tokens_after, boundary(n - 1) // BLOCK, numbers, instead_of)
 
 
-def restore(store: Store, window: Numbers, resume: Resume) -> None:
+def restore_checkpoint(store: Store, window: Numbers, resume: ResumePoint) -> None:
     """Fill a window with what a sequence of resume.position tokens sees exactly. Raises ReadFailed."""
     for planes, numbers in zip(window, store.read_tail(resume.tail), strict=True):
         tokens, at = _tokens(numbers, planes), 0

@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 from spilld.errors import ConfigError
 from spilld.protocol.messages import Welcome
 
-from .counters import OUTCOMES, TIERS
+from .stats import OUTCOMES, TIERS
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 from spilld.cuda_ext.errors import OutOfMemory
 from spilld.cuda_ext.memory.windows import Windows
-from spilld.kv import checkpoint
 from spilld.kv.batch import BatchItem
+from spilld.kv.checkpoint import find_resume_point, restore_checkpoint, save_checkpoint
 from spilld.kv.sequence import Sequence
 from spilld.kv.visibility import (
     CELL,
@@ -59,13 +59,13 @@ class Sequences:
     def find(self, sequence: Sequence) -> bool:
         """Take over what an earlier request computed of the same beginning, if it is still there: `computed`
         says how much. False if nothing was stored."""
-        resume = checkpoint.find(self._store, sequence.root, sequence.tokens)
+        resume = find_resume_point(self._store, sequence.root, sequence.tokens)
         if resume is None:
             return False
         self._runner.rest()
         try:
             with self._windows.written(sequence.window) as window:
-                checkpoint.restore(self._store, window, resume)
+                restore_checkpoint(self._store, window, resume)
         except (ReadFailed, OutOfMemory) as failure:
             log.warning("a sequence of %d tokens begins anew: %s", len(sequence.tokens), failure)
             return True
@@ -85,7 +85,7 @@ class Sequences:
         except OutOfMemory as failure:
             log.warning("the end of a sequence of %d tokens is not saved: %s", len(sequence.tokens), failure)
             return None
-        return checkpoint.save(self._store, window, sequence, instead_of)
+        return save_checkpoint(self._store, window, sequence, instead_of)
 
     def reaches(self, sequence: Sequence, tokens: list[int]) -> bool:
         """Whether its window still holds what follows what it has in common with these tokens: numbers of a

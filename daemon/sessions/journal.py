@@ -35,34 +35,21 @@ log = logging.getLogger(__name__)
 HEADER_BYTES = len(MAGIC) + 1
 """Of a message, which is kept as its two frames in one piece."""
 
-REQUESTS = """
+JOURNAL_TABLES = """
 CREATE TABLE requests (
     number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, message BLOB NOT NULL, prompt BLOB, handle TEXT,
     fingerprint BLOB NOT NULL, arrived REAL NOT NULL, ended REAL, lives INTEGER NOT NULL,
     reached INTEGER NOT NULL
 );
 CREATE INDEX requests_by_end ON requests (ended);
-"""
-
-CREATE = f"""
-{REQUESTS}
 CREATE TABLE events (
     request INTEGER, seq INTEGER, message BLOB NOT NULL, PRIMARY KEY (request, seq)
 ) WITHOUT ROWID;
 """
 
-UPGRADE = f"""
-ALTER TABLE requests RENAME TO requests_before;
-DROP INDEX requests_by_end;
-{REQUESTS}
-INSERT INTO requests SELECT *, 0, 0 FROM requests_before;
-DROP TABLE requests_before;
-"""
-"""From schema 2, which did not count how often a request was taken up."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class JournalEntry:
     """All that a request's answer depends on, but the session that it continues.
 
     request names its seed. prompt is in tokens, none where it is messages that go on with a session. handle:
@@ -82,7 +69,7 @@ class Unfinished:
     row have begun with no more of it than these, since one ended in order."""
 
     number: int
-    entry: Entry
+    entry: JournalEntry
     events: list[Event]
     lives: int
 
@@ -113,7 +100,7 @@ class Journal:
     def close(self) -> None:
         self._db.close()
 
-    def begin(self, entry: Entry) -> int:
+    def begin(self, entry: JournalEntry) -> int:
         """Note a request, in place of an ended one of the same id and tenant; its number, 0 if it could not
         be noted."""
         request = entry.request
@@ -210,7 +197,7 @@ class Journal:
         request, events = _unpack(message), self.events(number)
         if not isinstance(request, Generate):
             raise TypeError(f"a {type(request).__name__} is in the journal")
-        entry = Entry(
+        entry = JournalEntry(
             request=request,
             prompt=tuple(np.frombuffer(prompt or b"", "<u4").tolist()),
             handle=handle,

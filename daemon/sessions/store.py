@@ -6,7 +6,7 @@ So a session is small, survives everything that the file does, and a fork of it 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import msgpack
@@ -16,21 +16,13 @@ from spilld.errors import ContextNotFound, InvalidRequest
 from spilld.offload.disk.index.database import Database
 from spilld.protocol.messages import Message
 
-CREATE = """
+SESSIONS_TABLE = """
 CREATE TABLE sessions (
     tenant TEXT, name TEXT, tokens BLOB NOT NULL, messages BLOB, listed INTEGER NOT NULL,
     pinned INTEGER NOT NULL, ttl_s REAL, created REAL NOT NULL, used REAL NOT NULL, model TEXT NOT NULL,
     identity BLOB NOT NULL, PRIMARY KEY (tenant, name)
 ) WITHOUT ROWID;
 """
-
-UPGRADE = f"""
-ALTER TABLE sessions RENAME TO sessions_before;
-{CREATE}
-INSERT INTO sessions SELECT *, '', x'' FROM sessions_before;
-DROP TABLE sessions_before;
-"""
-"""From schemas 1 and 2, which did not say of which model a session is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +51,7 @@ class Session:
         return self.tenant, self.name
 
 
-class SessionBook:
+class SessionStore:
     """Every session of a state folder. One thread calls everything. Errors are those of Database; unknown
     names raise ContextNotFound.
 
@@ -92,14 +84,20 @@ class SessionBook:
         """As `put`, in memory, until `write_held` succeeds."""
         self._held[session.key] = _used_now(session)
 
-    def write_held(self) -> None:
-        """Write what is held in memory, in a transaction after which `let_go` is due."""
-        for session in self._held.values():
-            self._write(session)
+    def write_held(self, sessions: Iterable[Session] | None = None) -> None:
+        """Write sessions that are held in memory, these or all, in a transaction after which `let_go` is
+        due."""
+        for held in self._chosen(sessions):
+            self._write(held)
 
-    def let_go(self) -> None:
-        """What was held is on disk."""
-        self._held.clear()
+    def let_go(self, sessions: Iterable[Session] | None = None) -> None:
+        """These sessions, or all that were held, are on disk."""
+        for held in self._chosen(sessions):
+            del self._held[held.key]
+
+    def _chosen(self, sessions: Iterable[Session] | None) -> list[Session]:
+        keys = list(self._held) if sessions is None else dict.fromkeys(session.key for session in sessions)
+        return [self._held[key] for key in keys]
 
     def _refuse_held(self, tenant: str, name: str) -> None:
         if (tenant, name) in self._held:

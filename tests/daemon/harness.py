@@ -40,7 +40,7 @@ from spilld.protocol.messages import (
     Resume,
     Token,
 )
-from spilld.requests.request_state import NOBODY
+from spilld.requests.request_state import NOBODY, Phase
 
 from .forked import spawned
 from .tiny_models import VOCAB, build
@@ -91,8 +91,7 @@ class Harness:
 
     @property
     def _coming_back(self) -> bool:
-        away = (self.engine._generations[job] for job in self.engine._away)
-        return any(not generation.unread for generation in away)
+        return any(not state.unread for state in self.engine.requests.in_phase(Phase.PREEMPTED))
 
     def ask(self, prompt: Sequence[int], request_id: str = "r", **fields: Any) -> list[int]:
         """The tokens of one request that runs alone."""

@@ -15,8 +15,8 @@ import pytest
 from spilld import Client
 from spilld.attention.base import AttentionPlan
 from spilld.attention.cpu import CpuAttention
-from spilld.engine.engine import LIVES
-from spilld.engine.sessions.manager import SessionKeeper
+from spilld.engine.arrivals import LIVES
+from spilld.engine.sessions.manager import SessionManager
 from spilld.errors import InternalError, SpilldError
 from spilld.models.model import Model
 from spilld.offload.store import Store
@@ -32,11 +32,11 @@ from spilld.protocol.messages import (
     Sessions,
     Token,
 )
-from spilld.requests.request_state import Generation
+from spilld.requests.request_state import RequestState
 from spilld.runner.sampler import Sampler
 from spilld.runner.sequence_manager import Sequences
 from spilld.sessions.journal import Journal
-from spilld.sessions.store import SessionBook
+from spilld.sessions.store import SessionStore
 from spilld.tokenizer.detokenizer import Detokenizer
 from spilld.tokenizer.tokenizer import Tokenizer
 
@@ -66,14 +66,13 @@ def alone(model: Model, tmp_path_factory: pytest.TempPathFactory) -> list[int]:
         return harness.ask(GOOD, **FIELDS)
 
 
-def bad(harness: Harness) -> Generation | None:
-    found = [g for g in harness.engine._generations.values() if g.request.request_id == "bad"]
-    return found[0] if found else None
+def bad(harness: Harness) -> RequestState | None:
+    return harness.engine.requests.find("bad")
 
 
 def is_bad(harness: Harness, table: object) -> bool:
-    generation = bad(harness)
-    return generation is not None and generation.sequence is not None and generation.sequence.table is table
+    state = bad(harness)
+    return state is not None and state.sequence is not None and state.sequence.table is table
 
 
 Guilty = Callable[..., bool]
@@ -81,9 +80,13 @@ SEAMS: dict[str, tuple[type, str, Callable[[Harness], Guilty]]] = {
     "sampler": (Sampler, "choose", lambda _: lambda self, *_: self._sampling == MARK),
     "detokenizer": (Detokenizer, "push", lambda h: lambda self, _: _reads(h, self)),
     "detokenizer's end": (Detokenizer, "finish", lambda h: lambda self: _reads(h, self)),
-    "what it held": (SessionKeeper, "held", lambda _: lambda _self, g: g.request.request_id == "bad"),
+    "what it held": (
+        SessionManager,
+        "tokens_after",
+        lambda _: lambda _self, g: g.request.request_id == "bad",
+    ),
     "what its session is": (
-        SessionKeeper,
+        SessionManager,
         "after",
         lambda _: lambda _self, _session, g, *_: g.request.request_id == "bad",
     ),
@@ -91,8 +94,8 @@ SEAMS: dict[str, tuple[type, str, Callable[[Harness], Guilty]]] = {
     "its promise": (Store, "promise", lambda h: lambda _self, table, *_: is_bad(h, table)),
     "what was stored": (Sequences, "find", lambda h: lambda _self, s: is_bad(h, s.table)),
     "saving it": (Sequences, "save", lambda h: lambda _self, s, *_: is_bad(h, s.table)),
-    "its progress": (Generation, "progress", lambda _: lambda self, *_: self.request.request_id == "bad"),
-    "its account": (Generation, "account", lambda _: lambda self, *_: self.request.request_id == "bad"),
+    "its progress": (RequestState, "progress", lambda _: lambda self, *_: self.request.request_id == "bad"),
+    "its account": (RequestState, "account", lambda _: lambda self, *_: self.request.request_id == "bad"),
     "attention": (
         CpuAttention,
         "forward",
@@ -106,8 +109,8 @@ def has_bad(harness: Harness, plan: AttentionPlan) -> bool:
 
 
 def _reads(harness: Harness, detokenizer: Detokenizer) -> bool:
-    generation = bad(harness)
-    return generation is not None and generation._detokenizer is detokenizer
+    state = bad(harness)
+    return state is not None and state.completion._detokenizer is detokenizer
 
 
 def breaks(patch: pytest.MonkeyPatch, kind: type, name: str, guilty: Guilty) -> None:
@@ -206,7 +209,7 @@ def logprobs(harness: Harness) -> list[float]:
     ("kind", "name", "guilty"),
     [
         (Detokenizer, "__init__", lambda _self, _tokenizer, prompt: list(prompt) == BAD),
-        (SessionKeeper, "session", lambda _self, request, _handle: request.request_id == "bad"),
+        (SessionManager, "session", lambda _self, request, _handle: request.request_id == "bad"),
         (Tokenizer, "encode", lambda _self, text, **_: text == "bad"),
         (Journal, "begin", lambda _self, entry: entry.request.request_id == "bad"),
     ],
@@ -311,7 +314,7 @@ class TestRestored:
         self, model: Model, alone: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.left(model, tmp_path)
-        breaks(monkeypatch, Generation, "prepare", lambda self, *_: self.request.request_id == "bad")
+        breaks(monkeypatch, RequestState, "prepare", lambda self, *_: self.request.request_id == "bad")
         with desk(model, tmp_path) as opened:
             for name, tenant in (("good", ""), ("bad", "t")):
                 opened.service.resume(CLIENT, Resume(request_id=name, tenant=tenant))
@@ -412,7 +415,7 @@ def test_sessions_that_cannot_be_tended_stop_nobody(
         raise OSError(28, "no space left on device")
 
     for name in ("expired", "write_held"):
-        monkeypatch.setattr(SessionBook, name, full)
+        monkeypatch.setattr(SessionStore, name, full)
     with engine(model, tmp_path) as harness:
         assert harness.ask(GOOD, **FIELDS) == alone
 
@@ -430,7 +433,7 @@ def test_ids_outside_the_vocabulary(model: Model, alone: list[int], tmp_path: Pa
             assert refused.value.code == "invalid_request"
         harness.run()
         assert harness.tokens("good") == alone
-        book = harness.engine._keeper.book
+        book = harness.engine.sessions.store
         book._db.run("UPDATE sessions SET tokens = ?", (np.array([vocabulary], "<u4").tobytes(),))
         harness.engine.contexts.claim(("", "s"))
         with pytest.raises(SpilldError, match="the session holds token"):
@@ -440,7 +443,7 @@ def test_ids_outside_the_vocabulary(model: Model, alone: list[int], tmp_path: Pa
 
 @pytest.mark.parametrize("held", ["nothing", "a context", "tokens"])
 @pytest.mark.parametrize(
-    ("kind", "name"), [(Store, "promise"), (Sequences, "find"), (Generation, "begin"), (Sequences, "open")]
+    ("kind", "name"), [(Store, "promise"), (Sequences, "find"), (RequestState, "begin"), (Sequences, "open")]
 )
 def test_a_bug_in_an_admission_leaves_the_session_as_it_was(
     model: Model, kind: type, name: str, held: str, tmp_path: Path
@@ -478,7 +481,7 @@ def test_many_that_cannot_begin_behind_each_other(model: Model, tmp_path: Path) 
             (event,) = harness.events[name]
             assert isinstance(event, Failed)
             assert event.code == "invalid_request", event.message
-        assert not harness.engine._behind
+        assert not len(harness.engine.requests)
 
 
 def test_what_was_never_noted_is_not_owed(model: Model, tmp_path: Path) -> None:
@@ -495,7 +498,7 @@ def test_what_was_never_noted_is_not_owed(model: Model, tmp_path: Path) -> None:
 def test_every_kind_of_end_is_numbered(model: Model, tmp_path: Path) -> None:
     """A failure that comes amid the last event takes that one's number."""
     with engine(model, tmp_path) as harness, pytest.MonkeyPatch.context() as patch:
-        breaks(patch, Generation, "done", lambda *_: True)
+        breaks(patch, RequestState, "done", lambda *_: True)
         harness.engine.add(CLIENT_OF_HARNESS, Generate(request_id="bad", prompt=tuple(BAD), **FIELDS), BAD)
         harness.run()
         events = harness.events["bad"]

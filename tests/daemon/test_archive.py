@@ -67,9 +67,9 @@ def request(harness: Harness, message: TransferRequest) -> Reply:
     """The answer, once there is one; a failure is raised."""
     answers: list[Reply] = []
     if isinstance(message, ExportSession | ImportSession):
-        harness.engine.courier.begin(message, answers.append)
+        harness.engine.archives.begin(message, answers.append)
     else:
-        harness.engine.courier.serve(message, answers.append)
+        harness.engine.archives.serve(message, answers.append)
     give_up = time.monotonic() + PATIENCE_S
     while not answers:
         assert time.monotonic() < give_up, "no answer"
@@ -126,7 +126,7 @@ def runs(harness: Harness) -> int:
 
 
 def names(harness: Harness, tenant: str = "") -> list[str]:
-    return [session.name for session in harness.engine._keeper.book.of(tenant)]
+    return [session.name for session in harness.engine.sessions.store.of(tenant)]
 
 
 @pytest.fixture(scope="session")
@@ -260,14 +260,14 @@ def test_any_length(model: Model, length: int, tmp_path: Path) -> None:
 
 def test_a_chat_goes_on(model: Model, tmp_path: Path) -> None:
     with engine(model, tmp_path / "a") as harness:
-        book = harness.engine._keeper.book
+        book = harness.engine.sessions.store
         harness.ask(PROMPT, session="s", **FIELDS)
         chat = (Message(role="user", content="hi"), Message(role="assistant", content="\N{SNOWMAN}"))
         book.put(replace(book.get("", "s"), messages=chat, ttl_s=5000.0, pinned=True))
         _, content = exported(harness)
     with engine(model, tmp_path / "b") as harness:
         imported(harness, content)
-        session = harness.engine._keeper.book.get("", "s")
+        session = harness.engine.sessions.store.get("", "s")
         assert (session.messages, session.ttl_s, session.pinned) == (chat, 5000.0, False)
 
 
@@ -284,7 +284,7 @@ class TestRefused:
             answer = imported(harness, original["exact"][0])
             assert "exact, here it is k8v4: it will be computed again" in answer.note
             assert (answer.cached_tokens, answer.session.tokens, runs(harness)) == (0, 1408, 0)
-            history = harness.engine._keeper.book.get("", "s").tokens
+            history = harness.engine.sessions.store.get("", "s").tokens
             answer_here = harness.ask(MORE, session="s", **FIELDS)
         with engine(model, tmp_path / "t", format="k8v4") as harness:
             assert answer_here == harness.ask([*history, *MORE], **FIELDS)
@@ -316,7 +316,7 @@ class TestRefused:
     def test_tokens_that_the_model_does_not_know(self, model: Model, tmp_path: Path) -> None:
         with engine(model, tmp_path / "a") as harness:
             harness.ask(PROMPT[:30], session="s", **FIELDS)
-            book = harness.engine._keeper.book
+            book = harness.engine.sessions.store
             book.put(replace(book.get("", "s"), tokens=(5, model.geometry.vocab)))
             _, content = exported(harness)
         with engine(model, tmp_path / "b") as harness, pytest.raises(CorruptArchive, match="does not know"):
@@ -360,7 +360,7 @@ class TestRefused:
     ) -> None:
         with engine(model, tmp_path / "a") as harness:
             harness.ask(PROMPT[:30], session="s", **FIELDS)
-            book = harness.engine._keeper.book
+            book = harness.engine.sessions.store
             book.put(replace(book.get("", "s"), model="other", identity=b"another"))
             with pytest.raises(ForeignSession, match="is of model 'other', here is"):
                 exported(harness)
@@ -464,7 +464,7 @@ def test_it_is_whole_although_others_want_the_room(
     with engine(model, tmp_path / "s", format="exact", disk_budget="4MiB", host_budget=host) as harness:
         harness.ask(PROMPT, session="s", **FIELDS)
         answers: list[Reply] = []
-        harness.engine.courier.begin(ExportSession(request_id="e", session="s"), answers.append)
+        harness.engine.archives.begin(ExportSession(request_id="e", session="s"), answers.append)
         for seed in range(5, 9):
             harness.ask(some_tokens(seed, 1400), f"r{seed}", **FIELDS)
         while not answers:
@@ -480,7 +480,7 @@ def test_stopped_in_the_middle(model: Model, original: Original, tmp_path: Path)
     answers: list[Reply] = []
     with engine(model, tmp_path / "s", keep_state=True) as harness:
         harness.ask(PROMPT, session="s", **FIELDS)
-        courier = harness.engine.courier
+        courier = harness.engine.archives
         courier.begin(ExportSession(request_id="e", session="s"), answers.append)
         courier.begin(
             ImportSession(request_id="i", transfer=sent(harness, content), session="t"), answers.append

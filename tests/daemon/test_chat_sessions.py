@@ -55,7 +55,7 @@ def say(harness: Harness, messages: Sequence[Message] | str, **fields: Any) -> s
 
 
 def book(harness: Harness, name: str = "s") -> Session:
-    return harness.engine._keeper.book.get("", name)
+    return harness.engine.sessions.store.get("", name)
 
 
 def assistant(text: str) -> Message:

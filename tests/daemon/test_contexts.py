@@ -199,7 +199,7 @@ class TestEnds:
             while said(harness, "r") < tokens:
                 harness.engine.turn()
             harness.engine.cancel("r")
-            history += harness.engine._keeper.book.get("", context).tokens[len(history) :]
+            history += harness.engine.sessions.store.get("", context).tokens[len(history) :]
             assert len(history) == 1408 + 700 + tokens
             continued = harness.ask(PROMPT[:30], context=context, **FIELDS)
             assert continued == harness.ask(history + PROMPT[:30], **FIELDS)

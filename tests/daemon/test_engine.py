@@ -13,7 +13,7 @@ import torch
 from spilld.assembly import build_engine
 from spilld.config.config import Config
 from spilld.config.config_readers import Bytes
-from spilld.engine.engine import Engine
+from spilld.engine.step import StepExecutor
 from spilld.errors import (
     BudgetError,
     InvalidRequest,
@@ -375,13 +375,13 @@ def test_no_look_finds_a_token_computed_that_was_not_generated(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another thread may look in the middle of a step: what both counts grow by is the same."""
-    sample, seen = Engine._sample, []
+    sample, seen = StepExecutor._sample, []
 
-    def look(self: Engine, *arguments: Any) -> None:
-        seen.append(self.stats())
-        sample(self, *arguments)
+    def look(*arguments: Any) -> None:
+        seen.append(harness.engine.stats())
+        sample(*arguments)
 
-    monkeypatch.setattr(Engine, "_sample", look)
+    monkeypatch.setattr(StepExecutor, "_sample", look)
     with engine(model, tmp_path) as harness:
         harness.ask(some_tokens(1, 30), max_tokens=6, ignore_eos=True)
         seen.append(harness.engine.stats())

@@ -109,9 +109,10 @@ def damage(harness: Harness, request_id: str = "r") -> int:
 
 def running(harness: Harness, request_id: str = "r") -> Any:
     """The sequence that a request runs on."""
-    found = [g for g in harness.engine._generations.values() if g.request.request_id == request_id]
-    assert found[0].sequence is not None
-    return found[0].sequence
+    state = harness.engine.requests.find(request_id)
+    assert state is not None
+    assert state.sequence is not None
+    return state.sequence
 
 
 @pytest.mark.parametrize("moment", ["prefill", "decode"])

@@ -113,7 +113,7 @@ class Kernel:
     def __init__(self, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(engine_module, "TICK_S", 0.0)
         self.left = 1 << 40
-        harness.engine._memory = MemoryWatch(MIB, lambda: self.left)
+        harness.engine._capacity.memory = MemoryWatch(MIB, lambda: self.left)
 
 
 def test_nothing_is_admitted_beside_what_runs(

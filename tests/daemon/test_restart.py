@@ -13,7 +13,6 @@ import pytest
 
 from spilld.errors import InvalidRequest, RequestNotFound, StorageFailed
 from spilld.models.model import Model
-from spilld.offload.disk.index.database import Database
 from spilld.protocol.messages import (
     Accepted,
     Done,
@@ -124,9 +123,9 @@ def test_a_cell_is_lost_at_most(model: Model, tmp_path: Path) -> None:
         copy = killed(tmp_path / "s")
     with life(model, copy) as harness:
         harness.engine.turn()
-        (generation,) = harness.engine._generations.values()
-        assert generation.sequence is not None
-        assert generation.sequence.computed >= 1280
+        (state,) = harness.engine.requests
+        assert state.sequence is not None
+        assert state.sequence.computed >= 1280
 
 
 def test_tails_amid_an_answer_do_not_pile_up(model: Model, tmp_path: Path) -> None:
@@ -207,7 +206,7 @@ def test_the_end_of_a_text_is_told_once(model: Model, tmp_path: Path) -> None:
         db.close()
         with life(model, tmp_path / "s") as harness:
             assert_same(resumed(harness), wanted)
-            session = harness.engine._keeper.book.get("", "s")
+            session = harness.engine.sessions.store.get("", "s")
             assert list(session.tokens) == [*PROMPT, *(token for token, _, _ in answer(wanted)[:-1])]
     finally:
         model.geometry.__dict__["eos"] = before
@@ -248,7 +247,7 @@ def test_a_chat_that_is_cut_holds_its_messages_once(model: Model, tmp_path: Path
     with life(model, tmp_path / "s") as harness:
         found = resumed(harness, "2")
         assert len(answer(found)) == 20
-        session = harness.engine._keeper.book.get("", "c")
+        session = harness.engine.sessions.store.get("", "c")
         assert session.messages is not None
         assert [message.role for message in session.messages] == ["user", "assistant"] * 2
 
@@ -299,11 +298,9 @@ def test_suspend_saves_what_runs(model: Model, tmp_path: Path) -> None:
         said = len(harness.events["r"])
     with life(model, tmp_path / "s") as harness:
         harness.engine.turn()
-        generation = next(iter(harness.engine._generations.values()))
-        assert generation.sequence is not None
-        assert len(generation.sequence.tokens) - generation.sequence.computed <= 2, (
-            "nothing is computed again"
-        )
+        state = next(iter(harness.engine.requests))
+        assert state.sequence is not None
+        assert len(state.sequence.tokens) - state.sequence.computed <= 2, "nothing is computed again"
         assert len(resumed(harness, next_seq=said)) > 0
 
 
@@ -396,60 +393,3 @@ def test_events_that_could_not_be_written(
     db.close()
     with life(model, copy) as harness:
         assert_same(resumed(harness), wanted)
-
-
-SESSIONS_BEFORE = """
-CREATE TABLE sessions (
-    tenant TEXT, name TEXT, tokens BLOB NOT NULL, messages BLOB, listed INTEGER NOT NULL,
-    pinned INTEGER NOT NULL, ttl_s REAL, created REAL NOT NULL, used REAL NOT NULL, PRIMARY KEY (tenant, name)
-) WITHOUT ROWID;
-"""
-JOURNAL_BEFORE = """
-CREATE TABLE requests (
-    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, message BLOB NOT NULL, prompt BLOB, handle TEXT,
-    fingerprint BLOB NOT NULL, arrived REAL NOT NULL, ended REAL
-);
-CREATE INDEX requests_by_end ON requests (ended);
-CREATE TABLE events (
-    request INTEGER, seq INTEGER, message BLOB NOT NULL, PRIMARY KEY (request, seq)
-) WITHOUT ROWID;
-"""
-
-
-@pytest.mark.parametrize("schema", [1, 2])
-def test_the_book_of_an_older_version_is_upgraded(model: Model, schema: int, tmp_path: Path) -> None:
-    """Its sessions go on, and, where it has a journal, its requests."""
-    with life(model, tmp_path / "s") as harness:
-        harness.ask(PROMPT, "first", session="s", **FIELDS)
-        harness.add("r", PROMPT, **FIELDS)
-        for _ in range(10):
-            harness.engine.turn()
-        copy = killed(tmp_path / "s")
-        harness.run()
-        wanted = harness.events["r"]
-    new, old = (copy / name for name in ("sessions.sqlite", "old.sqlite"))
-    Database(old, schema, SESSIONS_BEFORE + (JOURNAL_BEFORE if schema == 2 else "")).close()
-    with closing(sqlite3.connect(old)) as db:
-        db.execute("ATTACH ? AS new", (str(new),))
-        db.execute(
-            "INSERT INTO sessions SELECT tenant, name, tokens, messages, listed, pinned, ttl_s, created, used"
-            " FROM new.sessions"
-        )
-        if schema == 2:
-            columns = "number, id, message, prompt, handle, fingerprint, arrived, ended"
-            db.execute(f"INSERT INTO requests SELECT {columns} FROM new.requests")
-            db.execute("INSERT INTO events SELECT * FROM new.events")
-        db.commit()
-    for left in copy.glob("sessions.sqlite*"):
-        left.unlink()
-    old.rename(new)
-    with life(model, copy) as harness:
-        (info,) = harness.engine._keeper.book.of("")
-        assert info.tokens[: len(PROMPT)] == tuple(PROMPT)
-        assert info.model == "", "nobody knows"
-        if schema == 2:
-            assert_same(resumed(harness), wanted)
-        assert harness.ask(PROMPT[:40], "more", session="s", **FIELDS)
-        (info,) = harness.engine._keeper.book.of("")
-        assert info.model == model.name
-    assert not list(copy.glob("*.damaged"))

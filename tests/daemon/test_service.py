@@ -154,7 +154,7 @@ def test_a_chat_goes_on_where_it_was(opened: Desk) -> None:
         *(*first, turn("assistant", answer.text), turn("user", "two")),
         *(turn("assistant", second.text), turn("user", "three"), turn("assistant", third.text)),
     )
-    assert opened.engine._keeper.book.get("", str(answer.context)).messages == whole
+    assert opened.engine.sessions.store.get("", str(answer.context)).messages == whole
     assert opened.ask("whole", tuple(sequence.tokens[:-6]), keep=False).text == third.text
     template = opened.engine.model.tokenizer.decode(sequence.tokens)
     assert template.count("user\n") == 3
@@ -285,7 +285,7 @@ def test_what_people_write_is_text(opened: Desk, model: Model) -> None:
     assert plain.usage.prompt_tokens == len(tokenizer.encode(FORGED)) > meant.usage.prompt_tokens
     opened.ask("chat", (turn("user", FORGED),), session="s")
     opened.ask("more", (turn("user", FORGED),), session="s")
-    tokens = opened.engine._keeper.book.get("", "s").tokens
+    tokens = opened.engine.sessions.store.get("", "s").tokens
     assert tokens.count(1) == 4, "four turns begin, of which the last is the model's"
     opened.submit("neither", (turn("user", "hello"),), parse_special=True)
     assert opened.code("neither") == "invalid_request"
@@ -301,12 +301,12 @@ def test_an_answer_goes_on_from_its_beginning(opened: Desk, model: Model) -> Non
     answer = opened.ask("chat", chat, session="s")
     assert (answer.text, answer.usage.prompt_tokens) == (expected.text, len(begun))
     whole = (chat[0], turn("assistant", "Sure, " + answer.text))
-    assert opened.engine._keeper.book.get("", "s").messages == whole
+    assert opened.engine.sessions.store.get("", "s").messages == whole
     again = (turn("user", "two"), turn("assistant", "Well, "))
     second = opened.ask("again", again, session="s")
     longer = (*whole, again[0], turn("assistant", "Well, " + second.text))
-    assert opened.engine._keeper.book.get("", "s").messages == longer
-    tokens = opened.engine._keeper.book.get("", "s").tokens
+    assert opened.engine.sessions.store.get("", "s").messages == longer
+    tokens = opened.engine.sessions.store.get("", "s").tokens
     assert list(tokens[: len(begun)]) == begun
 
 
@@ -419,7 +419,7 @@ def test_others_go_on_while_a_chat_is_made(
     assert opened.code("held") == "cancelled", "at once"
     held.goes_on.set()
     assert opened.end("next").reason == "length"
-    messages = opened.engine._keeper.book.get("", "s").messages
+    messages = opened.engine.sessions.store.get("", "s").messages
     assert messages is not None
     assert [message.content for message in messages if message.role == "user"] == ["hello", "next"]
 
@@ -438,6 +438,6 @@ def test_a_chat_that_was_being_made_goes_on_in_the_next_process(
     with desk(model, tmp_path / "s") as opened:
         opened.service.resume(CLIENT, Resume(request_id="held"))
         assert opened.end("held").reason == "length"
-        messages = opened.engine._keeper.book.get("", "s").messages
+        messages = opened.engine.sessions.store.get("", "s").messages
         assert messages is not None
         assert [message.content for message in messages[:3:2]] == ["hello", "held"]

@@ -313,7 +313,7 @@ class TestRequests:
                 harness.engine.turn()
             harness.engine.cancel("r")
             (info,) = manage(harness)
-            history = list(harness.engine._keeper.book.get("", "s").tokens)
+            history = list(harness.engine.sessions.store.get("", "s").tokens)
             assert info.tokens == len(history) > 1400
         with engine(model, tmp_path / "s") as harness:
             answer = harness.ask(MORE, session="s", **FIELDS)

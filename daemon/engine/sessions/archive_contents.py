@@ -20,7 +20,7 @@ from spilld.fields import (
     Text,
     read,
 )
-from spilld.kv.checkpoint import Resume
+from spilld.kv.checkpoint import ResumePoint
 from spilld.kv.visibility import (
     BLOCKS_PER_CELL,
     CELL,
@@ -46,7 +46,7 @@ AGAIN = "export the session again and copy the file whole"
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
+class SessionContents:
     """What an archive says of a session beside its tokens."""
 
     model: Annotated[str, Text()]
@@ -68,7 +68,7 @@ class Unreadable(Exception):
 
 
 def manifest_of(
-    session: Session, resume: Resume | None, store: Store, model: Model
+    session: Session, resume: ResumePoint | None, store: Store, model: Model
 ) -> tuple[Manifest, dict[RunKey, RunRef]]:
     """What the archive of a session will hold, and where each of its runs comes from."""
     messages = None if session.messages is None else [vars(message) for message in session.messages]
@@ -86,7 +86,7 @@ def manifest_of(
     return manifest, {run.run: ref for run, ref in sources.items()}
 
 
-def _sources(resume: Resume) -> dict[ArchivedRun, RunRef]:
+def _sources(resume: ResumePoint) -> dict[ArchivedRun, RunRef]:
     found = {
         ArchivedRun(RunKey(uuid.uuid4().bytes), ref.first, ref.count, ref.blocks.stop): ref
         for ref in resume.refs
@@ -96,7 +96,7 @@ def _sources(resume: Resume) -> dict[ArchivedRun, RunRef]:
     return {**found, tail: RunRef(resume.tail, first, first, count)}
 
 
-def copy(
+def copy_records(
     departure: Departure | None,
     position: int,
     sources: dict[RunKey, RunRef],
@@ -139,11 +139,11 @@ def _anchor(position: int) -> int:
 # In.
 
 
-def about(manifest: Manifest) -> About:
+def contents_of(manifest: Manifest) -> SessionContents:
     """What an archive says of its session, whose runs must serve it. Raises CorruptArchive."""
     try:
         _check_runs(manifest)
-        return read(About, manifest.about)
+        return read(SessionContents, manifest.about)
     except ValueError as error:
         raise CorruptArchive(f"the archive makes no sense: {error}; {AGAIN}") from error
 
@@ -164,7 +164,7 @@ def _check_runs(manifest: Manifest) -> None:
         raise ValueError(f"{len(blocks)} runs and a tail do not serve {position} tokens")
 
 
-def split(manifest: Manifest, most: int) -> list[tuple[ArchivedRun, ArchivedRun]]:
+def split_runs(manifest: Manifest, most: int) -> list[tuple[ArchivedRun, ArchivedRun]]:
     """Runs of at most `most` blocks, each with the run of the archive that it is part of."""
     found = []
     for run in manifest.runs:
@@ -177,7 +177,7 @@ def split(manifest: Manifest, most: int) -> list[tuple[ArchivedRun, ArchivedRun]
     return found
 
 
-def parts(manifest: Manifest, spans: Sequence[ArchivedRun], root: bytes, store: Store) -> list[Part]:
+def incoming_runs(manifest: Manifest, spans: Sequence[ArchivedRun], root: bytes, store: Store) -> list[Part]:
     """The runs to come, in the chain that begins with `root`: that of the importing tenant."""
     tokens = manifest.tokens
     hashes = [root, *chain(root, tokens, len(tokens) // BLOCK)]

@@ -24,7 +24,7 @@ from spilld.errors import (
     SpilldError,
     StorageFailed,
 )
-from spilld.kv import checkpoint
+from spilld.kv.checkpoint import find_resume_point
 from spilld.kv.visibility import CELL
 from spilld.models.model import Model
 from spilld.offload.archive.file import (
@@ -63,9 +63,16 @@ from spilld.sessions.idle_contexts import Key
 from spilld.sessions.store import Session
 from spilld.sessions.transfers import Transfers
 
-from . import archive_contents
-from .archive_contents import AGAIN, Unreadable
-from .manager import SessionKeeper
+from .archive_contents import (
+    AGAIN,
+    Unreadable,
+    contents_of,
+    copy_records,
+    incoming_runs,
+    manifest_of,
+    split_runs,
+)
+from .manager import SessionManager
 
 log = logging.getLogger(__name__)
 
@@ -105,13 +112,13 @@ class _Import:
 _Task = _Export | _Import
 
 
-class Courier:
+class ArchiveTransfers:
     """`serve` may be called from any thread, all else from the engine's. Each request gets one reply."""
 
     def __init__(
         self,
         transfers: Transfers,
-        keeper: SessionKeeper,
+        sessions: SessionManager,
         store: Store,
         model: Model,
         refuse_if_busy: Callable[[Key], None],
@@ -120,7 +127,7 @@ class Courier:
         """refuse_if_busy raises InvalidRequest if a request runs on a session. longest: tokens that one may
         have."""
         self._transfers = transfers
-        self._keeper = keeper
+        self._sessions = sessions
         self._store = store
         self._model = model
         self._refuse_if_busy = refuse_if_busy
@@ -255,17 +262,17 @@ class Courier:
 
     def _pack(self, export: _Export, *, bare: bool = False) -> None:
         """bare: without KV, which cannot be read."""
-        session = export.session = self._keeper.book.get(export.request.tenant, export.request.session)
-        self._keeper.refuse_foreign(session)
-        resume = self._keeper.stored(session)
+        session = export.session = self._sessions.store.get(export.request.tenant, export.request.session)
+        self._sessions.refuse_foreign(session)
+        resume = self._sessions.stored(session)
         if bare or resume is None or resume.position < CELL:
             resume = None
-        manifest, sources = archive_contents.manifest_of(session, resume, self._store, self._model)
+        manifest, sources = manifest_of(session, resume, self._store, self._model)
         if resume is not None:
             export.departure = Departure(self._store, resume.runs)
         export.transfer = self._transfers.open(archive_bytes(manifest), busy=True)
         file = self._transfers.file(export.transfer)
-        records = partial(archive_contents.copy, export.departure, manifest.position, sources)
+        records = partial(copy_records, export.departure, manifest.position, sources)
         work = partial(write, file, manifest, records, self._go_on)
         self._build(export, work, partial(self._packed, export, manifest))
 
@@ -308,11 +315,11 @@ class Courier:
         self._build(task, verify, partial(self._verified, task))
 
     def _refuse_foreign(self, manifest: Manifest) -> None:
-        about = archive_contents.about(manifest)
-        foreign = about.identity not in (b"", self._model.identity)
+        contents = contents_of(manifest)
+        foreign = contents.identity not in (b"", self._model.identity)
         if foreign or manifest.fingerprint != self._model.fingerprint:
             raise ForeignArchive(
-                f"the archive is of model {about.model} in {manifest.layout.element}, here is "
+                f"the archive is of model {contents.model} in {manifest.layout.element}, here is "
                 f"{self._model.name} in {self._store.layout.element}, or its weights or its tokenizer "
                 "differ: import it where its model is served"
             )
@@ -327,19 +334,19 @@ class Courier:
     def _refuse_taken(self, task: _Import) -> None:
         tenant, name = task.request.tenant, task.request.session
         self._refuse_if_busy((tenant, name))
-        self._keeper.book.refuse_taken(tenant, name)
+        self._sessions.store.refuse_taken(tenant, name)
 
     def _verified(self, task: _Import, failure: Exception | None) -> None:
         _raise(failure)
         assert task.archive is not None
         manifest = task.archive.manifest
         self._refuse_foreign(manifest)
-        sources = archive_contents.split(manifest, self._store.run_blocks)
+        sources = split_runs(manifest, self._store.run_blocks)
         task.note = self._no_room(manifest)
         wanted = bool(manifest.runs) and not task.note and not self._is_here(task)
         if wanted:
-            first = self._keeper.root(task.request.tenant)
-            parts = archive_contents.parts(manifest, [span for span, _ in sources], first, self._store)
+            first = self._sessions.root(task.request.tenant)
+            parts = incoming_runs(manifest, [span for span, _ in sources], first, self._store)
             try:
                 task.arrival = Arrival(self._store, parts)
             except (TierFull, WriteFailed) as error:
@@ -364,7 +371,7 @@ class Courier:
     def _is_here(self, task: _Import) -> bool:
         assert task.archive is not None
         manifest = task.archive.manifest
-        found = checkpoint.find(self._store, self._keeper.root(task.request.tenant), manifest.tokens)
+        found = find_resume_point(self._store, self._sessions.root(task.request.tenant), manifest.tokens)
         return found is not None and found.position >= manifest.position
 
     def _move(self, archive: Archive, arrival: Arrival, sources: Sequence[ArchivedRun]) -> None:
@@ -386,24 +393,24 @@ class Courier:
         self._commit(task)
         assert task.archive is not None
         manifest, request = task.archive.manifest, task.request
-        about = archive_contents.about(manifest)
+        contents = contents_of(manifest)
         new = Session(
             tenant=request.tenant,
             name=request.session,
             tokens=manifest.tokens,
-            messages=about.messages,
-            ttl_s=about.ttl_s,
+            messages=contents.messages,
+            ttl_s=contents.ttl_s,
             model=self._model.name,
             identity=self._model.identity,
         )
-        self._keeper.put(new)
-        session = self._keeper.book.get(*new.key)
-        resume = self._keeper.stored(session)
+        self._sessions.put(new)
+        session = self._sessions.store.get(*new.key)
+        resume = self._sessions.stored(session)
         self._drop(task)
         task.answer(
             Imported(
                 request_id=request.request_id,
-                session=self._keeper.info(session, (None, False)),
+                session=self._sessions.info(session, (None, False)),
                 cached_tokens=resume.position if resume is not None else 0,
                 note=task.note,
             )

@@ -1,9 +1,8 @@
-"""Where clients ask about sessions: listed, changed, given up; and what becomes of them in time."""
+"""Session commands: list, change and release sessions for clients, and end those that have expired."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
 
 from spilld.errors import InvalidRequest
 from spilld.kv.sequence import Sequence
@@ -15,61 +14,61 @@ from spilld.protocol.messages import (
     Reply,
     Sessions,
 )
-from spilld.requests.request_state import Generation
+from spilld.requests.requests import Requests
 from spilld.runner.sequence_manager import Sequences
 from spilld.sessions.idle_contexts import Contexts, Key
 from spilld.sessions.store import Session
 
-from .manager import SessionKeeper
+from .manager import SessionManager
 
 log = logging.getLogger(__name__)
 
 
-class SessionDesk:
-    """Between two steps. generations: all that run or wait now."""
+class SessionCommands:
+    """Carries out what clients ask about sessions, between two steps."""
 
     def __init__(
-        self,
-        keeper: SessionKeeper,
-        contexts: Contexts,
-        sequences: Sequences,
-        generations: Callable[[], Iterable[Generation]],
+        self, sessions: SessionManager, contexts: Contexts, sequences: Sequences, requests: Requests
     ) -> None:
-        self._keeper = keeper
+        self._sessions = sessions
         self._contexts = contexts
         self._sequences = sequences
-        self._generations = generations
+        self._requests = requests
 
     def manage(self, request: Release | ListSessions | ChangeSession) -> Reply:
-        """List or change sessions. Raises ContextNotFound or InvalidRequest."""
+        """List or change sessions.
+
+        Raises:
+            ContextNotFound: There is no such session.
+            InvalidRequest: It is in use, or the change makes no sense.
+        """
         if isinstance(request, Release):
             key = (request.tenant, request.context)
             self.refuse_if_busy(key)
-            if self._keeper.book.get(*key).listed:  # only `delete` ends what its user gave a name
+            if self._sessions.store.get(*key).listed:  # only `delete` ends what its user gave a name
                 self._drop(key)
             else:
                 self._release(key)
             return Released(request_id=request.request_id, context=request.context)
         if isinstance(request, ListSessions):
-            sessions = self._keeper.book.of(request.tenant)
+            sessions = self._sessions.store.of(request.tenant)
         else:
             sessions = self._change(request)
-        infos = tuple(self._keeper.info(session, self._in_use(session.key)) for session in sessions)
+        infos = tuple(self._sessions.info(session, self._in_use(session.key)) for session in sessions)
         return Sessions(request_id=request.request_id, sessions=infos)
 
     def refuse_if_busy(self, key: Key) -> None:
-        """InvalidRequest if a request runs or waits on this session."""
-        if any(generation.key == key for generation in self._generations()):
+        """Raise InvalidRequest if a request runs or waits on this session."""
+        if self._requests.on_session(key) is not None:
             raise InvalidRequest(f"a request runs on session {key[1]!r}: wait for it, or cancel it first")
 
     def tend(self) -> None:
-        """Which have expired, which are still to be pinned."""
-        busy = {generation.key for generation in self._generations()}
-        for key in self._keeper.book.expired():
-            if key not in busy:
+        """End sessions that have expired, and pin what was written meanwhile."""
+        for key in self._sessions.store.expired():
+            if self._requests.on_session(key) is None:
                 log.info("session %s has expired", key[1][:8])
                 self._release(key)
-        self._keeper.keep_what_waits()
+        self._sessions.keep_what_waits()
 
     def _change(self, request: ChangeSession) -> list[Session]:
         key = (request.tenant, request.session)
@@ -80,29 +79,26 @@ class SessionDesk:
         if request.action == "delete":
             self._release(key)
             return []
-        changed = self._keeper.change(request)
-        if (running := self._running(changed.key)) is not None:
+        changed = self._sessions.change(request)
+        running = self._requests.on_session(changed.key)
+        if running is not None and running.session is not None:
             running.session = changed
         if request.action == "rename" and (sequence := self._contexts.claim(key)) is not None:
             self._contexts.keep(sequence, changed.key)
         return [changed]
 
     def _release(self, key: Key) -> None:
-        self._keeper.forget(key)
+        self._sessions.forget(key)
         self._drop(key)
 
     def _drop(self, key: Key) -> None:
-        """Give up what a session has in memory."""
+        """Discard what a session has in memory."""
         if (sequence := self._contexts.claim(key)) is not None:
             self._sequences.discard(sequence)
 
     def _in_use(self, key: Key) -> tuple[Sequence | None, bool]:
         """The sequence of a session, if it is in memory, and whether a request runs on it."""
-        running = self._running(key)
-        if running is not None:
+        running = self._requests.on_session(key)
+        if running is not None and running.session is not None:
             return running.sequence, True
         return self._contexts.get(key), False
-
-    def _running(self, key: Key) -> Generation | None:
-        """The request that has a session."""
-        return next((g for g in self._generations() if g.session and g.session.key == key), None)

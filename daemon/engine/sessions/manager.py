@@ -1,12 +1,11 @@
-"""What sessions are to the engine: what a request continues and leaves behind, what stays on disk for it."""
+"""Session manager: what requests continue and leave behind, and which KV stays on disk for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from spilld.errors import ForeignSession, InvalidRequest
-from spilld.kv import checkpoint
-from spilld.kv.checkpoint import Resume
+from spilld.kv.checkpoint import ResumePoint, find_resume_point
 from spilld.kv.sequence import Sequence
 from spilld.kv.visibility import BLOCK
 from spilld.models.model import Model
@@ -19,20 +18,21 @@ from spilld.protocol.messages import (
     Message,
     SessionInfo,
 )
-from spilld.requests.request_state import Generation
+from spilld.requests.request_state import RequestState
 from spilld.sessions.idle_contexts import Key
-from spilld.sessions.store import Session, SessionBook
+from spilld.sessions.store import Session, SessionStore
 from spilld.tokenizer.tokenizer import Tokenizer
 
 OF_A_SESSION = 1
 """Priority of KV that a named session goes on with; that of other requests is 0."""
 
 KEPT_AT_ONCE = 8
+"""Sessions whose KV is looked up in one go."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages that a session goes on with. It may be called in any thread, and may take long."""
+    """Makes the prompt of messages that a session goes on with: in any thread, and it may take long."""
 
     tokenizer: Tokenizer
     past: tuple[Message, ...]
@@ -41,7 +41,14 @@ class Chat:
     most: int
 
     def __call__(self) -> tuple[list[int], list[int]]:
-        """Their tokens, and those without the beginning of an answer. Raises SpilldError."""
+        """Apply the chat template.
+
+        Returns:
+            The prompt, and the prompt without the beginning of an answer.
+
+        Raises:
+            SpilldError: The template refuses them, or they are too long.
+        """
         turns = self._tokens(answer=False)
         return (self._tokens(answer=True) if self.answer else turns), turns
 
@@ -51,20 +58,25 @@ class Chat:
         return self.tokenizer.chat(self.messages, answer=answer, most=self.most)
 
 
-class SessionKeeper:
-    """Keeps the book, and pins the KV of pinned sessions in the store."""
+class SessionManager:
+    """Knows what sessions hold, and keeps their KV in the tiered store: pinned, or evicted last.
 
-    def __init__(self, book: SessionBook, store: Store, model: Model, context_ttl_s: float) -> None:
-        self.book = book
-        self._store = store
+    Attributes:
+        store: The sessions on disk.
+        context_ttl_s: Lifetime of a kept context, in seconds.
+    """
+
+    def __init__(self, store: SessionStore, blocks: Store, model: Model, context_ttl_s: float) -> None:
+        self.store = store
+        self._blocks = blocks
         self._model = model
         self.context_ttl_s = context_ttl_s
         self._pins: dict[Key, list[RunKey]] = {}
-        self._to_keep = dict.fromkeys(book.names())
+        self._to_keep = dict.fromkeys(store.names())
 
     def root(self, tenant: str) -> bytes:
         """What the token chains of a tenant begin with."""
-        return root(self._model.fingerprint, self._store.layout.format, tenant.encode())
+        return root(self._model.fingerprint, self._blocks.layout.format, tenant.encode())
 
     def session(self, request: Generate, handle: str | None) -> Session | None:
         """What a request continues or will leave behind, under `handle` if it names nothing. Raises
@@ -76,10 +88,10 @@ class SessionKeeper:
 
     def _session(self, request: Generate, handle: str | None) -> Session | None:
         if request.context is not None:
-            return self.book.get(request.tenant, request.context)
+            return self.store.get(request.tenant, request.context)
         if request.session is not None:
             new = Session(tenant=request.tenant, name=request.session)
-            return self.book.find(request.tenant, request.session) or new
+            return self.store.find(request.tenant, request.session) or new
         if handle is not None:
             return Session(tenant=request.tenant, name=handle, listed=False, ttl_s=self.context_ttl_s)
         return None
@@ -112,66 +124,66 @@ class SessionKeeper:
         past = (session.messages or ()) if session.tokens else ()
         return Chat(self._model.tokenizer, past, messages, request.max_tokens > 0, most)
 
-    def held(self, generation: Generation) -> list[int]:
+    def tokens_after(self, state: RequestState) -> list[int]:
         """Tokens that a session holds after a request, which end where the text that was told does. Before
         anything was told of an answer to messages, no turn of the model's has begun."""
-        if generation.session is None:
-            return list(generation.tokens)
-        prompt = generation.prompt
-        if generation.turns is not None and not generation.answered:
-            prompt = generation.turns
-        return [*generation.before, *prompt, *generation.kept()]
+        if state.session is None:
+            return list(state.tokens)
+        prompt = state.prompt
+        if state.turns is not None and not state.answered:
+            prompt = state.turns
+        return [*state.before, *prompt, *state.kept()]
 
-    def after(self, session: Session, generation: Generation, held: list[int]) -> Session:
+    def after(self, session: Session, state: RequestState, held: list[int]) -> Session:
         """What a session is after a request, which has left it these tokens."""
         return replace(
             session,
             tokens=tuple(held),
-            messages=_chat(session, generation),
+            messages=_chat(session, state),
             model=self._model.name,
             identity=self._model.identity,
         )
 
     def hold(self, session: Session) -> None:
-        """As `put`, where that has failed: it will be written once that can be done."""
-        self.book.hold(session)
+        """As SessionStore.hold; its KV on disk is kept as that of a session."""
+        self.store.hold(session)
         self._to_keep[session.key] = None
 
     def put(self, session: Session) -> None:
-        """As SessionBook.put; what is on disk for it is kept as that of a session."""
-        self.book.put(session)
+        """As SessionStore.put; its KV on disk is kept as that of a session."""
+        self.store.put(session)
         self._to_keep[session.key] = None
 
-    def stored(self, session: Session) -> Resume | None:
+    def stored(self, session: Session) -> ResumePoint | None:
         """How far it need not be computed."""
-        return checkpoint.find(self._store, self.root(session.tenant), session.tokens)
+        return find_resume_point(self._blocks, self.root(session.tenant), session.tokens)
 
     def change(self, request: ChangeSession) -> Session:
         """Fork, rename, pin, unpin or expire; the session as it is then."""
         tenant, name, into = request.tenant, request.session, request.into
         match request.action:
             case "fork":
-                self.book.fork(tenant, name, _given(request.action, into), request.tokens)
+                self.store.fork(tenant, name, _given(request.action, into), request.tokens)
             case "rename":
-                self.book.rename(tenant, name, _given(request.action, into))
+                self.store.rename(tenant, name, _given(request.action, into))
                 self._unpin((tenant, name))
             case "pin" | "unpin":
-                ttl_s = self.book.get(tenant, name).ttl_s
-                self.book.keep(tenant, name, pinned=request.action == "pin", ttl_s=ttl_s)
+                ttl_s = self.store.get(tenant, name).ttl_s
+                self.store.keep(tenant, name, pinned=request.action == "pin", ttl_s=ttl_s)
                 self._unpin((tenant, name))
             case "expire":
-                self.book.keep(tenant, name, pinned=self.book.get(tenant, name).pinned, ttl_s=request.ttl_s)
-        session = self.book.get(tenant, into if into and request.action in ("fork", "rename") else name)
+                self.store.keep(tenant, name, pinned=self.store.get(tenant, name).pinned, ttl_s=request.ttl_s)
+        session = self.store.get(tenant, into if into and request.action in ("fork", "rename") else name)
         self._to_keep[session.key] = None
         return session
 
     def forget(self, key: Key) -> None:
         """Delete a session. KV that it shares with another has that one's priority again once that one goes
         on. Raises ContextNotFound."""
-        runs = self._runs(self.book.get(*key))
-        self.book.delete(*key)
+        runs = self._runs(self.store.get(*key))
+        self.store.delete(*key)
         self._unpin(key)
-        self._store.prioritise(runs, 0)
+        self._blocks.prioritise(runs, 0)
 
     def info(self, session: Session, in_use: tuple[Sequence | None, bool]) -> SessionInfo:
         """in_use: its sequence if it is in memory, and whether a request runs on it."""
@@ -193,31 +205,31 @@ class SessionKeeper:
         """Where KV lies: exact tokens on the device, records where they are served from."""
         exact = sequence.computed - (sequence.table.stop - 1) * BLOCK
         token = self._model.geometry.token_numbers * int(self._model.module.dtype.itemsize)
-        return {"device": exact * token, **self._store.usage(sequence.table)}
+        return {"device": exact * token, **self._blocks.usage(sequence.table)}
 
     def _stored_bytes(self, session: Session) -> dict[str, int]:
         resume = self.stored(session)
         blocks = sum(ref.count for ref in resume.refs) if resume else 0
-        return {"device": 0, "host": 0, "disk": blocks * self._store.column_bytes}
+        return {"device": 0, "host": 0, "disk": blocks * self._blocks.column_bytes}
 
     def keep_what_waits(self) -> None:
         """Of sessions that were written meanwhile: their KV is evicted after that of requests without a
         session, or not at all if they are pinned. A few at a time: each is looked up block by block."""
-        if not self._store.writing:
+        if not self._blocks.writing:
             for key in list(self._to_keep)[:KEPT_AT_ONCE]:
                 del self._to_keep[key]
                 self._keep(key)
 
     def _keep(self, key: Key) -> None:
         self._unpin(key)
-        session = self.book.find(*key)
+        session = self.store.find(*key)
         if session is None or not (runs := self._runs(session)):
             return
         if session.listed:
-            self._store.prioritise(runs, OF_A_SESSION)
+            self._blocks.prioritise(runs, OF_A_SESSION)
         if session.pinned:
             self._pins[key] = runs
-            self._store.pin(runs)
+            self._blocks.pin(runs)
 
     def _runs(self, session: Session) -> list[RunKey]:
         """Runs on disk with which it goes on."""
@@ -226,7 +238,7 @@ class SessionKeeper:
 
     def _unpin(self, key: Key) -> None:
         if key in self._pins:
-            self._store.unpin(self._pins.pop(key))
+            self._blocks.unpin(self._pins.pop(key))
 
 
 def _given(action: str, into: str | None) -> str:
@@ -240,17 +252,17 @@ def _unanswered(messages: tuple[Message, ...] | None) -> bool:
     return messages is not None and len(messages) > 0 and messages[-1].role != "assistant"
 
 
-def _chat(session: Session, generation: Generation) -> tuple[Message, ...] | None:
+def _chat(session: Session, state: RequestState) -> tuple[Message, ...] | None:
     """The chat that a session holds after a request; None once anything but messages went into it."""
-    asked = generation.request.prompt
+    asked = state.request.prompt
     new = tuple(message for message in asked if isinstance(message, Message))
     if len(new) != len(asked) or (session.tokens and session.messages is None):
         return None
     chat = (*(session.messages or ()), *new)
-    if not chat or not generation.answered:
+    if not chat or not state.answered:
         return chat or None
     if chat[-1].role == "assistant":  # it went on with that
-        chat, text = chat[:-1], chat[-1].content + generation.text
+        chat, text = chat[:-1], chat[-1].content + state.completion.text
     else:
-        text = generation.text
+        text = state.completion.text
     return (*chat, Message(role="assistant", content=text))

@@ -37,6 +37,14 @@ def _tables(create: str) -> list[tuple[Any, ...]]:
         db.close()
 
 
+def _size(path: str) -> int:
+    """Of a file; 0 if there is none."""
+    try:
+        return Path(path).stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def put_aside(path: Path, why: IndexDamaged) -> None:
     """Rename a damaged file, to the suffix .damaged; its log goes."""
     aside = path.with_suffix(".damaged")
@@ -58,6 +66,7 @@ class Database:
         """Open, or make with the statements of `create`. schema is kept as PRAGMA user_version; upgrades:
         statements that make of an older schema this one."""
         self.path = path
+        self._name = str(path)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
@@ -120,8 +129,7 @@ class Database:
     @property
     def nbytes(self) -> int:
         """What it takes on disk, its log included."""
-        files = (self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal", "-shm"))
-        return sum(file.stat().st_size for file in files if file.exists())
+        return sum(_size(f"{self._name}{suffix}") for suffix in ("", "-wal", "-shm"))
 
     def check_integrity(self) -> None:
         ((word,),) = self.rows("PRAGMA integrity_check(1)")

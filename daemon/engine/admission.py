@@ -1,0 +1,110 @@
+"""From the scheduler's queue to the first step: a window, what was computed before, what is expected."""
+
+from __future__ import annotations
+
+from spilld.cuda_ext.errors import OutOfMemory
+from spilld.engine.sessions.manager import SessionManager
+from spilld.errors import DeadlineExceeded, Overloaded
+from spilld.kv.sequence import Sequence
+from spilld.kv.visibility import highest_block
+from spilld.monitoring.stats import Counters
+from spilld.offload.store import Store
+from spilld.requests.request_state import Phase, RequestState
+from spilld.requests.requests import Requests
+from spilld.runner.sequence_manager import Sequences
+from spilld.scheduler.latency import LatencyModel
+from spilld.scheduler.prefill_budget import PrefillBudget
+from spilld.scheduler.scheduler import Scheduler
+
+from .finisher import Finisher
+from .outbox import Outbox
+
+HOPELESS = 2.0
+"""A prompt that is expected to take so many times what its deadline leaves is not begun."""
+
+
+class Admission:
+    """Starts requests that the scheduler has admitted."""
+
+    def __init__(
+        self,
+        requests: Requests,
+        scheduler: Scheduler,
+        sequences: Sequences,
+        sessions: SessionManager,
+        store: Store,
+        finisher: Finisher,
+        outbox: Outbox,
+        counters: Counters,
+        prefill: PrefillBudget,
+        latency: LatencyModel,
+    ) -> None:
+        self._requests = requests
+        self._scheduler = scheduler
+        self._sequences = sequences
+        self._sessions = sessions
+        self._store = store
+        self._finisher = finisher
+        self._outbox = outbox
+        self._counters = counters
+        self._prefill = prefill
+        self._latency = latency
+
+    def start(self, states: list[RequestState]) -> None:
+        """Let these run, in order; one that cannot ends."""
+        for state in states:
+            self._scheduler.start(state.job)
+            state.phase = Phase.RUNNING
+        for state in states:
+            with self._finisher.blaming(state):
+                self._start(state)
+
+    def _start(self, state: RequestState) -> None:
+        token_s = self._token_s()
+        sequence = self._open(state) if state.sequence is None else state.sequence
+        first = len(sequence.tokens)
+        sequence.table.idle = False  # from here on it is no more what the session is
+        sequence.tokens.extend(state.prompt)
+        most = len(sequence.tokens) + state.completion.max_tokens
+        self._store.promise(sequence.table, highest_block(most))
+        sequence.tokens.extend(state.completion.in_sequence)
+        if not sequence.computed and state.request.prompt_logprobs is None:
+            self._reuse(state, sequence)
+        first_token_s = self._scheduler.first_token_s(state.job)
+        for event in state.begin(first, sequence, first_token_s, token_s):
+            self._outbox.put(state, event)
+        if (hopeless := self._hopeless(state, sequence)) is not None:
+            self._finisher.abort(state, hopeless)
+        elif state.complete(sequence) or (state.completion.reason and not state.appends):
+            self._finisher.finish(state)
+
+    def _open(self, state: RequestState) -> Sequence:
+        root = self._sessions.root(state.request.tenant)
+        try:
+            state.sequence = self._sequences.open(root, state.history)
+        except OutOfMemory as error:
+            raise Overloaded(f"there is no memory for its window: {error}") from error
+        return state.sequence
+
+    def _reuse(self, state: RequestState, sequence: Sequence) -> None:
+        """Take over what an earlier request computed of the same beginning."""
+        found = self._sequences.find(sequence)
+        self._counters.prefix_hits += found
+        self._counters.prefix_misses += not found
+        self._scheduler.reuse(state.job, sequence.computed)
+
+    def _token_s(self) -> float | None:
+        """What a decode step is expected to take once the prompts of all that run are computed."""
+        return self._latency.token_s([len(self._requests[job].tokens) for job in self._scheduler.running])
+
+    def _hopeless(self, state: RequestState, sequence: Sequence) -> DeadlineExceeded | None:
+        """Why its deadline cannot be met, by far, if that is known. An idle engine tries: what it knows may
+        be of a worse time, and only steps tell."""
+        alone = self._prefill.seconds(sequence.computed, len(sequence.tokens) - sequence.computed)
+        idle = len(self._scheduler.running) == 1
+        if idle or not self._prefill.measured or alone <= HOPELESS * state.left_s:
+            return None
+        left = max(state.left_s, 0.0)
+        return DeadlineExceeded(
+            f"its prompt alone would take about {alone:.1f} s, {left:.1f} are left; give it more"
+        )
