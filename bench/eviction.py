@@ -11,9 +11,9 @@ chain of runs from its root on; what follows the first run that is missing is co
   prompt. A task works on a quarter of all bytes: the 20 % cache is a little smaller than the loop, the worst
   case of LRU; the 5 % one is much smaller, and the 50 % one holds the loop.
 
-ours is S3-FIFO, the baseline LRU, both as in offload/prefix_cache/eviction.py, each with room for a share
-of all distinct bytes of the trace. A run is of 1 to 8 blocks, which stand for bytes: all have the same size.
-The runs of the request at hand are leased. First touches count as missing, so no rate can be 0.
+ours is S3-FIFO as in offload/prefix_cache/eviction.py, the baseline LRU (bench/lru.py), each with room for
+a share of all distinct bytes of the trace. A run is of 1 to 8 blocks, which stand for bytes: all have the
+same size. The runs of the request at hand are leased. First touches count as missing, so no rate can be 0.
 
 What bounds the result: Belady's rule on the same trace, which knows the future. After each request the runs
 whose next use is farthest leave, or are not kept at all, the end of a chain first. That is the optimum for
@@ -25,19 +25,13 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness import Goal, Result, main, say
+from lru import Lru
 
-from spilld.offload.prefix_cache.eviction import (
-    Entry,
-    Eviction,
-    Lru,
-    Policy,
-    S3Fifo,
-)
+from spilld.offload.prefix_cache.eviction import Eviction, Policy, S3Fifo
 
 BENCH = "eviction"
 SEED = 20231023
@@ -112,50 +106,59 @@ def agent() -> Trace:
 class Cache:
     """Runs within a quota, evicted by a policy."""
 
-    def __init__(self, policy: Callable[[Mapping[bytes, Entry]], Policy], quota: int) -> None:
+    def __init__(self, policy: Callable[[], Policy], quota: int) -> None:
         self._eviction = Eviction(policy)
         self._quota = quota
         self._keys: dict[Run, bytes] = {}
         self._chains: dict[bytes, Chain] = {}
-        self._children: defaultdict[Run, set[bytes]] = defaultdict(set)
+        self._children: dict[Run, int] = {}
+        self._asked: set[Run] = set()
+        """Runs of the request at hand, which are leased."""
         self._made = 0
 
     def request(self, chain: Chain) -> int:
         """The bytes that were missing. What does not fit beside the rest of the request is not cached."""
         cached = next((i for i, run in enumerate(chain) if run not in self._keys), len(chain))
+        self._asked = set(chain)
         for run in chain[:cached]:
             self._eviction.hit(self._keys[run])
+            self._eviction.hold(self._keys[run])
         for i in range(cached, len(chain)):
-            if not self._make_room(chain[i].nbytes, {self._keys[run] for run in chain[:i]}):
+            if not self._make_room(chain[i].nbytes):
                 break
             self._insert(chain[: i + 1])
+        for run in chain:
+            if run in self._keys and not self._children[run]:
+                self._eviction.release(self._keys[run])
         return sum(run.nbytes for run in chain[cached:])
 
-    def _make_room(self, nbytes: int, leased: Set[bytes]) -> bool:
-        def evictable(key: bytes, going: Set[bytes]) -> bool:
-            return key not in leased and self._children[self._chains[key][-1]] <= going
-
-        for key in self._eviction.victims(self._eviction.used_bytes + nbytes - self._quota, evictable):
-            self._eviction.evicted(key)
-            *ancestors, run = self._chains.pop(key)
-            del self._keys[run]
+    def _make_room(self, nbytes: int) -> bool:
+        while self._eviction.used_bytes + nbytes > self._quota:
+            if (entry := self._eviction.take()) is None:
+                return False
+            *ancestors, run = self._chains.pop(entry.key)
+            del self._keys[run], self._children[run]
             if ancestors:
-                self._children[ancestors[-1]].remove(key)
-        return self._eviction.used_bytes + nbytes <= self._quota
+                self._children[ancestors[-1]] -= 1
+                if not self._children[ancestors[-1]] and ancestors[-1] not in self._asked:
+                    self._eviction.release(self._keys[ancestors[-1]])
+        return True
 
     def _insert(self, chain: Chain) -> None:
-        """The last run, under a key that was never used before."""
+        """The last run, under a key that was never used before; it is leased."""
         *ancestors, run = chain
         self._made += 1
         key = self._made.to_bytes(16, "big")
         self._eviction.insert(key, run.nbytes, content=run.number.to_bytes(32, "big"))
+        self._eviction.hold(key)
         self._keys[run] = key
         self._chains[key] = chain
+        self._children[run] = 0
         if ancestors:
-            self._children[ancestors[-1]].add(key)
+            self._children[ancestors[-1]] += 1
 
 
-def replay(policy: Callable[[Mapping[bytes, Entry]], Policy], trace: Trace, quota: int) -> int:
+def replay(policy: Callable[[], Policy], trace: Trace, quota: int) -> int:
     """Bytes missed."""
     cache = Cache(policy, quota)
     return sum(cache.request(chain) for chain in trace)

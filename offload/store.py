@@ -164,9 +164,10 @@ class Store:
         self._disk = disk
         self._planner = planner
         self._tables: list[BlockTable] = []
+        self._promised = 0
+        """Sum over the tables."""
         self._outgoing: dict[RunKey, Outgoing] = {}
         self._tails: dict[RunKey, tuple[Bytes, RunKey | None]] = {}
-        self._pinned: Counter[RunKey] = Counter()
 
     # Promises.
 
@@ -177,15 +178,13 @@ class Store:
         if self._disk is None or self.spill_failure is not None:
             return host
         run_bytes = self.layers * extent_bytes(self.layout, self.run_blocks)
-        tier = self._disk.tier
-        pinned = sum(tier.locate(run).range.nbytes for run in list(self._pinned) if run in tier)
-        free = tier.budget_bytes - pinned - self.arriving_bytes
+        free = self._disk.tier.budget_bytes - self._disk.cache.pinned_bytes - self.arriving_bytes
         return host + max(0, free) // run_bytes * self.run_blocks
 
     @property
     def unpromised(self) -> int:
         """Blocks that may still be promised."""
-        return max(0, self.capacity - sum(table.promised for table in self._tables))
+        return max(0, self.capacity - self._promised)
 
     def open(self) -> BlockTable:
         """A table for a new sequence, with nothing promised yet."""
@@ -200,10 +199,12 @@ class Store:
             raise TierFull(f"{more} more blocks do not fit beside what is promised; {self.unpromised} do")
         table.reach(blocks)
         table.promised = blocks
+        self._promised += more
 
     def forget(self, table: BlockTable) -> None:
         """Forget a sequence; rows and runs that are being moved are freed when that has ended."""
         self._tables.remove(table)
+        self._promised -= table.promised
         self._empty(table)
 
     def reset(self, table: BlockTable, *, damaged: bool = False) -> None:
@@ -216,19 +217,16 @@ class Store:
         self._empty(table)
         table.chain.clear()
         table.adopts = False
-        for run in runs if damaged else ():
-            self._need_disk().cache.discard(run)
+        if damaged and runs:
+            self._need_disk().cache.discard(*runs)
 
     def _empty(self, table: BlockTable) -> None:
         for ref in table.leaving:
-            table.rows[:, ref.first : ref.first + ref.count] = ABSENT  # freed when their write has ended
+            table.rows[:, ref.columns] = ABSENT  # freed when their write has ended
         self._slab.free(table.rows[table.rows >= 0])
-        table.rows[:] = ABSENT
-        table.sealed = 1
         for ref in table.runs:
             self._need_disk().cache.release(ref.run)
-        table.runs.clear()
-        table.leaving.clear()
+        table.clear()
 
     # Growth.
 
@@ -291,14 +289,18 @@ class Store:
 
     def _drop_copies(self, columns: int) -> None:
         """Free rows of blocks that are also on disk, whole runs, the oldest of idle sequences first."""
-        for table in sorted(self._tables, key=lambda table: (not table.idle, -table.host_blocks)):
-            for ref in table.runs:
+        if columns <= 0:
+            return
+        copied = [table for table in self._tables if table.copies]
+        for table in sorted(copied, key=lambda table: (not table.idle, -table.host_blocks)):
+            for ref in list(table.copies):
                 if columns <= 0:
                     return
                 columns -= self._drop(table, ref)
 
     def _drop(self, table: BlockTable, ref: RunRef) -> int:
-        rows = table.rows[:, ref.first : ref.first + ref.count]
+        table.copies.pop(ref, None)
+        rows = table.rows[:, ref.columns]
         copies = rows[0] >= 0
         self._slab.free(rows[:, copies].ravel())
         rows[:] = ABSENT
@@ -319,7 +321,7 @@ class Store:
 
     def _adopt(self, table: BlockTable, ref: RunRef, *, keep: bool) -> None:
         self._need_disk().cache.acquire([ref.run])
-        table.runs.append(ref)
+        table.add_runs([ref])
         if not keep:
             self._drop(table, ref)
 
@@ -332,7 +334,7 @@ class Store:
         )
         ref = RunRef(run, first, first, count)
         rows = table.rows[:, first:end].copy()
-        table.leaving.append(ref)
+        table.begin_write(ref)
         self._outgoing[run] = Outgoing(table, ref, rows, keep)
         disk.spend(place)
         disk.spiller.submit(place, self._slab.records, rows)
@@ -385,8 +387,10 @@ class Store:
             if self._disk.compaction is not None:
                 idle = self.spill_failure is None and not self._disk.spiller.pending
                 self._disk.compaction.step(begin=idle)
+            self._disk.tier.write_notes()
 
     def _settle(self, spilled: Sequence[Spilled]) -> None:
+        superseded: list[RunKey] = []
         for ended in spilled:
             if ended.error is not None:
                 self._give_up_spilling(ended.error)
@@ -395,21 +399,22 @@ class Store:
             if ended.run in self._tails:
                 _, instead_of = self._tails.pop(ended.run)
                 if ended.ok and instead_of is not None:
-                    self._need_disk().cache.supersede(instead_of)
+                    superseded.append(instead_of)
             else:
                 self._settle_run(self._outgoing.pop(ended.run), ended.ok)
+        if superseded:
+            self._need_disk().cache.supersede(*superseded)
 
     def _settle_run(self, outgoing: Outgoing, durable: bool) -> None:
         table, ref = outgoing.table, outgoing.ref
-        wanted = ref in table.leaving
-        if wanted:
-            table.leaving.remove(ref)
+        wanted = table.end_write(ref)
         if durable and wanted:
             self._need_disk().cache.hold([ref.run])
-            table.runs.append(ref)
+            if not outgoing.keep:
+                table.rows[:, ref.columns] = ABSENT
+            table.add_runs([ref])
             if outgoing.keep:
                 return
-            table.rows[:, ref.first : ref.first + ref.count] = ABSENT
         if durable or not wanted:
             self._slab.free(outgoing.rows.ravel())
 
@@ -435,20 +440,17 @@ class Store:
     def attach(self, table: BlockTable, refs: Sequence[RunRef], hashes: Sequence[bytes]) -> None:
         """Make stored blocks those of an empty table; hashes: of block 0 and of each of them."""
         self._need_disk().cache.acquire([ref.run for ref in refs])
-        table.runs.extend(refs)
-        table.chain.extend(hashes)
         table.reach(len(hashes) - 1)
+        table.add_runs(refs)
+        table.chain.extend(hashes)
         table.sealed = table.stop
 
     def pin(self, runs: Sequence[RunKey]) -> None:
         """Keep runs that were found until unpin, whatever room is needed."""
-        self._need_disk().cache.hold(runs)
-        self._pinned.update(runs)
+        self._need_disk().cache.pin(runs)
 
     def unpin(self, runs: Sequence[RunKey]) -> None:
-        for run in runs:
-            self._need_disk().cache.release(run)
-        self._pinned -= Counter(runs)
+        self._need_disk().cache.unpin(runs)
 
     def prioritise(self, runs: Sequence[RunKey], priority: int) -> None:
         """Runs of a lower priority are evicted first, whatever was used last."""
@@ -546,7 +548,7 @@ class Store:
 
     def runs_to_read(self, table: BlockTable, visible: range) -> list[RunRef]:
         """The runs of which a scan of the visible blocks needs an extent, oldest first."""
-        return [ref for ref in table.runs if len(table.extent_blocks(ref, visible))]
+        return table.runs_to_read(visible)
 
     def submit(self, reads: Sequence[Read]) -> list[Ticket]:
         """Begin reading ahead, in the order in which the records will be asked for."""
@@ -614,7 +616,7 @@ class Store:
         values: dict[str, object] = {
             "host_used_bytes": self._slab.used_bytes,
             "host_budget_bytes": self._slab.budget_bytes,
-            "promised_blocks": sum(table.promised for table in self._tables),
+            "promised_blocks": self._promised,
             "capacity_blocks": self.capacity,
         }
         if self._disk is not None:
@@ -675,7 +677,8 @@ class Store:
         if self._disk is not None:
             self._disk.tier.check_integrity()
             uses = Counter(ref.run for table in self._tables for ref in table.runs)
-            self._disk.cache.check_integrity(uses + self._pinned)
+            self._disk.cache.check_integrity(uses)
+        assert self._promised == sum(table.promised for table in self._tables), "a promise is lost"
 
     def close(self) -> None:
         """Finish the writes that were begun, unless the disk takes longer than CLOSE_S, and stop."""

@@ -36,7 +36,7 @@ class Departure:
     def read(self, run: RunKey, layer: int) -> Bytes:
         """On the I/O thread: verified records, uint8[count, record_bytes], valid until the next. Raises
         ReadFailed."""
-        return self._disk.tier.read_extent(self._places[run], layer, self._buffer)
+        return self._disk.tier.io.read_extent(self._places[run], layer, self._buffer)
 
     def end(self, damaged: RunKey | None = None) -> None:
         """damaged: a run that is not what was written, which nobody shall find again."""
@@ -102,26 +102,22 @@ class Arrival:
     def write(self, place: RunPlace, layer: int, records: Bytes) -> None:
         """On the I/O thread: one layer, uint8[count, record_bytes]. Raises WriteFailed."""
         rows = np.arange(place.identity.count, dtype=np.int64)
-        self._disk.tier.write_extent(place, layer, records, rows, self._scratch)
+        self._disk.tier.io.write_extent(place, layer, records, rows, self._scratch)
 
     def sync(self) -> None:
         """On the I/O thread, after all writes. Raises WriteFailed."""
         for place in self.places:
-            self._disk.tier.sync(place)
+            self._disk.tier.io.sync(place)
 
     def commit(self) -> None:
         """They exist from now on. Raises WriteFailed; then none does."""
-        done: list[RunPlace] = []
         try:
-            for place in self.places:
-                self._disk.tier.commit(place)
-                self._disk.cache.enter(place)
-                done.append(place)
+            self._disk.tier.commit(*self.places)
         except WriteFailed:
-            for place in done:
-                self._disk.cache.discard(place.run)
             self.abandon()
             raise
+        for place in self.places:
+            self._disk.cache.enter(place)
         self._end()
 
     def abandon(self) -> None:

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from spilld.offload.disk.files.extent import HEADER_BYTES, RunKey, RunPlace
 from spilld.offload.errors import (
@@ -82,15 +83,15 @@ class PrefetchStats:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _ReadJob:
     ticket: Ticket
     place: RunPlace
     buffer: int
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    job: _Job
+class _ReadOutcome:
+    job: _ReadJob
     result: Bytes | ReadFailed
     seconds: float
 
@@ -139,8 +140,8 @@ class Prefetcher:
         self._adrift: set[int] = set()
         self._loaded: set[int] = set()
         self._ended: dict[Ticket, None] = {}
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_ReadJob | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[_ReadOutcome] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._work, name=f"spilld-read-{i}", daemon=True) for i in range(threads)
         ]
@@ -256,7 +257,7 @@ class Prefetcher:
             if left <= 0:
                 self._time_out(ticket)
                 return
-            if ticket.state is State.QUEUED and self._queued.index(ticket) >= len(self._adrift):
+            if ticket.state is State.QUEUED and ticket not in islice(self._queued, len(self._adrift)):
                 raise RuntimeError("every staging buffer this read could get is held by the caller who waits")
             try:
                 outcome = self._outcomes.get(timeout=left)
@@ -281,13 +282,13 @@ class Prefetcher:
             ticket.issued = now
             ticket.state = State.ISSUED
             self._issued[ticket] = None
-            self._jobs.put(_Job(ticket, ticket.place, ticket.buffer))
+            self._jobs.put(_ReadJob(ticket, ticket.place, ticket.buffer))
 
     def _collect(self) -> None:
         while not self._outcomes.empty():  # nobody else takes from it
             self._settle(self._outcomes.get_nowait())
 
-    def _settle(self, outcome: _Outcome) -> None:
+    def _settle(self, outcome: _ReadOutcome) -> None:
         """A thread is done with a buffer and a place."""
         ticket = outcome.job.ticket
         self._disk.release(outcome.job.place)
@@ -348,13 +349,13 @@ class Prefetcher:
         """An I/O thread: whatever goes wrong with a read becomes its result, and the thread lives on."""
         while (job := self._jobs.get()) is not None:
             began = time.monotonic()
-            self._outcomes.put(_Outcome(job, self._read(job), time.monotonic() - began))
+            self._outcomes.put(_ReadOutcome(job, self._read(job), time.monotonic() - began))
 
-    def _read(self, job: _Job) -> Bytes | ReadFailed:
+    def _read(self, job: _ReadJob) -> Bytes | ReadFailed:
         if not job.ticket.wanted:
             return ReadCancelled("cancelled by its owner")
         try:
-            return self._disk.read_extent(job.place, job.ticket.read.layer, self._buffers[job.buffer])
+            return self._disk.io.read_extent(job.place, job.ticket.read.layer, self._buffers[job.buffer])
         except ReadFailed as error:
             return error
         except Exception as error:

@@ -2,89 +2,73 @@
 
 from __future__ import annotations
 
-import errno
+import itertools
 import logging
-import os
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from spilld.offload.disk.files.extent import (
     ExtentIdentity,
-    Move,
     RunKey,
+    RunMove,
     RunPlace,
     extent_bytes,
 )
+from spilld.offload.disk.files.extent_io import ExtentIO, write_error
 from spilld.offload.disk.files.folder import Folder
 from spilld.offload.disk.files.segment import SEGMENT_BYTES, Range, SegmentSpace
+from spilld.offload.disk.files.segment_files import SegmentFiles
 from spilld.offload.disk.index.index import (
     Contents,
-    Entry,
     Index,
+    IndexRow,
     consistent,
 )
 from spilld.offload.errors import (
     BudgetTooSmall,
-    ExtentCorrupt,
     ExtentMissing,
     FolderUnusable,
     IndexDamaged,
-    ReadError,
-    TierFull,
     WriteFailed,
-    WriteRefused,
 )
-from spilld.offload.host.slab import Rows
 from spilld.offload.record import Layout
 from spilld.offload.size import size
-from spilld.offload.system import (
-    Bytes,
-    SystemCalls,
-    page_aligned,
-    read_fully,
-    write_fully,
-)
-
-from .files import extent
+from spilld.offload.system import SystemCalls
 
 log = logging.getLogger(__name__)
-
-PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR}
-"""Errors that say nothing of the disk: what it would take comes back."""
 
 NAMELESS = Contents(parent=b"")
 """Of a run that nobody will look for."""
 
 
-@dataclass
-class _Run:
+@dataclass(eq=False)
+class _StoredRun:
+    """A run in a place: there, still to be written, or on its way out.
+
+    Attributes:
+        committed: The index names it.
+        deleted: Nobody may find it any more; its space is free once nobody holds it.
+        row_remains: It is deleted, but its row could not be removed: its space stays taken, for that row may
+            come back.
+        holds: Leases of the place.
+    """
+
     place: RunPlace
     contents: Contents
     committed: bool = False
-    doomed: bool = False
-    named: bool = False
-    """Forgotten, but its row could not be removed: its space stays taken, for that row may come back."""
+    deleted: bool = False
+    row_remains: bool = False
     holds: int = 0
 
 
-@dataclass
-class _File:
-    file: int
-    durable_name: bool = False
-
-
 class DiskTier:
-    """Runs on disk. One owner thread calls everything but write_extent, copy_extent, sync, sync_index and
-    read_extent.
+    """Runs on disk. One owner thread calls everything; `io` is for I/O threads, on places that it holds.
 
-    Those run on I/O threads, on a place that the owner holds; they touch the place, their buffer
-    and the file, and no state of the tier. A run exists from commit until delete, also when the process ends
-    in between; its bytes are not used again while anybody holds it. used_bytes is what the segment files
-    measure, at most budget_bytes.
+    A run exists from commit until delete, also when the process ends in between; its bytes are not used again
+    while anybody holds it. used_bytes is what the segment files measure, at most budget_bytes.
 
     At start the index is held against the length of the files; what the extents contain is looked at when
     they are read. Bytes that no row names are collected. Runs of other models are kept: they only take room.
@@ -104,9 +88,22 @@ class DiskTier:
     ) -> None:
         """Make the folder (0700) if its parent exists, lock it, and probe for O_DIRECT.
 
-        Raises BudgetTooSmall if a run of one block does not fit, FolderInUse if another daemon holds
-        the folder, FolderUnusable if it cannot be made or written. A damaged index is put aside, and what
-        it named is lost. floor_bytes: what the file system must have left after each growth of a file.
+        A damaged index is put aside, and what it named is lost.
+
+        Args:
+            folder: Where the files lie.
+            budget_bytes: The most that the segment files may measure together.
+            layout: Of the records that are written unless another is named.
+            layers: Layers of a run.
+            fingerprint: 32 bytes, of who may read what is written.
+            system: The calls to the kernel.
+            segment_bytes: How long a segment file may grow.
+            floor_bytes: What the file system must have left after each growth of a file.
+
+        Raises:
+            BudgetTooSmall: A run of one block does not fit.
+            FolderInUse: Another daemon holds the folder.
+            FolderUnusable: It cannot be made or written.
         """
         smallest = layers * extent_bytes(layout, 1)
         if budget_bytes < smallest:
@@ -114,23 +111,25 @@ class DiskTier:
                 f"a run of one block takes {size(smallest, least=True)} of disk, not {size(budget_bytes)}"
             )
         self.budget_bytes = budget_bytes
-        self.floor_bytes = floor_bytes
         self.layout = layout
         self.layers = layers
         self.fingerprint = fingerprint
         self.system = system or SystemCalls()
-        self._space = SegmentSpace(budget_bytes, segment_bytes)
-        self._files: dict[int, _File] = {}
-        self._runs: dict[RunKey, _Run] = {}
-        self._aside: dict[Range, _Run] = {}
-        """Where runs are being moved to, and where those that were moved are still held."""
+        self._runs: dict[RunKey, _StoredRun] = {}
+        """By key, those of a run that is being moved in the place that its row names."""
+        self._places: dict[Range, _StoredRun] = {}
+        """By place, also where runs are being moved to, and where those that were moved are still held."""
         self._folder = Folder(folder, self.system)
+        self._files = SegmentFiles(
+            self._folder, self.system, SegmentSpace(budget_bytes, segment_bytes), floor_bytes
+        )
         self._closed = False
         try:
             self.index = Index(self._folder.index)
         except (OSError, IndexDamaged) as error:
             self._folder.close()
             raise FolderUnusable(f"{folder}: {error}") from error
+        self.io = ExtentIO(self.system, folder, self.index.log)
         try:
             self._recover()
         except (OSError, IndexDamaged) as error:
@@ -142,33 +141,33 @@ class DiskTier:
         files = self._folder.segments()
         sizes = {number: path.stat().st_size for number, path in files.items()}
         found, lost = consistent(self.index.entries(), sizes)
+        by_segment: dict[int, list[IndexRow]] = defaultdict(list)
+        for row in found:
+            by_segment[row.range.segment].append(row)
         for number, path in files.items():
-            self._take_over(number, path, [entry for entry in found if entry.range.segment == number])
+            self._files.adopt(number, path, [row.range for row in by_segment[number]])
+            for row in by_segment[number]:
+                place = RunPlace(row.identity, row.range, self._files[number].descriptor, fresh=False)
+                self._add(_StoredRun(place, row.contents, committed=True))
         if lost:
             log.warning("%s: %d runs are lost, their bytes are not there", self._folder.path, len(lost))
-            self.index.remove(entry.identity.run for entry in lost)
+            self.index.remove(row.identity.run for row in lost)
         if self.used_bytes > self.budget_bytes:
             log.warning(
                 "%s: %s of KV is stored, and disk_budget is %s: what was not used for longest goes now, and "
                 "is computed again when it is needed",
                 *(self._folder.path, size(self.used_bytes), size(self.budget_bytes)),
             )
-        for entry in found:
-            if self.used_bytes <= self.budget_bytes:
-                break
-            self.delete(entry.identity.run)
+        self._shrink(found)
 
-    def _take_over(self, number: int, path: Path, entries: Sequence[Entry]) -> None:
-        if not entries:
-            self.system.unlink(path)
-            return
-        file = self.system.open(path, os.O_RDWR | self._folder.flags)
-        self._files[number] = _File(file, durable_name=True)
-        self._space.adopt(number, [entry.range for entry in entries])
-        self.system.ftruncate(file, self._space.sizes()[number])
-        for entry in entries:
-            place = RunPlace(entry.identity, entry.range, file, fresh=False)
-            self._runs[place.run] = _Run(place, entry.contents, committed=True)
+    def _shrink(self, rows: Sequence[IndexRow]) -> None:
+        """Delete runs, in this order, until the files fit the budget."""
+        at = 0
+        while (excess := self.used_bytes - self.budget_bytes) > 0 and at < len(rows):
+            sums = itertools.accumulate(row.range.nbytes for row in rows[at:])
+            count = next((i for i, total in enumerate(sums, 1) if total >= excess), len(rows) - at)
+            self.delete(*(row.identity.run for row in rows[at : at + count]))
+            at += count
 
     @property
     def direct(self) -> bool:
@@ -178,17 +177,17 @@ class DiskTier:
     @property
     def used_bytes(self) -> int:
         """Length of all segment files: runs, and holes between them."""
-        return self._space.used_bytes
+        return self._files.space.used_bytes
 
     @property
     def hole_bytes(self) -> int:
         """Bytes of the segment files in which no run lies."""
-        return self._space.hole_bytes
+        return self._files.space.hole_bytes
 
     def __contains__(self, run: RunKey) -> bool:
         """Whether the run is committed and not deleted."""
-        entry = self._runs.get(run)
-        return entry is not None and entry.committed and not entry.doomed
+        stored = self._runs.get(run)
+        return stored is not None and stored.committed and not stored.deleted
 
     def run_bytes(self, count: int, layout: Layout | None = None) -> int:
         """Bytes on disk of a run of count blocks, all layers."""
@@ -196,7 +195,7 @@ class DiskTier:
 
     def runs(self) -> list[RunPlace]:
         """Every committed run, of any model, the least recently used first."""
-        keys = [entry.identity.run for entry in self.index.entries()]
+        keys = [row.identity.run for row in self.index.entries()]
         return [self._runs[key].place for key in keys if key in self]
 
     def contents(self, run: RunKey) -> Contents:
@@ -204,11 +203,16 @@ class DiskTier:
         return self._present(run).contents
 
     def touch(self, runs: Iterable[RunKey]) -> None:
-        """Note that runs were used now; a note that cannot be made is logged and forgotten."""
+        """Note that runs were used now."""
+        self.index.touch(runs, int(time.time()))
+
+    def write_notes(self) -> None:
+        """Have the index write what it was told to note; what it cannot is logged and forgotten."""
         try:
-            self.index.touch(runs, int(time.time()))
+            self.index.write_notes()
         except (OSError, IndexDamaged) as error:
             log.warning("the use of runs is not noted: %s", error)
+            self.index.forget_notes()
 
     def reserve(
         self,
@@ -230,119 +234,91 @@ class DiskTier:
         identity = ExtentIdentity(
             layout or self.layout, self.layers, self.fingerprint, run, chain_hash, first, count
         )
-        found = self._space.find(self.layers * identity.nbytes)
         try:
-            self._respect_floor(found)
-            file = self._grow(found)
+            found, file = self._files.allocate(self.layers * identity.nbytes)
         except OSError as error:
-            raise _failed(f"no room for run {run.hex()}", error) from error
-        self._space.take(found)
-        place = RunPlace(identity, found, file.file, fresh=not file.durable_name)
-        self._runs[run] = _Run(place, contents)
+            raise write_error(f"no room for run {run.hex()}", error) from error
+        place = RunPlace(identity, found, file.descriptor, fresh=not file.durable_name)
+        self._add(_StoredRun(place, contents))
         return place
 
-    def write_extent(self, place: RunPlace, layer: int, records: Bytes, rows: Rows, scratch: Bytes) -> int:
-        """On an I/O thread: write records[rows], uint8[count, record_bytes], as one layer; its checksum.
+    def commit(self, *places: RunPlace) -> None:
+        """The runs exist from now on: every layer of each was written, then synced.
 
-        scratch is page-aligned memory of at least place.identity.nbytes. Raises WriteFailed.
+        Raises:
+            WriteFailed: The index does not take their rows; all of them still wait, to be abandoned.
         """
-        identity = place.identity
-        if len(rows) != identity.count or rows.min() < 0 or rows.max() >= len(records):
-            raise ValueError(f"a run of {identity.count} blocks needs that many rows of the records")
-        np.take(records, rows, axis=0, out=extent.payload(scratch, identity), mode="clip")
-        checksum = extent.seal(scratch, identity, layer)
+        waiting = [self._awaiting(place) for place in places]
+        now = int(time.time())
         try:
-            write_fully(self.system, place.file, scratch[: identity.nbytes], place.offset(layer))
-        except OSError as error:
-            raise _failed(f"layer {layer} of run {place.run.hex()}", error) from error
-        return checksum
-
-    def sync(self, place: RunPlace) -> None:
-        """On an I/O thread: make durable what was written to the place. Raises WriteFailed."""
-        try:
-            self.system.fdatasync(place.file)
-            if place.fresh:
-                self.system.fsync_folder(self._folder.path)
-        except OSError as error:
-            raise _failed(f"run {place.run.hex()} may not be durable", error) from error
-
-    def commit(self, place: RunPlace) -> None:
-        """The run exists from now on: every layer was written, then synced.
-
-        Raises WriteFailed if the index does not take its row: the run still waits, to be abandoned.
-        """
-        entry = self._awaiting(place)
-        try:
-            self.index.add(Entry(place.identity, place.range, entry.contents, int(time.time())))
+            self.index.add(*(IndexRow(s.place.identity, s.place.range, s.contents, now) for s in waiting))
         except (OSError, IndexDamaged) as error:
-            raise WriteFailed(f"run {place.run.hex()} is in no index: {error}") from error
-        entry.committed = True
-        self._files[place.range.segment].durable_name = True
+            runs = ", ".join(place.run.hex() for place in places)
+            raise WriteFailed(f"run {runs} is in no index: {error}") from error
+        for stored in waiting:
+            stored.committed = True
+            self._files[stored.place.range.segment].durable_name = True
 
     def awaits(self, place: RunPlace) -> bool:
         """Whether the place is reserved and neither committed nor abandoned."""
-        entry = self._at(place)
-        return entry is not None and not entry.committed and not entry.doomed
+        stored = self._at(place)
+        return stored is not None and not stored.committed and not stored.deleted
 
     def abandon(self, place: RunPlace) -> None:
         """The run will not be there; its space is free once nobody holds it. After commit, use delete."""
-        entry = self._awaiting(place)
-        entry.doomed = True
-        self._reclaim(entry)
+        stored = self._awaiting(place)
+        stored.deleted = True
+        self._reclaim(stored)
 
-    def delete(self, run: RunKey) -> None:
-        """Forget a run; its space is free once nobody holds it. Raises ExtentMissing.
+    def delete(self, *runs: RunKey) -> None:
+        """Forget runs; the space of each is free once nobody holds it.
 
-        If its row cannot be removed, its space stays taken: the row must not come to name other bytes.
+        If their rows cannot be removed, their space stays taken: a row must not come to name other bytes.
+
+        Raises:
+            ExtentMissing: One of them is not there; none is forgotten then.
         """
-        entry = self._present(run)
-        entry.doomed = True
+        gone = [self._present(run) for run in runs]
         try:
-            self.index.remove([run])
+            self.index.remove(runs)
         except (OSError, IndexDamaged) as error:
-            log.warning("run %s keeps its space until the next start: %s", run.hex(), error)
-            entry.named = True
-        self._reclaim(entry)
+            for run in runs:
+                log.warning("run %s keeps its space until the next start: %s", run.hex(), error)
+            for stored in gone:
+                stored.row_remains = True
+        for stored in gone:
+            stored.deleted = True
+            self._reclaim(stored)
 
-    def relocate(self, extent_bytes: int) -> Move | None:
+    def relocate(self, extent_bytes: int) -> RunMove | None:
         """Space elsewhere for a run whose move would shorten a file; None if there is no such run.
 
         extent_bytes: the largest extent that can be copied. Hold both places, and follow with moved, or with
         abandon of the target.
         """
-        last = {
-            entry.place.range.segment: entry
-            for run, entry in self._runs.items()
-            if run in self and entry.place.range.end == self._space.spare(entry.place.range.segment)
-        }
-        for number, hole in self._space.moves():
-            entry = last.get(number)
-            if entry is None or entry.place.range.nbytes != hole.nbytes:
-                continue
-            identity, file = entry.place.identity, self._files[hole.segment]
-            if identity.nbytes <= extent_bytes:
-                self._space.take(hole)
-                target = RunPlace(identity, hole, file.file, fresh=not file.durable_name)
-                self._aside[hole] = _Run(target, entry.contents)
-                return Move(entry.place, target)
+        space = self._files.space
+        for number, hole in space.moves():
+            stored = self._places[space.last(number)]
+            identity = stored.place.identity
+            if (
+                self._runs.get(identity.run) is stored
+                and identity.run in self
+                and identity.nbytes <= extent_bytes
+            ):
+                space.take(hole)
+                file = self._files[hole.segment]
+                target = RunPlace(identity, hole, file.descriptor, fresh=not file.durable_name)
+                self._places[hole] = _StoredRun(target, stored.contents)
+                return RunMove(stored.place, target)
         return None
 
-    def copy_extent(self, move: Move, layer: int, scratch: Bytes) -> None:
-        """On an I/O thread: one layer of a run to where it shall lie, through page-aligned memory of at least
-        its identity.nbytes. Raises as read_extent, and then writes nothing; or WriteFailed."""
-        self.read_extent(move.source, layer, scratch)
-        copy = scratch[: move.source.identity.nbytes]
-        try:
-            write_fully(self.system, move.target.file, copy, move.target.offset(layer))
-        except OSError as error:
-            raise WriteFailed(f"layer {layer} of run {move.run.hex()}: {error}") from error
-
-    def moved(self, move: Move) -> None:
+    def moved(self, move: RunMove) -> None:
         """The run lies in its new place from now on: every layer was copied, then synced. Its old bytes are
         free once nobody holds them.
 
-        Raises ExtentMissing if the run was deleted or moved meanwhile, WriteFailed if the index does not take
-        the change: the target still waits, to be abandoned.
+        Raises:
+            ExtentMissing: The run was deleted or moved meanwhile.
+            WriteFailed: The index does not take the change. Either way the target waits to be abandoned.
         """
         target, source = self._awaiting(move.target), self._present(move.run)
         if source.place != move.source:
@@ -351,22 +327,10 @@ class DiskTier:
             self.index.move(move.run, move.target.range)
         except (OSError, IndexDamaged) as error:
             raise WriteFailed(f"run {move.run.hex()} stays where it is: {error}") from error
-        target.committed, source.doomed = True, True
+        target.committed, source.deleted = True, True
         self._files[move.target.range.segment].durable_name = True
-        self._runs[move.run] = self._aside.pop(move.target.range)
-        self._aside[move.source.range] = source
+        self._runs[move.run] = target
         self._reclaim(source)
-
-    def sync_index(self) -> None:
-        """On an I/O thread: let what the index has taken outlive a power cut. Raises WriteFailed."""
-        try:
-            file = self.system.open(self.index.log, os.O_RDONLY)
-            try:
-                self.system.fdatasync(file)
-            finally:
-                self.system.close(file)
-        except OSError as error:
-            raise WriteFailed(f"the index may not be durable: {error}") from error
 
     def locate(self, run: RunKey) -> RunPlace:
         """Where a committed run lies; hold it before reading. Raises ExtentMissing."""
@@ -374,84 +338,44 @@ class DiskTier:
 
     def hold(self, place: RunPlace) -> None:
         """A lease: the run's bytes stay as they are until the matching release."""
-        entry = self._at(place)
-        if entry is None or entry.doomed:
+        stored = self._at(place)
+        if stored is None or stored.deleted:
             raise ExtentMissing(f"run {place.run.hex()} is not in the disk tier")
-        entry.holds += 1
+        stored.holds += 1
+        self._files[place.range.segment].holds += 1
 
     def release(self, place: RunPlace) -> None:
-        """The end of a hold; the last one of a forgotten place frees its space."""
-        entry = self._at(place)
-        if entry is None or entry.holds < 1:
+        """The end of a hold; the last one of a deleted place frees its space."""
+        stored = self._at(place)
+        if stored is None or stored.holds < 1:
             raise ValueError(f"run {place.run.hex()} is released more often than held")
-        entry.holds -= 1
-        if self._closed:
-            self._let_go(place.range.segment)
-        else:
-            self._reclaim(entry)
-
-    def read_extent(self, place: RunPlace, layer: int, buffer: Bytes) -> Bytes:
-        """On an I/O thread: the records of one layer, a verified view of buffer, uint8[count, record_bytes].
-
-        buffer is page-aligned memory of at least place.identity.nbytes. Raises ReadError if the system
-        call fails and ExtentCorrupt if it returns anything but what was written for this run.
-        """
-        wanted = buffer[: place.identity.nbytes]
-        try:
-            count = read_fully(self.system, place.file, wanted, place.offset(layer))
-        except OSError as error:
-            raise ReadError(f"layer {layer} of run {place.run.hex()}: {error}") from error
-        if count < len(wanted):
-            raise ExtentCorrupt(f"layer {layer} of run {place.run.hex()}: the file ends in it")
-        return extent.verify(wanted, place.identity, layer)
-
-    def put(
-        self,
-        run: RunKey,
-        first: int,
-        chain_hash: bytes,
-        records: Sequence[Bytes],
-        contents: Contents = NAMELESS,
-    ) -> None:
-        """Store a run, uint8[count, record_bytes] for each layer, and wait until it is durable.
-
-        Raises TierFull or WriteFailed; the run is then absent and all earlier runs are intact.
-        """
-        if len(records) != self.layers:
-            raise ValueError(f"a run has {self.layers} layers, got {len(records)}")
-        rows = np.arange(len(records[0]), dtype=np.int64)
-        place = self.reserve(run, first=first, count=len(rows), chain_hash=chain_hash, contents=contents)
-        scratch = page_aligned(place.identity.nbytes)
-        try:
-            for layer, layer_records in enumerate(records):
-                self.write_extent(place, layer, layer_records, rows, scratch)
-            self.sync(place)
-            self.commit(place)
-        except BaseException:
-            self.abandon(place)
-            raise
-
-    def get(self, run: RunKey, layer: int) -> Bytes:
-        """The records of one layer, uint8[count, record_bytes], in memory of their own. Raises ReadFailed."""
-        place = self.locate(run)
-        return self.read_extent(place, layer, page_aligned(place.identity.nbytes))
+        stored.holds -= 1
+        file = self._files[place.range.segment]
+        file.holds -= 1
+        if not self._closed:
+            self._reclaim(stored)
+        elif not file.holds:
+            self._files.close_file(place.range.segment)
+            if not len(self._files):
+                self._folder.close()
 
     def check_integrity(self) -> None:
-        """Ranges partition the segments, and the files in the folder measure what the ledger says."""
-        self._space.check_integrity([entry.place.range for entry in self._entries()])
-        sizes = {self._folder.segment(number): size for number, size in self._space.sizes().items()}
-        found = {path: path.stat().st_size for path in self._folder.segments().values()}
-        assert found == sizes, f"the folder holds {found}, the ledger says {sizes}"
-        assert self._files.keys() == self._space.sizes().keys(), "a segment has no open file"
+        """Ranges partition the segments, files measure what the ledger says, and the index knows the runs."""
+        self._files.check_integrity(list(self._places))
         self.index.check_integrity()
-        rows = {entry.identity.run: (entry.identity, entry.range) for entry in self.index.entries()}
-        known = {run: entry.place for run, entry in self._runs.items() if run in self}
+        rows = {row.identity.run: (row.identity, row.range) for row in self.index.entries()}
+        known = {run: stored.place for run, stored in self._runs.items() if run in self}
         assert rows == {run: (place.identity, place.range) for run, place in known.items()}, (
             "the index and the tier know different runs"
         )
-        for entry in self._entries():
-            assert entry.holds >= 0, "a run is released more often than held"
-            assert entry.holds > 0 or entry.named or not entry.doomed, "a forgotten run keeps its space"
+        for place, stored in self._places.items():
+            assert stored.place.range == place, "a run is kept under another place"
+            assert stored.holds >= 0, "a run is released more often than held"
+            assert stored.holds > 0 or stored.row_remains or not stored.deleted, (
+                "a deleted run keeps its space"
+            )
+        for run, stored in self._runs.items():
+            assert self._places.get(stored.place.range) is stored, f"run {run.hex()} has no place"
 
     def close(self) -> None:
         """Close the segments and the index, and unlock the folder. Runs that wait for a commit are lost.
@@ -460,123 +384,44 @@ class DiskTier:
         descriptor must not come to mean another file. The lock stays as long: what such a thread writes must
         not land in a file of the next daemon.
         """
-        self._trim()
+        still_open = self._files.close()
         self._closed = True
-        held = {entry.place.range.segment for entry in self._entries() if entry.holds}
-        if held:
+        if still_open:
             log.warning(
-                "%s: closed while %d segment files are being read or written", self._folder.path, len(held)
+                "%s: closed while %d segment files are being read or written", self._folder.path, still_open
             )
-        for number in list(self._files):
-            if number not in held:
-                self._close(self._files.pop(number).file)
+        self.write_notes()
         self.index.close()
-        if not held:
+        if not still_open:
             self._folder.close()
 
-    def _awaiting(self, place: RunPlace) -> _Run:
-        if not self.awaits(place):
+    def _add(self, stored: _StoredRun) -> None:
+        self._runs[stored.place.run] = stored
+        self._places[stored.place.range] = stored
+
+    def _awaiting(self, place: RunPlace) -> _StoredRun:
+        stored = self._at(place)
+        if stored is None or stored.committed or stored.deleted:
             raise ValueError(f"run {place.run.hex()} is not waiting to be committed")
-        entry = self._at(place)
-        assert entry is not None
-        return entry
+        return stored
 
-    def _at(self, place: RunPlace) -> _Run | None:
+    def _at(self, place: RunPlace) -> _StoredRun | None:
         """What lies in a place, or is to."""
-        entry = self._runs.get(place.run)
-        if entry is None or entry.place.range != place.range:
-            entry = self._aside.get(place.range)
-        return entry if entry and entry.place.run == place.run else None
+        stored = self._places.get(place.range)
+        return stored if stored is not None and stored.place.run == place.run else None
 
-    def _entries(self) -> list[_Run]:
-        return [*self._runs.values(), *self._aside.values()]
-
-    def _present(self, run: RunKey) -> _Run:
-        entry = self._runs.get(run)
-        if entry is None or not entry.committed or entry.doomed:
+    def _present(self, run: RunKey) -> _StoredRun:
+        stored = self._runs.get(run)
+        if stored is None or not stored.committed or stored.deleted:
             raise ExtentMissing(f"run {run.hex()} is not in the disk tier")
-        return entry
+        return stored
 
-    def _respect_floor(self, found: Range) -> None:
-        """Raises TierFull if the growth that a range needs would leave less than the floor."""
-        growth = found.end - self._space.sizes().get(found.segment, 0)
-        if growth > 0 and self.floor_bytes:
-            left = self.system.free_bytes(self._folder.path) - growth
-            if left < self.floor_bytes:
-                raise TierFull(
-                    f"{growth} bytes more would leave {left} bytes free; {self.floor_bytes} must be"
-                )
-
-    def _grow(self, found: Range) -> _File:
-        """The file of a range, long enough for it. On OSError file and folder are as before."""
-        file = self._files.get(found.segment)
-        if file is None:
-            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | self._folder.flags
-            file = _File(self.system.open(self._folder.segment(found.segment), flags))
-            try:
-                self.system.ftruncate(file.file, found.end)
-            except OSError:
-                self._close(file.file)
-                self._unlink(found.segment)
-                raise
-            self._files[found.segment] = file
-        elif found.end > self._space.sizes()[found.segment]:
-            self.system.ftruncate(file.file, found.end)
-        return file
-
-    def _reclaim(self, entry: _Run) -> None:
-        """Free the space of a forgotten run, or of what a move left, that nobody holds."""
-        if entry.holds or entry.named or not entry.doomed or self._closed:
+    def _reclaim(self, stored: _StoredRun) -> None:
+        """Free the space of a deleted run, or of what a move left, that nobody holds."""
+        if stored.holds or stored.row_remains or not stored.deleted or self._closed:
             return
-        if self._aside.pop(entry.place.range, None) is None:
-            del self._runs[entry.place.run]
-        self._space.give_back(entry.place.range)
-        self._trim()
-
-    def _trim(self) -> None:
-        """Give the file system what it can have: free ends of files, also those it did not take before."""
-        for number, length in self._space.sizes().items():
-            spare = self._space.spare(number)
-            if spare == length:
-                continue
-            try:
-                if spare:
-                    self.system.ftruncate(self._files[number].file, spare)
-                else:
-                    self.system.unlink(self._folder.segment(number))
-            except OSError as error:
-                log.warning(
-                    "%s: cannot shorten segment %d, its space stays counted: %s",
-                    self._folder.path,
-                    number,
-                    error,
-                )
-                continue
-            self._space.cut(number)
-            if not spare:
-                self._close(self._files.pop(number).file)
-
-    def _let_go(self, number: int) -> None:
-        """After close: give up the file once nobody holds a run in it, and the folder with the last."""
-        if not any(e.holds for e in self._entries() if e.place.range.segment == number):
-            self._close(self._files.pop(number).file)
-        if not self._files:
-            self._folder.close()
-
-    def _close(self, file: int) -> None:
-        """A disk that is gone may say so here; the descriptor is given up all the same."""
-        try:
-            self.system.close(file)
-        except OSError as error:
-            log.warning("%s: cannot close a segment: %s", self._folder.path, error)
-
-    def _unlink(self, number: int) -> None:
-        try:
-            self.system.unlink(self._folder.segment(number))
-        except OSError as error:
-            log.warning("%s: segment %d stays behind: %s", self._folder.path, number, error)
-
-
-def _failed(what: str, error: OSError) -> WriteFailed:
-    """The error for a system call that did not write."""
-    return (WriteRefused if error.errno in PASSING else WriteFailed)(f"{what}: {error}")
+        place = stored.place
+        del self._places[place.range]
+        if self._runs.get(place.run) is stored:
+            del self._runs[place.run]
+        self._files.free(place.range)

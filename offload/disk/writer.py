@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from spilld.offload.disk.files.extent import RunKey, RunPlace
@@ -36,10 +36,17 @@ class Spilled:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _SpillJob:
     place: RunPlace
     records: Bytes
     rows: Rows
+
+
+@dataclass(frozen=True)
+class _SpillOutcome:
+    job: _SpillJob
+    error: WriteFailed | None
+    seconds: float
 
 
 class Spiller:
@@ -63,8 +70,8 @@ class Spiller:
         self.failures = 0
         self.pending = 0
         self._stopping = False
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._outcomes: queue.SimpleQueue[tuple[_Job, WriteFailed | None, float]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_SpillJob | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[_SpillOutcome] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="spilld-write", daemon=True)
         self._thread.start()
 
@@ -82,27 +89,21 @@ class Spiller:
             raise ValueError(f"an extent of {place.identity.nbytes} bytes does not fit the scratch buffer")
         self._disk.hold(place)
         self.pending += 1
-        self._jobs.put(_Job(place, records, rows.copy()))
+        self._jobs.put(_SpillJob(place, records, rows.copy()))
 
     def finished(self) -> list[Spilled]:
         """Runs that ended since the last call, committed or absent; never blocks."""
-        ended: list[Spilled] = []
-        while True:
-            try:
-                outcome = self._outcomes.get_nowait()
-            except queue.Empty:
-                return ended
-            ended.append(self._settle(*outcome))
+        return self._settle(self._ended())
 
     def wait(self, timeout_s: float) -> list[Spilled]:
         """As finished, but blocks until at least one run ended, none is pending, or the time is over."""
         if not self.pending:
             return []
         try:
-            outcome = self._outcomes.get(timeout=timeout_s)
+            first = self._outcomes.get(timeout=timeout_s)
         except queue.Empty:
             return []
-        return [self._settle(*outcome), *self.finished()]
+        return self._settle([first, *self._ended()])
 
     def close(self) -> None:
         """Stop: runs not written yet fail, the one being written is finished unless it takes over CLOSE_S."""
@@ -113,20 +114,38 @@ class Spiller:
         if self.pending:
             log.warning("closed while %d runs are stuck in the kernel", self.pending)
 
-    def _settle(self, job: _Job, error: WriteFailed | None, seconds: float) -> Spilled:
-        place = job.place
+    def _ended(self) -> list[_SpillOutcome]:
+        found: list[_SpillOutcome] = []
+        while not self._outcomes.empty():  # nobody else takes from it
+            found.append(self._outcomes.get_nowait())
+        return found
+
+    def _settle(self, outcomes: Sequence[_SpillOutcome]) -> list[Spilled]:
+        """Commit what was written in one transaction, and let go of everything."""
+        written = [o.job.place for o in outcomes if o.error is None and self._disk.awaits(o.job.place)]
+        refused = self._commit(written)
+        return [self._report(outcome, refused) for outcome in outcomes]
+
+    def _commit(self, places: Sequence[RunPlace]) -> WriteFailed | None:
+        try:
+            if places:
+                self._disk.commit(*places)
+        except WriteFailed as error:
+            return error
+        return None
+
+    def _report(self, outcome: _SpillOutcome, refused: WriteFailed | None) -> Spilled:
+        place, error = outcome.job.place, outcome.error
         self.pending -= 1
-        self.write_seconds += seconds
-        if error is None and not self._disk.awaits(place):
-            error = WriteFailed(f"run {place.run.hex()} was abandoned")
+        self.write_seconds += outcome.seconds
+        if error is None and place.run not in self._disk:
+            error = (
+                refused if self._disk.awaits(place) else WriteFailed(f"run {place.run.hex()} was abandoned")
+            )
         if error is None:
-            try:
-                self._disk.commit(place)
-                self.bytes_written += place.range.nbytes
-                self._on_write(seconds)
-            except WriteFailed as failed:
-                error = failed
-        if error is not None:
+            self.bytes_written += place.range.nbytes
+            self._on_write(outcome.seconds)
+        else:
             log.warning("write failed: %s", error)
             self.failures += 1
             if self._disk.awaits(place):
@@ -139,15 +158,15 @@ class Spiller:
         while (job := self._jobs.get()) is not None:
             began = time.monotonic()
             error = self._write(job)
-            self._outcomes.put((job, error, time.monotonic() - began))
+            self._outcomes.put(_SpillOutcome(job, error, time.monotonic() - began))
 
-    def _write(self, job: _Job) -> WriteFailed | None:
+    def _write(self, job: _SpillJob) -> WriteFailed | None:
         try:
             for layer in range(job.place.identity.layers):
                 if self._stopping:
                     return WriteFailed("the disk tier is being closed")
-                self._disk.write_extent(job.place, layer, job.records, job.rows[layer], self._scratch)
-            self._disk.sync(job.place)
+                self._disk.io.write_extent(job.place, layer, job.records, job.rows[layer], self._scratch)
+            self._disk.io.sync(job.place)
         except WriteFailed as error:
             return error
         except Exception as error:

@@ -26,7 +26,7 @@ class Promotion:
         for ref in runs:
             if ref.count > columns:
                 return
-            if (table.rows[0, ref.first : ref.first + ref.count] < 0).all():
+            if (table.rows[0, ref.columns] < 0).all():
                 self._rows[ref] = slab.allocate(layers * ref.count).reshape(layers, ref.count)
                 columns -= ref.count
 
@@ -43,7 +43,8 @@ class Promotion:
         """What was copied whole is read from host memory from now on."""
         for ref, rows in self._rows.items():
             if self._copied[ref] == self._layers:
-                self._table.rows[:, ref.first : ref.first + ref.count] = rows
+                self._table.rows[:, ref.columns] = rows
+                self._table.copied(ref)
             else:
                 self._slab.free(rows.ravel())
         self._rows = {}

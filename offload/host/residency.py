@@ -8,7 +8,9 @@ A pure function: holdings in, spills out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import heapq
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -35,29 +37,48 @@ def plan(holdings: Sequence[Holding], columns: int, run_blocks: int) -> list[Spi
     """Spills that free at least `columns` block columns (a block in every layer), or all that can be freed.
 
     Whole runs of `run_blocks` are taken first, always from the sequence that holds most; then short
-    runs of idle sequences, then of running ones.
+    runs of idle sequences, then of running ones. The work for a spill does not grow with the number of spans.
     """
-    left = [list(holding.blocks) for holding in holdings]
+    left = [_Left(index, holding, run_blocks) for index, holding in enumerate(holdings)]
     spills: list[Spill] = []
-    idle = [i for i, holding in enumerate(holdings) if holding.idle]
-    everyone = range(len(holdings))
-    for candidates, shortest in ((everyone, run_blocks), (idle, 1), (everyone, 1)):
-        while columns > 0 and (choice := _fullest(left, candidates, shortest)) is not None:
-            spill = _take(left[choice], choice, shortest, run_blocks)
+    idle = [one for one in left if holdings[one.index].idle]
+    for candidates, runs in (
+        (left, [one.whole for one in left]),
+        (idle, [one.short for one in left]),
+        (left, [one.short for one in left]),
+    ):
+        fullest = [one.key for one in candidates if runs[one.index]]
+        heapq.heapify(fullest)
+        while columns > 0 and fullest:
+            _, index = heapq.heappop(fullest)
+            spill = left[index].take(runs[index])
             spills.append(spill)
             columns -= spill.count
+            if runs[index]:
+                heapq.heappush(fullest, left[index].key)
     return spills
 
 
-def _fullest(left: list[list[range]], candidates: Iterable[int], shortest: int) -> int | None:
-    able = [i for i in candidates if any(len(span) >= shortest for span in left[i])]
-    return max(able, key=lambda i: (sum(map(len, left[i])), -i), default=None)
+class _Left:
+    """What is left of one holding: whole runs, and what is shorter, each the oldest first."""
 
+    def __init__(self, index: int, holding: Holding, run_blocks: int) -> None:
+        self.index = index
+        self.blocks = sum(map(len, holding.blocks))
+        self.whole: deque[range] = deque()
+        self.short: deque[range] = deque()
+        for span in holding.blocks:
+            cut = span.stop - len(span) % run_blocks
+            self.whole.extend(span[at : at + run_blocks] for at in range(0, cut - span.start, run_blocks))
+            if cut < span.stop:
+                self.short.append(range(cut, span.stop))
 
-def _take(spans: list[range], holding: int, shortest: int, most: int) -> Spill:
-    """Cut the oldest possible run off the spans, in place."""
-    at = next(i for i, span in enumerate(spans) if len(span) >= shortest)
-    span = spans[at]
-    count = min(len(span), most)
-    spans[at : at + 1] = [span[count:]] if len(span) > count else []
-    return Spill(holding, span.start, count)
+    @property
+    def key(self) -> tuple[int, int]:
+        """The fullest first, and of equally full ones the one that was there first."""
+        return -self.blocks, self.index
+
+    def take(self, runs: deque[range]) -> Spill:
+        run = runs.popleft()
+        self.blocks -= len(run)
+        return Spill(self.index, run.start, len(run))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spilld.offload.disk.files.extent import verify
 from spilld.offload.disk.files.folder import Folder
-from spilld.offload.disk.index.index import Entry, Index, consistent
+from spilld.offload.disk.index.index import Index, IndexRow, consistent
 from spilld.offload.errors import ExtentCorrupt, FolderUnusable, IndexDamaged
 from spilld.offload.system import SystemCalls, page_aligned, read_fully
 
@@ -85,10 +85,10 @@ def _check(place: Folder, system: SystemCalls, repair: bool, progress: Callable[
 def _damaged(
     place: Folder,
     system: SystemCalls,
-    entries: list[Entry],
+    entries: list[IndexRow],
     report: Report,
     progress: Callable[[int, int], None],
-) -> list[Entry]:
+) -> list[IndexRow]:
     wrong = []
     done = 0
     for entry in entries:
@@ -107,7 +107,7 @@ def _damaged(
     return wrong
 
 
-def _verify(system: SystemCalls, file: int, entry: Entry, layer: int) -> None:
+def _verify(system: SystemCalls, file: int, entry: IndexRow, layer: int) -> None:
     identity = entry.identity
     buffer = page_aligned(identity.nbytes)
     offset = entry.range.offset + layer * identity.nbytes

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from spilld.offload.disk.files.extent import Move
+from spilld.offload.disk.files.extent import RunMove
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.disk.writer import CLOSE_S
 from spilld.offload.errors import (
@@ -42,12 +42,12 @@ PAUSE_S = 60.0
 
 
 @dataclass(frozen=True)
-class _Job:
+class _MoveJob:
     """What the I/O thread does for a move, and what the owner does once that has ended."""
 
-    move: Move
-    work: Callable[[Move], None]
-    then: Callable[[Move, OffloadError | None], None]
+    move: RunMove
+    work: Callable[[RunMove], None]
+    then: Callable[[RunMove, OffloadError | None], None]
 
 
 class Compaction:
@@ -82,8 +82,8 @@ class Compaction:
         self.moving = False
         self._not_before = clock()
         self._stopping = False
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._outcomes: queue.SimpleQueue[tuple[_Job, OffloadError | None]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_MoveJob | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[tuple[_MoveJob, OffloadError | None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="spilld-move", daemon=True)
         self._thread.start()
 
@@ -131,7 +131,7 @@ class Compaction:
         if self._wear is not None:
             self._wear.spend(move.nbytes)
         self.moving = True
-        self._jobs.put(_Job(move, self._copy, self._copied))
+        self._jobs.put(_MoveJob(move, self._copy, self._copied))
 
     def _take_in(self) -> None:
         while True:
@@ -141,21 +141,21 @@ class Compaction:
                 return
             self._end(*outcome)
 
-    def _end(self, job: _Job, error: OffloadError | None) -> None:
+    def _end(self, job: _MoveJob, error: OffloadError | None) -> None:
         job.then(job.move, error)
 
-    def _copied(self, move: Move, error: OffloadError | None) -> None:
+    def _copied(self, move: RunMove, error: OffloadError | None) -> None:
         if error is None:
             error = self._commit(move)
         self._disk.release(move.target)
         if error is None:
             self.bytes_moved += move.nbytes
-            self._jobs.put(_Job(move, self._make_durable, self._settled))
+            self._jobs.put(_MoveJob(move, self._make_durable, self._settled))
         else:
             self._disk.abandon(move.target)
             self._settled(move, error)
 
-    def _commit(self, move: Move) -> OffloadError | None:
+    def _commit(self, move: RunMove) -> OffloadError | None:
         if self._stopping:
             return WriteFailed("the disk tier is being closed")
         try:
@@ -164,7 +164,7 @@ class Compaction:
             return error
         return None
 
-    def _settled(self, move: Move, error: OffloadError | None) -> None:
+    def _settled(self, move: RunMove, error: OffloadError | None) -> None:
         """Nothing is read or written for the move any more."""
         self._disk.release(move.source)
         self.moving = False
@@ -181,7 +181,7 @@ class Compaction:
         while (job := self._jobs.get()) is not None:
             self._outcomes.put((job, self._try(job)))
 
-    def _try(self, job: _Job) -> OffloadError | None:
+    def _try(self, job: _MoveJob) -> OffloadError | None:
         try:
             job.work(job.move)
         except OffloadError as error:
@@ -193,13 +193,13 @@ class Compaction:
             return failed
         return None
 
-    def _copy(self, move: Move) -> None:
+    def _copy(self, move: RunMove) -> None:
         for layer in range(move.source.identity.layers):
             if self._stopping:
                 raise WriteFailed("the disk tier is being closed")
-            self._disk.copy_extent(move, layer, self._scratch)
-        self._disk.sync(move.target)
+            self._disk.io.copy_extent(move, layer, self._scratch)
+        self._disk.io.sync(move.target)
 
-    def _make_durable(self, _: Move) -> None:
+    def _make_durable(self, _: RunMove) -> None:
         """Before the old bytes are used again: a power cut must not bring the old row back."""
-        self._disk.sync_index()
+        self._disk.io.sync_index()

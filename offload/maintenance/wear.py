@@ -65,13 +65,9 @@ class WriteBudget:
         return admitted
 
     def spend(self, nbytes: int) -> None:
-        """A write begins. Noted in the index; a note that cannot be made is logged and forgotten."""
+        """A write begins, which the index writes down with its next transaction."""
         self._bucket.spend(nbytes)
-        spent = math.ceil(self.daily_bytes - self._bucket.left)
-        try:
-            self._index.note_spent(spent, int(self._clock()))
-        except (OSError, IndexDamaged) as error:
-            log.warning("what was written is not noted: %s", error)
+        self._index.note_spent(math.ceil(self.daily_bytes - self._bucket.left), int(self._clock()))
 
     def _spent_before(self) -> float:
         """What earlier processes spent and time has not brought back."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ParamSpec, TypeVar
 
 from spilld.offload.disk.files.extent import RunKey, RunPlace
 from spilld.offload.disk.index.index import Contents, Stretch
 from spilld.offload.disk.tier import DiskTier
-from spilld.offload.errors import ExtentMissing, IndexDamaged, TierFull
+from spilld.offload.errors import IndexDamaged, TierFull
 from spilld.offload.record import Layout
 
 from .eviction import Eviction, Policy, S3Fifo
@@ -29,15 +29,19 @@ class RunCache:
     chain is found from its start only. One thread calls everything.
     """
 
-    def __init__(self, tier: DiskTier, extent_bytes: int, policy: type[Policy] = S3Fifo) -> None:
+    def __init__(self, tier: DiskTier, extent_bytes: int, policy: Callable[[], Policy] = S3Fifo) -> None:
         """extent_bytes: the largest extent that can be read; larger ones, of other budgets, are not found."""
         self._tier = tier
         self._extent_bytes = extent_bytes
         self.evicted_runs = 0
+        self.pinned_bytes = 0
+        """Bytes of the runs that are here and pinned."""
         self._uses: Counter[RunKey] = Counter()
+        self._pins: Counter[RunKey] = Counter()
         self._eviction = Eviction(policy)
         self._parents: dict[RunKey, list[RunKey]] = {}
-        self._children: dict[RunKey, set[RunKey]] = defaultdict(set)
+        self._needs: Counter[RunKey] = Counter()
+        """Why runs must stay, known or not: how often each is used, and how many cached runs continue it."""
         for place in tier.runs():
             self.enter(place)
 
@@ -58,9 +62,11 @@ class RunCache:
         """A committed run is here from now on, used by nobody yet."""
         contents = self._tier.contents(place.run)
         self._eviction.insert(place.run, place.range.nbytes, contents.name)
+        if self._needs[place.run]:
+            self._eviction.hold(place.run)
         self._parents[place.run] = _or_nothing(self._tier.index.holders, contents.parent)
         for parent in self._parents[place.run]:
-            self._children[parent].add(place.run)
+            self._need(parent)
 
     def find(self, hashes: Sequence[bytes], first: int) -> list[Stretch]:
         """The longest chain of blocks first, first + 1, ... that is here and whose extents a reader with
@@ -81,7 +87,9 @@ class RunCache:
 
     def hold(self, runs: Iterable[RunKey]) -> None:
         """They stay until as many releases."""
-        self._uses.update(runs)
+        for run in runs:
+            self._uses[run] += 1
+            self._need(run)
 
     def acquire(self, runs: Sequence[RunKey]) -> None:
         """Hold runs that a request found here, which tells the policy that they are worth keeping. Once a
@@ -96,6 +104,24 @@ class RunCache:
         assert self._uses[run] >= 0, "a run is released more often than it was acquired"
         if not self._uses[run]:
             del self._uses[run]
+        self._need_no_more(run)
+
+    def pin(self, runs: Iterable[RunKey]) -> None:
+        """Hold runs that are here until unpin, and count their bytes."""
+        for run in runs:
+            self.hold([run])
+            self._pins[run] += 1
+            if self._pins[run] == 1 and run in self._tier:
+                self.pinned_bytes += self._tier.locate(run).range.nbytes
+
+    def unpin(self, runs: Iterable[RunKey]) -> None:
+        for run in runs:
+            self._pins[run] -= 1
+            if not self._pins[run]:
+                del self._pins[run]
+                if run in self._tier:
+                    self.pinned_bytes -= self._tier.locate(run).range.nbytes
+            self.release(run)
 
     def prioritise(self, runs: Iterable[RunKey], priority: int) -> None:
         """Runs of a higher priority are evicted after all of a lower one; 0 at first. Unknown ones are
@@ -104,19 +130,18 @@ class RunCache:
             if run in self._parents:
                 self._eviction.prioritise(run, priority)
 
-    def supersede(self, run: RunKey) -> None:
-        """Another serves all that this one did: it goes, unless it is held. Unknown runs are ignored."""
-        if run not in self._uses:
-            self.discard(run)
+    def supersede(self, *runs: RunKey) -> None:
+        """Others serve all that these did: they go, unless they are held. Unknown runs are ignored."""
+        self.discard(*(run for run in runs if run not in self._uses))
 
-    def discard(self, run: RunKey) -> None:
-        """What it holds is not what was written: nobody shall find it again. Unknown runs are ignored."""
-        try:
-            self._tier.delete(run)
-        except ExtentMissing:
-            return
-        self._eviction.remove(run)
-        self._unlink(run)
+    def discard(self, *runs: RunKey) -> None:
+        """What they hold is not what was written: nobody shall find them again. Unknown runs are ignored."""
+        known = [run for run in dict.fromkeys(runs) if run in self._tier]
+        self.pinned_bytes -= sum(self._tier.locate(run).range.nbytes for run in known if run in self._pins)
+        self._tier.delete(*known)
+        for run in known:
+            self._eviction.remove(run)
+            self._unlink(run)
 
     @property
     def cached_bytes(self) -> int:
@@ -124,29 +149,40 @@ class RunCache:
         return self._eviction.used_bytes
 
     def check_integrity(self, used: Mapping[RunKey, int]) -> None:
-        """The policy knows the tier's runs; `used` is how often sequences use each."""
+        """The policy knows the tier's runs; `used` is how often sequences use each, beside pins."""
         self._eviction.check_integrity()
         assert len(self._eviction) == len(self._tier.runs()), "the policy knows other runs than the tier"
-        assert dict(self._uses) == dict(used), "a use of a run is lost, or one too many"
+        assert dict(self._uses) == Counter(used) + self._pins, "a use of a run is lost, or one too many"
+        pinned = sum(self._tier.locate(run).range.nbytes for run in self._pins if run in self._tier)
+        assert self.pinned_bytes == pinned, "pinned_bytes is wrong"
 
     def _evict(self, nbytes: int) -> bool:
         """Make so many bytes free, not always in one place; False if nothing could go."""
-        victims = self._eviction.victims(nbytes, self._may_go)
-        for run in victims:
-            log.info("run %s is evicted", run.hex())
-            self._tier.delete(run)
-            self._eviction.evicted(run)
-            self.evicted_runs += 1
-            self._unlink(run)
+        victims: list[RunKey] = []
+        while nbytes > 0 and (entry := self._eviction.take()) is not None:
+            log.info("run %s is evicted", entry.key.hex())
+            self._unlink(entry.key)
+            victims.append(entry.key)
+            nbytes -= entry.nbytes
+        self._tier.delete(*victims)
+        self.evicted_runs += len(victims)
         return bool(victims)
-
-    def _may_go(self, run: RunKey, going: Set[RunKey]) -> bool:
-        return run not in self._uses and self._children.get(run, set()) <= going
 
     def _unlink(self, run: RunKey) -> None:
         for parent in self._parents.pop(run):
-            self._children[parent].discard(run)
-        self._children.pop(run, None)
+            self._need_no_more(parent)
+
+    def _need(self, run: RunKey) -> None:
+        self._needs[run] += 1
+        if self._needs[run] == 1 and run in self._eviction:
+            self._eviction.hold(run)
+
+    def _need_no_more(self, run: RunKey) -> None:
+        self._needs[run] -= 1
+        if not self._needs[run]:
+            del self._needs[run]
+            if run in self._eviction:
+                self._eviction.release(run)
 
 
 def _or_nothing(ask: Callable[P, list[T]], *args: P.args, **kwargs: P.kwargs) -> list[T]:

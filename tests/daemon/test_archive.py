@@ -27,7 +27,7 @@ from spilld.errors import (
 )
 from spilld.kv.visibility import BLOCK
 from spilld.models.model import Model
-from spilld.offload.disk.tier import DiskTier
+from spilld.offload.disk.files.extent_io import ExtentIO
 from spilld.offload.errors import WriteFailed
 from spilld.offload.maintenance.check import check
 from spilld.offload.prefix_cache.block_hash import chain, root
@@ -422,7 +422,8 @@ def test_a_disk_that_fails_costs_the_kv_only(
 
     with engine(model, tmp_path / "s") as harness:
         with monkeypatch.context() as broken:
-            broken.setattr(disk_tier(harness), call, fail)
+            tier = disk_tier(harness)
+            broken.setattr(tier if call == "commit" else tier.io, call, fail)
             answer = imported(harness, content)
         assert (answer.cached_tokens, runs(harness)) == (0, 0)
         assert "no more" in answer.note
@@ -452,14 +453,14 @@ def test_it_is_whole_although_others_want_the_room(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is being exported is not evicted meanwhile; requests go on."""
-    read = DiskTier.read_extent
+    read = ExtentIO.read_extent
 
     def slowly(*given: Any) -> Any:
         if threading.current_thread().name.startswith("spilld-archive"):
             time.sleep(0.2)
         return read(*given)
 
-    monkeypatch.setattr(DiskTier, "read_extent", slowly)
+    monkeypatch.setattr(ExtentIO, "read_extent", slowly)
     host = smallest_host_budget(model, "exact")
     with engine(model, tmp_path / "s", format="exact", disk_budget="4MiB", host_budget=host) as harness:
         harness.ask(PROMPT, session="s", **FIELDS)

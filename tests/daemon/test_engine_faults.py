@@ -179,7 +179,7 @@ def test_a_request_whose_kv_stays_lost_fails_alone(model: Model, expected: list[
                     ):
                         raise error(errno.EIO)
 
-        tier.system = Faulty(fails)
+        tier.io._system = Faulty(fails)
         harness.run()
         with pytest.raises(StorageFailed, match="lost 3 times"):
             harness.tokens("r")

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lru import Lru
 
 from spilld.offload.disk.files.extent import RunKey, RunPlace, extent_bytes
 from spilld.offload.disk.index.index import Contents, Stretch
-from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import IndexDamaged, TierFull
 from spilld.offload.prefix_cache.block_hash import chain_hash, root
-from spilld.offload.prefix_cache.eviction import Lru
 from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.system import page_aligned
 
 from .faults import ScriptedSystem
+from .run_tier import RunTier
 from .tier_contract import FINGERPRINT, LAYERS, LAYOUT, blocks, key
 
 COUNT = 2
@@ -41,12 +41,12 @@ def history(lineage: int, count: int = 20) -> list[bytes]:
 NAMES = history(0)
 
 
-def open_tier(folder: Path) -> DiskTier:
-    return DiskTier(folder, ROOM * RUN_BYTES, LAYOUT, LAYERS, FINGERPRINT, ScriptedSystem())
+def open_tier(folder: Path) -> RunTier:
+    return RunTier(folder, ROOM * RUN_BYTES, LAYOUT, LAYERS, FINGERPRINT, ScriptedSystem())
 
 
 @pytest.fixture
-def tier(tmp_path: Path) -> Iterator[DiskTier]:
+def tier(tmp_path: Path) -> Iterator[RunTier]:
     tier = open_tier(tmp_path / "kv")
     yield tier
     tier.check_integrity()
@@ -54,7 +54,7 @@ def tier(tmp_path: Path) -> Iterator[DiskTier]:
 
 
 @pytest.fixture
-def cache(tier: DiskTier) -> RunCache:
+def cache(tier: RunTier) -> RunCache:
     return RunCache(tier, EXTENT, Lru)
 
 
@@ -66,22 +66,22 @@ def reserve(cache: RunCache, n: int, first: int, names: list[bytes] = NAMES, cou
     )
 
 
-def put(tier: DiskTier, cache: RunCache, n: int, first: int, names: list[bytes] = NAMES) -> None:
+def put(tier: RunTier, cache: RunCache, n: int, first: int, names: list[bytes] = NAMES) -> None:
     """Run n holds blocks first and first + 1 of a history."""
     place = reserve(cache, n, first, names)
     scratch = page_aligned(place.identity.nbytes)
     for layer, records in enumerate(blocks(n, COUNT)):
-        tier.write_extent(place, layer, records, np.arange(COUNT), scratch)
-    tier.sync(place)
+        tier.io.write_extent(place, layer, records, np.arange(COUNT), scratch)
+    tier.io.sync(place)
     tier.commit(place)
     cache.enter(place)
 
 
-def numbers(tier: DiskTier) -> set[int]:
+def numbers(tier: RunTier) -> set[int]:
     return {int.from_bytes(place.run, "big") for place in tier.runs()}
 
 
-def test_a_committed_run_is_cached_and_found(tier: DiskTier, cache: RunCache) -> None:
+def test_a_committed_run_is_cached_and_found(tier: RunTier, cache: RunCache) -> None:
     put(tier, cache, 1, 1)
     put(tier, cache, 2, 3)
     assert cache.find(NAMES[1:], 1) == [Stretch(key(1), 1, 1, 2), Stretch(key(2), 3, 3, 2)]
@@ -90,7 +90,7 @@ def test_a_committed_run_is_cached_and_found(tier: DiskTier, cache: RunCache) ->
     cache.check_integrity({})
 
 
-def test_room_is_made_by_evicting_the_least_recently_used(tier: DiskTier, cache: RunCache) -> None:
+def test_room_is_made_by_evicting_the_least_recently_used(tier: RunTier, cache: RunCache) -> None:
     for n in range(ROOM):
         put(tier, cache, n, 1, history(n))
     cache.acquire([key(0)])
@@ -101,7 +101,7 @@ def test_room_is_made_by_evicting_the_least_recently_used(tier: DiskTier, cache:
     cache.check_integrity({})
 
 
-def test_what_is_used_stays(tier: DiskTier, cache: RunCache) -> None:
+def test_what_is_used_stays(tier: RunTier, cache: RunCache) -> None:
     for n in range(ROOM):
         put(tier, cache, n, 1, history(n))
     runs = [key(n) for n in range(ROOM)]
@@ -118,7 +118,7 @@ def test_what_is_used_stays(tier: DiskTier, cache: RunCache) -> None:
     cache.check_integrity(Counter(key(n) for n in (0, 1, 2, 4)))
 
 
-def test_a_release_too_many_is_a_bug(tier: DiskTier, cache: RunCache) -> None:
+def test_a_release_too_many_is_a_bug(tier: RunTier, cache: RunCache) -> None:
     put(tier, cache, 1, 1)
     cache.acquire([key(1)])
     cache.release(key(1))
@@ -126,7 +126,7 @@ def test_a_release_too_many_is_a_bug(tier: DiskTier, cache: RunCache) -> None:
         cache.release(key(1))
 
 
-def test_integrity_checks_notice(tier: DiskTier, cache: RunCache) -> None:
+def test_integrity_checks_notice(tier: RunTier, cache: RunCache) -> None:
     put(tier, cache, 1, 1)
     with pytest.raises(AssertionError, match="a use of a run"):
         cache.check_integrity({key(1): 1})
@@ -135,7 +135,7 @@ def test_integrity_checks_notice(tier: DiskTier, cache: RunCache) -> None:
         cache.check_integrity({})
 
 
-def test_a_chain_goes_from_its_end(tier: DiskTier, cache: RunCache) -> None:
+def test_a_chain_goes_from_its_end(tier: RunTier, cache: RunCache) -> None:
     """Though its beginning was used longest ago."""
     for n in range(ROOM):
         put(tier, cache, n, 1 + COUNT * n)
@@ -148,7 +148,7 @@ def test_a_chain_goes_from_its_end(tier: DiskTier, cache: RunCache) -> None:
         reserve(cache, 30, 1, history(30))
 
 
-def test_what_a_used_run_continues_stays(tier: DiskTier, cache: RunCache) -> None:
+def test_what_a_used_run_continues_stays(tier: RunTier, cache: RunCache) -> None:
     for n in range(3):
         put(tier, cache, n, 1 + COUNT * n)
     cache.acquire([key(1)])
@@ -158,7 +158,7 @@ def test_what_a_used_run_continues_stays(tier: DiskTier, cache: RunCache) -> Non
     assert 2 not in numbers(tier)
 
 
-def test_a_tail_goes_before_its_anchor(tier: DiskTier, cache: RunCache) -> None:
+def test_a_tail_goes_before_its_anchor(tier: RunTier, cache: RunCache) -> None:
     put(tier, cache, 1, 1)
     place = cache.reserve(
         key(2), first=1, count=COUNT, chain=NAMES[2], contents=Contents(NAMES[2], tokens=(7,)), layout=LAYOUT
@@ -172,7 +172,7 @@ def test_a_tail_goes_before_its_anchor(tier: DiskTier, cache: RunCache) -> None:
     assert cache.find(NAMES[1:], 1) == [Stretch(key(1), 1, 1, 2)]
 
 
-def test_a_fork_keeps_what_both_continue(tier: DiskTier, cache: RunCache) -> None:
+def test_a_fork_keeps_what_both_continue(tier: RunTier, cache: RunCache) -> None:
     branch = [*NAMES[:3], *(chain_hash(NAMES[2], [n]) for n in range(5))]
     put(tier, cache, 1, 1)
     put(tier, cache, 2, 3)
@@ -185,7 +185,7 @@ def test_a_fork_keeps_what_both_continue(tier: DiskTier, cache: RunCache) -> Non
     assert numbers(tier) == {1, 10, 11, 12, 13}
 
 
-def test_a_discarded_run_is_not_found_and_its_room_is_free(tier: DiskTier, cache: RunCache) -> None:
+def test_a_discarded_run_is_not_found_and_its_room_is_free(tier: RunTier, cache: RunCache) -> None:
     put(tier, cache, 1, 1)
     put(tier, cache, 2, 3)
     cache.acquire([key(1)])
@@ -200,7 +200,7 @@ def test_a_discarded_run_is_not_found_and_its_room_is_free(tier: DiskTier, cache
     assert cache.find(NAMES[1:], 1) == [Stretch(key(3), 1, 1, 2), Stretch(key(2), 3, 3, 2)]
 
 
-def test_a_victim_that_is_being_read_gives_no_room_yet(tier: DiskTier, cache: RunCache) -> None:
+def test_a_victim_that_is_being_read_gives_no_room_yet(tier: RunTier, cache: RunCache) -> None:
     for n in range(ROOM):
         put(tier, cache, n, 1, history(n))
     places = [tier.locate(key(n)) for n in range(ROOM)]
@@ -216,7 +216,7 @@ def test_a_victim_that_is_being_read_gives_no_room_yet(tier: DiskTier, cache: Ru
     assert (numbers(tier), tier.used_bytes) == ({10}, 3 * RUN_BYTES)
 
 
-def test_a_run_too_long_for_the_readers_is_not_found(tier: DiskTier, cache: RunCache) -> None:
+def test_a_run_too_long_for_the_readers_is_not_found(tier: RunTier, cache: RunCache) -> None:
     put(tier, cache, 1, 1)
     put(tier, cache, 2, 3)
     assert len(RunCache(tier, EXTENT, Lru).find(NAMES[1:], 1)) == 2
@@ -228,7 +228,7 @@ def test_a_run_of_other_layers_is_not_found(tmp_path: Path) -> None:
     tier = open_tier(tmp_path / "kv")
     put(tier, RunCache(tier, EXTENT, Lru), 1, 1)
     tier.close()
-    fewer = DiskTier(tmp_path / "kv", ROOM * RUN_BYTES, LAYOUT, LAYERS - 1, FINGERPRINT, ScriptedSystem())
+    fewer = RunTier(tmp_path / "kv", ROOM * RUN_BYTES, LAYOUT, LAYERS - 1, FINGERPRINT, ScriptedSystem())
     assert numbers(fewer) == {1}
     assert RunCache(fewer, EXTENT, Lru).find(NAMES[1:], 1) == []
     fewer.close()
@@ -260,7 +260,7 @@ def test_a_restart_knows_chains_and_the_order_of_use(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "disk I/O error"), IndexDamaged("malformed")])
 def test_an_index_that_cannot_be_asked_knows_nothing(
-    tier: DiskTier, cache: RunCache, monkeypatch: pytest.MonkeyPatch, error: Exception
+    tier: RunTier, cache: RunCache, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     put(tier, cache, 1, 1)
     place = reserve(cache, 2, 3)
@@ -279,7 +279,7 @@ def test_an_index_that_cannot_be_asked_knows_nothing(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_it_never_loses_what_is_used_or_breaks_a_chain(tier: DiskTier, cache: RunCache, seed: int) -> None:
+def test_it_never_loses_what_is_used_or_breaks_a_chain(tier: RunTier, cache: RunCache, seed: int) -> None:
     """Random requests: each finds its history, uses it, computes on, and lets go some time later."""
     choose = random.Random(seed)
     using: list[list[RunKey]] = []

@@ -16,7 +16,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from spilld.offload.disk.files.extent import HEADER_BYTES, RunPlace, extent_bytes
 from spilld.offload.disk.files.segment import Range
-from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import (
     ExtentMissing,
     FolderInUse,
@@ -30,6 +29,7 @@ from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.system import page_aligned
 
 from .faults import Fault, ScriptedSystem, Short, Stall, error
+from .run_tier import RunTier
 from .test_disk import names, peek, poke, segment_of
 from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, assert_tier, blocks, key, put
 
@@ -60,7 +60,7 @@ class Rig:
 
     def start(self) -> None:
         self.system = ScriptedSystem(durable=True)
-        self.tier = DiskTier(
+        self.tier = RunTier(
             *(self.home / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT, self.system),
             segment_bytes=SEGMENT_RUNS * RUN_BYTES,
         )
@@ -275,7 +275,7 @@ class TestRate:
 
 def last(rig: Rig) -> RunPlace:
     """The run that moves next."""
-    number, _ = next(rig.tier._space.moves())
+    number, _ = next(rig.tier._files.space.moves())
     return max(
         (place for place in rig.tier.runs() if place.range.segment == number),
         key=lambda place: place.range.offset,
@@ -302,7 +302,7 @@ class TestLeases:
         rig.put(20)
         buffer = page_aligned(EXTENT)
         for layer in range(LAYERS):
-            records = rig.tier.read_extent(place, layer, buffer)
+            records = rig.tier.io.read_extent(place, layer, buffer)
             np.testing.assert_array_equal(records, blocks(number_of(place), COUNT)[layer])
         rig.tier.release(place)
         with pytest.raises(ValueError, match="more often"):
@@ -449,13 +449,13 @@ class TestFaults:
         rig.compact()
         rig.check(runs)
         rig.system.script.clear()
-        rig.tier._trim()
+        rig.tier._files.trim()
         assert rig.tier.used_bytes == 4 * RUN_BYTES
 
     @pytest.mark.parametrize("layer", range(LAYERS))
     def test_a_damaged_run_is_discarded_and_not_copied(self, rig: Rig, layer: int) -> None:
         runs, place = rig.sparse(), last(rig)
-        hole = next(rig.tier._space.moves())[1]
+        hole = next(rig.tier._files.space.moves())[1]
         path, where = segment_of(rig.home, place), place.offset(layer) + HEADER_BYTES + 100
         poke(path, where, bytes([peek(path, where, 1)[0] ^ 1]))
         target = path.with_name(f"{hole.segment:08}.segment"), hole.offset + layer * EXTENT, EXTENT
@@ -478,7 +478,7 @@ class TestFaults:
             raise RuntimeError("a bug")
 
         with monkeypatch.context() as patched:
-            patched.setattr(rig.tier, "copy_extent", fail)
+            patched.setattr(rig.tier.io, "copy_extent", fail)
             rig.step()
         assert "a bug" in caplog.text
         rig.clock.now += PAUSE_S
@@ -520,7 +520,7 @@ def test_a_run_that_moved_before_is_not_moved_from_there(rig: Rig) -> None:
     assert first.source == second.source
     scratch = page_aligned(EXTENT)
     for layer in range(LAYERS):
-        rig.tier.copy_extent(first, layer, scratch)
+        rig.tier.io.copy_extent(first, layer, scratch)
     rig.tier.moved(first)
     with pytest.raises(ExtentMissing, match="no longer"):
         rig.tier.moved(second)
@@ -615,7 +615,7 @@ class CompactionMachine(RuleBasedStateMachine):
                 np.testing.assert_array_equal(tier.get(key(n), layer), records)
         for n, count, place in self.held:
             buffer = page_aligned(place.identity.nbytes)
-            np.testing.assert_array_equal(tier.read_extent(place, 1, buffer), blocks(n, count)[1])
+            np.testing.assert_array_equal(tier.io.read_extent(place, 1, buffer), blocks(n, count)[1])
 
     def teardown(self) -> None:
         for _, _, place in self.held:

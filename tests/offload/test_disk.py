@@ -18,7 +18,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from spilld.offload.disk.files.extent import HEADER_BYTES, HEADER_FIELDS, RunPlace
 from spilld.offload.disk.index.index import Contents
-from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import (
     BudgetTooSmall,
     ExtentCorrupt,
@@ -33,6 +32,7 @@ from spilld.offload.size import size
 from spilld.offload.system import page_aligned
 
 from .faults import Fault, ScriptedSystem, Short, error
+from .run_tier import RunTier
 from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, assert_tier, blocks, chain, key, put
 
 CHECKSUM_AT, CHECKSUM_SIZE = HEADER_FIELDS["checksum"]
@@ -44,15 +44,15 @@ def system() -> ScriptedSystem:
 
 
 @pytest.fixture
-def tier(tmp_path: Path, system: ScriptedSystem) -> Iterator[DiskTier]:
+def tier(tmp_path: Path, system: ScriptedSystem) -> Iterator[RunTier]:
     tier = open_tier(tmp_path / "kv", system)
     yield tier
     tier.check_integrity()
     tier.close()
 
 
-def open_tier(folder: Path, system: ScriptedSystem, budget: int = BUDGET) -> DiskTier:
-    return DiskTier(folder, budget, LAYOUT, LAYERS, FINGERPRINT, system, segment_bytes=BUDGET // 3)
+def open_tier(folder: Path, system: ScriptedSystem, budget: int = BUDGET) -> RunTier:
+    return RunTier(folder, budget, LAYOUT, LAYERS, FINGERPRINT, system, segment_bytes=BUDGET // 3)
 
 
 def names(folder: Path) -> set[str]:
@@ -86,7 +86,7 @@ def seal_again(path: Path, offset: int, payload_bytes: int) -> None:
 
 
 class TestDamage:
-    def test_the_file_holds_what_the_format_says(self, tier: DiskTier, tmp_path: Path) -> None:
+    def test_the_file_holds_what_the_format_says(self, tier: RunTier, tmp_path: Path) -> None:
         """Read by hand from the byte table in FORMAT.md, not by the code under test."""
         put(tier, 7, 3)
         place = tier.locate(key(7))
@@ -124,7 +124,7 @@ class TestDamage:
     @pytest.mark.parametrize("forged", [False, True], ids=["careless", "forged"])
     @pytest.mark.parametrize("field", HEADER_FIELDS)
     def test_every_header_field_is_verified(
-        self, tier: DiskTier, tmp_path: Path, field: str, forged: bool
+        self, tier: RunTier, tmp_path: Path, field: str, forged: bool
     ) -> None:
         put(tier, 1)
         put(tier, 2)
@@ -142,7 +142,7 @@ class TestDamage:
             seal_again(path, place.offset(1), place.identity.payload_bytes)
         assert_tier(tier, {1: 2, 2: 2})
 
-    def test_every_part_of_the_payload_is_verified(self, tier: DiskTier, tmp_path: Path) -> None:
+    def test_every_part_of_the_payload_is_verified(self, tier: RunTier, tmp_path: Path) -> None:
         put(tier, 1)
         place = tier.locate(key(1))
         path, payload = segment_of(tmp_path, place), place.identity.payload_bytes
@@ -155,7 +155,7 @@ class TestDamage:
             poke(path, where, before)
         assert_tier(tier, {1: 2})
 
-    def test_extents_that_changed_places_are_not_served(self, tier: DiskTier, tmp_path: Path) -> None:
+    def test_extents_that_changed_places_are_not_served(self, tier: RunTier, tmp_path: Path) -> None:
         """Each is intact in itself: only identity can tell."""
         put(tier, 1)
         put(tier, 2)
@@ -172,7 +172,7 @@ class TestDamage:
 
     def test_extents_of_another_model_are_not_served(self, tmp_path: Path) -> None:
         for name, fingerprint in (("ours", FINGERPRINT), ("theirs", bytes(32))):
-            other = DiskTier(tmp_path / name, BUDGET, LAYOUT, LAYERS, fingerprint)
+            other = RunTier(tmp_path / name, BUDGET, LAYOUT, LAYERS, fingerprint)
             put(other, 1)
             place = other.locate(key(1))
             raw = peek(tmp_path / name / "00000000.segment", place.offset(0), place.identity.nbytes)
@@ -185,7 +185,7 @@ class TestDamage:
             other.close()
 
     @pytest.mark.parametrize("left", [0, 100, 4096, 4800])
-    def test_a_truncated_file_is_corrupt_not_padded(self, tier: DiskTier, tmp_path: Path, left: int) -> None:
+    def test_a_truncated_file_is_corrupt_not_padded(self, tier: RunTier, tmp_path: Path, left: int) -> None:
         put(tier, 1)
         place = tier.locate(key(1))
         path = segment_of(tmp_path, place)
@@ -202,7 +202,7 @@ class TestDamage:
 
 class TestFaults:
     def test_short_and_interrupted_transfers_are_completed(
-        self, tier: DiskTier, system: ScriptedSystem
+        self, tier: RunTier, system: ScriptedSystem
     ) -> None:
         parts: list[Fault] = [Short(4096), InterruptedError(), Short(100), Short(4200), None, Short(8191)]
         system.script["pwritev"].extend([*parts, *parts])
@@ -218,7 +218,7 @@ class TestFaults:
         [("pwritev", 0), ("pwritev", 2), ("fdatasync", 0), ("ftruncate", 0), ("fsync_folder", 0)],
     )
     def test_a_run_that_cannot_be_written_is_absent(
-        self, tier: DiskTier, system: ScriptedSystem, call: str, at: int, number: int
+        self, tier: RunTier, system: ScriptedSystem, call: str, at: int, number: int
     ) -> None:
         system.script[call].extend([*[None] * at, error(number)])
         with pytest.raises(WriteFailed) as caught:
@@ -239,20 +239,20 @@ class TestFaults:
         assert_tier(tier, {1: 2, 2: 2, 3: 4})
 
     def test_a_file_that_cannot_be_made_is_a_failed_write(
-        self, tier: DiskTier, system: ScriptedSystem
+        self, tier: RunTier, system: ScriptedSystem
     ) -> None:
         system.script["open"].append(error(errno.EMFILE))
         with pytest.raises(WriteFailed):
             put(tier, 1)
         assert_tier(tier, {})
 
-    def test_a_write_that_makes_no_progress_ends(self, tier: DiskTier, system: ScriptedSystem) -> None:
+    def test_a_write_that_makes_no_progress_ends(self, tier: RunTier, system: ScriptedSystem) -> None:
         system.script["pwritev"].append(Short(0))
         with pytest.raises(WriteFailed, match="no more bytes"):
             put(tier, 1)
         assert_tier(tier, {})
 
-    def test_a_failed_read_says_so_and_passes(self, tier: DiskTier, system: ScriptedSystem) -> None:
+    def test_a_failed_read_says_so_and_passes(self, tier: RunTier, system: ScriptedSystem) -> None:
         put(tier, 1)
         system.script["preadv"].append(error(errno.EIO))
         with pytest.raises(ReadError) as caught:
@@ -260,7 +260,7 @@ class TestFaults:
         assert isinstance(caught.value.__cause__, OSError)
         assert_tier(tier, {1: 2})
 
-    def test_the_name_of_a_new_segment_is_synced_once(self, tier: DiskTier, system: ScriptedSystem) -> None:
+    def test_the_name_of_a_new_segment_is_synced_once(self, tier: RunTier, system: ScriptedSystem) -> None:
         for n in range(3):
             put(tier, n, 1)
         assert system.calls["fsync_folder"] == 1
@@ -268,7 +268,7 @@ class TestFaults:
 
     @pytest.mark.parametrize("call", ["ftruncate", "unlink"])
     def test_a_file_that_will_not_shrink_stays_counted_and_is_used_again(
-        self, tier: DiskTier, system: ScriptedSystem, call: str
+        self, tier: RunTier, system: ScriptedSystem, call: str
     ) -> None:
         put(tier, 1, 1)
         if call == "ftruncate":
@@ -284,7 +284,7 @@ class TestFaults:
 
 
 class TestLeases:
-    def test_space_is_not_reused_while_somebody_reads(self, tier: DiskTier) -> None:
+    def test_space_is_not_reused_while_somebody_reads(self, tier: RunTier) -> None:
         put(tier, 1)
         put(tier, 2)
         place = tier.locate(key(1))
@@ -297,7 +297,7 @@ class TestLeases:
         put(tier, 3)
         assert tier.locate(key(3)).range != place.range
         buffer = page_aligned(place.identity.nbytes)
-        np.testing.assert_array_equal(tier.read_extent(place, 1, buffer), blocks(1, 2)[1])
+        np.testing.assert_array_equal(tier.io.read_extent(place, 1, buffer), blocks(1, 2)[1])
         tier.release(place)
         put(tier, 4)
         assert tier.locate(key(4)).range != place.range
@@ -308,7 +308,7 @@ class TestLeases:
             tier.release(place)
         assert_tier(tier, {2: 2, 3: 2, 4: 2, 5: 2})
 
-    def test_a_reserved_run_is_not_there_yet(self, tier: DiskTier) -> None:
+    def test_a_reserved_run_is_not_there_yet(self, tier: RunTier) -> None:
         place = tier.reserve(key(1), first=1, count=2, chain_hash=chain(1))
         assert key(1) not in tier
         with pytest.raises(ExtentMissing):
@@ -321,7 +321,7 @@ class TestLeases:
                 finish(place)
         assert tier.used_bytes == 0
 
-    def test_a_run_abandoned_while_it_is_written_keeps_its_space_until_then(self, tier: DiskTier) -> None:
+    def test_a_run_abandoned_while_it_is_written_keeps_its_space_until_then(self, tier: RunTier) -> None:
         place = tier.reserve(key(1), first=1, count=2, chain_hash=chain(1))
         tier.hold(place)
         tier.abandon(place)
@@ -332,14 +332,14 @@ class TestLeases:
 
 
 class TestFolder:
-    def test_one_daemon_a_folder(self, tier: DiskTier, tmp_path: Path) -> None:
+    def test_one_daemon_a_folder(self, tier: RunTier, tmp_path: Path) -> None:
         put(tier, 1)
         with pytest.raises(FolderInUse):
-            DiskTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT)
+            RunTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT)
         assert_tier(tier, {1: 2})
 
     def test_it_is_private_and_clean(self, tmp_path: Path) -> None:
-        tier = DiskTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT)
+        tier = RunTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT)
         put(tier, 1)
         assert (tmp_path / "kv").stat().st_mode & 0o777 == 0o700
         assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "kv").iterdir())
@@ -385,7 +385,7 @@ class TestFolder:
         (tmp_path / "file").write_text("")
         for folder in (tmp_path / "no" / "parent", tmp_path / "file"):
             with pytest.raises(FolderUnusable, match=folder.name):
-                DiskTier(folder, BUDGET, LAYOUT, LAYERS, FINGERPRINT)
+                RunTier(folder, BUDGET, LAYOUT, LAYERS, FINGERPRINT)
         system = ScriptedSystem()
         system.script["pwritev"].append(error(errno.ENOSPC))
         with pytest.raises(FolderUnusable, match="No space"):
@@ -454,8 +454,8 @@ class TestReopening:
         place = tier.reserve(key(2), first=2, count=2, chain_hash=chain(2))
         scratch = page_aligned(place.identity.nbytes)
         for layer, records in enumerate(blocks(2, 2)):
-            tier.write_extent(place, layer, records, np.arange(2), scratch)
-        tier.sync(place)
+            tier.io.write_extent(place, layer, records, np.arange(2), scratch)
+        tier.io.sync(place)
         tier.close()
         tier = open_tier(tmp_path / "kv", ScriptedSystem())
         assert_tier(tier, {1: 2})
@@ -517,7 +517,7 @@ class TestReopening:
         tier.close()
 
     def test_runs_of_another_model_take_room_and_are_not_served(self, tmp_path: Path) -> None:
-        tier = DiskTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, bytes(32))
+        tier = RunTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, bytes(32))
         put(tier, 1)
         theirs = tier.locate(key(1))
         tier.close()
@@ -624,7 +624,7 @@ class TestIndexFaults:
         raise OSError(errno.ENOSPC, "database or disk is full")
 
     def test_a_run_that_the_index_does_not_take_is_absent(
-        self, tier: DiskTier, monkeypatch: pytest.MonkeyPatch
+        self, tier: RunTier, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         put(tier, 1)
         used = tier.used_bytes
@@ -680,12 +680,13 @@ class TestIndexFaults:
         tier.close()
 
     def test_a_use_that_cannot_be_noted_is_no_error(
-        self, tier: DiskTier, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, tier: RunTier, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         put(tier, 1)
         with monkeypatch.context() as patched:
-            patched.setattr(tier.index, "touch", self.fail)
+            patched.setattr(tier.index, "write_notes", self.fail)
             tier.touch([key(1)])
+            tier.write_notes()
         assert "not noted" in caplog.text
         assert_tier(tier, {1: 2})
 
@@ -788,7 +789,7 @@ class DiskMachine(RuleBasedStateMachine):
             np.testing.assert_array_equal(self.tier.get(key(n), 2), blocks(n, count)[2])
         for n, count, place in self.held:
             buffer = page_aligned(place.identity.nbytes)
-            np.testing.assert_array_equal(self.tier.read_extent(place, 1, buffer), blocks(n, count)[1])
+            np.testing.assert_array_equal(self.tier.io.read_extent(place, 1, buffer), blocks(n, count)[1])
 
     def teardown(self) -> None:
         for _, _, place in self.held:

@@ -20,7 +20,6 @@ from spilld.offload.disk.files.extent import RunKey, extent_bytes
 from spilld.offload.disk.files.segment import Range
 from spilld.offload.disk.index.database import Database
 from spilld.offload.disk.prefetch import Prefetcher, Read
-from spilld.offload.disk.tier import DiskTier
 from spilld.offload.disk.writer import Spiller
 from spilld.offload.errors import (
     ExtentCorrupt,
@@ -38,6 +37,7 @@ from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.system import PAGE, SystemCalls, page_aligned
 
 from .faults import ScriptedSystem, Stall, error
+from .run_tier import RunTier, on_system
 from .test_disk import open_tier
 from .test_durable import numbers, read_tail, stored
 from .test_store import COLUMNS, RUN, Known, Rig, content, rigged
@@ -105,7 +105,7 @@ class Choppy(SystemCalls):
 def test_what_is_written_in_parts_is_read_whole(tmp_path: Path, seed: int) -> None:
     runs = {n: 1 + (5 * n + seed) % 12 for n in range(10)}
     for system in (Choppy(seed), Choppy(100 + seed)):
-        tier = DiskTier(tmp_path / "kv", 4_000_000, LAYOUT, LAYERS, bytes(32), system)
+        tier = RunTier(tmp_path / "kv", 4_000_000, LAYOUT, LAYERS, bytes(32), system)
         for n, count in runs.items():
             if key(n) in tier:
                 tier.delete(key(n))
@@ -113,14 +113,15 @@ def test_what_is_written_in_parts_is_read_whole(tmp_path: Path, seed: int) -> No
         assert_tier(tier, runs)
         system.assert_met()
         tier.close()
-        tier = DiskTier(tmp_path / "kv", 4_000_000, LAYOUT, LAYERS, bytes(32))
+        tier = RunTier(tmp_path / "kv", 4_000_000, LAYOUT, LAYERS, bytes(32))
         assert_tier(tier, runs)
         tier.close()
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_threads_that_are_interrupted_lose_nothing(rig: Rig, seed: int) -> None:
-    system = rig.path.tier.system = Choppy(seed)
+    system = Choppy(seed)
+    on_system(rig.path.tier, system)
     known, tails = rig.open(4 * COLUMNS), {(1, 2): numbers(1), (3,): numbers(2)}
     while len(known.blocks) < 4 * COLUMNS:
         rig.fill(known, RUN)
@@ -132,7 +133,7 @@ def test_threads_that_are_interrupted_lose_nothing(rig: Rig, seed: int) -> None:
     rig.check()
     system.assert_met()
     rig.reopen()
-    rig.path.tier.system = Choppy(seed + 50)
+    on_system(rig.path.tier, Choppy(seed + 50))
     again = rig.open(4 * COLUMNS, like=known.names)
     assert rig.attach(again) == 4 * COLUMNS
     rig.check()
@@ -381,7 +382,7 @@ def test_host_memory_is_served_when_the_disk_is_gone(rig: Rig, index: bool) -> N
     rig.fill(new, 2 * RUN)
     before = committed(rig.sequences)
     assert len(before) == 2
-    system = rig.path.tier.system = Vanishing(0, again=NEVER)
+    system = on_system(rig.path.tier, Vanishing(0, again=NEVER))
     reasons: set[int] = set()
     with index_that_follows(system) if index else nullcontext():
         rig.fill(new, RUN)
@@ -409,7 +410,7 @@ def test_host_memory_is_served_when_the_disk_is_gone(rig: Rig, index: bool) -> N
         rig.store.stats()
         rig.close()
         with pytest.raises(FolderUnusable):
-            DiskTier(rig.folder, 1 << 20, LAYOUT, LAYERS, bytes(32), system)
+            RunTier(rig.folder, 1 << 20, LAYOUT, LAYERS, bytes(32), system)
     assert reasons == {errno.EIO, errno.ENODEV}
     rig.start()
     assert_runs(rig, before)
@@ -433,7 +434,7 @@ def test_a_disk_may_go_at_any_call(tmp_path: Path, index: bool) -> None:
         home = tmp_path / str(calls)
         home.mkdir()
         with rigged(home, disk_runs=30) as rig:
-            system = rig.path.tier.system = Vanishing(calls)
+            system = on_system(rig.path.tier, Vanishing(calls))
             with index_that_follows(system) if index else nullcontext():
                 before = a_day(rig)
                 system.go()
@@ -491,7 +492,7 @@ def test_a_file_that_will_not_close_is_no_error_of_what_gave_it_up(
 ) -> None:
     tier = open_tier(tmp_path / "kv", ScriptedSystem())
     put(tier, 1)
-    tier.system = Unclosable()
+    on_system(tier, Unclosable())
     tier.delete(key(1))
     assert_tier(tier, {})
     assert "cannot close" in caplog.text
@@ -511,7 +512,7 @@ class History:
 
     folder: Path
     seed: int
-    tier: DiskTier = field(init=False)
+    tier: RunTier = field(init=False)
     live: dict[int, tuple[int, Range]] = field(default_factory=dict)
     """By run: blocks and place."""
     durable: dict[int, tuple[int, Range]] = field(default_factory=dict)
@@ -571,8 +572,8 @@ class History:
             return
         scratch = page_aligned(EXTENT)
         for layer in range(LAYERS):
-            self.tier.copy_extent(move, layer, scratch)
-        self.tier.sync(move.target)
+            self.tier.io.copy_extent(move, layer, scratch)
+        self.tier.io.sync(move.target)
         self.tier.moved(move)
         n = int.from_bytes(move.run)
         self.live[n] = self.live[n][0], move.target.range
@@ -589,7 +590,7 @@ class History:
         return {n for n, what in self.known.items() if self.live.get(n) == what}
 
 
-def verdicts(tier: DiskTier) -> dict[int, str]:
+def verdicts(tier: RunTier) -> dict[int, str]:
     """Of each run that the index names; wrong bytes are no verdict."""
     found: dict[int, str] = {}
     for place in tier.runs():

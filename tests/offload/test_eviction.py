@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from copy import deepcopy
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from lru import Lru
 
-from spilld.offload.prefix_cache.eviction import (
-    Entry,
-    Eviction,
-    Lru,
-    Policy,
-    S3Fifo,
-)
+from spilld.offload.prefix_cache.eviction import Eviction, Policy, S3Fifo
+from spilld.offload.prefix_cache.eviction_queue import CacheEntry, EvictionQueue
 
-Make = Callable[[Mapping[bytes, Entry]], Policy]
+Make = Callable[[], Policy]
+Evictable = Callable[[bytes, Set[bytes]], bool]
+"""(key, going): may it go once going are gone?"""
 POLICIES = [S3Fifo, Lru]
 EVERYTHING = 1 << 40
 
@@ -56,22 +55,38 @@ def hit(eviction: Eviction, *numbers: int) -> None:
         eviction.hit(key(n))
 
 
-def order(
-    eviction: Eviction,
-    evictable: Callable[[bytes, Set[bytes]], bool] = anyone,
-    needed: int = EVERYTHING,
-) -> list[int]:
+def evict_keys(eviction: Eviction, needed: int, evictable: Evictable = anyone) -> list[bytes]:
+    """Take entries until so many bytes are free, or none may go; what may not is held meanwhile."""
+    gone: list[bytes] = []
+    while needed > 0:
+        for k in eviction._entries:
+            (eviction.release if evictable(k, set(gone)) else eviction.hold)(k)
+        if (entry := eviction.take()) is None:
+            break
+        gone.append(entry.key)
+        needed -= entry.nbytes
+    for k in eviction._entries:
+        eviction.release(k)
+    return gone
+
+
+def evict(eviction: Eviction, needed: int, evictable: Evictable = anyone) -> list[int]:
+    return [int.from_bytes(k, "big") for k in evict_keys(eviction, needed, evictable)]
+
+
+def victims(eviction: Eviction, needed: int, evictable: Evictable = anyone) -> list[bytes]:
+    """What evict_keys would take: it is asked of a copy."""
+    return evict_keys(deepcopy(eviction), needed, evictable)
+
+
+def order(eviction: Eviction, evictable: Evictable = anyone, needed: int = EVERYTHING) -> list[int]:
     """The numbers of the victims."""
-    return [int.from_bytes(k, "big") for k in eviction.victims(needed, evictable)]
+    return [int.from_bytes(k, "big") for k in victims(eviction, needed, evictable)]
 
 
-def evict(
-    eviction: Eviction, needed: int, evictable: Callable[[bytes, Set[bytes]], bool] = anyone
-) -> list[int]:
-    victims = eviction.victims(needed, evictable)
-    for k in victims:
-        eviction.evicted(k)
-    return [int.from_bytes(k, "big") for k in victims]
+def evict_only(eviction: Eviction, k: bytes) -> None:
+    """As if it were the only one that may go."""
+    assert evict_keys(eviction, 1, lambda other, _: other == k) == [k]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -87,17 +102,17 @@ class TestContract:
         assert (len(eviction), eviction.used_bytes) == (2, 6)
         eviction.prioritise(key(2), -1)
         assert (len(eviction), eviction.used_bytes) == (2, 6)
-        eviction.evicted(key(2))
+        evict_only(eviction, key(2))
         assert (len(eviction), eviction.used_bytes) == (1, 1)
         eviction.check_integrity()
 
     def test_an_empty_one_has_no_victims(self, policy: Make) -> None:
-        assert Eviction(policy).victims(EVERYTHING, anyone) == []
+        assert Eviction(policy).take() is None
 
     def test_nothing_is_evicted_for_nothing(self, policy: Make) -> None:
         eviction = filled(policy, range(3))
-        assert eviction.victims(0, anyone) == []
-        assert eviction.victims(-5, anyone) == []
+        assert victims(eviction, 0) == []
+        assert victims(eviction, -5) == []
 
     def test_victims_are_just_enough(self, policy: Make) -> None:
         eviction = filled(policy, range(5))
@@ -106,10 +121,15 @@ class TestContract:
         assert order(eviction, needed=11) == [0, 1]
         assert order(eviction, needed=50) == order(eviction, needed=EVERYTHING) == [0, 1, 2, 3, 4]
 
-    def test_asking_changes_nothing(self, policy: Make) -> None:
+    def test_asking_while_all_are_held_changes_nothing(self, policy: Make) -> None:
         eviction = filled(policy, range(6))
         hit(eviction, 0, 0, 0, 1, 3, 3)
         once = order(eviction)
+        for n in range(6):
+            eviction.hold(key(n))
+        assert eviction.take() is None
+        for n in range(6):
+            eviction.release(key(n))
         assert order(eviction) == once
         assert len(eviction) == 6
         assert eviction.used_bytes == 60
@@ -118,10 +138,10 @@ class TestContract:
     def test_after_a_failure_half_way_the_rest_is_still_there(self, policy: Make) -> None:
         eviction = filled(policy, range(6))
         hit(eviction, 0, 0, 0, 1, 3, 3)
-        victims = eviction.victims(40, anyone)
-        eviction.evicted(victims[0])
-        assert eviction.victims(30, anyone) == victims[1:]
-        assert sorted(order(eviction)) == sorted(set(range(6)) - {int.from_bytes(victims[0], "big")})
+        wanted = victims(eviction, 40)
+        assert evict_keys(eviction, 10) == wanted[:1]
+        assert victims(eviction, 30) == wanted[1:]
+        assert sorted(order(eviction)) == sorted(set(range(6)) - {int.from_bytes(wanted[0], "big")})
 
     def test_a_pinned_entry_stays_and_keeps_its_place(self, policy: Make) -> None:
         eviction = filled(policy, range(4))
@@ -174,7 +194,7 @@ class TestContract:
 
     def test_an_entry_may_go_without_having_been_a_victim(self, policy: Make) -> None:
         eviction = filled(policy, range(5))
-        eviction.evicted(key(3))
+        evict_only(eviction, key(3))
         eviction.remove(key(1))
         assert order(eviction) == [0, 2, 4]
 
@@ -196,7 +216,8 @@ class TestContract:
         eviction.remove(key(1))
         calls: list[Callable[[bytes], None]] = [
             eviction.hit,
-            eviction.evicted,
+            eviction.hold,
+            eviction.release,
             eviction.remove,
             lambda k: eviction.prioritise(k, 1),
         ]
@@ -335,7 +356,7 @@ class TestS3Fifo:
     def _add_to_main(eviction: Eviction, n: int, nbytes: int = 10) -> None:
         """As a ghost that comes back: another run with its content was inserted, and evicted."""
         eviction.insert(key(1000 + n), nbytes, content(n))
-        eviction.evicted(key(1000 + n))
+        evict_only(eviction, key(1000 + n))
         eviction.insert(key(n), nbytes, content(n))
 
 
@@ -365,8 +386,7 @@ def replay(policy: Make, trace: Iterable[Sequence[int]], quota: int) -> list[int
                 eviction.hit(keys[n])
                 hits[-1] += 1
                 continue
-            for k in eviction.victims(eviction.used_bytes + 1 - quota, anyone):
-                eviction.evicted(k)
+            for k in evict_keys(eviction, eviction.used_bytes + 1 - quota):
                 [gone] = [other for other, held in keys.items() if held == k]
                 del keys[gone]
             keys[n] = key(number << 32 | i)
@@ -385,6 +405,38 @@ def test_a_scan_does_not_wash_out_what_is_used_again() -> None:
     assert sum(s3fifo) > sum(lru)
 
 
+def examined(policy: Make, numbers: int, hold: Callable[[int], bool]) -> int:
+    """How many entries are looked at while every tenth of those that may go leaves, most of them held."""
+    eviction = filled(policy, range(numbers))
+    for n in range(numbers):
+        if hold(n):
+            eviction.hold(key(n))
+        elif n % 3:
+            hit(eviction, n, n)
+    free = numbers - sum(map(hold, range(numbers)))
+    for _ in range(free // 10):
+        assert eviction.take() is not None
+    queues = [q for q in vars(eviction._levels[0]).values() if isinstance(q, EvictionQueue)]
+    return sum(q.examined for q in queues) // max(1, free // 10)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("hold", [lambda n: False, lambda n: n % 10 > 0], ids=["all free", "most held"])
+def test_the_work_for_a_victim_does_not_grow(policy: Make, hold: Callable[[int], bool]) -> None:
+    few, many = (examined(policy, numbers, hold) for numbers in (1_000, 20_000))
+    assert many <= few + 5 <= 40
+
+
+def test_what_leaves_without_being_evicted_leaves_no_trace() -> None:
+    eviction = filled(S3Fifo, [0])
+    for n in range(1, 10_000):
+        eviction.insert(key(n), 10, content(n))
+        eviction.remove(key(n))
+    queues = [q for q in vars(eviction._levels[0]).values() if isinstance(q, EvictionQueue)]
+    assert sum(len(q._heap) for q in queues) < 200
+    assert order(eviction) == [0]
+
+
 class EvictionMachine(RuleBasedStateMachine):
     """A caller with chains, leases, priorities, and deletions that fail. A dict is the oracle."""
 
@@ -393,7 +445,7 @@ class EvictionMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.eviction = Eviction(self.policy)
-        self.entries: dict[bytes, Entry] = {}
+        self.entries: dict[bytes, CacheEntry] = {}
         self.parents: dict[bytes, bytes | None] = {}
         self.leased: set[bytes] = set()
         self.next = 0
@@ -424,7 +476,7 @@ class EvictionMachine(RuleBasedStateMachine):
         k = key(self.next)
         self.next += 1
         self.parents[k] = None if parent is None else self.pick(parent)
-        self.entries[k] = Entry(nbytes, content(what), priority)
+        self.entries[k] = CacheEntry(k, nbytes, content(what), priority)
         self.eviction.insert(k, nbytes, content(what), priority)
 
     @rule(which=st.integers(0, 30), times=st.integers(1, 4))
@@ -440,7 +492,7 @@ class EvictionMachine(RuleBasedStateMachine):
     def prioritise(self, which: int, priority: int) -> None:
         if k := self.pick(which):
             old = self.entries[k]
-            self.entries[k] = Entry(old.nbytes, old.content, priority)
+            self.entries[k] = CacheEntry(k, old.nbytes, old.content, priority)
             self.eviction.prioritise(k, priority)
 
     @rule(which=st.integers(0, 30))
@@ -460,23 +512,22 @@ class EvictionMachine(RuleBasedStateMachine):
 
     @rule(needed=st.integers(0, 60), fails_after=st.none() | st.integers(0, 4))
     def evict(self, needed: int, fails_after: int | None) -> None:
-        victims = self.eviction.victims(needed, self.evictable)
-        self.judge(victims, needed)
-        assert self.eviction.victims(needed, self.evictable) == victims
-        assert self.eviction.victims(needed + 5, self.evictable)[: len(victims)] == victims
-        for i, k in enumerate(victims):
+        wanted = victims(self.eviction, needed, self.evictable)
+        self.judge(wanted, needed)
+        assert victims(self.eviction, needed + 5, self.evictable)[: len(wanted)] == wanted
+        for i, k in enumerate(wanted):
             if i == fails_after:
                 return
-            self.eviction.evicted(k)
+            assert evict_keys(self.eviction, 1, self.evictable) == [k]
             needed -= self.entries[k].nbytes
             self.forget(k)
-            assert self.eviction.victims(needed, self.evictable) == victims[i + 1 :]
+            assert victims(self.eviction, needed, self.evictable) == wanted[i + 1 :]
 
     @rule(which=st.integers(0, 30))
     def evict_out_of_turn(self, which: int) -> None:
         k = self.pick(which)
         if k is not None and self.evictable(k, set()):
-            self.eviction.evicted(k)
+            evict_only(self.eviction, k)
             self.forget(k)
 
     def judge(self, victims: list[bytes], needed: int) -> None:
@@ -497,7 +548,7 @@ class EvictionMachine(RuleBasedStateMachine):
         self.eviction.check_integrity()
         assert len(self.eviction) == len(self.entries)
         assert self.eviction.used_bytes == sum(entry.nbytes for entry in self.entries.values())
-        everyone = self.eviction.victims(EVERYTHING, anyone)
+        everyone = victims(self.eviction, EVERYTHING)
         assert len(everyone) == len(self.entries)
         assert set(everyone) == self.entries.keys()
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from spilld.offload.disk.index.index import Contents
-from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import TierFull
 from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.system import SystemCalls
 
+from .run_tier import RunTier
 from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, assert_tier, blocks, chain, key, put
 
 
@@ -33,8 +33,8 @@ def system() -> SmallDisk:
 
 
 @pytest.fixture
-def tier(tmp_path: Path, system: SmallDisk) -> Iterator[DiskTier]:
-    tier = DiskTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT, system, floor_bytes=10_000)
+def tier(tmp_path: Path, system: SmallDisk) -> Iterator[RunTier]:
+    tier = RunTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT, system, floor_bytes=10_000)
     yield tier
     tier.close()
 
@@ -45,7 +45,7 @@ def test_the_real_file_system_answers(tmp_path: Path) -> None:
         SystemCalls().free_bytes(tmp_path / "nowhere")
 
 
-def test_nothing_grows_below_it(tier: DiskTier, system: SmallDisk) -> None:
+def test_nothing_grows_below_it(tier: RunTier, system: SmallDisk) -> None:
     size = tier.run_bytes(2)
     system.free = 10_000 + 2 * size
     put(tier, 1)
@@ -58,7 +58,7 @@ def test_nothing_grows_below_it(tier: DiskTier, system: SmallDisk) -> None:
     assert_tier(tier, {2: 2, 3: 2})
 
 
-def test_cached_runs_go_instead(tier: DiskTier, system: SmallDisk) -> None:
+def test_cached_runs_go_instead(tier: RunTier, system: SmallDisk) -> None:
     system.free = 10_000 + 2 * tier.run_bytes(2)
     cache = RunCache(tier, 1 << 20)
     for n in (1, 2):
@@ -73,7 +73,7 @@ def test_cached_runs_go_instead(tier: DiskTier, system: SmallDisk) -> None:
     np.testing.assert_array_equal(tier.get(key(2), 0), blocks(2, 2)[0])
 
 
-def test_what_is_there_stays_when_others_fill_the_disk(tier: DiskTier, system: SmallDisk) -> None:
+def test_what_is_there_stays_when_others_fill_the_disk(tier: RunTier, system: SmallDisk) -> None:
     put(tier, 1)
     system.free = 0
     with pytest.raises(TierFull):

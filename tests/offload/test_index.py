@@ -19,16 +19,16 @@ from spilld.offload.disk.index.index import (
     _CREATE,
     SCHEMA,
     Contents,
-    Entry,
     Index,
+    IndexRow,
     Stretch,
 )
-from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import FolderInUse, IndexDamaged, ReadFailed
 from spilld.offload.prefix_cache.block_hash import chain_hash, root
 from spilld.offload.record import Element, Format, Layout
 from spilld.offload.system import Bytes
 
+from .run_tier import RunTier
 from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, key
 
 MODEL = root(FINGERPRINT, LAYOUT.format)
@@ -46,18 +46,18 @@ def history(*words: int, parent: bytes = MODEL) -> list[bytes]:
 NAMES = history(*range(40))
 
 
-def entry(n: int, first: int, count: int, names: list[bytes] = NAMES, used: int = 0) -> Entry:
+def entry(n: int, first: int, count: int, names: list[bytes] = NAMES, used: int = 0) -> IndexRow:
     """Run n: blocks [first, first + count) of a history."""
     end = first + count
     identity = ExtentIdentity(LAYOUT, LAYERS, FINGERPRINT, key(n), names[end - 1], first, count)
     contents = Contents(names[first - 1] if first else MODEL, tuple(names[first:end]))
-    return Entry(identity, Range(n, 4096 * n, 4096), contents, used)
+    return IndexRow(identity, Range(n, 4096 * n, 4096), contents, used)
 
 
-def tail(n: int, anchor: bytes, tokens: tuple[int, ...], used: int = 0) -> Entry:
+def tail(n: int, anchor: bytes, tokens: tuple[int, ...], used: int = 0) -> IndexRow:
     layout = Layout(Format.RAW, LAYOUT.element, LAYOUT.kv_heads, LAYOUT.head_dim)
     identity = ExtentIdentity(layout, LAYERS, FINGERPRINT, key(n), anchor, 0, 2)
-    return Entry(identity, Range(n, 0, 8192), Contents(anchor, tokens=tokens), used)
+    return IndexRow(identity, Range(n, 0, 8192), Contents(anchor, tokens=tokens), used)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ class TestEntries:
         for n, layout in enumerate(layouts):
             identity = ExtentIdentity(layout, 1 + n, bytes([n]) * 32, key(n), NAMES[5], 2**40 + n, 1 + n)
             contents = Contents(NAMES[n], tuple(NAMES[n : 2 * n + 1]))
-            added.append(Entry(identity, Range(n, 4096 * n, 2**40), contents, 2**33 + n))
+            added.append(IndexRow(identity, Range(n, 4096 * n, 2**40), contents, 2**33 + n))
         for one in reversed(added):
             index.add(one)
         for _ in range(2):
@@ -256,14 +256,14 @@ def blocks(names: list[bytes], first: int, count: int) -> list[Bytes]:
     return list(np.stack(records, axis=1))
 
 
-def put(tier: DiskTier, n: int, first: int, count: int, names: list[bytes] = NAMES) -> None:
+def put(tier: RunTier, n: int, first: int, count: int, names: list[bytes] = NAMES) -> None:
     end = first + count
     contents = Contents(names[first - 1], tuple(names[first:end]))
     tier.put(key(n), first, names[end - 1], blocks(names, first, count), contents)
 
 
-def open_tier(folder: Path) -> DiskTier:
-    return DiskTier(folder, BUDGET, LAYOUT, LAYERS, FINGERPRINT, segment_bytes=BUDGET // 3)
+def open_tier(folder: Path) -> RunTier:
+    return RunTier(folder, BUDGET, LAYOUT, LAYERS, FINGERPRINT, segment_bytes=BUDGET // 3)
 
 
 OTHER = [*NAMES[:6], *history(*range(90, 110), parent=NAMES[5])]
@@ -483,7 +483,7 @@ def test_a_folder_with_fifty_thousand_extents_opens(
     each = (256 << 20) // nbytes
     folder = tmp_path / "kv"
     budget = 2 * runs * nbytes
-    DiskTier(folder, budget, layout, layers, FINGERPRINT).close()
+    RunTier(folder, budget, layout, layers, FINGERPRINT).close()
     index = Index(folder / "index.sqlite")
     index._db.run("PRAGMA synchronous = OFF")
     names = list(map(os.urandom, [32] * (count + 1)))
@@ -491,14 +491,14 @@ def test_a_folder_with_fifty_thousand_extents_opens(
         place = Range(n // each, n % each * nbytes, nbytes)
         blocks = tuple(os.urandom(32) for _ in range(count))
         one = replace(identity, run=os.urandom(16), chain_hash=blocks[-1], first=1 + n % 10 * count)
-        index.add(Entry(one, place, Contents(os.urandom(32), blocks), n))
+        index.add(IndexRow(one, place, Contents(os.urandom(32), blocks), n))
         names = list(blocks)
     index.close()
     for number in range(-(-runs // each)):
         with (folder / f"{number:08}.segment").open("wb") as file:
             file.truncate(min(each, runs - number * each) * nbytes)
     began = time.perf_counter()
-    tier = DiskTier(folder, budget, layout, layers, FINGERPRINT)
+    tier = RunTier(folder, budget, layout, layers, FINGERPRINT)
     opened = time.perf_counter()
     assert len(tier.runs()) == runs
     assert tier.used_bytes == runs * nbytes

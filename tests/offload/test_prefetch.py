@@ -19,7 +19,6 @@ from spilld.offload.disk.prefetch import (
     State,
     Ticket,
 )
-from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import (
     BudgetTooSmall,
     ExtentCorrupt,
@@ -31,6 +30,7 @@ from spilld.offload.errors import (
 )
 
 from .faults import Fault, ScriptedSystem, Stall, error
+from .run_tier import RunTier
 from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, blocks, chain, key
 
 RUNS = {n: 1 + n % 3 for n in range(8)}
@@ -43,9 +43,9 @@ def system() -> ScriptedSystem:
 
 
 @pytest.fixture
-def tier(tmp_path: Path, system: ScriptedSystem) -> Iterator[DiskTier]:
+def tier(tmp_path: Path, system: ScriptedSystem) -> Iterator[RunTier]:
     """Holds RUNS. Whatever a test did, no lease may be left at its end."""
-    tier = DiskTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT, system)
+    tier = RunTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT, system)
     for n, count in RUNS.items():
         tier.put(key(n), n, chain(n), blocks(n, count))
     yield tier
@@ -57,12 +57,12 @@ def tier(tmp_path: Path, system: ScriptedSystem) -> Iterator[DiskTier]:
     tier.close()
 
 
-def make(tier: DiskTier, threads: int = 2, deadline_s: float = 20.0) -> Prefetcher:
+def make(tier: RunTier, threads: int = 2, deadline_s: float = 20.0) -> Prefetcher:
     return Prefetcher(tier, BUFFERS, 3 * LAYOUT.record_bytes + 256, threads, deadline_s)
 
 
 @pytest.fixture
-def ring(tier: DiskTier) -> Iterator[Prefetcher]:
+def ring(tier: RunTier) -> Iterator[Prefetcher]:
     ring = make(tier)
     yield ring
     finish(ring)
@@ -96,7 +96,7 @@ def until_ended(ring: Prefetcher, count: int) -> list[Ticket]:
 
 class TestReading:
     @pytest.mark.parametrize("threads", [1, 4])
-    def test_a_scan_goes_round_the_ring(self, tier: DiskTier, threads: int) -> None:
+    def test_a_scan_goes_round_the_ring(self, tier: RunTier, threads: int) -> None:
         ring = make(tier, threads)
         tickets = ring.submit([Read(key(n), layer) for layer in range(LAYERS) for n in RUNS] * 3)
         for ticket in tickets:
@@ -110,7 +110,7 @@ class TestReading:
         assert ring.finished() == []
         finish(ring)
 
-    def test_the_staging_memory_is_what_it_says(self, tier: DiskTier) -> None:
+    def test_the_staging_memory_is_what_it_says(self, tier: RunTier) -> None:
         ring = make(tier)
         assert ring.staging_bytes == BUFFERS * 8192
         views = [ring.wait(ticket) for ticket in ring.submit([Read(key(2), layer) for layer in range(3)])]
@@ -123,7 +123,7 @@ class TestReading:
         with pytest.raises(BudgetTooSmall):
             Prefetcher(tier, 0, 4096)
 
-    def test_reads_are_issued_in_submission_order(self, tier: DiskTier, system: ScriptedSystem) -> None:
+    def test_reads_are_issued_in_submission_order(self, tier: RunTier, system: ScriptedSystem) -> None:
         ring = make(tier, threads=1)
         stall = Stall()
         system.script["preadv"].append(stall)
@@ -175,7 +175,7 @@ class TestReading:
         assert (ring.stats.hits, ring.stats.stalls) == (1, 1)
         ring.cancel([slow, quick])
 
-    def test_reads_that_succeed_tell_how_long_they_took(self, tier: DiskTier, system: ScriptedSystem) -> None:
+    def test_reads_that_succeed_tell_how_long_they_took(self, tier: RunTier, system: ScriptedSystem) -> None:
         took: list[float] = []
         ring = Prefetcher(tier, BUFFERS, 3 * LAYOUT.record_bytes + 256, 1, on_read=took.append)
         system.script["preadv"].extend([None, error(errno.EIO)])
@@ -186,7 +186,7 @@ class TestReading:
         ring.cancel(tickets)
         finish(ring)
 
-    def test_misuse_is_told(self, ring: Prefetcher, tier: DiskTier) -> None:
+    def test_misuse_is_told(self, ring: Prefetcher, tier: RunTier) -> None:
         for read in (Read(key(1), LAYERS), Read(key(1), -1)):
             with pytest.raises(ValueError, match="layer"):
                 ring.submit([Read(key(0), 0), read])
@@ -205,7 +205,7 @@ class TestReading:
 
 class TestFailing:
     def test_every_failure_is_typed_and_costs_no_buffer(
-        self, ring: Prefetcher, tier: DiskTier, system: ScriptedSystem, tmp_path: Path
+        self, ring: Prefetcher, tier: RunTier, system: ScriptedSystem, tmp_path: Path
     ) -> None:
         place = tier.locate(key(3))
         with (tmp_path / "kv" / "00000000.segment").open("r+b") as file:
@@ -253,7 +253,7 @@ class TestFailing:
 
 class TestDeadline:
     def test_a_stalled_read_times_out_and_its_buffer_comes_back_later(
-        self, tier: DiskTier, system: ScriptedSystem
+        self, tier: RunTier, system: ScriptedSystem
     ) -> None:
         ring = make(tier, deadline_s=0.15)
         stall = Stall()
@@ -281,7 +281,7 @@ class TestDeadline:
         assert ring.stats.failures == 1
         finish(ring)
 
-    def test_a_stalled_read_ends_even_if_nobody_waits(self, tier: DiskTier, system: ScriptedSystem) -> None:
+    def test_a_stalled_read_ends_even_if_nobody_waits(self, tier: RunTier, system: ScriptedSystem) -> None:
         ring = make(tier, deadline_s=0.05)
         stall = Stall()
         system.script["preadv"].append(stall)
@@ -292,7 +292,7 @@ class TestDeadline:
         ring.close()
         ring.check_integrity()
 
-    def test_the_deadline_counts_from_the_issue(self, tier: DiskTier, system: ScriptedSystem) -> None:
+    def test_the_deadline_counts_from_the_issue(self, tier: RunTier, system: ScriptedSystem) -> None:
         ring = make(tier, deadline_s=0.4)
         stall = Stall()
         system.script["preadv"].append(stall)
@@ -305,9 +305,7 @@ class TestDeadline:
         stall.over.set()
         ring.close()
 
-    def test_a_queued_read_behind_stalled_ones_times_out(
-        self, tier: DiskTier, system: ScriptedSystem
-    ) -> None:
+    def test_a_queued_read_behind_stalled_ones_times_out(self, tier: RunTier, system: ScriptedSystem) -> None:
         ring = make(tier, deadline_s=0.1)
         stalls = [Stall() for _ in range(2)]
         system.script["preadv"].extend(stalls)
@@ -326,7 +324,7 @@ class TestDeadline:
         finish_after_quarantine(ring)
 
     def test_close_does_not_wait_for_ever(
-        self, tier: DiskTier, system: ScriptedSystem, monkeypatch: pytest.MonkeyPatch
+        self, tier: RunTier, system: ScriptedSystem, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(prefetch, "CLOSE_S", 0.1)
         ring = make(tier)
@@ -393,7 +391,7 @@ class TestRing:
 
 
 class TestCancel:
-    def test_at_every_stage(self, tier: DiskTier, system: ScriptedSystem) -> None:
+    def test_at_every_stage(self, tier: RunTier, system: ScriptedSystem) -> None:
         ring = make(tier, threads=1)
         (loaded,) = ring.submit([Read(key(0), 0)])
         ring.wait(loaded)
@@ -432,7 +430,7 @@ class TestCancel:
             ring.release(ticket)
 
     def test_a_deleted_run_is_still_read_by_whoever_asked_before(
-        self, ring: Prefetcher, tier: DiskTier, system: ScriptedSystem
+        self, ring: Prefetcher, tier: RunTier, system: ScriptedSystem
     ) -> None:
         stalls = [Stall() for _ in range(2)]
         system.script["preadv"].extend(stalls)
@@ -449,7 +447,7 @@ class TestCancel:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_order_of_calls_keeps_the_books(tier: DiskTier, system: ScriptedSystem, seed: int) -> None:
+def test_any_order_of_calls_keeps_the_books(tier: RunTier, system: ScriptedSystem, seed: int) -> None:
     """Random calls on a failing disk: right records or a typed error, and nothing is lost at the end."""
     choose = random.Random(seed)
     ring = make(tier, threads=1 + seed % 3)

@@ -13,12 +13,12 @@ import pytest
 
 from spilld.offload.disk import writer
 from spilld.offload.disk.files.extent import RunPlace
-from spilld.offload.disk.tier import DiskTier
 from spilld.offload.disk.writer import Spilled, Spiller
 from spilld.offload.errors import ExtentMissing, FolderInUse
 from spilld.offload.host.slab import HostSlab, Rows
 
 from .faults import Fault, ScriptedSystem, Stall, error
+from .run_tier import RunTier
 from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, assert_tier, blocks, chain, key
 
 
@@ -28,15 +28,15 @@ def system() -> ScriptedSystem:
 
 
 @pytest.fixture
-def tier(tmp_path: Path, system: ScriptedSystem) -> Iterator[DiskTier]:
-    tier = DiskTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT, system)
+def tier(tmp_path: Path, system: ScriptedSystem) -> Iterator[RunTier]:
+    tier = RunTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT, system)
     yield tier
     tier.check_integrity()
     tier.close()
 
 
 @pytest.fixture
-def spiller(tier: DiskTier) -> Iterator[Spiller]:
+def spiller(tier: RunTier) -> Iterator[Spiller]:
     spiller = Spiller(tier, 4 * LAYOUT.record_bytes + 256)
     yield spiller
     spiller.close()
@@ -56,7 +56,7 @@ def fill(slab: HostSlab, n: int, count: int) -> Rows:
     return rows
 
 
-def submit(tier: DiskTier, spiller: Spiller, slab: HostSlab, n: int, count: int = 2) -> RunPlace:
+def submit(tier: RunTier, spiller: Spiller, slab: HostSlab, n: int, count: int = 2) -> RunPlace:
     place = tier.reserve(key(n), first=n, count=count, chain_hash=chain(n))
     spiller.submit(place, slab.records, fill(slab, n, count))
     return place
@@ -71,7 +71,7 @@ def until_ended(spiller: Spiller, count: int) -> list[Spilled]:
     return ended
 
 
-def test_what_is_spilled_can_be_read(tier: DiskTier, spiller: Spiller, slab: HostSlab) -> None:
+def test_what_is_spilled_can_be_read(tier: RunTier, spiller: Spiller, slab: HostSlab) -> None:
     runs = {1: 2, 2: 4, 3: 1}
     for n, count in runs.items():
         submit(tier, spiller, slab, n, count)
@@ -85,7 +85,7 @@ def test_what_is_spilled_can_be_read(tier: DiskTier, spiller: Spiller, slab: Hos
 
 
 def test_nothing_of_an_earlier_run_is_left_behind_a_shorter_one(
-    tier: DiskTier, spiller: Spiller, slab: HostSlab, tmp_path: Path
+    tier: RunTier, spiller: Spiller, slab: HostSlab, tmp_path: Path
 ) -> None:
     """The scratch buffer is used again: its old bytes must not reach the padding of an extent."""
     submit(tier, spiller, slab, 1, 4)
@@ -102,7 +102,7 @@ def test_nothing_of_an_earlier_run_is_left_behind_a_shorter_one(
 
 
 def test_a_run_exists_only_once_it_is_durable(
-    tier: DiskTier, spiller: Spiller, slab: HostSlab, system: ScriptedSystem
+    tier: RunTier, spiller: Spiller, slab: HostSlab, system: ScriptedSystem
 ) -> None:
     stall = Stall()
     system.script["fdatasync"].append(stall)
@@ -118,7 +118,7 @@ def test_a_run_exists_only_once_it_is_durable(
 
 
 def test_writes_that_succeed_tell_how_long_they_took(
-    tier: DiskTier, slab: HostSlab, system: ScriptedSystem
+    tier: RunTier, slab: HostSlab, system: ScriptedSystem
 ) -> None:
     took: list[float] = []
     spiller = Spiller(tier, 4 * LAYOUT.record_bytes + 256, took.append)
@@ -134,7 +134,7 @@ def test_writes_that_succeed_tell_how_long_they_took(
 @pytest.mark.parametrize("call", ["pwritev", "fdatasync", "fsync_folder"])
 @pytest.mark.parametrize("fault", [error(errno.EIO), error(errno.ENOSPC), MemoryError("unexpected")])
 def test_a_failed_write_leaves_nothing_and_the_thread_alive(
-    tier: DiskTier, spiller: Spiller, slab: HostSlab, system: ScriptedSystem, call: str, fault: Fault
+    tier: RunTier, spiller: Spiller, slab: HostSlab, system: ScriptedSystem, call: str, fault: Fault
 ) -> None:
     system.script[call].extend([None, fault] if call == "pwritev" else [fault])
     submit(tier, spiller, slab, 1)
@@ -154,7 +154,7 @@ def test_a_failed_write_leaves_nothing_and_the_thread_alive(
 
 
 def test_a_run_abandoned_in_flight_gives_its_space_back_when_the_thread_is_done(
-    tier: DiskTier, spiller: Spiller, slab: HostSlab, system: ScriptedSystem
+    tier: RunTier, spiller: Spiller, slab: HostSlab, system: ScriptedSystem
 ) -> None:
     stall = Stall()
     system.script["pwritev"].extend([None, stall])
@@ -172,7 +172,7 @@ def test_a_run_abandoned_in_flight_gives_its_space_back_when_the_thread_is_done(
 
 
 def test_the_rows_may_be_changed_by_the_caller_after_submit(
-    tier: DiskTier, spiller: Spiller, slab: HostSlab, system: ScriptedSystem
+    tier: RunTier, spiller: Spiller, slab: HostSlab, system: ScriptedSystem
 ) -> None:
     stall = Stall()
     system.script["pwritev"].append(stall)
@@ -186,7 +186,7 @@ def test_the_rows_may_be_changed_by_the_caller_after_submit(
     assert_tier(tier, {1: 2})
 
 
-def test_misuse_is_told_and_leaves_no_lease(tier: DiskTier, spiller: Spiller, slab: HostSlab) -> None:
+def test_misuse_is_told_and_leaves_no_lease(tier: RunTier, spiller: Spiller, slab: HostSlab) -> None:
     place = tier.reserve(key(1), first=1, count=9, chain_hash=chain(1))
     with pytest.raises(ValueError, match="rows of shape"):
         spiller.submit(place, slab.records, np.zeros((LAYERS, 8), np.int64))
@@ -202,7 +202,7 @@ def test_misuse_is_told_and_leaves_no_lease(tier: DiskTier, spiller: Spiller, sl
 
 
 def test_close_fails_what_is_not_written_and_does_not_wait_for_ever(
-    tier: DiskTier, slab: HostSlab, system: ScriptedSystem, monkeypatch: pytest.MonkeyPatch
+    tier: RunTier, slab: HostSlab, system: ScriptedSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "CLOSE_S", 0.1)
     spiller = Spiller(tier, 4 * LAYOUT.record_bytes + 256)
@@ -229,7 +229,7 @@ def test_the_tier_keeps_files_open_that_a_stuck_thread_writes_to(
     land in one of the next daemon: that one has to wait."""
     monkeypatch.setattr(writer, "CLOSE_S", 0.1)
     system = ScriptedSystem()
-    tier = DiskTier(tmp_path / "stuck", BUDGET, LAYOUT, LAYERS, FINGERPRINT, system)
+    tier = RunTier(tmp_path / "stuck", BUDGET, LAYOUT, LAYERS, FINGERPRINT, system)
     spiller = Spiller(tier, 4 * LAYOUT.record_bytes + 256)
     stall = Stall()
     system.script["pwritev"].append(stall)
@@ -240,7 +240,7 @@ def test_the_tier_keeps_files_open_that_a_stuck_thread_writes_to(
     victim = (tmp_path / "victim").open("wb")
     assert victim.fileno() != place.file
     with pytest.raises(FolderInUse):
-        DiskTier(tmp_path / "stuck", BUDGET, LAYOUT, LAYERS, FINGERPRINT)
+        RunTier(tmp_path / "stuck", BUDGET, LAYOUT, LAYERS, FINGERPRINT)
     stall.over.set()
     spiller.close()
     assert spiller.pending == 0
@@ -248,6 +248,6 @@ def test_the_tier_keeps_files_open_that_a_stuck_thread_writes_to(
     assert (tmp_path / "victim").read_bytes() == b""
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(place.file)
-    again = DiskTier(tmp_path / "stuck", BUDGET, LAYOUT, LAYERS, FINGERPRINT)
+    again = RunTier(tmp_path / "stuck", BUDGET, LAYOUT, LAYERS, FINGERPRINT)
     assert place.run not in again
     again.close()

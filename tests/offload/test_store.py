@@ -26,7 +26,6 @@ from spilld.offload import store
 from spilld.offload.disk.files.extent import RunKey, extent_bytes
 from spilld.offload.disk.index.index import Contents
 from spilld.offload.disk.prefetch import Prefetcher, Read, Ticket
-from spilld.offload.disk.tier import DiskTier
 from spilld.offload.disk.writer import Spiller
 from spilld.offload.errors import (
     BudgetTooSmall,
@@ -60,6 +59,7 @@ from spilld.offload.system import Bytes
 from spilld.offload.table import BlockTable, RunRef
 
 from .faults import ScriptedSystem, Stall, error
+from .run_tier import RunTier
 from .tier_contract import FINGERPRINT, LAYERS, LAYOUT
 
 RECORD = LAYOUT.record_bytes
@@ -145,7 +145,7 @@ class Rig:
         self.slab = HostSlab((self.columns * LAYERS + 1) * RECORD, RECORD)
         self.disk: DiskPath | None = None
         if self.disk_budget:
-            tier = DiskTier(
+            tier = RunTier(
                 self.folder,
                 self.disk_budget,
                 LAYOUT,
@@ -232,6 +232,7 @@ class Rig:
     def stored(self) -> dict[RunKey, list[Bytes]]:
         """What lies on disk, by run and layer."""
         tier = self.path.tier
+        assert isinstance(tier, RunTier)
         return {place.run: [tier.get(place.run, layer) for layer in range(LAYERS)] for place in tier.runs()}
 
     def settled(self) -> None:

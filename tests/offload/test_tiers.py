@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from spilld.offload.disk.files.extent import RunKey
-from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import (
     BudgetTooSmall,
     ExtentMissing,
@@ -22,6 +21,7 @@ from spilld.offload.host.slab import HostSlab, Rows
 from spilld.offload.system import Bytes
 
 from .faults import ScriptedSystem, error
+from .run_tier import RunTier
 from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, DictTier, TearableTier, TierContract
 
 
@@ -75,7 +75,7 @@ class SlabTier:
         assert sum(rows.size for rows in self.runs.values()) + self.slab.free_slots == self.slab.n_slots
 
 
-class TearableDisk(DiskTier):
+class TearableDisk(RunTier):
     """The disk tier, with a disk that dies after the first layer of a run."""
 
     def put_torn(self, run: RunKey, first: int, chain_hash: bytes, records: Sequence[Bytes]) -> None:

@@ -144,6 +144,7 @@ class TestBudget:
             budget = WriteBudget(DAILY, index, clock)
             budget.spend(spent)
             assert budget.left_bytes == max(0, left)
+            index.write_notes()
             index.close()
         index = Index(tmp_path / "index.sqlite")
         clock.now += 63_600
@@ -164,6 +165,7 @@ class TestBudget:
     )
     def test_a_note_that_makes_no_sense_says_nothing(self, index: Index, clock: Clock, change: str) -> None:
         WriteBudget(DAILY, index, clock).spend(80_000)
+        index.write_notes()
         assert index._db.run(f"UPDATE wear SET {change}") == 1
         assert WriteBudget(DAILY, index, clock).left_bytes == DAILY
 
@@ -180,13 +182,30 @@ class TestBudget:
             raise error
 
         with monkeypatch.context() as patched:
-            patched.setattr(index, "note_spent", fail)
             patched.setattr(index, "spent", fail)
             budget = WriteBudget(DAILY, index, clock)
             budget.spend(1000)
         assert budget.left_bytes == DAILY - 1000
         assert "not known" in caplog.text
-        assert "not noted" in caplog.text
+
+
+def test_a_note_that_cannot_be_written_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = CompactionRig(tmp_path)
+    budget = WriteBudget(DAILY, rig.tier.index, rig.clock)
+    budget.spend(1000)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("spilld.offload.disk.index.database.Database.transaction", fail)
+        rig.tier.write_notes()
+    assert "not noted" in caplog.text
+    assert budget.left_bytes == DAILY - 1000
+    assert rig.tier.index.spent() == (0, 0)
+    rig.close()
 
 
 def test_moves_count_and_wait_while_little_is_left(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ import numpy as np
 
 from spilld.offload.archive.runs import Arrival, Departure, Part
 from spilld.offload.disk.files.extent import (
-    Move,
     RunKey,
+    RunMove,
     RunPlace,
     extent_bytes,
 )
@@ -48,7 +48,12 @@ from spilld.offload.prefix_cache.block_hash import chain_hash, root
 from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.record import Element, Format, Layout
 from spilld.offload.store import DiskPath, Store
-from spilld.offload.system import PAGE, Bytes, SystemCalls
+from spilld.offload.system import (
+    PAGE,
+    Bytes,
+    SystemCalls,
+    page_aligned,
+)
 from spilld.offload.table import BlockTable
 
 LAYOUT = Layout(Format.INT8, Element.FLOAT32, kv_heads=1, head_dim=16)
@@ -218,12 +223,15 @@ class JournalledTier(DiskTier):
 
     journal: Journal
 
-    def commit(self, place: RunPlace) -> None:
-        self.journal.write("committing", place.run.hex(), *describe(place, self._runs[place.run].contents))
-        super().commit(place)
-        self.journal.write("committed", place.run.hex())
+    def commit(self, *places: RunPlace) -> None:
+        for place in places:
+            contents = self._runs[place.run].contents
+            self.journal.write("committing", place.run.hex(), *describe(place, contents))
+        super().commit(*places)
+        for place in places:
+            self.journal.write("committed", place.run.hex())
 
-    def moved(self, move: Move) -> None:
+    def moved(self, move: RunMove) -> None:
         self.journal.write("moving")
         try:
             super().moved(move)
@@ -232,10 +240,12 @@ class JournalledTier(DiskTier):
             raise
         self.journal.write("moved")
 
-    def delete(self, run: RunKey) -> None:
-        self.journal.write("deleting", run.hex())
-        super().delete(run)
-        self.journal.write("deleted", run.hex())
+    def delete(self, *runs: RunKey) -> None:
+        for run in runs:
+            self.journal.write("deleting", run.hex())
+        super().delete(*runs)
+        for run in runs:
+            self.journal.write("deleted", run.hex())
 
 
 def describe(place: RunPlace, contents: Contents) -> tuple[int, list[str], str, list[int] | None]:
@@ -367,7 +377,7 @@ class Life:
             self.store.forget(table)
 
     def discard(self) -> None:
-        used = {ref.run for table, _ in self.sequences for ref in table.runs} | self.store._pinned.keys()
+        used = {ref.run for table, _ in self.sequences for ref in table.runs} | self.cache._pins.keys()
         others = [place.run for place in self.tier.runs() if place.run not in used]
         if others:
             self.cache.discard(self.choose.choice(others))
@@ -519,7 +529,8 @@ def check(folder: Path, ledger: Ledger) -> dict[str, object]:
                 else tail(bytes.fromhex(parent), tokens)
             )
             for layer in range(LAYERS):
-                assert (tier.get(place.run, layer) == wanted[layer]).all(), "other bytes than were written"
+                found_here = tier.io.read_extent(place, layer, page_aligned(place.identity.nbytes))
+                assert (found_here == wanted[layer]).all(), "other bytes than were written"
             if tokens is not None:
                 assert (place.run, tokens) in tier.index.tails(bytes.fromhex(parent))
         served = check_chains(tier, found, ledger)

@@ -121,7 +121,7 @@ class RunPlace:
 
 
 @dataclass(frozen=True)
-class Move:
+class RunMove:
     """A run that is being copied from where it lies to where it shall lie."""
 
     source: RunPlace

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from spilld.offload.errors import TierFull
 from spilld.offload.record import round_up
 from spilld.offload.system import PAGE
+
+from .min_set import MinSet
 
 SEGMENT_BYTES = 256 << 20
 """A segment file grows no longer than this, unless a single run is larger."""
@@ -28,25 +32,61 @@ class Range:
 
 @dataclass
 class _Segment:
+    """A file of places for ranges of one size, numbered from 0.
+
+    Attributes:
+        unit: Bytes of every range in it, while it has one: a hole fits the next range, whatever is evicted.
+        nbytes: Length of the file, more than what its places take where it could not be shortened.
+        stop: One more than the last taken place; 0 if none is.
+        holes: The free places below `stop`.
+    """
+
     unit: int
-    """Bytes of every range in it, while it has one: a hole fits the next range, whatever is evicted."""
     nbytes: int = 0
-    free: list[tuple[int, int]] = field(default_factory=list)
-    """(offset, end), ascending, neither empty nor touching one another."""
+    stop: int = 0
+    holes: MinSet = field(default_factory=MinSet)
 
     @property
-    def tail(self) -> int:
-        """Where the free bytes at the end of the file begin; its length if there are none."""
-        return self.free[-1][0] if self.free and self.free[-1][1] == self.nbytes else self.nbytes
+    def used(self) -> int:
+        """Bytes up to the end of the last range: the length to which the file can be shortened."""
+        return self.stop * self.unit
 
     @property
     def taken(self) -> int:
-        return self.nbytes - sum(end - offset for offset, end in self.free)
+        """Number of ranges."""
+        return self.stop - len(self.holes)
 
-    def gap(self) -> int | None:
-        """Where the first hole begins that has room for a range and lies before one."""
-        tail, unit = self.tail, self.unit
-        return next((offset for offset, end in self.free if end - offset >= unit and end <= tail), None)
+
+class _SizeClass:
+    """Segments with ranges of one size, in the orders in which they are looked for: (ranges, segment)."""
+
+    def __init__(self, unit: int) -> None:
+        self.unit = unit
+        self.all: list[tuple[int, int]] = []
+        self.with_holes: list[tuple[int, int]] = []
+        self.growable = MinSet()
+
+    def add(self, number: int, segment: _Segment, *, growable: bool) -> None:
+        insort(self.all, (segment.taken, number))
+        if segment.holes:
+            insort(self.with_holes, (segment.taken, number))
+        if growable:
+            self.growable.add(number)
+
+    def remove(self, number: int, segment: _Segment) -> None:
+        """Before the segment changes."""
+        key = segment.taken, number
+        del self.all[bisect_left(self.all, key)]
+        if segment.holes:
+            del self.with_holes[bisect_left(self.with_holes, key)]
+        self.growable.discard(number)
+
+    def sources(self) -> Iterator[tuple[int, int, _SizeClass]]:
+        """(bytes taken, segment, self) of those no fuller than the fullest with a hole, emptiest first."""
+        stop = bisect_left(self.all, self.with_holes[-1]) + 1 if self.with_holes else 0
+        for i in range(stop):
+            taken, number = self.all[i]
+            yield taken * self.unit, number, self
 
 
 class SegmentSpace:
@@ -54,49 +94,66 @@ class SegmentSpace:
 
     used_bytes, the sum of the file lengths, never exceeds budget_bytes. Changes of a file's length are
     two steps, so that the caller can let the system call come between: find, grow the file, take; and
-    give_back, look at spare, shorten the file, cut. A file that could not be shortened stays counted.
+    give_back, look at spare, shorten the file, cut. A file that could not be shortened stays counted. No
+    operation looks at all files or ranges.
     """
 
     def __init__(self, budget_bytes: int, segment_bytes: int = SEGMENT_BYTES) -> None:
         self.budget_bytes = budget_bytes
         self.segment_bytes = segment_bytes
         self.used_bytes = 0
+        self.taken_bytes = 0
         self._segments: dict[int, _Segment] = {}
+        self._classes: dict[int, _SizeClass] = {}
+        self._uncut: dict[int, None] = {}
+        """Segments whose files are longer than what their places take, in the order in which that began."""
         self._next = 0
 
     def sizes(self) -> dict[int, int]:
         """Length of every segment file in bytes."""
         return {number: segment.nbytes for number, segment in self._segments.items()}
 
+    def size(self, number: int) -> int:
+        """Length of a segment file in bytes; 0 if there is none."""
+        return self._segments[number].nbytes if number in self._segments else 0
+
     @property
     def hole_bytes(self) -> int:
         """Bytes of the files in which no range lies."""
-        return self.used_bytes - sum(segment.taken for segment in list(self._segments.values()))
+        return self.used_bytes - self.taken_bytes
+
+    def uncut(self) -> list[int]:
+        """Segments that can be shortened."""
+        return list(self._uncut)
+
+    def last(self, number: int) -> Range:
+        """The last range of a segment that has one."""
+        segment = self._segments[number]
+        return Range(number, segment.used - segment.unit, segment.unit)
 
     def moves(self) -> Iterator[tuple[int, Range]]:
         """(segment, hole): were its last range in this hole instead, the segment would be shorter and none
         longer. The emptiest segments come first, and the holes of the fullest; changes nothing."""
-        used = [number for number, segment in self._segments.items() if segment.taken]
-        emptiest = sorted(used, key=lambda number: (self._segments[number].taken, number))
-        for i, number in enumerate(emptiest):
-            unit = self._segments[number].unit
-            for other in reversed(emptiest[i:]):
-                segment = self._segments[other]
-                if segment.unit == unit and (offset := segment.gap()) is not None:
-                    yield number, Range(other, offset, unit)
-                    break
+        for _, number, alike in heapq.merge(
+            *(alike.sources() for alike in list(self._classes.values())), key=lambda source: source[:2]
+        ):
+            yield number, self._hole(alike)
 
     def adopt(self, number: int, taken: Sequence[Range]) -> None:
-        """A segment that was there before: its file ends with the last of these disjoint ranges, of which
-        there is at least one. It may exceed the budget, which must be mended before the next find."""
-        segment = self._segments[number] = _Segment(taken[0].nbytes)
-        at = 0
-        for place in sorted(taken, key=lambda place: place.offset):
-            if place.offset > at:
-                segment.free.append((at, place.offset))
-            at = place.end
-        segment.nbytes = at
-        self.used_bytes += at
+        """A segment that was there before: its file ends with the last of these disjoint ranges of one size,
+        of which there is at least one, each at a multiple of that size. It may exceed the budget, which must
+        be mended before the next find."""
+        segment = _Segment(taken[0].nbytes)
+        slots = {place.offset // segment.unit for place in taken}
+        segment.stop = max(slots) + 1
+        for slot in range(segment.stop):
+            if slot not in slots:
+                segment.holes.add(slot)
+        segment.nbytes = segment.used
+        self.used_bytes += segment.nbytes
+        self.taken_bytes += segment.taken * segment.unit
+        self._segments[number] = segment
+        self._file(number)
         self._next = max(self._next, number + 1)
 
     def find(self, nbytes: int) -> Range:
@@ -104,89 +161,125 @@ class SegmentSpace:
         nbytes = round_up(nbytes, PAGE)
         if nbytes < PAGE:
             raise ValueError("an empty range has no place")
-        alike = [(n, s) for n, s in self._segments.items() if s.unit == nbytes or s.tail == 0]
-        for number, segment in alike:
-            for offset, end in segment.free:
-                if end - offset >= nbytes:
-                    return Range(number, offset, nbytes)
         room = self.budget_bytes - self.used_bytes
-        for number, segment in alike:
-            end = segment.tail + nbytes
-            if end <= self.segment_bytes and end - segment.nbytes <= room:
-                return Range(number, segment.tail, nbytes)
+        alike = self._classes.get(nbytes)
+        if alike is not None and alike.with_holes:
+            return self._hole(alike)
+        for number in self._uncut:
+            end = self._end(number, nbytes)
+            if end is not None and end - self._segments[number].nbytes <= room:
+                return Range(number, end - nbytes, nbytes)
         if nbytes > room:
             raise TierFull(f"{nbytes} bytes asked of the disk tier, {room} of {self.budget_bytes} are left")
+        growable = None if alike is None else alike.growable.smallest()
+        if growable is not None:
+            return Range(growable, self._segments[growable].used, nbytes)
         return Range(self._next, 0, nbytes)
 
     def take(self, place: Range) -> None:
         """Occupy what find returned. The file, which must be as long as place.end by now, may be new."""
-        segment = self._segments.setdefault(place.segment, _Segment(place.nbytes))
-        if segment.tail == 0:
-            segment.unit = place.nbytes
+        segment = self._segments.get(place.segment) or _Segment(place.nbytes)
+        slot, rest = divmod(place.offset, place.nbytes)
+        alike = segment.unit == place.nbytes or not segment.stop
+        if rest or not alike or not (slot == segment.stop or slot in segment.holes):
+            raise ValueError(f"{place} is not free")
+        growth = max(0, place.end - segment.nbytes)
+        if self.used_bytes + growth > self.budget_bytes:
+            raise ValueError(f"{place} does not fit the budget")
+        self._segments[place.segment] = segment
+        self._unfile(place.segment)
+        segment.unit = place.nbytes
+        segment.holes.discard(slot)
+        segment.stop = max(segment.stop, slot + 1)
+        segment.nbytes += growth
+        self.used_bytes += growth
+        self.taken_bytes += place.nbytes
+        self._file(place.segment)
         self._next = max(self._next, place.segment + 1)
-        if place.end > segment.nbytes:
-            growth = place.end - segment.nbytes
-            if self.used_bytes + growth > self.budget_bytes:
-                raise ValueError(f"{place} does not fit the budget")
-            self._release(segment, segment.nbytes, place.end)
-            segment.nbytes = place.end
-            self.used_bytes += growth
-        for i, (offset, end) in enumerate(segment.free):
-            if offset <= place.offset and place.end <= end:
-                rest = [(offset, place.offset), (place.end, end)]
-                segment.free[i : i + 1] = [(a, b) for a, b in rest if a < b]
-                return
-        raise ValueError(f"{place} is not free")
 
     def give_back(self, place: Range) -> None:
         """Free a range that was taken. Raises ValueError, changing nothing, if part of it is free."""
         segment = self._segments.get(place.segment)
         if segment is None or place.end > segment.nbytes:
             raise ValueError(f"{place} lies in no segment")
-        if any(offset < place.end and place.offset < end for offset, end in segment.free):
+        slot, rest = divmod(place.offset, segment.unit)
+        if rest or segment.unit != place.nbytes or slot >= segment.stop or slot in segment.holes:
             raise ValueError(f"{place} is freed twice")
-        self._release(segment, place.offset, place.end)
+        self._unfile(place.segment)
+        segment.holes.add(slot)
+        while segment.stop and segment.stop - 1 in segment.holes:
+            segment.stop -= 1
+            segment.holes.discard(segment.stop)
+        self.taken_bytes -= place.nbytes
+        self._file(place.segment)
 
     def spare(self, number: int) -> int:
         """The length to which a segment can be shortened; 0 means that its file can go."""
-        return self._segments[number].tail
+        return self._segments[number].used
 
     def cut(self, number: int) -> None:
         """The file was shortened to spare(number), or unlinked if that is 0."""
         segment = self._segments[number]
-        tail = segment.tail
-        if tail < segment.nbytes:
-            segment.free.pop()
-            self.used_bytes -= segment.nbytes - tail
-            segment.nbytes = tail
-        if tail == 0:
+        self.used_bytes -= segment.nbytes - segment.used
+        segment.nbytes = segment.used
+        self._uncut.pop(number, None)
+        if not segment.stop:
             del self._segments[number]
 
     def check_integrity(self, taken: list[Range]) -> None:
         """Free and taken ranges partition every file, and the files fit the budget."""
         assert self.used_bytes <= self.budget_bytes, "the segments are larger than the budget"
         assert self.used_bytes == sum(s.nbytes for s in self._segments.values()), "used_bytes is wrong"
+        assert self.taken_bytes == sum(place.nbytes for place in taken), "taken_bytes is wrong"
+        held: dict[int, list[int]] = {number: [] for number in self._segments}
         for place in taken:
             assert place.segment in self._segments, f"{place} lies in no segment"
+            segment = self._segments[place.segment]
+            assert place.nbytes == segment.unit, f"{place} has another size than its segment"
+            assert place.offset % segment.unit == 0, f"{place} is not where a place begins"
+            held[place.segment].append(place.offset // segment.unit)
         for number, segment in self._segments.items():
-            for (_, end), (offset, _) in zip(segment.free, segment.free[1:], strict=False):
-                assert end < offset, f"holes of segment {number} are not coalesced"
-            held = [(p.offset, p.end) for p in taken if p.segment == number]
-            at = 0
-            for offset, end in sorted(held + segment.free):
-                assert offset == at, f"segment {number} has a gap or an overlap at {at}"
-                assert offset < end, f"segment {number} has an empty range at {at}"
-                assert offset % PAGE == 0, f"segment {number} has an unaligned range at {offset}"
-                at = end
-            assert at == segment.nbytes, f"segment {number} ends at {at}, not at {segment.nbytes}"
+            free = [slot for slot in range(segment.stop) if slot in segment.holes]
+            assert sorted(held[number] + free) == list(range(segment.stop)), f"segment {number} is torn"
+            assert len(free) == len(segment.holes), f"segment {number} has holes beyond its end"
+            assert segment.unit % PAGE == 0, f"segment {number} has unaligned ranges"
+            assert segment.used <= segment.nbytes, f"segment {number} ends in a range"
+            assert (segment.used < segment.nbytes) == (number in self._uncut), (
+                f"segment {number} is miscounted"
+            )
+        filed = {number for alike in self._classes.values() for _, number in alike.all}
+        assert filed == {n for n, s in self._segments.items() if s.stop}, "a segment is misfiled"
 
-    @staticmethod
-    def _release(segment: _Segment, offset: int, end: int) -> None:
-        holes = sorted([*segment.free, (offset, end)])
-        merged = holes[:1]
-        for a, b in holes[1:]:
-            if a == merged[-1][1]:
-                merged[-1] = (merged[-1][0], b)
-            else:
-                merged.append((a, b))
-        segment.free = merged
+    def _hole(self, alike: _SizeClass) -> Range:
+        """The first hole of the fullest segment that has one."""
+        number = alike.with_holes[-1][1]
+        slot = self._segments[number].holes.smallest()
+        assert slot is not None, "it has a hole"
+        return Range(number, slot * alike.unit, alike.unit)
+
+    def _end(self, number: int, nbytes: int) -> int | None:
+        """Where a segment would end with one more range of this size at its end, if it takes one."""
+        segment = self._segments[number]
+        end = segment.used + nbytes
+        alike = segment.unit == nbytes or not segment.stop
+        return end if alike and end <= max(self.segment_bytes, segment.nbytes) else None
+
+    def _unfile(self, number: int) -> None:
+        segment = self._segments[number]
+        if segment.stop:
+            alike = self._classes[segment.unit]
+            alike.remove(number, segment)
+            if not alike.all:
+                del self._classes[segment.unit]
+
+    def _file(self, number: int) -> None:
+        """After a change: where it will be looked for."""
+        segment = self._segments[number]
+        if segment.stop:
+            alike = self._classes.setdefault(segment.unit, _SizeClass(segment.unit))
+            growable = self._end(number, segment.unit) is not None
+            alike.add(number, segment, growable=growable)
+        if segment.used < segment.nbytes:
+            self._uncut[number] = None
+        else:
+            self._uncut.pop(number, None)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from sqlite3 import Connection
 from typing import Any
 
 import numpy as np
@@ -21,13 +23,7 @@ import xxhash
 from spilld.offload.disk.files.extent import ExtentIdentity, RunKey
 from spilld.offload.disk.files.segment import Range
 from spilld.offload.errors import IndexDamaged
-from spilld.offload.record import (
-    Element,
-    Format,
-    Layout,
-    round_up,
-)
-from spilld.offload.system import PAGE
+from spilld.offload.record import Element, Format, Layout
 
 from .database import Database, put_aside
 
@@ -89,7 +85,7 @@ class Contents:
 
 
 @dataclass(frozen=True)
-class Entry:
+class IndexRow:
     """One run: what its extents say, and where they lie. used: seconds since 1970."""
 
     identity: ExtentIdentity
@@ -120,6 +116,8 @@ class Index:
                 raise
             put_aside(path, error)
             self._db = self._open(path)
+        self._used: dict[RunKey, int] = {}
+        self._spent: tuple[int, int] | None = None
 
     @staticmethod
     def _open(path: Path) -> Database:
@@ -134,9 +132,10 @@ class Index:
             raise
         return db
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[IndexRow]:
         """Every run whose row makes sense, the least recently used first; of its contents only the first
         block. Rows that make none are removed."""
+        self.write_notes()
         rows = self._db.rows(_RUNS)
         senseless = [row[0] for row in rows if _entry(row) is None]
         if senseless:
@@ -144,8 +143,14 @@ class Index:
             self.remove(senseless)
         return [entry for row in rows if (entry := _entry(row)) is not None]
 
-    def add(self, entry: Entry) -> None:
-        """A run that is durable, with its blocks or as a tail."""
+    def add(self, *entries: IndexRow) -> None:
+        """Runs that are durable, each with its blocks or as a tail: all of them or none."""
+        with self._transaction() as db:
+            for entry in entries:
+                self._insert(db, entry)
+
+    @staticmethod
+    def _insert(db: Connection, entry: IndexRow) -> None:
         identity, place, contents = entry.identity, entry.range, entry.contents
         layout = identity.layout
         row: tuple[object, ...] = (
@@ -158,24 +163,25 @@ class Index:
             (name, identity.run, block, _seal(name, identity.run, block))
             for block, name in enumerate(contents.blocks, identity.first)
         ]
-        with self._db.transaction() as db:
-            db.execute(f"INSERT INTO runs VALUES ({', '.join('?' * len(row))})", row)
-            db.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?)", blocks)
-            if contents.tokens is not None:
-                tokens = np.asarray(contents.tokens, "<u4").tobytes()
-                tail = (contents.parent, identity.run, tokens, _seal(contents.parent, identity.run, tokens))
-                db.execute("INSERT INTO tails VALUES (?, ?, ?, ?)", tail)
+        db.execute(f"INSERT INTO runs VALUES ({', '.join('?' * len(row))})", row)
+        db.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?)", blocks)
+        if contents.tokens is not None:
+            tokens = np.asarray(contents.tokens, "<u4").tobytes()
+            tail = (contents.parent, identity.run, tokens, _seal(contents.parent, identity.run, tokens))
+            db.execute("INSERT INTO tails VALUES (?, ?, ?, ?)", tail)
 
     def remove(self, runs: Iterable[RunKey]) -> None:
         """Forget runs; unknown ones are ignored."""
         keys = [(run,) for run in runs]
-        with self._db.transaction() as db:
+        if not keys:
+            return
+        with self._transaction() as db:
             for table in ("runs", "blocks", "tails"):
                 db.executemany(f"DELETE FROM {table} WHERE run = ?", keys)
 
     def move(self, run: RunKey, place: Range) -> None:
         """The extents of a run lie elsewhere now. Raises IndexDamaged if it has no row."""
-        with self._db.transaction() as db:
+        with self._transaction() as db:
             found = db.execute(
                 "UPDATE runs SET segment = ?, offset = ? WHERE run = ?", (place.segment, place.offset, run)
             )
@@ -183,9 +189,8 @@ class Index:
                 raise IndexDamaged(f"run {run.hex()} has no row")
 
     def touch(self, runs: Iterable[RunKey], now: int) -> None:
-        """The runs were used at `now`."""
-        with self._db.transaction() as db:
-            db.executemany("UPDATE runs SET used = ? WHERE run = ?", [(now, run) for run in runs])
+        """Note that the runs were used at `now`."""
+        self._used.update(dict.fromkeys(runs, now))
 
     def chain(self, hashes: Sequence[bytes], first: int) -> list[Stretch]:
         """The longest stored chain of blocks first, first + 1, ... with these hashes, in as few runs as can
@@ -214,6 +219,7 @@ class Index:
 
     def tails(self, anchor: bytes) -> list[tuple[RunKey, list[int]]]:
         """Runs that hold the exact K/V of `tokens`, which follow the block `anchor`; the newest first."""
+        self.write_notes()
         rows = self._db.rows(
             "SELECT run, tokens, seal FROM tails JOIN runs USING (run) WHERE anchor = ? ORDER BY used DESC",
             [anchor],
@@ -229,12 +235,34 @@ class Index:
         return [run for (run,) in self._db.rows("SELECT run FROM blocks WHERE hash = ?", [name])]
 
     def note_spent(self, spent: int, at: int) -> None:
-        """Of the write budget so many bytes were spent at `at`, seconds since 1970."""
+        """Note that of the write budget so many bytes were spent at `at`, seconds since 1970."""
+        self._spent = spent, at
+
+    def write_notes(self) -> None:
+        """Write what was noted, unless a transaction has taken it along since."""
+        if self._used or self._spent is not None:
+            with self._transaction():
+                pass
+
+    def forget_notes(self) -> None:
+        """Forget what was noted and not written."""
+        self._used, self._spent = {}, None
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        """As Database.transaction, with what was noted."""
         with self._db.transaction() as db:
-            db.execute("INSERT OR REPLACE INTO wear VALUES (0, ?, ?, ?)", (spent, at, _seal(spent, at)))
+            used = [(now, run) for run, now in self._used.items()]
+            db.executemany("UPDATE runs SET used = ? WHERE run = ?", used)
+            if self._spent is not None:
+                row = *self._spent, _seal(*self._spent)
+                db.execute("INSERT OR REPLACE INTO wear VALUES (0, ?, ?, ?)", row)
+            yield db
+        self.forget_notes()
 
     def spent(self) -> tuple[int, int]:
         """What was noted last; (0, 0) if nothing was, or if it makes no sense."""
+        self.write_notes()
         for spent, at, seal in self._db.rows("SELECT spent, at, seal FROM wear WHERE id = 0"):
             if type(spent) is type(at) is int and seal == _seal(spent, at):
                 return spent, at
@@ -269,7 +297,7 @@ def _seal(*parts: bytes | int) -> bytes:
     return xxhash.xxh3_64_digest(b"".join(words))
 
 
-def _entry(row: tuple[Any, ...]) -> Entry | None:
+def _entry(row: tuple[Any, ...]) -> IndexRow | None:
     """A row of `runs` and the hash of the run's first block; None if it cannot be one."""
     if [type(value) for value in row[:-1]] != _TYPES:
         return None
@@ -283,21 +311,27 @@ def _entry(row: tuple[Any, ...]) -> Entry | None:
     if layers < 1:
         return None
     blocks = (name,) if isinstance(name, bytes) else ()
-    return Entry(identity, Range(segment, offset, nbytes), Contents(parent, blocks), used)
+    return IndexRow(identity, Range(segment, offset, nbytes), Contents(parent, blocks), used)
 
 
-def consistent(entries: Sequence[Entry], sizes: Mapping[int, int]) -> tuple[list[Entry], list[Entry]]:
+def consistent(
+    entries: Sequence[IndexRow], sizes: Mapping[int, int]
+) -> tuple[list[IndexRow], list[IndexRow]]:
     """Rows whose bytes are there, and rows whose bytes are not, or are also another's, in their order."""
-    by_segment: dict[int, list[Entry]] = defaultdict(list)
+    by_segment: dict[int, list[IndexRow]] = defaultdict(list)
     for entry in entries:
         by_segment[entry.range.segment].append(entry)
     wrong: set[RunKey] = set()
     for number, group in by_segment.items():
         group.sort(key=lambda entry: entry.range.offset)
+        whole = Counter(entry.identity.layers * entry.identity.nbytes for entry in group)
+        unit = whole.most_common(1)[0][0]
         for entry in group:
-            whole = entry.range.nbytes == round_up(entry.identity.layers * entry.identity.nbytes, PAGE)
-            aligned = entry.range.offset >= 0 and not entry.range.offset % PAGE
-            if not whole or not aligned or entry.range.end > sizes.get(number, 0):
+            size = entry.identity.layers * entry.identity.nbytes
+            aligned = entry.range.offset >= 0 and not entry.range.offset % unit
+            if not (
+                size == entry.range.nbytes == unit and aligned and entry.range.end <= sizes.get(number, 0)
+            ):
                 wrong.add(entry.identity.run)
         for entry, following in itertools.pairwise(group):
             if entry.range.end > following.range.offset:

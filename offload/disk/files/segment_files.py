@@ -1,0 +1,164 @@
+"""Segment files: their descriptors, and their lengths, which follow what lies in them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spilld.offload.errors import TierFull
+from spilld.offload.system import SystemCalls
+
+from .folder import Folder
+from .segment import Range, SegmentSpace
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class SegmentFile:
+    """An open segment file.
+
+    Attributes:
+        descriptor: What the kernel knows it by.
+        durable_name: A power cut leaves its name in the folder.
+        holds: Leases of places in it.
+    """
+
+    descriptor: int
+    durable_name: bool = False
+    holds: int = 0
+
+
+class SegmentFiles:
+    """Space in the segment files of one folder.
+
+    A file has its new length before anything is written into it, and is shortened as soon as its end is free;
+    one that the file system does not shorten stays counted.
+    """
+
+    def __init__(self, folder: Folder, system: SystemCalls, space: SegmentSpace, floor_bytes: int) -> None:
+        """floor_bytes: what the file system must have left after each growth of a file."""
+        self.space = space
+        self.floor_bytes = floor_bytes
+        self._folder = folder
+        self._system = system
+        self._files: dict[int, SegmentFile] = {}
+
+    def __getitem__(self, number: int) -> SegmentFile:
+        return self._files[number]
+
+    def __len__(self) -> int:
+        """Number of open files."""
+        return len(self._files)
+
+    def adopt(self, number: int, path: Path, taken: Sequence[Range]) -> None:
+        """Open a file that was there before, and cut off what lies behind these ranges; without any it goes.
+
+        Raises OSError.
+        """
+        if not taken:
+            self._system.unlink(path)
+            return
+        file = self._system.open(path, os.O_RDWR | self._folder.flags)
+        self._files[number] = SegmentFile(file, durable_name=True)
+        self.space.adopt(number, taken)
+        self._system.ftruncate(file, self.space.size(number))
+
+    def allocate(self, nbytes: int) -> tuple[Range, SegmentFile]:
+        """Take a range, in a file that is long enough for it.
+
+        Raises:
+            TierFull: The budget or the floor leaves no room.
+            OSError: The file cannot be made or grown. Either way nothing has changed.
+        """
+        found = self.space.find(nbytes)
+        self._respect_floor(found)
+        file = self._grow(found)
+        self.space.take(found)
+        return found, file
+
+    def free(self, place: Range) -> None:
+        """Give a range back, and to the file system what it can have."""
+        self.space.give_back(place)
+        self.trim()
+
+    def trim(self) -> None:
+        """Give the file system the free ends of files, also those that it did not take before."""
+        for number in self.space.uncut():
+            spare = self.space.spare(number)
+            try:
+                if spare:
+                    self._system.ftruncate(self._files[number].descriptor, spare)
+                else:
+                    self._system.unlink(self._folder.segment(number))
+            except OSError as error:
+                log.warning(
+                    "%s: cannot shorten segment %d, its space stays counted: %s",
+                    *(self._folder.path, number, error),
+                )
+                continue
+            self.space.cut(number)
+            if not spare:
+                self._close(self._files.pop(number).descriptor)
+
+    def close(self) -> int:
+        """Close the files of which nothing is held; returns how many stay open."""
+        self.trim()
+        for number, file in list(self._files.items()):
+            if not file.holds:
+                self.close_file(number)
+        return len(self._files)
+
+    def close_file(self, number: int) -> None:
+        self._close(self._files.pop(number).descriptor)
+
+    def check_integrity(self, taken: list[Range]) -> None:
+        """Ranges partition the segments, and the files in the folder measure what the ledger says."""
+        self.space.check_integrity(taken)
+        sizes = {self._folder.segment(number): size for number, size in self.space.sizes().items()}
+        found = {path: path.stat().st_size for path in self._folder.segments().values()}
+        assert found == sizes, f"the folder holds {found}, the ledger says {sizes}"
+        assert self._files.keys() == self.space.sizes().keys(), "a segment has no open file"
+
+    def _respect_floor(self, found: Range) -> None:
+        """Raises TierFull if the growth that a range needs would leave less than the floor."""
+        growth = found.end - self.space.size(found.segment)
+        if growth > 0 and self.floor_bytes:
+            left = self._system.free_bytes(self._folder.path) - growth
+            if left < self.floor_bytes:
+                raise TierFull(
+                    f"{growth} bytes more would leave {left} bytes free; {self.floor_bytes} must be"
+                )
+
+    def _grow(self, found: Range) -> SegmentFile:
+        """The file of a range, long enough for it. On OSError file and folder are as before."""
+        file = self._files.get(found.segment)
+        if file is None:
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | self._folder.flags
+            file = SegmentFile(self._system.open(self._folder.segment(found.segment), flags))
+            try:
+                self._system.ftruncate(file.descriptor, found.end)
+            except OSError:
+                self._close(file.descriptor)
+                self._unlink(found.segment)
+                raise
+            self._files[found.segment] = file
+        elif found.end > self.space.size(found.segment):
+            self._system.ftruncate(file.descriptor, found.end)
+        return file
+
+    def _close(self, descriptor: int) -> None:
+        """A disk that is gone may say so here; the descriptor is given up all the same."""
+        try:
+            self._system.close(descriptor)
+        except OSError as error:
+            log.warning("%s: cannot close a segment: %s", self._folder.path, error)
+
+    def _unlink(self, number: int) -> None:
+        try:
+            self._system.unlink(self._folder.segment(number))
+        except OSError as error:
+            log.warning("%s: segment %d stays behind: %s", self._folder.path, number, error)
