@@ -79,7 +79,7 @@ def long_scan(on_disk: bool) -> dict[str, float]:
         )
         store = build_store(config, found, residency.plan, Metrics())
         try:
-            store.records[:] = records(Format.K8V4, 1)
+            store.records(0)[:] = records(Format.K8V4, 1)
             steps = Steps(found, store, tokens, 1)
             steps.feed([1] * tokens)
             steps.skip(LONG)

@@ -20,6 +20,7 @@ from spilld.models.model import Model
 from spilld.offload.host.slab import HostSlab
 from spilld.offload.record import Element, Format, Layout
 from spilld.offload.store import Store
+from spilld.offload.store_layout import StoreLayout
 from spilld.runner.runner import Runner
 
 
@@ -88,5 +89,6 @@ def in_host(model: Model, form: Format, element: Element, tokens: int) -> Store:
     sizes, layers = model.geometry.sizes, len(model.geometry.layers)
     layout = Layout(form, element, sizes.kv_heads, sizes.head_dim)
     blocks = blocks_of(tokens)
-    slab = HostSlab(blocks * layers * layout.record_bytes, layout.record_bytes)
-    return Store(layout, layers, slab, run_blocks=blocks)
+    layouts = StoreLayout.uniform(layout, layers)
+    slab = HostSlab(blocks * layouts.column_bytes, layouts.record_bytes)
+    return Store(layouts, slab, run_blocks=blocks)

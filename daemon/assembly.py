@@ -30,7 +30,8 @@ from spilld.models.model import (
 from spilld.monitoring.memory import MemoryWatch
 from spilld.monitoring.metrics import Metrics
 from spilld.monitoring.startup import Startup
-from spilld.offload.disk.files.extent import extent_bytes
+from spilld.offload.disk.disk_backend import DiskBackend
+from spilld.offload.disk.files.extent import largest_extent
 from spilld.offload.disk.index.database import Database
 from spilld.offload.disk.prefetch import Prefetcher
 from spilld.offload.disk.tier import DiskTier
@@ -42,7 +43,8 @@ from spilld.offload.errors import (
     MemoryRefused,
 )
 from spilld.offload.host import residency
-from spilld.offload.host.slab import HostSlab
+from spilld.offload.host.host_room import Planner
+from spilld.offload.host.slab import HostSlab, columns_within
 from spilld.offload.kernels import threads
 from spilld.offload.maintenance.compaction import Compaction
 from spilld.offload.maintenance.wear import WriteBudget
@@ -53,12 +55,9 @@ from spilld.offload.record import (
     Format,
     Layout,
 )
-from spilld.offload.store import (
-    DiskPath,
-    Planner,
-    Store,
-    run_length,
-)
+from spilld.offload.run_length import run_length
+from spilld.offload.store import Store
+from spilld.offload.store_layout import StoreLayout
 from spilld.protocol.messages import Welcome
 from spilld.runner.placement import place
 from spilld.runner.prepare_kernels import prepare
@@ -274,21 +273,23 @@ def record_layout(config: Config, geometry: Geometry) -> Layout:
 
 def build_store(config: Config, model: Model, planner: Planner, metrics: Metrics) -> Store:
     """The host and disk tiers. Raises BudgetTooSmall, MemoryRefused, FolderInUse or FolderUnusable."""
-    layout, layers = record_layout(config, model.geometry), len(model.geometry.layers)
-    rows = config.host_budget // layout.record_bytes
-    blocks = run_length(layout, layers, rows, -(-config.chunk_tokens // BLOCK))
-    slab = HostSlab(config.host_budget, layout.record_bytes)
+    geometry = model.geometry
+    layouts = StoreLayout.uniform(record_layout(config, geometry), len(geometry.layers))
+    columns = columns_within(config.host_budget, layouts.record_bytes)
+    blocks = run_length(layouts, columns, -(-config.chunk_tokens // BLOCK))
+    slab = HostSlab(config.host_budget, layouts.record_bytes)
     disk = None
     if config.disk_budget:
         tier = DiskTier(
-            *(config.state / "kv", config.disk_budget, layout, layers, model.fingerprint),
+            *(config.state / "kv", config.disk_budget, layouts, model.fingerprint),
             floor_bytes=config.disk_floor,
         )
-        stored = [run.identity.nbytes for run in tier.runs() if run.identity.fingerprint == model.fingerprint]
-        extent = max(extent_bytes(layout, blocks), extent_bytes(layout.raw, CHECKPOINT_BLOCKS), *stored)
+        mine = [run.identity for run in tier.runs() if run.identity.fingerprint == model.fingerprint]
+        stored = [identity.largest_extent for identity in mine]
+        extent = max(largest_extent(layouts, blocks), largest_extent(layouts.raw, CHECKPOINT_BLOCKS), *stored)
         cache, rate, daily = RunCache(tier, extent), config.compaction_rate, config.write_budget
         wear = None if daily is None else WriteBudget(daily, tier.index)
-        disk = DiskPath(
+        disk = DiskBackend(
             tier,
             cache,
             Spiller(tier, extent, metrics.disk_write.observe),
@@ -298,4 +299,4 @@ def build_store(config: Config, model: Model, planner: Planner, metrics: Metrics
             Compaction(tier, cache, extent, rate, wear=wear) if rate else None,
             wear,
         )
-    return Store(layout, layers, slab, blocks, disk, planner)
+    return Store(layouts, slab, blocks, disk, planner)

@@ -19,14 +19,14 @@ from spilld.kv.batch import Batch, BatchItem
 from spilld.kv.geometry import Geometry
 from spilld.kv.sequence import Sequence
 from spilld.kv.visible_kv import Blocks, VisibleKV
-from spilld.offload.disk.prefetch import Read, Ticket
+from spilld.offload.disk.extent_read import ExtentRead, Ticket
 from spilld.offload.host.promotion import Promotion
 from spilld.offload.store import Store
 from spilld.offload.table import RunRef
 
 
 @dataclass(eq=False)
-class ExtentRead:
+class PlannedRead:
     """One layer of a run, which a batch item needs from disk: some of its blocks, ascending."""
 
     item: BatchItem
@@ -36,8 +36,8 @@ class ExtentRead:
     ticket: Ticket | None = None
 
     @property
-    def read(self) -> Read:
-        return Read(self.ref.run, self.layer)
+    def read(self) -> ExtentRead:
+        return ExtentRead(self.ref.run, self.layer)
 
 
 Wanted = Callable[[BatchItem, int, Blocks], bool]
@@ -63,11 +63,11 @@ class AttentionPlan:
         }
         self.reads = list(self._needed(geometry, wanted))
         self.promotions: dict[BatchItem, Promotion] = {}
-        self._by_layer: defaultdict[tuple[int, BatchItem], list[ExtentRead]] = defaultdict(list)
+        self._by_layer: defaultdict[tuple[int, BatchItem], list[PlannedRead]] = defaultdict(list)
         for read in self.reads:
             self._by_layer[read.layer, read.item].append(read)
 
-    def reads_of(self, layer: int, item: BatchItem) -> Many[ExtentRead]:
+    def reads_of(self, layer: int, item: BatchItem) -> Many[PlannedRead]:
         """Of one layer and item."""
         return self._by_layer.get((layer, item), ())
 
@@ -77,12 +77,12 @@ class AttentionPlan:
             if read.ticket is not None and item in (None, read.item):
                 yield read.ticket
 
-    def _needed(self, geometry: Geometry, wanted: Wanted) -> Iterator[ExtentRead]:
+    def _needed(self, geometry: Geometry, wanted: Wanted) -> Iterator[PlannedRead]:
         for layer, window in enumerate(geometry.sliding_windows):
             for seen in self.visible[window]:
                 for ref, blocks in seen.on_disk:
                     if wanted(seen.item, layer, blocks):
-                        yield ExtentRead(seen.item, layer, ref, blocks)
+                        yield PlannedRead(seen.item, layer, ref, blocks)
 
 
 class Attention(ABC):

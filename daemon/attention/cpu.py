@@ -231,7 +231,7 @@ class CpuAttention(Attention):
         offsets = slice(window_offset(first * BLOCK), window_offset(cell * CELL) + CELL)
         keys, values = self._windows[sequence.window, layer, :, :, offsets]
         rows = sequence.table.rows[layer, first : (cell + 1) * BLOCKS_PER_CELL]
-        self._codec.seal(element_view(keys), element_view(values), self.store.records, rows)
+        self._codec.seal(element_view(keys), element_view(values), self.store.records(layer), rows)
 
 
 def _numbers(x: torch.Tensor) -> torch.Tensor:

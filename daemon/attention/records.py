@@ -18,7 +18,7 @@ from spilld.offload.kernels.attention.partial import Partial, merge
 from spilld.offload.record import BLOCK
 from spilld.offload.store import Store
 
-from .base import AttentionPlan, ExtentRead
+from .base import AttentionPlan, PlannedRead
 
 Floats = npt.NDArray[np.float32]
 Places = tuple[npt.NDArray[np.uint8], Blocks, Blocks]
@@ -92,7 +92,7 @@ class RecordAttention:
             yield from self._staged(waiting[:size], plan, but)
             waiting = waiting[size:]
 
-    def _staged(self, reads: Many[ExtentRead], plan: AttentionPlan, but: Blocks) -> Iterator[Places]:
+    def _staged(self, reads: Many[PlannedRead], plan: AttentionPlan, but: Blocks) -> Iterator[Places]:
         """What some reads of one item and layer bring."""
         item, record_bytes = reads[0].item, self._store.layout.record_bytes
         tickets = [read.ticket for read in reads if read.ticket is not None]

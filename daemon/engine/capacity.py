@@ -147,7 +147,7 @@ class CapacityManager:
     def bring_back(self) -> None:
         """Queue preempted requests again, once they are on disk and somebody takes what they produce."""
         for state in self._requests.in_phase(Phase.PREEMPTED):
-            if state.unread or (state.saving is not None and self._store.saving(state.saving)):
+            if state.unread or (state.saving is not None and self._store.checkpoints.saving(state.saving)):
                 continue
             with self._finisher.blaming(state):
                 job = self._arrivals.job(state)

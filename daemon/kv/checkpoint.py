@@ -15,7 +15,7 @@ from spilld.cuda_ext.memory.windows import Numbers
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.prefix_cache.block_hash import chain
 from spilld.offload.store import Store
-from spilld.offload.system import Bytes, page_aligned
+from spilld.offload.system import Bytes
 from spilld.offload.table import RunRef
 
 from .sequence import Sequence as TokenSequence
@@ -63,7 +63,7 @@ def find_resume_point(store: Store, root: bytes, tokens: Sequence[int]) -> Resum
         if sealed > stored:
             continue
         anchor = hashes[start // BLOCK - 1] if cell else root
-        lengths = {run: _common(saved, tokens[start:-1]) for run, saved in store.tails(anchor)}
+        lengths = {run: _common(saved, tokens[start:-1]) for run, saved in store.checkpoints.find(anchor)}
         run = max(lengths, key=lambda run: lengths[run], default=None)
         if run is not None and lengths[run]:
             return ResumePoint(start + lengths[run], run, _below(refs, sealed), hashes[:sealed])
@@ -74,26 +74,25 @@ def save_checkpoint(
     store: Store, window: Numbers, sequence: TokenSequence, instead_of: RunKey | None = None
 ) -> RunKey | None:
     """Begin to write the tail of what is computed of a sequence, a cell at the least. window: what its window
-    holds. As Store.save_tail."""
+    holds. As Checkpoints.save."""
     n, sealed = sequence.computed, sequence.table.chain
     cell = (n - 1) // CELL
     above = sequence.hashes(len(sealed), cell * BLOCKS_PER_CELL)
     anchor = [sequence.root, *sealed, *above][cell * BLOCKS_PER_CELL]
     blocks = -(-sum(b - a for a, b in _slots(n)) // BLOCK)
-    width = store.tail_layout.record_bytes
-    numbers = page_aligned(len(window) * blocks * width).reshape(len(window), blocks, width)
+    numbers = store.checkpoints.buffers(blocks)
     for layer, planes in enumerate(window):
         tokens, at = _tokens(numbers[layer], planes), 0
         for a, b in _slots(n):
             tokens[:, :, at : at + b - a] = planes[:, :, a:b]
             at += b - a
     tokens_after = sequence.tokens[cell * CELL : n]
-    return store.save_tail(anchor, tokens_after, boundary(n - 1) // BLOCK, numbers, instead_of)
+    return store.checkpoints.save(anchor, tokens_after, boundary(n - 1) // BLOCK, numbers, instead_of)
 
 
 def restore_checkpoint(store: Store, window: Numbers, resume: ResumePoint) -> None:
     """Fill a window with what a sequence of resume.position tokens sees exactly. Raises ReadFailed."""
-    for planes, numbers in zip(window, store.read_tail(resume.tail), strict=True):
+    for planes, numbers in zip(window, store.checkpoints.read(resume.tail), strict=True):
         tokens, at = _tokens(numbers, planes), 0
         for a, b in _slots(resume.position):
             planes[:, :, a:b] = tokens[:, :, at : at + b - a]

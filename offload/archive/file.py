@@ -26,9 +26,9 @@ from spilld.offload.record import (
     BLOCK,
     Element,
     Format,
-    Layout,
     round_up,
 )
+from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import PAGE, Bytes, page_aligned
 
 MAGIC = b"SPILLARC"
@@ -49,23 +49,22 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ArchivedRun:
-    """Blocks [first, first + count) of the sequence, or its tail. upto: it belongs to the chain of so many
-    blocks, which of a tail are those before its tokens."""
+    """Blocks [first, first + count) of the sequence, or its checkpoint. upto: it belongs to the chain of so
+    many blocks, which of a checkpoint are those before its tokens."""
 
     run: RunKey
     first: int
     count: int
     upto: int
-    tail: bool = False
+    checkpoint: bool = False
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an archive holds. position: so many tokens need not be computed, 0 without runs; the tail is the
-    last of the runs. about: plain data that means something to whoever wrote it."""
+    """What an archive holds. position: so many tokens need not be computed, 0 without runs; the checkpoint is
+    the last of the runs. about: plain data that means something to whoever wrote it."""
 
-    layout: Layout
-    layers: int
+    layouts: StoreLayout
     fingerprint: bytes
     tokens: tuple[int, ...]
     position: int = 0
@@ -73,46 +72,43 @@ class Manifest:
     about: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.layout.format is Format.RAW or not 1 <= self.layers <= 1 << 16:
-            raise ValueError(f"{self.layers} layers of format {self.layout.format} are no model's")
+        if self.layouts.format is Format.RAW:
+            raise ValueError("an archive holds sealed blocks, not raw ones")
         if not 0 <= self.position <= len(self.tokens) or bool(self.runs) != bool(self.position):
             raise ValueError(f"{len(self.runs)} runs, {self.position} of {len(self.tokens)} tokens computed")
         for run in self.runs:
             if not 0 <= run.upto <= len(self.tokens) // BLOCK or not 0 <= run.first <= len(self.tokens):
                 raise ValueError(f"run {run.run.hex()} does not belong to {len(self.tokens)} tokens")
-            if self.identity(run).nbytes > EXTENT_LIMIT:
+            if self.identity(run).largest_extent > EXTENT_LIMIT:
                 raise ValueError(f"an extent has more than {EXTENT_LIMIT} bytes")
 
     @cached_property
     def chain(self) -> list[bytes]:
         """root and the chain hashes of all whole blocks, without a tenant."""
-        first = root(self.fingerprint, self.layout.format)
+        first = root(self.fingerprint, self.layouts.format)
         return [first, *chain(first, self.tokens, len(self.tokens) // BLOCK)]
 
     def identity(self, run: ArchivedRun) -> ExtentIdentity:
         """What the run's extents in the file say."""
-        layout = self.layout.raw if run.tail else self.layout
-        return ExtentIdentity(
-            layout, self.layers, self.fingerprint, run.run, self.chain[run.upto], run.first, run.count
-        )
+        layouts = self.layouts.raw if run.checkpoint else self.layouts
+        chain_hash = self.chain[run.upto]
+        return ExtentIdentity(layouts, self.fingerprint, run.run, chain_hash, run.first, run.count)
 
     @property
     def largest(self) -> int:
         """Bytes of the largest extent."""
-        return max((self.identity(run).nbytes for run in self.runs), default=0)
+        return max((self.identity(run).largest_extent for run in self.runs), default=0)
 
     def pack(self) -> bytes:
         packed: bytes = msgpack.packb(
             {
-                "format": str(self.layout.format),
-                "element": str(self.layout.element),
-                "kv_heads": self.layout.kv_heads,
-                "head_dim": self.layout.head_dim,
-                "layers": self.layers,
+                "format": str(self.layouts.format),
+                "element": str(self.layouts.element),
+                "shapes": self.layouts.shapes,
                 "fingerprint": self.fingerprint,
                 "tokens": np.asarray(self.tokens, "<u4").tobytes(),
                 "position": self.position,
-                "runs": [[run.run, run.first, run.count, run.upto, run.tail] for run in self.runs],
+                "runs": [[run.run, run.first, run.count, run.upto, run.checkpoint] for run in self.runs],
                 "about": self.about,
             }
         )
@@ -121,7 +117,7 @@ class Manifest:
 
 def archive_bytes(manifest: Manifest) -> int:
     """Length of the file."""
-    extents = sum(manifest.layers * manifest.identity(run).nbytes for run in manifest.runs)
+    extents = sum(manifest.identity(run).run_bytes for run in manifest.runs)
     return _extents_at(len(manifest.pack())) + extents + _TRAILER.size
 
 
@@ -148,10 +144,10 @@ def write(
     buffer = page_aligned(max(PAGE, manifest.largest))
     for run in manifest.runs:
         identity = manifest.identity(run)
-        for layer in range(manifest.layers):
-            records(run, layer, extent.payload(buffer, identity))
+        for layer in range(identity.layers):
+            records(run, layer, extent.payload(buffer, identity, layer))
             extent.seal(buffer, identity, layer)
-            put(buffer[: identity.nbytes].data)
+            put(buffer[: identity.extent_bytes(layer)].data)
             progress(file.tell(), total)
     file.write(_TRAILER.pack(END_MAGIC, total, hasher.digest()))
     file.flush()
@@ -173,7 +169,7 @@ class Archive:
         at = _extents_at(len(packed))
         for run in self.manifest.runs:
             self._at[run.run] = at
-            at += self.manifest.layers * self.manifest.identity(run).nbytes
+            at += self.manifest.identity(run).run_bytes
         if len(self._at) != len(self.manifest.runs) or at + _TRAILER.size != self._nbytes:
             raise ArchiveDamaged(f"it has {self._nbytes} bytes; its manifest says {at + _TRAILER.size}")
         self._buffer = page_aligned(max(PAGE, self.manifest.largest))
@@ -185,9 +181,10 @@ class Archive:
         first = min(self._at.values(), default=self._nbytes - _TRAILER.size)
         hasher.update(self._file.read(first))
         for run in self.manifest.runs:
-            for layer in range(self.manifest.layers):
+            identity = self.manifest.identity(run)
+            for layer in range(identity.layers):
                 self.read(run, layer)
-                hasher.update(self._buffer[: self.manifest.identity(run).nbytes].data)
+                hasher.update(self._buffer[: identity.extent_bytes(layer)].data)
                 progress(self._file.tell(), self._nbytes)
         if self._file.read() != _TRAILER.pack(END_MAGIC, self._nbytes, hasher.digest()):
             raise ArchiveDamaged("its end is not that of the rest")
@@ -198,8 +195,8 @@ class Archive:
         Raises ArchiveDamaged or OSError.
         """
         identity = self.manifest.identity(run)
-        wanted = self._buffer[: identity.nbytes]
-        self._file.seek(self._at[run.run] + layer * identity.nbytes)
+        wanted = self._buffer[: identity.extent_bytes(layer)]
+        self._file.seek(self._at[run.run] + identity.offset(layer))
         if _fill(self._file, wanted) < len(wanted):
             raise ArchiveDamaged("it ends in an extent")
         try:
@@ -225,17 +222,14 @@ class Archive:
 def _manifest(fields: dict[str, Any]) -> Manifest:
     """Raises ValueError, TypeError or KeyError."""
     whole = operator.index
-    layout = Layout(
-        *(Format(fields["format"]), Element(fields["element"])),
-        *(whole(fields["kv_heads"]), whole(fields["head_dim"])),
-    )
+    shapes = [(whole(count), whole(heads), whole(dim)) for count, heads, dim in fields["shapes"]]
+    layouts = StoreLayout.of(Format(fields["format"]), Element(fields["element"]), shapes)
     runs = tuple(
-        ArchivedRun(bytes(run), whole(first), whole(count), whole(upto), bool(tail))
-        for run, first, count, upto, tail in fields["runs"]
+        ArchivedRun(bytes(run), whole(first), whole(count), whole(upto), bool(checkpoint))
+        for run, first, count, upto, checkpoint in fields["runs"]
     )
     return Manifest(
-        layout,
-        whole(fields["layers"]),
+        layouts,
         bytes(fields["fingerprint"]),
         tuple(np.frombuffer(fields["tokens"], "<u4").tolist()),
         whole(fields["position"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import logging
 import queue
 import threading
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from spilld.offload.disk.files.extent import HEADER_BYTES, RunKey, RunPlace
+from spilld.offload.disk.files.extent import HEADER_BYTES, RunPlace
 from spilld.offload.errors import (
     BudgetTooSmall,
     ExtentCorrupt,
@@ -25,61 +24,18 @@ from spilld.offload.errors import (
 from spilld.offload.record import round_up
 from spilld.offload.system import PAGE, Bytes, page_aligned
 
+from .extent_read import (
+    ExtentRead,
+    PrefetchStats,
+    ReadState,
+    Ticket,
+)
 from .tier import DiskTier
 
 log = logging.getLogger(__name__)
 
 CLOSE_S = 5.0
 """Seconds that close waits for reads that the kernel still has."""
-
-
-@dataclass(frozen=True)
-class Read:
-    """One layer of a run."""
-
-    run: RunKey
-    layer: int
-
-
-class State(enum.Enum):
-    QUEUED = "waits for a buffer"
-    ISSUED = "has a buffer, and a thread has it or will"
-    LOADED = "its records lie in its buffer"
-    FAILED = "ended with an error; holds nothing"
-    CANCELLED = "no longer wanted; holds nothing"
-    RELEASED = "its buffer went back; holds nothing"
-
-
-class Ticket:
-    """A read that was submitted. Owner thread only, except `wanted`, which I/O threads look at."""
-
-    def __init__(self, read: Read) -> None:
-        self.read = read
-        self.state = State.QUEUED
-        self.error: ReadFailed | None = None
-        self.wanted = True
-        self.stalled = False
-        self.issued = 0.0
-        self.place: RunPlace | None = None
-        self.buffer = -1
-        self.records: Bytes | None = None
-
-
-@dataclass
-class PrefetchStats:
-    """read_seconds sums over threads, stall_seconds over waits that blocked; cancelling is no failure.
-
-    hits, stalls: waits for what was there already, and waits that blocked. corrupt: of the failures.
-    """
-
-    reads: int = 0
-    bytes_read: int = 0
-    read_seconds: float = 0.0
-    hits: int = 0
-    stalls: int = 0
-    stall_seconds: float = 0.0
-    failures: int = 0
-    corrupt: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,7 +104,7 @@ class Prefetcher:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, reads: Sequence[Read]) -> list[Ticket]:
+    def submit(self, reads: Sequence[ExtentRead]) -> list[Ticket]:
         """Queue reads behind those submitted before; never blocks. A missing run is a failed ticket."""
         tickets = [Ticket(read) for read in reads]
         for ticket in tickets:
@@ -179,7 +135,7 @@ class Prefetcher:
         issued, or since this wait began if it was not issued by then.
         """
         self._advance()
-        if ticket.state in (State.QUEUED, State.ISSUED):
+        if ticket.state in (ReadState.QUEUED, ReadState.ISSUED):
             began = time.monotonic()
             try:
                 self._await_end(ticket, began)
@@ -187,7 +143,7 @@ class Prefetcher:
                 ticket.stalled = True
                 self.stats.stalls += 1
                 self.stats.stall_seconds += time.monotonic() - began
-        elif ticket.state is State.LOADED:
+        elif ticket.state is ReadState.LOADED:
             self.stats.hits += 1
         self._ended.pop(ticket, None)
         if ticket.error is not None:
@@ -198,28 +154,28 @@ class Prefetcher:
 
     def offset(self, ticket: Ticket) -> int:
         """Where in `memory`, the whole ring as bytes, the first record of a loaded ticket lies."""
-        if ticket.state is not State.LOADED:
+        if ticket.state is not ReadState.LOADED:
             raise ValueError(f"a ticket that {ticket.state.value} has no records")
         return ticket.buffer * self._buffers.shape[1] + HEADER_BYTES
 
     def release(self, ticket: Ticket) -> None:
         """The records are no longer looked at: their buffer takes the next read."""
-        if ticket.state in (State.QUEUED, State.ISSUED, State.RELEASED):
+        if ticket.state in (ReadState.QUEUED, ReadState.ISSUED, ReadState.RELEASED):
             raise ValueError(f"cannot release a ticket that {ticket.state.value}")
         self._ended.pop(ticket, None)
-        if ticket.state is State.LOADED:
-            self._drop(ticket, State.RELEASED)
+        if ticket.state is ReadState.LOADED:
+            self._drop(ticket, ReadState.RELEASED)
         self._advance()
 
     def cancel(self, tickets: Iterable[Ticket]) -> None:
         """Forget reads in any state: queued ones never start, issued ones are dropped when they return."""
         for ticket in tickets:
             self._ended.pop(ticket, None)
-            if ticket.state is State.LOADED:
-                self._drop(ticket, State.CANCELLED)
-            elif ticket.state in (State.QUEUED, State.ISSUED):
-                self._part(ticket, State.CANCELLED, ReadCancelled("cancelled by its owner"))
-        self._queued = deque(ticket for ticket in self._queued if ticket.state is State.QUEUED)
+            if ticket.state is ReadState.LOADED:
+                self._drop(ticket, ReadState.CANCELLED)
+            elif ticket.state in (ReadState.QUEUED, ReadState.ISSUED):
+                self._part(ticket, ReadState.CANCELLED, ReadCancelled("cancelled by its owner"))
+        self._queued = deque(ticket for ticket in self._queued if ticket.state is ReadState.QUEUED)
         self._advance()
 
     def close(self) -> None:
@@ -239,25 +195,24 @@ class Prefetcher:
         issued = [ticket.buffer for ticket in self._issued]
         everything = sorted([*self._free, *issued, *self._adrift, *self._loaded])
         assert everything == list(range(len(self._buffers))), "a buffer has two users, or none"
-        assert all(ticket.state is State.QUEUED for ticket in self._queued), (
+        assert all(ticket.state is ReadState.QUEUED for ticket in self._queued), (
             "an ended read waits to be issued"
         )
         assert not (self._queued and self._free), "a read waits although a buffer is free"
 
-    def _check(self, read: Read, place: RunPlace) -> None:
-        if place.identity.nbytes > self._buffers.shape[1]:
-            raise ValueError(f"an extent of {place.identity.nbytes} bytes does not fit a staging buffer")
-        if not 0 <= read.layer < place.identity.layers:
-            raise ValueError(f"layer {read.layer} of {place.identity.layers}")
+    def _check(self, read: ExtentRead, place: RunPlace) -> None:
+        nbytes = place.identity.extent_bytes(read.layer)
+        if nbytes > self._buffers.shape[1]:
+            raise ValueError(f"an extent of {nbytes} bytes does not fit a staging buffer")
 
     def _await_end(self, ticket: Ticket, began: float) -> None:
-        while ticket.state in (State.QUEUED, State.ISSUED):
-            since = min(began, ticket.issued) if ticket.state is State.ISSUED else began
+        while ticket.state in (ReadState.QUEUED, ReadState.ISSUED):
+            since = min(began, ticket.issued) if ticket.state is ReadState.ISSUED else began
             left = since + self.deadline_s - time.monotonic()
             if left <= 0:
                 self._time_out(ticket)
                 return
-            if ticket.state is State.QUEUED and ticket not in islice(self._queued, len(self._adrift)):
+            if ticket.state is ReadState.QUEUED and ticket not in islice(self._queued, len(self._adrift)):
                 raise RuntimeError("every staging buffer this read could get is held by the caller who waits")
             try:
                 outcome = self._outcomes.get(timeout=left)
@@ -280,7 +235,7 @@ class Prefetcher:
             assert ticket.place is not None
             ticket.buffer = self._free.popleft()
             ticket.issued = now
-            ticket.state = State.ISSUED
+            ticket.state = ReadState.ISSUED
             self._issued[ticket] = None
             self._jobs.put(_ReadJob(ticket, ticket.place, ticket.buffer))
 
@@ -295,7 +250,7 @@ class Prefetcher:
         self.stats.read_seconds += outcome.seconds
         if not isinstance(outcome.result, ReadFailed):
             self.stats.reads += 1
-            self.stats.bytes_read += outcome.job.place.identity.nbytes
+            self.stats.bytes_read += outcome.job.place.identity.extent_bytes(ticket.read.layer)
             self._on_read(outcome.seconds)
         if outcome.job.buffer in self._adrift:
             self._adrift.remove(outcome.job.buffer)
@@ -306,7 +261,7 @@ class Prefetcher:
             self._free.append(outcome.job.buffer)
             self._fail(ticket, outcome.result)
         else:
-            ticket.state = State.LOADED
+            ticket.state = ReadState.LOADED
             ticket.records = outcome.result
             self._loaded.add(ticket.buffer)
             self._ended[ticket] = None
@@ -315,15 +270,15 @@ class Prefetcher:
         error = ReadTimeout(
             f"layer {ticket.read.layer} of run {ticket.read.run.hex()} did not come in {self.deadline_s} s"
         )
-        if ticket.state is State.QUEUED:
+        if ticket.state is ReadState.QUEUED:
             self._queued.remove(ticket)
-        self._part(ticket, State.FAILED, error)
+        self._part(ticket, ReadState.FAILED, error)
         self._fail(ticket, error)
 
-    def _part(self, ticket: Ticket, state: State, error: ReadFailed) -> None:
+    def _part(self, ticket: Ticket, state: ReadState, error: ReadFailed) -> None:
         """End a ticket before its read: one that is queued lets go now, else the thread's return does."""
         assert ticket.place is not None
-        if ticket.state is State.QUEUED:
+        if ticket.state is ReadState.QUEUED:
             self._disk.release(ticket.place)
         else:
             del self._issued[ticket]
@@ -334,15 +289,15 @@ class Prefetcher:
         log.warning("read failed: %s", error)
         self.stats.failures += 1
         self.stats.corrupt += isinstance(error, ExtentCorrupt)
-        ticket.state, ticket.error = State.FAILED, error
+        ticket.state, ticket.error = ReadState.FAILED, error
         self._ended[ticket] = None
 
-    def _drop(self, ticket: Ticket, state: State) -> None:
+    def _drop(self, ticket: Ticket, state: ReadState) -> None:
         """Take a loaded buffer back."""
         self._loaded.remove(ticket.buffer)
         self._free.append(ticket.buffer)
         ticket.state, ticket.records = state, None
-        if state is State.CANCELLED:
+        if state is ReadState.CANCELLED:
             ticket.error = ReadCancelled("cancelled by its owner")
 
     def _work(self) -> None:

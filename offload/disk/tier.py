@@ -7,7 +7,6 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from spilld.offload.disk.files.extent import (
@@ -15,18 +14,14 @@ from spilld.offload.disk.files.extent import (
     RunKey,
     RunMove,
     RunPlace,
-    extent_bytes,
+    run_bytes,
 )
 from spilld.offload.disk.files.extent_io import ExtentIO, write_error
 from spilld.offload.disk.files.folder import Folder
-from spilld.offload.disk.files.segment import SEGMENT_BYTES, Range, SegmentSpace
+from spilld.offload.disk.files.segment import SEGMENT_BYTES, SegmentSpace
 from spilld.offload.disk.files.segment_files import SegmentFiles
-from spilld.offload.disk.index.index import (
-    Contents,
-    Index,
-    IndexRow,
-    consistent,
-)
+from spilld.offload.disk.index.index import Index
+from spilld.offload.disk.index.index_row import Contents, IndexRow, consistent
 from spilld.offload.errors import (
     BudgetTooSmall,
     ExtentMissing,
@@ -34,34 +29,16 @@ from spilld.offload.errors import (
     IndexDamaged,
     WriteFailed,
 )
-from spilld.offload.record import Layout
 from spilld.offload.size import size
+from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import SystemCalls
+
+from .run_ledger import RunLedger, StoredRun
 
 log = logging.getLogger(__name__)
 
 NAMELESS = Contents(parent=b"")
 """Of a run that nobody will look for."""
-
-
-@dataclass(eq=False)
-class _StoredRun:
-    """A run in a place: there, still to be written, or on its way out.
-
-    Attributes:
-        committed: The index names it.
-        deleted: Nobody may find it any more; its space is free once nobody holds it.
-        row_remains: It is deleted, but its row could not be removed: its space stays taken, for that row may
-            come back.
-        holds: Leases of the place.
-    """
-
-    place: RunPlace
-    contents: Contents
-    committed: bool = False
-    deleted: bool = False
-    row_remains: bool = False
-    holds: int = 0
 
 
 class DiskTier:
@@ -78,8 +55,7 @@ class DiskTier:
         self,
         folder: Path,
         budget_bytes: int,
-        layout: Layout,
-        layers: int,
+        layouts: StoreLayout,
         fingerprint: bytes,
         system: SystemCalls | None = None,
         *,
@@ -93,8 +69,7 @@ class DiskTier:
         Args:
             folder: Where the files lie.
             budget_bytes: The most that the segment files may measure together.
-            layout: Of the records that are written unless another is named.
-            layers: Layers of a run.
+            layouts: Of the records that are written unless others are named.
             fingerprint: 32 bytes, of who may read what is written.
             system: The calls to the kernel.
             segment_bytes: How long a segment file may grow.
@@ -105,20 +80,16 @@ class DiskTier:
             FolderInUse: Another daemon holds the folder.
             FolderUnusable: It cannot be made or written.
         """
-        smallest = layers * extent_bytes(layout, 1)
+        smallest = run_bytes(layouts, 1)
         if budget_bytes < smallest:
             raise BudgetTooSmall(
                 f"a run of one block takes {size(smallest, least=True)} of disk, not {size(budget_bytes)}"
             )
         self.budget_bytes = budget_bytes
-        self.layout = layout
-        self.layers = layers
+        self.layouts = layouts
         self.fingerprint = fingerprint
         self.system = system or SystemCalls()
-        self._runs: dict[RunKey, _StoredRun] = {}
-        """By key, those of a run that is being moved in the place that its row names."""
-        self._places: dict[Range, _StoredRun] = {}
-        """By place, also where runs are being moved to, and where those that were moved are still held."""
+        self._ledger = RunLedger()
         self._folder = Folder(folder, self.system)
         self._files = SegmentFiles(
             self._folder, self.system, SegmentSpace(budget_bytes, segment_bytes), floor_bytes
@@ -148,7 +119,7 @@ class DiskTier:
             self._files.adopt(number, path, [row.range for row in by_segment[number]])
             for row in by_segment[number]:
                 place = RunPlace(row.identity, row.range, self._files[number].descriptor, fresh=False)
-                self._add(_StoredRun(place, row.contents, committed=True))
+                self._ledger.add(StoredRun(place, row.contents, committed=True))
         if lost:
             log.warning("%s: %d runs are lost, their bytes are not there", self._folder.path, len(lost))
             self.index.remove(row.identity.run for row in lost)
@@ -186,21 +157,21 @@ class DiskTier:
 
     def __contains__(self, run: RunKey) -> bool:
         """Whether the run is committed and not deleted."""
-        stored = self._runs.get(run)
-        return stored is not None and stored.committed and not stored.deleted
+        return run in self._ledger
 
-    def run_bytes(self, count: int, layout: Layout | None = None) -> int:
+    def run_bytes(self, count: int, layouts: StoreLayout | None = None) -> int:
         """Bytes on disk of a run of count blocks, all layers."""
-        return self.layers * extent_bytes(layout or self.layout, count)
+        return run_bytes(layouts or self.layouts, count)
 
     def runs(self) -> list[RunPlace]:
         """Every committed run, of any model, the least recently used first."""
+        places = self._ledger.places()
         keys = [row.identity.run for row in self.index.entries()]
-        return [self._runs[key].place for key in keys if key in self]
+        return [places[key] for key in keys if key in places]
 
     def contents(self, run: RunKey) -> Contents:
         """What a committed run is found by. Raises ExtentMissing."""
-        return self._present(run).contents
+        return self._ledger.present(run).contents
 
     def touch(self, runs: Iterable[RunKey]) -> None:
         """Note that runs were used now."""
@@ -222,24 +193,22 @@ class DiskTier:
         count: int,
         chain_hash: bytes,
         contents: Contents = NAMELESS,
-        layout: Layout | None = None,
+        layouts: StoreLayout | None = None,
     ) -> RunPlace:
         """Space for a run of count blocks, the first of which is block `first` of its sequence.
 
         contents: what the index finds it by once it is committed. Follow with commit or abandon. Raises
         TierFull, or WriteFailed if the file cannot be made or grown; either way nothing has changed.
         """
-        if run in self._runs:
+        if self._ledger.knows(run):
             raise ValueError(f"run {run.hex()} is already there")
-        identity = ExtentIdentity(
-            layout or self.layout, self.layers, self.fingerprint, run, chain_hash, first, count
-        )
+        identity = ExtentIdentity(layouts or self.layouts, self.fingerprint, run, chain_hash, first, count)
         try:
-            found, file = self._files.allocate(self.layers * identity.nbytes)
+            found, file = self._files.allocate(identity.run_bytes)
         except OSError as error:
             raise write_error(f"no room for run {run.hex()}", error) from error
         place = RunPlace(identity, found, file.descriptor, fresh=not file.durable_name)
-        self._add(_StoredRun(place, contents))
+        self._ledger.add(StoredRun(place, contents))
         return place
 
     def commit(self, *places: RunPlace) -> None:
@@ -248,7 +217,7 @@ class DiskTier:
         Raises:
             WriteFailed: The index does not take their rows; all of them still wait, to be abandoned.
         """
-        waiting = [self._awaiting(place) for place in places]
+        waiting = [self._ledger.waiting(place) for place in places]
         now = int(time.time())
         try:
             self.index.add(*(IndexRow(s.place.identity, s.place.range, s.contents, now) for s in waiting))
@@ -261,12 +230,12 @@ class DiskTier:
 
     def awaits(self, place: RunPlace) -> bool:
         """Whether the place is reserved and neither committed nor abandoned."""
-        stored = self._at(place)
+        stored = self._ledger.at(place)
         return stored is not None and not stored.committed and not stored.deleted
 
     def abandon(self, place: RunPlace) -> None:
         """The run will not be there; its space is free once nobody holds it. After commit, use delete."""
-        stored = self._awaiting(place)
+        stored = self._ledger.waiting(place)
         stored.deleted = True
         self._reclaim(stored)
 
@@ -278,7 +247,7 @@ class DiskTier:
         Raises:
             ExtentMissing: One of them is not there; none is forgotten then.
         """
-        gone = [self._present(run) for run in runs]
+        gone = [self._ledger.present(run) for run in runs]
         try:
             self.index.remove(runs)
         except (OSError, IndexDamaged) as error:
@@ -298,17 +267,12 @@ class DiskTier:
         """
         space = self._files.space
         for number, hole in space.moves():
-            stored = self._places[space.last(number)]
-            identity = stored.place.identity
-            if (
-                self._runs.get(identity.run) is stored
-                and identity.run in self
-                and identity.nbytes <= extent_bytes
-            ):
+            stored = self._ledger.movable(space.last(number))
+            if stored is not None and stored.place.identity.largest_extent <= extent_bytes:
                 space.take(hole)
                 file = self._files[hole.segment]
-                target = RunPlace(identity, hole, file.descriptor, fresh=not file.durable_name)
-                self._places[hole] = _StoredRun(target, stored.contents)
+                target = RunPlace(stored.place.identity, hole, file.descriptor, fresh=not file.durable_name)
+                self._ledger.add_target(StoredRun(target, stored.contents))
                 return RunMove(stored.place, target)
         return None
 
@@ -320,7 +284,7 @@ class DiskTier:
             ExtentMissing: The run was deleted or moved meanwhile.
             WriteFailed: The index does not take the change. Either way the target waits to be abandoned.
         """
-        target, source = self._awaiting(move.target), self._present(move.run)
+        target, source = self._ledger.waiting(move.target), self._ledger.present(move.run)
         if source.place != move.source:
             raise ExtentMissing(f"run {move.run.hex()} is no longer where it was copied from")
         try:
@@ -329,16 +293,16 @@ class DiskTier:
             raise WriteFailed(f"run {move.run.hex()} stays where it is: {error}") from error
         target.committed, source.deleted = True, True
         self._files[move.target.range.segment].durable_name = True
-        self._runs[move.run] = target
+        self._ledger.add(target)
         self._reclaim(source)
 
     def locate(self, run: RunKey) -> RunPlace:
         """Where a committed run lies; hold it before reading. Raises ExtentMissing."""
-        return self._present(run).place
+        return self._ledger.present(run).place
 
     def hold(self, place: RunPlace) -> None:
         """A lease: the run's bytes stay as they are until the matching release."""
-        stored = self._at(place)
+        stored = self._ledger.at(place)
         if stored is None or stored.deleted:
             raise ExtentMissing(f"run {place.run.hex()} is not in the disk tier")
         stored.holds += 1
@@ -346,7 +310,7 @@ class DiskTier:
 
     def release(self, place: RunPlace) -> None:
         """The end of a hold; the last one of a deleted place frees its space."""
-        stored = self._at(place)
+        stored = self._ledger.at(place)
         if stored is None or stored.holds < 1:
             raise ValueError(f"run {place.run.hex()} is released more often than held")
         stored.holds -= 1
@@ -361,21 +325,12 @@ class DiskTier:
 
     def check_integrity(self) -> None:
         """Ranges partition the segments, files measure what the ledger says, and the index knows the runs."""
-        self._files.check_integrity(list(self._places))
+        self._files.check_integrity([stored.place.range for stored in self._ledger])
+        self._ledger.check_integrity()
         self.index.check_integrity()
         rows = {row.identity.run: (row.identity, row.range) for row in self.index.entries()}
-        known = {run: stored.place for run, stored in self._runs.items() if run in self}
-        assert rows == {run: (place.identity, place.range) for run, place in known.items()}, (
-            "the index and the tier know different runs"
-        )
-        for place, stored in self._places.items():
-            assert stored.place.range == place, "a run is kept under another place"
-            assert stored.holds >= 0, "a run is released more often than held"
-            assert stored.holds > 0 or stored.row_remains or not stored.deleted, (
-                "a deleted run keeps its space"
-            )
-        for run, stored in self._runs.items():
-            assert self._places.get(stored.place.range) is stored, f"run {run.hex()} has no place"
+        known = {run: (place.identity, place.range) for run, place in self._ledger.places().items()}
+        assert rows == known, "the index and the tier know different runs"
 
     def close(self) -> None:
         """Close the segments and the index, and unlock the folder. Runs that wait for a commit are lost.
@@ -395,33 +350,8 @@ class DiskTier:
         if not still_open:
             self._folder.close()
 
-    def _add(self, stored: _StoredRun) -> None:
-        self._runs[stored.place.run] = stored
-        self._places[stored.place.range] = stored
-
-    def _awaiting(self, place: RunPlace) -> _StoredRun:
-        stored = self._at(place)
-        if stored is None or stored.committed or stored.deleted:
-            raise ValueError(f"run {place.run.hex()} is not waiting to be committed")
-        return stored
-
-    def _at(self, place: RunPlace) -> _StoredRun | None:
-        """What lies in a place, or is to."""
-        stored = self._places.get(place.range)
-        return stored if stored is not None and stored.place.run == place.run else None
-
-    def _present(self, run: RunKey) -> _StoredRun:
-        stored = self._runs.get(run)
-        if stored is None or not stored.committed or stored.deleted:
-            raise ExtentMissing(f"run {run.hex()} is not in the disk tier")
-        return stored
-
-    def _reclaim(self, stored: _StoredRun) -> None:
+    def _reclaim(self, stored: StoredRun) -> None:
         """Free the space of a deleted run, or of what a move left, that nobody holds."""
-        if stored.holds or stored.row_remains or not stored.deleted or self._closed:
-            return
-        place = stored.place
-        del self._places[place.range]
-        if self._runs.get(place.run) is stored:
-            del self._runs[place.run]
-        self._files.free(place.range)
+        if stored.unused and not self._closed:
+            self._ledger.remove(stored)
+            self._files.free(stored.place.range)

@@ -38,7 +38,7 @@ class Spilled:
 @dataclass(frozen=True)
 class _SpillJob:
     place: RunPlace
-    records: Bytes
+    records: Sequence[Bytes]
     rows: Rows
 
 
@@ -75,18 +75,20 @@ class Spiller:
         self._thread = threading.Thread(target=self._work, name="spilld-write", daemon=True)
         self._thread.start()
 
-    def submit(self, place: RunPlace, records: Bytes, rows: Rows) -> None:
-        """Write records[rows[layer]] for every layer; never blocks. rows is int64[layers, count].
+    def submit(self, place: RunPlace, records: Sequence[Bytes], rows: Rows) -> None:
+        """Write records[layer][rows[layer]] for every layer; never blocks. rows is int64[layers, count].
 
         The rows must keep their records until the run is reported. The owner may abandon the place
         meanwhile: the run is then reported as failed.
         """
-        if rows.shape != (place.identity.layers, place.identity.count):
+        if rows.shape != (len(records), place.identity.count) or len(records) != place.identity.layers:
             raise ValueError(
                 f"rows of shape {rows.shape} for {place.identity.layers} x {place.identity.count}"
             )
-        if place.identity.nbytes > self.scratch_bytes:
-            raise ValueError(f"an extent of {place.identity.nbytes} bytes does not fit the scratch buffer")
+        if place.identity.largest_extent > self.scratch_bytes:
+            raise ValueError(
+                f"an extent of {place.identity.largest_extent} bytes does not fit the scratch buffer"
+            )
         self._disk.hold(place)
         self.pending += 1
         self._jobs.put(_SpillJob(place, records, rows.copy()))
@@ -165,7 +167,9 @@ class Spiller:
             for layer in range(job.place.identity.layers):
                 if self._stopping:
                     return WriteFailed("the disk tier is being closed")
-                self._disk.io.write_extent(job.place, layer, job.records, job.rows[layer], self._scratch)
+                self._disk.io.write_extent(
+                    job.place, layer, job.records[layer], job.rows[layer], self._scratch
+                )
             self._disk.io.sync(job.place)
         except WriteFailed as error:
             return error

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from spilld.offload.disk.files.extent import verify
 from spilld.offload.disk.files.folder import Folder
-from spilld.offload.disk.index.index import Index, IndexRow, consistent
+from spilld.offload.disk.index.index import Index
+from spilld.offload.disk.index.index_row import IndexRow, consistent
 from spilld.offload.errors import ExtentCorrupt, FolderUnusable, IndexDamaged
 from spilld.offload.system import SystemCalls, page_aligned, read_fully
 
@@ -109,8 +110,7 @@ def _damaged(
 
 def _verify(system: SystemCalls, file: int, entry: IndexRow, layer: int) -> None:
     identity = entry.identity
-    buffer = page_aligned(identity.nbytes)
-    offset = entry.range.offset + layer * identity.nbytes
-    if read_fully(system, file, buffer, offset) < identity.nbytes:
+    buffer = page_aligned(identity.extent_bytes(layer))
+    if read_fully(system, file, buffer, entry.range.offset + identity.offset(layer)) < len(buffer):
         raise ExtentCorrupt(f"layer {layer} of run {identity.run.hex()}: the file ends in it")
     verify(buffer, identity, layer)

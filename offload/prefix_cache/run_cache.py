@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ParamSpec, TypeVar
 
 from spilld.offload.disk.files.extent import RunKey, RunPlace
-from spilld.offload.disk.index.index import Contents, Stretch
+from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import IndexDamaged, TierFull
-from spilld.offload.record import Layout
+from spilld.offload.store_layout import StoreLayout
+from spilld.offload.table import RunRef
 
 from .eviction import Eviction, Policy, S3Fifo
 
@@ -46,16 +47,16 @@ class RunCache:
             self.enter(place)
 
     def reserve(
-        self, run: RunKey, *, first: int, count: int, chain: bytes, contents: Contents, layout: Layout
+        self, run: RunKey, *, first: int, count: int, chain: bytes, contents: Contents, layouts: StoreLayout
     ) -> RunPlace:
         """As DiskTier.reserve; unused runs are evicted until it fits."""
         while True:
             try:
                 return self._tier.reserve(
-                    run, first=first, count=count, chain_hash=chain, contents=contents, layout=layout
+                    run, first=first, count=count, chain_hash=chain, contents=contents, layouts=layouts
                 )
             except TierFull:
-                if not self._evict(self._tier.run_bytes(count, layout)):
+                if not self._evict(self._tier.run_bytes(count, layouts)):
                     raise
 
     def enter(self, place: RunPlace) -> None:
@@ -68,22 +69,22 @@ class RunCache:
         for parent in self._parents[place.run]:
             self._need(parent)
 
-    def find(self, hashes: Sequence[bytes], first: int) -> list[Stretch]:
+    def find(self, hashes: Sequence[bytes], first: int) -> list[RunRef]:
         """The longest chain of blocks first, first + 1, ... that is here and whose extents a reader with
         buffers of extent_bytes can take. An index that cannot be asked knows none."""
         found = _or_nothing(self._tier.index.chain, hashes, first)
-        return list(itertools.takewhile(lambda stretch: self._readable(stretch.run), found))
+        return list(itertools.takewhile(lambda ref: self._readable(ref.run), found))
 
-    def tails(self, anchor: bytes) -> list[tuple[RunKey, list[int]]]:
-        """As Index.tails, of those that can be read."""
-        found = _or_nothing(self._tier.index.tails, anchor)
+    def checkpoints(self, anchor: bytes) -> list[tuple[RunKey, list[int]]]:
+        """As Index.checkpoints, of those that can be read."""
+        found = _or_nothing(self._tier.index.checkpoints, anchor)
         return [(run, tokens) for run, tokens in found if self._readable(run)]
 
     def _readable(self, run: RunKey) -> bool:
         if run not in self._tier:
             return False
         identity = self._tier.locate(run).identity
-        return identity.layers == self._tier.layers and identity.nbytes <= self._extent_bytes
+        return identity.layers == len(self._tier.layouts) and identity.largest_extent <= self._extent_bytes
 
     def hold(self, runs: Iterable[RunKey]) -> None:
         """They stay until as many releases."""

@@ -28,6 +28,7 @@ from spilld.kv.visibility import (
     sealed_by,
     stored_blocks,
 )
+from spilld.offload.disk.disk_backend import DiskBackend
 from spilld.offload.disk.files.extent import extent_bytes
 from spilld.offload.disk.prefetch import Prefetcher
 from spilld.offload.disk.tier import DiskTier
@@ -36,7 +37,8 @@ from spilld.offload.errors import ExtentCorrupt
 from spilld.offload.host.slab import HostSlab
 from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.record import Element, Format, Layout
-from spilld.offload.store import DiskPath, Store
+from spilld.offload.store import Store
+from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import PAGE, page_aligned
 
 from ..offload import reference
@@ -131,14 +133,16 @@ class Setup:
         self.case = case
         layout = case.layout
         shape = WindowShape(WINDOW_TOKENS, 1, case.kv_heads, case.head_dim, case.dtype)
-        disk = DiskTier(folder / "kv", 64 << 20, layout, 1, bytes(32))
-        self.disk = DiskPath(
+        layouts = StoreLayout.uniform(layout, 1)
+        disk = DiskTier(folder / "kv", 64 << 20, layouts, bytes(32))
+        self.disk = DiskBackend(
             disk,
             RunCache(disk, extent_bytes(layout, RUN)),
             Spiller(disk, extent_bytes(layout, RUN)),
             Prefetcher(disk, 4, extent_bytes(layout, RUN)),
         )
-        self.store = Store(layout, 1, HostSlab(64 * layout.record_bytes, layout.record_bytes), RUN, self.disk)
+        slab = HostSlab(64 * layout.record_bytes, layouts.record_bytes)
+        self.store = Store(layouts, slab, RUN, self.disk)
         windows, self.attention = tier(self.store, shape, case.geometry)
         self.sequence = Sequence(self.store.open(), windows.take(), bytes(32))
         with windows.written(self.sequence.window) as numbers:  # what was never written is never looked at

@@ -161,7 +161,7 @@ def test_what_failed_no_longer_reads_host_memory(tmp_path: Path, emulate: Emulat
     """What a call has fetched before it failed: the engine gives its records to others."""
     case, device = Case(768, 1, Format.EXACT, kv_heads=1, disk=False), FakeDevice(6, between=0)
     with prepared(case, tmp_path, on(device, emulate, 100)) as setup:
-        wanted, records, fetched = setup.expected(), setup.store.records, 0
+        wanted, records, fetched = setup.expected(), setup.store.memory, 0
         for n in range(2, 12):
             setup.attention.forget(setup.sequence)
             part, device.fail_at = setup.part(case.start, 1), device.calls + n
@@ -187,7 +187,7 @@ def test_hot_slots_are_another_sequences_when_they_have_been_read(
         part = setup.part(case.start, 1)
         setup.attend(part)
         assert part.read_bytes["host"] == 0
-        pool, held = attention._pool, setup.store.records.ctypes.data
+        pool, held = attention._pool, setup.store.memory.ctypes.data
         attention.forget(setup.sequence)
         pool.fill(pool.take(pool.capacity), [held] * pool.capacity).synchronise()
         device.synchronise()

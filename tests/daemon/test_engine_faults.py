@@ -99,7 +99,7 @@ def damage(harness: Harness, request_id: str = "r") -> int:
         at = (
             place.offset(index % place.identity.layers)
             + 256
-            + 1000 * (index + 1) % place.identity.payload_bytes
+            + 1000 * (index + 1) % place.identity.payload_bytes(0)
         )
         os.pwrite(file, bytes([os.pread(file, 1, at)[0] ^ 0x10]), at)
         os.fsync(file)

@@ -88,22 +88,22 @@ def resident_bytes() -> int:
 
 
 def test_free_rows_give_their_memory_back_and_others_keep_it() -> None:
-    slab = HostSlab(64 * MIB, 8000 * 64)
-    rows = slab.allocate(slab.n_slots)
-    slab.records[:] = 7
+    slab = HostSlab(64 * MIB, [8000 * 64])
+    rows = slab.allocate(slab.n_columns)
+    slab.memory[:] = 7
     full = resident_bytes()
-    slab.free(rows[::2])
+    slab.free(rows[:, ::2])
     slab.give_back()
     assert full - resident_bytes() > 24 * MIB
-    assert (slab.records[rows[1::2]] == 7).all()
-    slab.free(rows[1::2])
+    assert (slab.records[0][rows[0, 1::2]] == 7).all()
+    slab.free(rows[:, 1::2])
     slab.give_back()
     assert full - resident_bytes() > 56 * MIB
     again = slab.allocate(3)
-    slab.records[again] = 9
+    slab.records[0][again[0]] = 9
     slab.give_back()
-    assert (slab.records[again] == 9).all()
-    assert np.count_nonzero(slab.records) == 3 * slab.record_bytes
+    assert (slab.records[0][again[0]] == 9).all()
+    assert np.count_nonzero(slab.memory) == 3 * slab.column_bytes
     slab.check_integrity()
 
 

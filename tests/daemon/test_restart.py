@@ -128,22 +128,22 @@ def test_a_cell_is_lost_at_most(model: Model, tmp_path: Path) -> None:
         assert state.sequence.computed >= 1280
 
 
-def test_tails_amid_an_answer_do_not_pile_up(model: Model, tmp_path: Path) -> None:
+def test_checkpoints_amid_an_answer_do_not_pile_up(model: Model, tmp_path: Path) -> None:
     """One at the end of the prompt, one at the end of the answer, and one of those between at a time."""
     with life(model, tmp_path / "s") as harness:
         harness.add("r", PROMPT, max_tokens=700, ignore_eos=True)
         most = 0
         while harness.engine.turn():
-            most = max(most, tails(tmp_path / "s"))
+            most = max(most, checkpoints(tmp_path / "s"))
         while harness.engine.writing:
             harness.engine.rest()
         assert most <= 3
-        assert tails(tmp_path / "s") == 2
+        assert checkpoints(tmp_path / "s") == 2
 
 
-def tails(state: Path) -> int:
+def checkpoints(state: Path) -> int:
     with closing(sqlite3.connect(state / "kv" / "index.sqlite")) as db:
-        ((count,),) = db.execute("SELECT count(*) FROM tails")
+        ((count,),) = db.execute("SELECT count(*) FROM checkpoints")
     return int(count)
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 
 from spilld.offload.disk.files.extent import RunKey
-from spilld.offload.disk.index.index import Contents
+from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.disk.tier import NAMELESS, DiskTier
 from spilld.offload.system import Bytes, SystemCalls, page_aligned
 
@@ -28,10 +28,10 @@ class RunTier(DiskTier):
 
         Raises TierFull or WriteFailed; the run is then absent and all earlier runs are intact.
         """
-        assert len(records) == self.layers
+        assert len(records) == len(self.layouts)
         rows = np.arange(len(records[0]), dtype=np.int64)
         place = self.reserve(run, first=first, count=len(rows), chain_hash=chain_hash, contents=contents)
-        scratch = page_aligned(place.identity.nbytes)
+        scratch = page_aligned(place.identity.largest_extent)
         try:
             for layer, layer_records in enumerate(records):
                 self.io.write_extent(place, layer, layer_records, rows, scratch)
@@ -44,7 +44,7 @@ class RunTier(DiskTier):
     def get(self, run: RunKey, layer: int) -> Bytes:
         """The records of one layer, uint8[count, record_bytes], in memory of their own. Raises ReadFailed."""
         place = self.locate(run)
-        return self.io.read_extent(place, layer, page_aligned(place.identity.nbytes))
+        return self.io.read_extent(place, layer, page_aligned(place.identity.largest_extent))
 
 
 def on_system(tier: DiskTier, system: System) -> System:

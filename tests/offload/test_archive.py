@@ -19,19 +19,21 @@ from spilld.offload.archive.file import (
 )
 from spilld.offload.errors import ArchiveDamaged, ArchiveUnknown
 from spilld.offload.record import Element, Format, Layout
+from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import Bytes
 
-LAYOUT = Layout(Format.K8V4, Element.FLOAT32, 1, 16)
+LAYOUTS = StoreLayout(
+    (Layout(Format.K8V4, Element.FLOAT32, 1, 16), Layout(Format.K8V4, Element.FLOAT32, 2, 32))
+)
 MANIFEST = Manifest(
-    LAYOUT,
-    2,
+    LAYOUTS,
     b"f" * 32,
     tuple(range(1300)),
     1290,
     (
         ArchivedRun(b"1" * 16, 1, 2, 3),
         ArchivedRun(b"2" * 16, 3, 9, 12),
-        ArchivedRun(b"3" * 16, 16, 6, 20, tail=True),
+        ArchivedRun(b"3" * 16, 16, 6, 20, checkpoint=True),
     ),
     {"words": ["\N{SNOWMAN}", None, 1.5]},
 )
@@ -135,7 +137,7 @@ def test_extents_of_other_archives(folder: Path, content: bytes, tmp_path: Path)
         {"position": 0},
         {"position": 1301},
         {"runs": ()},
-        {"layers": 0},
+        {"layouts": LAYOUTS.raw},
         {"runs": (ArchivedRun(b"1" * 16, 1, 2, 21),)},
         {"runs": (ArchivedRun(b"1" * 16, -1, 2, 3),)},
         {"runs": (ArchivedRun(b"1" * 16, 1, 0, 3),)},

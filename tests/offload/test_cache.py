@@ -13,15 +13,17 @@ import pytest
 from lru import Lru
 
 from spilld.offload.disk.files.extent import RunKey, RunPlace, extent_bytes
-from spilld.offload.disk.index.index import Contents, Stretch
+from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.errors import IndexDamaged, TierFull
 from spilld.offload.prefix_cache.block_hash import chain_hash, root
 from spilld.offload.prefix_cache.run_cache import RunCache
+from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import page_aligned
+from spilld.offload.table import RunRef
 
 from .faults import ScriptedSystem
 from .run_tier import RunTier
-from .tier_contract import FINGERPRINT, LAYERS, LAYOUT, blocks, key
+from .tier_contract import FINGERPRINT, LAYERS, LAYOUT, LAYOUTS, blocks, key
 
 COUNT = 2
 EXTENT = extent_bytes(LAYOUT, COUNT)
@@ -42,7 +44,7 @@ NAMES = history(0)
 
 
 def open_tier(folder: Path) -> RunTier:
-    return RunTier(folder, ROOM * RUN_BYTES, LAYOUT, LAYERS, FINGERPRINT, ScriptedSystem())
+    return RunTier(folder, ROOM * RUN_BYTES, LAYOUTS, FINGERPRINT, ScriptedSystem())
 
 
 @pytest.fixture
@@ -62,14 +64,14 @@ def reserve(cache: RunCache, n: int, first: int, names: list[bytes] = NAMES, cou
     end = first + count
     contents = Contents(names[first - 1], tuple(names[first:end]))
     return cache.reserve(
-        key(n), first=first, count=count, chain=names[end - 1], contents=contents, layout=LAYOUT
+        key(n), first=first, count=count, chain=names[end - 1], contents=contents, layouts=LAYOUTS
     )
 
 
 def put(tier: RunTier, cache: RunCache, n: int, first: int, names: list[bytes] = NAMES) -> None:
     """Run n holds blocks first and first + 1 of a history."""
     place = reserve(cache, n, first, names)
-    scratch = page_aligned(place.identity.nbytes)
+    scratch = page_aligned(place.identity.largest_extent)
     for layer, records in enumerate(blocks(n, COUNT)):
         tier.io.write_extent(place, layer, records, np.arange(COUNT), scratch)
     tier.io.sync(place)
@@ -84,8 +86,8 @@ def numbers(tier: RunTier) -> set[int]:
 def test_a_committed_run_is_cached_and_found(tier: RunTier, cache: RunCache) -> None:
     put(tier, cache, 1, 1)
     put(tier, cache, 2, 3)
-    assert cache.find(NAMES[1:], 1) == [Stretch(key(1), 1, 1, 2), Stretch(key(2), 3, 3, 2)]
-    assert cache.find(NAMES[2:4], 2) == [Stretch(key(1), 1, 2, 1), Stretch(key(2), 3, 3, 1)]
+    assert cache.find(NAMES[1:], 1) == [RunRef(key(1), 1, 1, 2), RunRef(key(2), 3, 3, 2)]
+    assert cache.find(NAMES[2:4], 2) == [RunRef(key(1), 1, 2, 1), RunRef(key(2), 3, 3, 1)]
     assert cache.cached_bytes == tier.used_bytes == 2 * RUN_BYTES
     cache.check_integrity({})
 
@@ -158,18 +160,23 @@ def test_what_a_used_run_continues_stays(tier: RunTier, cache: RunCache) -> None
     assert 2 not in numbers(tier)
 
 
-def test_a_tail_goes_before_its_anchor(tier: RunTier, cache: RunCache) -> None:
+def test_a_checkpoint_goes_before_its_anchor(tier: RunTier, cache: RunCache) -> None:
     put(tier, cache, 1, 1)
     place = cache.reserve(
-        key(2), first=1, count=COUNT, chain=NAMES[2], contents=Contents(NAMES[2], tokens=(7,)), layout=LAYOUT
+        key(2),
+        first=1,
+        count=COUNT,
+        chain=NAMES[2],
+        contents=Contents(NAMES[2], tokens=(7,)),
+        layouts=LAYOUTS,
     )
     tier.commit(place)
     cache.enter(place)
-    assert cache.tails(NAMES[2]) == [(key(2), [7])]
+    assert cache.checkpoints(NAMES[2]) == [(key(2), [7])]
     for n in range(10, 14):
         put(tier, cache, n, 1, history(n))
-    assert cache.tails(NAMES[2]) == []
-    assert cache.find(NAMES[1:], 1) == [Stretch(key(1), 1, 1, 2)]
+    assert cache.checkpoints(NAMES[2]) == []
+    assert cache.find(NAMES[1:], 1) == [RunRef(key(1), 1, 1, 2)]
 
 
 def test_a_fork_keeps_what_both_continue(tier: RunTier, cache: RunCache) -> None:
@@ -197,7 +204,7 @@ def test_a_discarded_run_is_not_found_and_its_room_is_free(tier: RunTier, cache:
     cache.check_integrity({key(1): 1})
     cache.release(key(1))
     put(tier, cache, 3, 1)
-    assert cache.find(NAMES[1:], 1) == [Stretch(key(3), 1, 1, 2), Stretch(key(2), 3, 3, 2)]
+    assert cache.find(NAMES[1:], 1) == [RunRef(key(3), 1, 1, 2), RunRef(key(2), 3, 3, 2)]
 
 
 def test_a_victim_that_is_being_read_gives_no_room_yet(tier: RunTier, cache: RunCache) -> None:
@@ -228,7 +235,13 @@ def test_a_run_of_other_layers_is_not_found(tmp_path: Path) -> None:
     tier = open_tier(tmp_path / "kv")
     put(tier, RunCache(tier, EXTENT, Lru), 1, 1)
     tier.close()
-    fewer = RunTier(tmp_path / "kv", ROOM * RUN_BYTES, LAYOUT, LAYERS - 1, FINGERPRINT, ScriptedSystem())
+    fewer = RunTier(
+        tmp_path / "kv",
+        ROOM * RUN_BYTES,
+        StoreLayout.uniform(LAYOUT, LAYERS - 1),
+        FINGERPRINT,
+        ScriptedSystem(),
+    )
     assert numbers(fewer) == {1}
     assert RunCache(fewer, EXTENT, Lru).find(NAMES[1:], 1) == []
     fewer.close()
@@ -272,7 +285,7 @@ def test_an_index_that_cannot_be_asked_knows_nothing(
     with monkeypatch.context() as patched:
         patched.setattr("spilld.offload.disk.index.database.Database.rows", fail)
         assert cache.find(NAMES[1:], 1) == []
-        assert cache.tails(NAMES[2]) == []
+        assert cache.checkpoints(NAMES[2]) == []
         cache.enter(place)
     assert len(cache.find(NAMES[1:], 1)) == 2
     cache.check_integrity({})

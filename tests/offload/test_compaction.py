@@ -31,7 +31,7 @@ from spilld.offload.system import page_aligned
 from .faults import Fault, ScriptedSystem, Short, Stall, error
 from .run_tier import RunTier
 from .test_disk import names, peek, poke, segment_of
-from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, assert_tier, blocks, key, put
+from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, LAYOUTS, assert_tier, blocks, key, put
 
 COUNT = 2
 EXTENT = extent_bytes(LAYOUT, COUNT)
@@ -61,7 +61,7 @@ class Rig:
     def start(self) -> None:
         self.system = ScriptedSystem(durable=True)
         self.tier = RunTier(
-            *(self.home / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT, self.system),
+            *(self.home / "kv", BUDGET, LAYOUTS, FINGERPRINT, self.system),
             segment_bytes=SEGMENT_RUNS * RUN_BYTES,
         )
         self.cache = RunCache(self.tier, WIDEST)
@@ -575,7 +575,9 @@ class CompactionMachine(RuleBasedStateMachine):
     def damage(self, data: st.DataObject) -> None:
         n = data.draw(st.sampled_from(sorted(self.runs.keys() - self.damaged)))
         place = self.rig.tier.locate(key(n))
-        where = place.offset(0) + data.draw(st.integers(0, HEADER_BYTES + place.identity.payload_bytes - 1))
+        where = place.offset(0) + data.draw(
+            st.integers(0, HEADER_BYTES + place.identity.payload_bytes(0) - 1)
+        )
         path = segment_of(self.rig.home, place)
         poke(path, where, bytes([peek(path, where, 1)[0] ^ 0x80]))
         self.damaged.add(n)
@@ -614,7 +616,7 @@ class CompactionMachine(RuleBasedStateMachine):
             for layer, records in enumerate(blocks(n, self.runs[n])):
                 np.testing.assert_array_equal(tier.get(key(n), layer), records)
         for n, count, place in self.held:
-            buffer = page_aligned(place.identity.nbytes)
+            buffer = page_aligned(place.identity.largest_extent)
             np.testing.assert_array_equal(tier.io.read_extent(place, 1, buffer), blocks(n, count)[1])
 
     def teardown(self) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from spilld.offload.disk.files.extent import HEADER_BYTES, HEADER_FIELDS, RunPlace
-from spilld.offload.disk.index.index import Contents
+from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.errors import (
     BudgetTooSmall,
     ExtentCorrupt,
@@ -33,7 +33,7 @@ from spilld.offload.system import page_aligned
 
 from .faults import Fault, ScriptedSystem, Short, error
 from .run_tier import RunTier
-from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, assert_tier, blocks, chain, key, put
+from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, LAYOUTS, assert_tier, blocks, chain, key, put
 
 CHECKSUM_AT, CHECKSUM_SIZE = HEADER_FIELDS["checksum"]
 
@@ -52,7 +52,7 @@ def tier(tmp_path: Path, system: ScriptedSystem) -> Iterator[RunTier]:
 
 
 def open_tier(folder: Path, system: ScriptedSystem, budget: int = BUDGET) -> RunTier:
-    return RunTier(folder, budget, LAYOUT, LAYERS, FINGERPRINT, system, segment_bytes=BUDGET // 3)
+    return RunTier(folder, budget, LAYOUTS, FINGERPRINT, system, segment_bytes=BUDGET // 3)
 
 
 def names(folder: Path) -> set[str]:
@@ -91,7 +91,7 @@ class TestDamage:
         put(tier, 7, 3)
         place = tier.locate(key(7))
         for layer, records in enumerate(blocks(7, 3)):
-            raw = peek(segment_of(tmp_path, place), place.offset(layer), place.identity.nbytes)
+            raw = peek(segment_of(tmp_path, place), place.offset(layer), place.identity.largest_extent)
             payload = 3 * LAYOUT.record_bytes
             assert raw[:8] == b"SPILLDKV"
             assert int.from_bytes(raw[8:16], "little") == xxhash.xxh3_64_intdigest(raw[16 : 256 + payload])
@@ -135,17 +135,17 @@ class TestDamage:
             before = peek(path, where, 1)
             poke(path, where, bytes([before[0] ^ 0x10]))
             if forged and field != "checksum":
-                seal_again(path, place.offset(1), place.identity.payload_bytes)
+                seal_again(path, place.offset(1), place.identity.payload_bytes(1))
             with pytest.raises(ExtentCorrupt, match=field if field != "checksum" else "checksum"):
                 tier.get(key(1), 1)
             poke(path, where, before)
-            seal_again(path, place.offset(1), place.identity.payload_bytes)
+            seal_again(path, place.offset(1), place.identity.payload_bytes(1))
         assert_tier(tier, {1: 2, 2: 2})
 
     def test_every_part_of_the_payload_is_verified(self, tier: RunTier, tmp_path: Path) -> None:
         put(tier, 1)
         place = tier.locate(key(1))
-        path, payload = segment_of(tmp_path, place), place.identity.payload_bytes
+        path, payload = segment_of(tmp_path, place), place.identity.payload_bytes(0)
         for at in [0, 1, payload // 2, payload - 1, *range(13, payload, 211)]:
             where = place.offset(2) + HEADER_BYTES + at
             before = peek(path, where, 1)
@@ -160,7 +160,7 @@ class TestDamage:
         put(tier, 1)
         put(tier, 2)
         one, two = tier.locate(key(1)), tier.locate(key(2))
-        path, nbytes = segment_of(tmp_path, one), one.identity.nbytes
+        path, nbytes = segment_of(tmp_path, one), one.identity.largest_extent
         layers = [peek(path, one.offset(layer), nbytes) for layer in range(LAYERS)]
         poke(path, one.offset(0), layers[1])
         with pytest.raises(ExtentCorrupt, match="layer"):
@@ -172,10 +172,10 @@ class TestDamage:
 
     def test_extents_of_another_model_are_not_served(self, tmp_path: Path) -> None:
         for name, fingerprint in (("ours", FINGERPRINT), ("theirs", bytes(32))):
-            other = RunTier(tmp_path / name, BUDGET, LAYOUT, LAYERS, fingerprint)
+            other = RunTier(tmp_path / name, BUDGET, LAYOUTS, fingerprint)
             put(other, 1)
             place = other.locate(key(1))
-            raw = peek(tmp_path / name / "00000000.segment", place.offset(0), place.identity.nbytes)
+            raw = peek(tmp_path / name / "00000000.segment", place.offset(0), place.identity.largest_extent)
             if name == "ours":
                 ours = raw
             else:
@@ -296,7 +296,7 @@ class TestLeases:
             tier.hold(place)
         put(tier, 3)
         assert tier.locate(key(3)).range != place.range
-        buffer = page_aligned(place.identity.nbytes)
+        buffer = page_aligned(place.identity.largest_extent)
         np.testing.assert_array_equal(tier.io.read_extent(place, 1, buffer), blocks(1, 2)[1])
         tier.release(place)
         put(tier, 4)
@@ -335,11 +335,11 @@ class TestFolder:
     def test_one_daemon_a_folder(self, tier: RunTier, tmp_path: Path) -> None:
         put(tier, 1)
         with pytest.raises(FolderInUse):
-            RunTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT)
+            RunTier(tmp_path / "kv", BUDGET, LAYOUTS, FINGERPRINT)
         assert_tier(tier, {1: 2})
 
     def test_it_is_private_and_clean(self, tmp_path: Path) -> None:
-        tier = RunTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT)
+        tier = RunTier(tmp_path / "kv", BUDGET, LAYOUTS, FINGERPRINT)
         put(tier, 1)
         assert (tmp_path / "kv").stat().st_mode & 0o777 == 0o700
         assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "kv").iterdir())
@@ -385,7 +385,7 @@ class TestFolder:
         (tmp_path / "file").write_text("")
         for folder in (tmp_path / "no" / "parent", tmp_path / "file"):
             with pytest.raises(FolderUnusable, match=folder.name):
-                RunTier(folder, BUDGET, LAYOUT, LAYERS, FINGERPRINT)
+                RunTier(folder, BUDGET, LAYOUTS, FINGERPRINT)
         system = ScriptedSystem()
         system.script["pwritev"].append(error(errno.ENOSPC))
         with pytest.raises(FolderUnusable, match="No space"):
@@ -452,7 +452,7 @@ class TestReopening:
         tier = open_tier(tmp_path / "kv", ScriptedSystem())
         put(tier, 1)
         place = tier.reserve(key(2), first=2, count=2, chain_hash=chain(2))
-        scratch = page_aligned(place.identity.nbytes)
+        scratch = page_aligned(place.identity.largest_extent)
         for layer, records in enumerate(blocks(2, 2)):
             tier.io.write_extent(place, layer, records, np.arange(2), scratch)
         tier.io.sync(place)
@@ -517,7 +517,7 @@ class TestReopening:
         tier.close()
 
     def test_runs_of_another_model_take_room_and_are_not_served(self, tmp_path: Path) -> None:
-        tier = RunTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, bytes(32))
+        tier = RunTier(tmp_path / "kv", BUDGET, LAYOUTS, bytes(32))
         put(tier, 1)
         theirs = tier.locate(key(1))
         tier.close()
@@ -603,7 +603,7 @@ class TestReopening:
         tier = open_tier(tmp_path / "kv", ScriptedSystem())
         put(tier, 1)
         place = tier.locate(key(1))
-        path, bits = segment_of(tmp_path, place), 8 * place.identity.payload_bytes
+        path, bits = segment_of(tmp_path, place), 8 * place.identity.payload_bytes(0)
         for bit in [0, 7, bits - 1, *range(3, bits, bits // 40)]:
             tier.close()
             where = place.offset(2) + HEADER_BYTES + bit // 8
@@ -747,7 +747,9 @@ class DiskMachine(RuleBasedStateMachine):
     def damage(self, data: st.DataObject) -> None:
         n = data.draw(st.sampled_from(sorted(self.runs.keys() - self.damaged)))
         place = self.tier.locate(key(n))
-        where = place.offset(0) + data.draw(st.integers(0, HEADER_BYTES + place.identity.payload_bytes - 1))
+        where = place.offset(0) + data.draw(
+            st.integers(0, HEADER_BYTES + place.identity.payload_bytes(0) - 1)
+        )
         path = segment_of(Path(self.home.name), place)
         poke(path, where, bytes([peek(path, where, 1)[0] ^ 0x80]))
         self.damaged.add(n)
@@ -788,7 +790,7 @@ class DiskMachine(RuleBasedStateMachine):
                 np.testing.assert_array_equal(self.tier.get(key(n), 0), blocks(n, count)[0])
             np.testing.assert_array_equal(self.tier.get(key(n), 2), blocks(n, count)[2])
         for n, count, place in self.held:
-            buffer = page_aligned(place.identity.nbytes)
+            buffer = page_aligned(place.identity.largest_extent)
             np.testing.assert_array_equal(self.tier.io.read_extent(place, 1, buffer), blocks(n, count)[1])
 
     def teardown(self) -> None:

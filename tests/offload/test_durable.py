@@ -1,16 +1,18 @@
-"""What outlives a sequence and the process: stored chains, tails, and who may use them."""
+"""What outlives a sequence and the process: stored chains, checkpoints, and who may use them."""
 
 from __future__ import annotations
 
 import errno
 import itertools
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from spilld.offload.block_writer import WRITES_AHEAD
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.errors import (
     ExtentCorrupt,
@@ -18,14 +20,13 @@ from spilld.offload.errors import (
     IndexDamaged,
     TierFull,
 )
-from spilld.offload.store import WRITES_AHEAD
 from spilld.offload.system import Bytes
 from spilld.offload.table import RunRef
 
 from .faults import error
 from .test_compaction import Clock
-from .test_store import COLUMNS, RECORD, RUN, RUN_BYTES, TAIL_BLOCKS, TAIL_LAYOUT, Known, Rig, rigged
-from .tier_contract import LAYERS
+from .test_store import CHECKPOINT_BLOCKS, COLUMNS, RECORD, RUN, RUN_BYTES, Known, Rig, rigged
+from .tier_contract import LAYERS, LAYOUTS
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 
 @pytest.fixture
 def wide(tmp_path: Path) -> Iterator[Rig]:
-    """With room for several tails on disk."""
+    """With room for several checkpoints on disk."""
     with rigged(tmp_path, disk_runs=20) as rig:
         yield rig
 
@@ -142,7 +143,8 @@ def test_a_longer_run_is_preferred(rig: Rig) -> None:
     rig.forget(short)
     long = rig.open(RUN, like=short.names)
     rig.fill(long, RUN)
-    rig.store._write(long.table, 1, RUN, keep=True)
+    assert rig.store._writer is not None
+    rig.store._writer._write(long.table, 1, RUN, keep=True)
     rig.settled()
     assert [(ref.first, ref.count) for ref in rig.store.find(long.names)] == [(1, RUN)]
 
@@ -188,7 +190,7 @@ def test_room_is_made_at_once_from_what_is_on_disk(rig: Rig) -> None:
     rig.settled()
     calls = rig.system.calls["pwritev"]
     rig.store.make_room(RUN)
-    assert rig.slab.free_slots == RUN * LAYERS + 1
+    assert rig.slab.free_columns == RUN
     assert not rig.store.writing
     assert rig.system.calls["pwritev"] == calls
     rig.check()
@@ -255,7 +257,7 @@ def test_a_save_that_fails_leaves_the_rows(rig: Rig, call: str) -> None:
     calls = rig.system.calls.copy()
     rig.store.save(known.table)
     rig.store.write_behind()
-    rig.store.save_tail(bytes(32), [1], 0, numbers(1))
+    rig.store.checkpoints.save(bytes(32), [1], 0, numbers(1))
     assert rig.system.calls == calls
     assert not rig.store.writing
 
@@ -382,82 +384,82 @@ def test_damage_between_two_starts_is_a_miss(rig: Rig) -> None:
     rig.check()
 
 
-# Tails.
+# Checkpoints.
 
 
-def numbers(seed: int, blocks: int = TAIL_BLOCKS) -> Bytes:
-    shape = (LAYERS, blocks, TAIL_LAYOUT.record_bytes)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+def numbers(seed: int, blocks: int = CHECKPOINT_BLOCKS) -> list[Bytes]:
+    shape = (LAYERS, blocks, LAYOUTS.raw.alike.record_bytes)
+    return list(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
 
-def read_tail(rig: Rig, run: RunKey) -> Bytes:
-    return np.stack([layer.copy() for layer in rig.store.read_tail(run)])
+def read_checkpoint(rig: Rig, run: RunKey) -> Bytes:
+    return np.stack([layer.copy() for layer in rig.store.checkpoints.read(run)])
 
 
-def test_a_tail_comes_back_as_it_was(rig: Rig) -> None:
+def test_a_checkpoint_comes_back_as_it_was(rig: Rig) -> None:
     anchor, tokens = bytes([7]) * 32, [1, 0, 2**32 - 1]
-    rig.store.save_tail(anchor, tokens, 4, numbers(1))
-    assert rig.store.tails(anchor) == []
+    rig.store.checkpoints.save(anchor, tokens, 4, numbers(1))
+    assert rig.store.checkpoints.find(anchor) == []
     rig.settled()
     for _ in range(2):
-        ((run, saved),) = rig.store.tails(anchor)
+        ((run, saved),) = rig.store.checkpoints.find(anchor)
         assert saved == tokens
-        np.testing.assert_array_equal(read_tail(rig, run), numbers(1))
-        assert rig.store.tails(bytes(32)) == []
+        np.testing.assert_array_equal(read_checkpoint(rig, run), numbers(1))
+        assert rig.store.checkpoints.find(bytes(32)) == []
         rig.check()
         rig.reopen()
     assert rig.path.tier.locate(run).identity.first == 4
 
 
-def test_tails_of_one_anchor_are_told_apart(wide: Rig) -> None:
+def test_checkpoints_of_one_anchor_are_told_apart(wide: Rig) -> None:
     rig, anchor = wide, bytes([7]) * 32
     saved = {(1, 2): numbers(1), (1, 2, 3): numbers(2), (): numbers(3, 1)}
     for tokens, values in saved.items():
-        rig.store.save_tail(anchor, tokens, 0, values)
+        rig.store.checkpoints.save(anchor, tokens, 0, values)
         rig.settled()
-    found = {tuple(tokens): run for run, tokens in rig.store.tails(anchor)}
+    found = {tuple(tokens): run for run, tokens in rig.store.checkpoints.find(anchor)}
     assert found.keys() == saved.keys()
     for tokens, run in found.items():
-        np.testing.assert_array_equal(read_tail(rig, run), saved[tokens])
+        np.testing.assert_array_equal(read_checkpoint(rig, run), saved[tokens])
 
 
-def test_the_tail_that_was_used_last_comes_first(wide: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checkpoint_that_was_used_last_comes_first(wide: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count(1000)
     monkeypatch.setattr("spilld.offload.disk.tier.time.time", lambda: next(clock))
     rig, anchor = wide, bytes([7]) * 32
     for tokens in ([1], [2], [3]):
-        rig.store.save_tail(anchor, tokens, 0, numbers(1))
+        rig.store.checkpoints.save(anchor, tokens, 0, numbers(1))
         rig.settled()
-    assert [tokens for _, tokens in rig.store.tails(anchor)] == [[3], [2], [1]]
-    read_tail(rig, rig.store.tails(anchor)[2][0])
-    assert [tokens for _, tokens in rig.store.tails(anchor)] == [[1], [3], [2]]
+    assert [tokens for _, tokens in rig.store.checkpoints.find(anchor)] == [[3], [2], [1]]
+    read_checkpoint(rig, rig.store.checkpoints.find(anchor)[2][0])
+    assert [tokens for _, tokens in rig.store.checkpoints.find(anchor)] == [[1], [3], [2]]
 
 
-def test_a_damaged_tail_is_told_and_gone(rig: Rig) -> None:
+def test_a_damaged_checkpoint_is_told_and_gone(rig: Rig) -> None:
     anchor = bytes([7]) * 32
-    rig.store.save_tail(anchor, [1], 0, numbers(1))
+    rig.store.checkpoints.save(anchor, [1], 0, numbers(1))
     rig.settled()
-    ((run, _),) = rig.store.tails(anchor)
+    ((run, _),) = rig.store.checkpoints.find(anchor)
     place = rig.path.tier.locate(run)
     with (rig.folder / f"{place.range.segment:08}.segment").open("r+b") as file:
         os.pwrite(file.fileno(), b"?", place.offset(1) + 1000)
     with pytest.raises(ExtentCorrupt):
-        read_tail(rig, run)
-    assert rig.store.tails(anchor) == []
+        read_checkpoint(rig, run)
+    assert rig.store.checkpoints.find(anchor) == []
     with pytest.raises(ExtentMissing):
-        read_tail(rig, run)
+        read_checkpoint(rig, run)
     while rig.path.prefetch._adrift:  # reads of other layers that were under way hold the run
         rig.path.prefetch.finished()
     rig.check()
     rig.assert_all_disk_can_be_had()
 
 
-def test_a_tail_half_read_leaves_nothing_behind(rig: Rig) -> None:
-    rig.store.save_tail(bytes(32), [1], 0, numbers(1))
+def test_a_checkpoint_half_read_leaves_nothing_behind(rig: Rig) -> None:
+    rig.store.checkpoints.save(bytes(32), [1], 0, numbers(1))
     rig.settled()
-    ((run, _),) = rig.store.tails(bytes(32))
+    ((run, _),) = rig.store.checkpoints.find(bytes(32))
     for _ in range(10):
-        reading = rig.store.read_tail(run)
+        reading = rig.store.checkpoints.read(run)
         np.testing.assert_array_equal(next(reading), numbers(1)[0])
         reading.close()  # type: ignore[attr-defined]
     while rig.path.prefetch._adrift:
@@ -466,39 +468,39 @@ def test_a_tail_half_read_leaves_nothing_behind(rig: Rig) -> None:
     rig.assert_all_disk_can_be_had()
 
 
-def test_a_tail_is_left_where_the_disk_is_in_use(tmp_path: Path) -> None:
+def test_a_checkpoint_is_left_where_the_disk_is_in_use(tmp_path: Path) -> None:
     with rigged(tmp_path, disk_runs=1) as rig:
         known = stored(rig, RUN)
-        rig.store.save_tail(known.names[RUN], [1], 0, numbers(1))
+        rig.store.checkpoints.save(known.names[RUN], [1], 0, numbers(1))
         rig.settled()
-        assert rig.store.tails(known.names[RUN]) == []
+        assert rig.store.checkpoints.find(known.names[RUN]) == []
         assert rig.store.spill_failure is None
         rig.check()
 
 
 @pytest.mark.parametrize("call", ["pwritev", "fdatasync", "ftruncate"])
-def test_a_tail_that_cannot_be_written_is_absent(rig: Rig, call: str) -> None:
+def test_a_checkpoint_that_cannot_be_written_is_absent(rig: Rig, call: str) -> None:
     known = stored(rig, RUN)
     rig.system.script[call].append(error(errno.ENOSPC))
-    rig.store.save_tail(known.names[RUN], [1], 0, numbers(1))
+    rig.store.checkpoints.save(known.names[RUN], [1], 0, numbers(1))
     rig.settled()
-    assert rig.store.tails(known.names[RUN]) == []
+    assert rig.store.checkpoints.find(known.names[RUN]) == []
     assert rig.store.spill_failure is not None
     assert not rig.store.writing
     rig.check()
 
 
-def test_a_tail_goes_before_what_it_continues(tmp_path: Path) -> None:
+def test_a_checkpoint_goes_before_what_it_continues(tmp_path: Path) -> None:
     with rigged(tmp_path, disk_runs=3) as rig:
         known = stored(rig, RUN)
-        rig.store.save_tail(known.names[RUN], [1], 0, numbers(1))
+        rig.store.checkpoints.save(known.names[RUN], [1], 0, numbers(1))
         rig.settled()
         rig.forget(known)
         new = rig.open(2 * RUN)
         rig.fill(new, 2 * RUN)
         rig.store.save(new.table)
         rig.settled()
-        assert rig.store.tails(known.names[RUN]) == []
+        assert rig.store.checkpoints.find(known.names[RUN]) == []
         assert [ref.blocks for ref in rig.store.find(known.names)] == [range(1, RUN + 1)]
         rig.check()
 
@@ -509,9 +511,9 @@ def test_without_a_disk_nothing_is_found_and_nothing_saved(tmp_path: Path) -> No
         rig.fill(known, RUN)
         rig.store.write_behind()
         rig.store.save(known.table)
-        rig.store.save_tail(bytes(32), [1], 0, numbers(1))
+        rig.store.checkpoints.save(bytes(32), [1], 0, numbers(1))
         assert rig.store.find(known.names) == []
-        assert rig.store.tails(bytes(32)) == []
+        assert rig.store.checkpoints.find(bytes(32)) == []
         rig.check()
 
 
@@ -530,7 +532,7 @@ def test_an_index_that_cannot_be_asked_is_a_miss(
     with monkeypatch.context() as patched:
         patched.setattr("spilld.offload.disk.index.database.Database.rows", fail)
         assert rig.store.find(known.names) == []
-        assert rig.store.tails(known.names[RUN]) == []
+        assert rig.store.checkpoints.find(known.names[RUN]) == []
     other = rig.open(RUN)
     rig.fill(other, RUN)
     rig.check()
@@ -596,17 +598,17 @@ def test_a_repeated_prompt_is_written_when_bytes_are_short_and_a_new_one_is_not(
         assert len(rig.store.find(late.names)) == 2, "there is enough again"
 
 
-def test_tails_are_refused_likewise(tmp_path: Path) -> None:
+def test_checkpoints_are_refused_likewise(tmp_path: Path) -> None:
     with rigged(tmp_path, disk_runs=20, daily=40 * RUN_BYTES, clock=Clock()) as rig:
         assert rig.path.wear is not None
         rig.path.wear.spend(20 * RUN_BYTES)
         anchor, values = bytes(32), numbers(1)
-        rig.store.save_tail(anchor, [1], 4, values)
+        rig.store.checkpoints.save(anchor, [1], 4, values)
         assert not rig.store.writing
         assert rig.store.stats()["disk_writes_refused"] == 1
-        rig.store.save_tail(anchor, [2], 4, values)
+        rig.store.checkpoints.save(anchor, [2], 4, values)
         rig.settled()
-        assert [tokens for _, tokens in rig.store.tails(anchor)] == [[2]]
+        assert [tokens for _, tokens in rig.store.checkpoints.find(anchor)] == [[2]]
         assert rig.store.stats()["disk_write_left_bytes"] == 20 * RUN_BYTES - rig.path.tier.used_bytes
 
 
@@ -635,3 +637,60 @@ def test_without_a_budget_everything_is_written(rig: Rig) -> None:
     known = computed(rig, 2 * RUN)
     assert len(rig.store.find(known.names)) == 2
     assert not [name for name in rig.store.stats() if name.startswith("disk_write_")]
+
+
+# Transactions.
+
+
+def commits(rig: Rig, work: Callable[[], object]) -> int:
+    """How many transactions of the index the work takes."""
+    seen: list[str] = []
+    connection = rig.path.tier.index._db._db
+    connection.set_trace_callback(seen.append)
+    try:
+        work()
+    finally:
+        connection.set_trace_callback(None)
+    return seen.count("COMMIT")
+
+
+def written_by_threads(rig: Rig, count: int) -> None:
+    """Wait until so many writes have ended, of which the owner does not know yet."""
+    rig.system.gate.set()
+    until = time.monotonic() + 10
+    while rig.path.spiller._outcomes.qsize() < count:
+        assert time.monotonic() < until, "a write never ended"
+        time.sleep(0.001)
+
+
+def test_what_has_ended_since_the_last_step_is_one_transaction(tmp_path: Path) -> None:
+    """With the uses and the writes that were noted meanwhile."""
+    with rigged(tmp_path, disk_runs=20, daily=100 * RUN_BYTES) as rig:
+        old = stored(rig, RUN)
+        known = rig.open(3 * RUN)
+        rig.fill(known, 3 * RUN)
+        rig.system.gate.clear()
+        before = rig.path.cache.cached_bytes
+        rig.store.save(known.table)
+        rig.attach(rig.open(RUN, like=old.names))
+        written_by_threads(rig, 3)
+        assert commits(rig, rig.store.settle) == 1
+        assert rig.path.cache.cached_bytes == before + 3 * RUN_BYTES
+        assert commits(rig, rig.store.settle) == 0
+        rig.check()
+
+
+def test_a_step_without_writes_notes_uses_in_one_transaction(rig: Rig) -> None:
+    old = stored(rig, RUN)
+    for _ in range(3):
+        again = rig.open(RUN, like=old.names)
+        rig.attach(again)
+        rig.forget(again)
+    assert commits(rig, rig.store.settle) == 1
+
+
+def test_what_goes_for_one_run_goes_in_one_transaction(rig: Rig) -> None:
+    for _ in range(4):
+        rig.forget(stored(rig, RUN))
+    rig.store.settle()
+    assert commits(rig, rig.assert_all_disk_can_be_had) == 1

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spilld.offload.disk.extent_read import ExtentRead
 from spilld.offload.disk.files.extent import RunKey, extent_bytes
 from spilld.offload.disk.files.segment import Range
 from spilld.offload.disk.index.database import Database
-from spilld.offload.disk.prefetch import Prefetcher, Read
+from spilld.offload.disk.prefetch import Prefetcher
 from spilld.offload.disk.writer import Spiller
 from spilld.offload.errors import (
     ExtentCorrupt,
@@ -39,9 +40,9 @@ from spilld.offload.system import PAGE, SystemCalls, page_aligned
 from .faults import ScriptedSystem, Stall, error
 from .run_tier import RunTier, on_system
 from .test_disk import open_tier
-from .test_durable import numbers, read_tail, stored
+from .test_durable import numbers, read_checkpoint, stored
 from .test_store import COLUMNS, RUN, Known, Rig, content, rigged
-from .tier_contract import LAYERS, LAYOUT, assert_tier, blocks, chain, key, put
+from .tier_contract import LAYERS, LAYOUT, LAYOUTS, assert_tier, blocks, chain, key, put
 
 EXTENT = extent_bytes(LAYOUT, 12)
 
@@ -105,7 +106,7 @@ class Choppy(SystemCalls):
 def test_what_is_written_in_parts_is_read_whole(tmp_path: Path, seed: int) -> None:
     runs = {n: 1 + (5 * n + seed) % 12 for n in range(10)}
     for system in (Choppy(seed), Choppy(100 + seed)):
-        tier = RunTier(tmp_path / "kv", 4_000_000, LAYOUT, LAYERS, bytes(32), system)
+        tier = RunTier(tmp_path / "kv", 4_000_000, LAYOUTS, bytes(32), system)
         for n, count in runs.items():
             if key(n) in tier:
                 tier.delete(key(n))
@@ -113,7 +114,7 @@ def test_what_is_written_in_parts_is_read_whole(tmp_path: Path, seed: int) -> No
         assert_tier(tier, runs)
         system.assert_met()
         tier.close()
-        tier = RunTier(tmp_path / "kv", 4_000_000, LAYOUT, LAYERS, bytes(32))
+        tier = RunTier(tmp_path / "kv", 4_000_000, LAYOUTS, bytes(32))
         assert_tier(tier, runs)
         tier.close()
 
@@ -122,13 +123,13 @@ def test_what_is_written_in_parts_is_read_whole(tmp_path: Path, seed: int) -> No
 def test_threads_that_are_interrupted_lose_nothing(rig: Rig, seed: int) -> None:
     system = Choppy(seed)
     on_system(rig.path.tier, system)
-    known, tails = rig.open(4 * COLUMNS), {(1, 2): numbers(1), (3,): numbers(2)}
+    known, checkpoints = rig.open(4 * COLUMNS), {(1, 2): numbers(1), (3,): numbers(2)}
     while len(known.blocks) < 4 * COLUMNS:
         rig.fill(known, RUN)
         rig.store.write_behind()
     rig.store.save(known.table)
-    for tokens, values in tails.items():
-        rig.store.save_tail(bytes(32), tokens, 0, values)
+    for tokens, values in checkpoints.items():
+        rig.store.checkpoints.save(bytes(32), tokens, 0, values)
         rig.settled()
     rig.check()
     system.assert_met()
@@ -137,10 +138,10 @@ def test_threads_that_are_interrupted_lose_nothing(rig: Rig, seed: int) -> None:
     again = rig.open(4 * COLUMNS, like=known.names)
     assert rig.attach(again) == 4 * COLUMNS
     rig.check()
-    found = {tuple(tokens): run for run, tokens in rig.store.tails(bytes(32))}
-    assert found.keys() == tails.keys()
+    found = {tuple(tokens): run for run, tokens in rig.store.checkpoints.find(bytes(32))}
+    assert found.keys() == checkpoints.keys()
     for tokens, run in found.items():
-        np.testing.assert_array_equal(read_tail(rig, run), tails[tokens])
+        np.testing.assert_array_equal(read_checkpoint(rig, run), checkpoints[tokens])
 
 
 # A disk that stalls.
@@ -191,8 +192,8 @@ def test_a_run_whose_write_stalls_waits_and_the_rest_of_it_follows(tmp_path: Pat
     system.script["pwritev"].extend([None, stall])
     for n, count in runs.items():
         place = tier.reserve(key(n), first=n, count=count, chain_hash=chain(n))
-        rows = np.arange(LAYERS * count).reshape(LAYERS, count)
-        spiller.submit(place, np.concatenate(blocks(n, count)), rows)
+        rows = np.tile(np.arange(count), (LAYERS, 1))
+        spiller.submit(place, blocks(n, count), rows)
     assert stall.begun.wait(10)
     began = time.monotonic()
     assert spiller.finished() == []
@@ -221,9 +222,9 @@ def test_a_read_that_stalls_ends_by_its_deadline(tmp_path: Path, waits: bool) ->
     prefetch, stall = Prefetcher(tier, 3, EXTENT, deadline_s=0.3), Stall()
     system.script["preadv"].append(stall)
     began = time.monotonic()
-    (slow,) = prefetch.submit([Read(key(1), 0)])
+    (slow,) = prefetch.submit([ExtentRead(key(1), 0)])
     assert stall.begun.wait(10)
-    (fast,) = prefetch.submit([Read(key(2), 1)])
+    (fast,) = prefetch.submit([ExtentRead(key(2), 1)])
     np.testing.assert_array_equal(prefetch.wait(fast), blocks(2, 2)[1])
     prefetch.release(fast)
     if waits:
@@ -243,7 +244,7 @@ def test_a_read_that_stalls_ends_by_its_deadline(tmp_path: Path, waits: bool) ->
     until(lambda: prefetch.finished() == [] and not prefetch._adrift)
     put(tier, 4)
     assert tier.locate(key(4)).range == where
-    tickets = prefetch.submit([Read(key(n), layer) for n in (2, 3, 4) for layer in range(LAYERS)])
+    tickets = prefetch.submit([ExtentRead(key(n), layer) for n in (2, 3, 4) for layer in range(LAYERS)])
     for ticket in tickets:
         n = int.from_bytes(ticket.read.run)
         np.testing.assert_array_equal(prefetch.wait(ticket), blocks(n, 2)[ticket.read.layer])
@@ -376,9 +377,9 @@ def committed(sequences: Sequence[Known]) -> dict[RunKey, list[bytes]]:
 @pytest.mark.parametrize("index", [True, False], ids=["with its index", "its index answers"])
 def test_host_memory_is_served_when_the_disk_is_gone(rig: Rig, index: bool) -> None:
     old, new = stored(rig, 2 * RUN), rig.open(COLUMNS)
-    rig.store.save_tail(bytes(32), [1], 0, numbers(1))
+    rig.store.checkpoints.save(bytes(32), [1], 0, numbers(1))
     rig.settled()
-    ((tail, _),) = rig.store.tails(bytes(32))
+    ((checkpoint, _),) = rig.store.checkpoints.find(bytes(32))
     rig.fill(new, 2 * RUN)
     before = committed(rig.sequences)
     assert len(before) == 2
@@ -394,12 +395,12 @@ def test_host_memory_is_served_when_the_disk_is_gone(rig: Rig, index: bool) -> N
             reasons.add(failed.value.__cause__.errno or 0)
             system.again = 0  # a number of calls would depend on which reads a failed scan still cancels
         with pytest.raises(ReadFailed):
-            read_tail(rig, tail)
+            read_checkpoint(rig, checkpoint)
         rig.store.save(new.table)
         rig.settled()
         assert isinstance(rig.store.spill_failure, WriteFailed)
         assert rig.store.capacity == COLUMNS
-        rig.store.save_tail(bytes(32), [2], 0, numbers(2))
+        rig.store.checkpoints.save(bytes(32), [2], 0, numbers(2))
         rig.store.write_behind()
         assert not rig.store.writing
         rig.fill(new, RUN)
@@ -410,12 +411,12 @@ def test_host_memory_is_served_when_the_disk_is_gone(rig: Rig, index: bool) -> N
         rig.store.stats()
         rig.close()
         with pytest.raises(FolderUnusable):
-            RunTier(rig.folder, 1 << 20, LAYOUT, LAYERS, bytes(32), system)
+            RunTier(rig.folder, 1 << 20, LAYOUTS, bytes(32), system)
     assert reasons == {errno.EIO, errno.ENODEV}
     rig.start()
     assert_runs(rig, before)
-    assert [tokens for _, tokens in rig.store.tails(bytes(32))] == [[1]]
-    np.testing.assert_array_equal(read_tail(rig, tail), numbers(1))
+    assert [tokens for _, tokens in rig.store.checkpoints.find(bytes(32))] == [[1]]
+    np.testing.assert_array_equal(read_checkpoint(rig, checkpoint), numbers(1))
     again = rig.open(2 * COLUMNS, like=old.names)
     assert rig.attach(again) == 2 * RUN
     rig.fill(again, 2 * RUN)
@@ -471,7 +472,7 @@ def a_day(rig: Rig) -> dict[RunKey, list[bytes]]:
             in_host = [b for b in range(1, known.table.stop) if known.table.rows[0, b] >= 0]
             for block in in_host:
                 row = known.table.rows[layer, block]
-                np.testing.assert_array_equal(rig.store.records[row], known.blocks[block - 1][layer])
+                np.testing.assert_array_equal(rig.store.records(layer)[row], known.blocks[block - 1][layer])
             try:
                 rig.assert_scan(known, layer, range(1, known.table.stop))
             except ReadError:
@@ -543,7 +544,7 @@ class History:
         return cut
 
     def put(self, n: int | None = None) -> None:
-        """All as tails of one block are: their headers differ by name and length only."""
+        """All as checkpoints of one block are: their headers differ by name and length only."""
         absent = [m for m in range(16) if m not in self.live]
         if n is None and not absent:
             return

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload.disk.index.index import Contents
+from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.errors import TierFull
 from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.system import SystemCalls
 
 from .run_tier import RunTier
-from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, assert_tier, blocks, chain, key, put
+from .tier_contract import BUDGET, FINGERPRINT, LAYOUTS, assert_tier, blocks, chain, key, put
 
 
 class SmallDisk(SystemCalls):
@@ -34,7 +34,7 @@ def system() -> SmallDisk:
 
 @pytest.fixture
 def tier(tmp_path: Path, system: SmallDisk) -> Iterator[RunTier]:
-    tier = RunTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT, system, floor_bytes=10_000)
+    tier = RunTier(tmp_path / "kv", BUDGET, LAYOUTS, FINGERPRINT, system, floor_bytes=10_000)
     yield tier
     tier.close()
 
@@ -65,7 +65,7 @@ def test_cached_runs_go_instead(tier: RunTier, system: SmallDisk) -> None:
         put(tier, n)
         cache.enter(tier.locate(key(n)))
     place = cache.reserve(
-        key(3), first=0, count=2, chain=chain(3), contents=Contents(chain(0)), layout=LAYOUT
+        key(3), first=0, count=2, chain=chain(3), contents=Contents(chain(0)), layouts=LAYOUTS
     )
     assert key(1) not in tier
     assert key(2) in tier

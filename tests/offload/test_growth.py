@@ -13,13 +13,13 @@ import pytest
 
 from spilld.offload.disk.files.extent import RunKey, extent_bytes
 from spilld.offload.disk.files.segment import Range, SegmentSpace
-from spilld.offload.disk.index.index import Contents
+from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.table import BlockTable, RunRef
 
 from .faults import ScriptedSystem
 from .run_tier import RunTier
-from .tier_contract import FINGERPRINT, LAYERS, LAYOUT, blocks, chain, key
+from .tier_contract import FINGERPRINT, LAYERS, LAYOUT, LAYOUTS, blocks, chain, key
 
 PAGE = 4096
 RUN_BYTES = LAYERS * extent_bytes(LAYOUT, 1)
@@ -105,8 +105,7 @@ class TestDisk:
         tier = RunTier(
             folder / f"{runs}",
             budget,
-            LAYOUT,
-            LAYERS,
+            LAYOUTS,
             FINGERPRINT,
             ScriptedSystem(),
             segment_bytes=8 * RUN_BYTES,
@@ -174,7 +173,7 @@ def contents(n: int) -> Contents:
 
 
 def reserve(cache: RunCache, n: int) -> None:
-    cache.reserve(RunKey(key(n)), first=1, count=1, chain=chain(n), contents=contents(n), layout=LAYOUT)
+    cache.reserve(RunKey(key(n)), first=1, count=1, chain=chain(n), contents=contents(n), layouts=LAYOUTS)
 
 
 def test_who_is_asked_every_step_about_a_long_sequence() -> None:
@@ -200,7 +199,7 @@ def test_who_is_asked_every_step_about_a_long_sequence() -> None:
 
 
 @pytest.mark.parametrize(
-    "statement", ["chain", "tails", "holders", "touch", "move", "remove", "add", "spend"]
+    "statement", ["chain", "checkpoints", "holders", "touch", "move", "remove", "add", "spend"]
 )
 def test_every_statement_of_the_index_uses_an_index(tmp_path: Path, statement: str) -> None:
     tier = TestDisk().tier(tmp_path, 3)
@@ -212,7 +211,7 @@ def test_every_statement_of_the_index_uses_an_index(tmp_path: Path, statement: s
     index.remove([row.identity.run])
     calls: dict[str, Callable[[], object]] = {
         "chain": lambda: index.chain([chain(n) for n in range(3)], 1),
-        "tails": lambda: index.tails(chain(1)),
+        "checkpoints": lambda: index.checkpoints(chain(1)),
         "holders": lambda: index.holders(chain(1)),
         "touch": index.write_notes,
         "move": lambda: index.move(key(1), Range(9, 0, place.nbytes)),

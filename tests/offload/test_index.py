@@ -15,21 +15,17 @@ import pytest
 from spilld.offload.disk.files.extent import ExtentIdentity
 from spilld.offload.disk.files.segment import Range
 from spilld.offload.disk.index.database import Database
-from spilld.offload.disk.index.index import (
-    _CREATE,
-    SCHEMA,
-    Contents,
-    Index,
-    IndexRow,
-    Stretch,
-)
+from spilld.offload.disk.index.index import _CREATE, SCHEMA, Index
+from spilld.offload.disk.index.index_row import Contents, IndexRow
 from spilld.offload.errors import FolderInUse, IndexDamaged, ReadFailed
 from spilld.offload.prefix_cache.block_hash import chain_hash, root
 from spilld.offload.record import Element, Format, Layout
+from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import Bytes
+from spilld.offload.table import RunRef
 
 from .run_tier import RunTier
-from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, key
+from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, LAYOUTS, key
 
 MODEL = root(FINGERPRINT, LAYOUT.format)
 
@@ -49,14 +45,13 @@ NAMES = history(*range(40))
 def entry(n: int, first: int, count: int, names: list[bytes] = NAMES, used: int = 0) -> IndexRow:
     """Run n: blocks [first, first + count) of a history."""
     end = first + count
-    identity = ExtentIdentity(LAYOUT, LAYERS, FINGERPRINT, key(n), names[end - 1], first, count)
+    identity = ExtentIdentity(LAYOUTS, FINGERPRINT, key(n), names[end - 1], first, count)
     contents = Contents(names[first - 1] if first else MODEL, tuple(names[first:end]))
     return IndexRow(identity, Range(n, 4096 * n, 4096), contents, used)
 
 
-def tail(n: int, anchor: bytes, tokens: tuple[int, ...], used: int = 0) -> IndexRow:
-    layout = Layout(Format.RAW, LAYOUT.element, LAYOUT.kv_heads, LAYOUT.head_dim)
-    identity = ExtentIdentity(layout, LAYERS, FINGERPRINT, key(n), anchor, 0, 2)
+def checkpoint(n: int, anchor: bytes, tokens: tuple[int, ...], used: int = 0) -> IndexRow:
+    identity = ExtentIdentity(LAYOUTS.raw, FINGERPRINT, key(n), anchor, 0, 2)
     return IndexRow(identity, Range(n, 0, 8192), Contents(anchor, tokens=tokens), used)
 
 
@@ -88,7 +83,8 @@ class TestEntries:
         ]
         added = []
         for n, layout in enumerate(layouts):
-            identity = ExtentIdentity(layout, 1 + n, bytes([n]) * 32, key(n), NAMES[5], 2**40 + n, 1 + n)
+            kinds = StoreLayout((layout,) * (1 + n) + (replace(layout, kv_heads=9),) * (n % 2))
+            identity = ExtentIdentity(kinds, bytes([n]) * 32, key(n), NAMES[5], 2**40 + n, 1 + n)
             contents = Contents(NAMES[n], tuple(NAMES[n : 2 * n + 1]))
             added.append(IndexRow(identity, Range(n, 4096 * n, 2**40), contents, 2**33 + n))
         for one in reversed(added):
@@ -125,14 +121,14 @@ class TestEntries:
     def test_a_removed_run_leaves_nothing(self, index: Index) -> None:
         index.add(entry(1, 1, 3))
         index.add(entry(2, 1, 5))
-        index.add(tail(3, NAMES[3], (1,)))
+        index.add(checkpoint(3, NAMES[3], (1,)))
         index.remove([key(1), key(3), key(99)])
         assert index.entries() == [entry(2, 1, 5)]
         assert index.holders(NAMES[2]) == [key(2)]
-        assert index.tails(NAMES[3]) == []
+        assert index.checkpoints(NAMES[3]) == []
         index.check_integrity()
         index.remove([key(2)])
-        for table in ("runs", "blocks", "tails"):
+        for table in ("runs", "blocks", "checkpoints"):
             assert index._db.rows(f"SELECT count(*) FROM {table}") == [(0,)]
 
     def test_integrity_checks_notice(self, path: Path) -> None:
@@ -154,39 +150,39 @@ class TestChains:
         index.add(entry(2, 5, 3))
         index.add(entry(3, 8, 1))
         assert index.chain(NAMES[1:20], 1) == [
-            Stretch(key(1), 1, 1, 4),
-            Stretch(key(2), 5, 5, 3),
-            Stretch(key(3), 8, 8, 1),
+            RunRef(key(1), 1, 1, 4),
+            RunRef(key(2), 5, 5, 3),
+            RunRef(key(3), 8, 8, 1),
         ]
 
     def test_from_and_to_the_middle_of_a_run(self, index: Index) -> None:
         index.add(entry(1, 1, 4))
         index.add(entry(2, 5, 4))
-        assert index.chain(NAMES[3:7], 3) == [Stretch(key(1), 1, 3, 2), Stretch(key(2), 5, 5, 2)]
-        assert index.chain(NAMES[6:7], 6) == [Stretch(key(2), 5, 6, 1)]
+        assert index.chain(NAMES[3:7], 3) == [RunRef(key(1), 1, 3, 2), RunRef(key(2), 5, 5, 2)]
+        assert index.chain(NAMES[6:7], 6) == [RunRef(key(2), 5, 6, 1)]
         assert index.chain([], 6) == []
 
     def test_up_to_the_first_gap(self, index: Index) -> None:
         index.add(entry(1, 1, 2))
         index.add(entry(2, 4, 2))
-        assert index.chain(NAMES[1:], 1) == [Stretch(key(1), 1, 1, 2)]
+        assert index.chain(NAMES[1:], 1) == [RunRef(key(1), 1, 1, 2)]
         assert index.chain(NAMES[3:], 3) == []
 
     def test_of_two_runs_with_a_block_the_one_that_goes_further(self, index: Index) -> None:
         index.add(entry(1, 1, 2))
         index.add(entry(2, 1, 6))
         index.add(entry(3, 1, 4))
-        assert index.chain(NAMES[1:], 1) == [Stretch(key(2), 1, 1, 6)]
+        assert index.chain(NAMES[1:], 1) == [RunRef(key(2), 1, 1, 6)]
         index.add(entry(4, 3, 7))
-        assert index.chain(NAMES[3:], 3) == [Stretch(key(4), 3, 3, 7)]
-        assert index.chain(NAMES[1:], 1) == [Stretch(key(2), 1, 1, 6), Stretch(key(4), 3, 7, 3)]
+        assert index.chain(NAMES[3:], 3) == [RunRef(key(4), 3, 3, 7)]
+        assert index.chain(NAMES[1:], 1) == [RunRef(key(2), 1, 1, 6), RunRef(key(4), 3, 7, 3)]
 
     def test_a_fork_follows_its_own_branch(self, index: Index) -> None:
         other = [*NAMES[:4], *history(70, 71, 72, parent=NAMES[3])]
         index.add(entry(1, 1, 6))
         index.add(entry(2, 4, 3, other))
-        assert index.chain(NAMES[1:10], 1) == [Stretch(key(1), 1, 1, 6)]
-        assert index.chain(other[1:], 1) == [Stretch(key(1), 1, 1, 3), Stretch(key(2), 4, 4, 3)]
+        assert index.chain(NAMES[1:10], 1) == [RunRef(key(1), 1, 1, 6)]
+        assert index.chain(other[1:], 1) == [RunRef(key(1), 1, 1, 3), RunRef(key(2), 4, 4, 3)]
 
     @pytest.mark.parametrize("seed", range(5))
     def test_it_finds_what_a_dict_finds(self, index: Index, seed: int) -> None:
@@ -222,20 +218,20 @@ class TestChains:
         assert not set(mine) & set(theirs)
         index.add(entry(1, 1, 9, mine))
         assert index.chain(theirs[1:], 1) == []
-        assert index.chain(mine[1:], 1) == [Stretch(key(1), 1, 1, 9)]
+        assert index.chain(mine[1:], 1) == [RunRef(key(1), 1, 1, 9)]
 
 
 class TestTails:
     def test_the_newest_first_with_their_tokens(self, index: Index) -> None:
-        index.add(tail(1, NAMES[3], (5, 6), used=10))
-        index.add(tail(2, NAMES[3], (), used=30))
-        index.add(tail(3, NAMES[3], (2**32 - 1, 0), used=20))
-        index.add(tail(4, NAMES[4], (9,), used=40))
-        assert index.tails(NAMES[3]) == [(key(2), []), (key(3), [2**32 - 1, 0]), (key(1), [5, 6])]
-        assert index.tails(NAMES[5]) == []
+        index.add(checkpoint(1, NAMES[3], (5, 6), used=10))
+        index.add(checkpoint(2, NAMES[3], (), used=30))
+        index.add(checkpoint(3, NAMES[3], (2**32 - 1, 0), used=20))
+        index.add(checkpoint(4, NAMES[4], (9,), used=40))
+        assert index.checkpoints(NAMES[3]) == [(key(2), []), (key(3), [2**32 - 1, 0]), (key(1), [5, 6])]
+        assert index.checkpoints(NAMES[5]) == []
 
-    def test_a_tail_is_no_block(self, index: Index) -> None:
-        index.add(tail(1, NAMES[3], (5, 6)))
+    def test_a_checkpoint_is_no_block(self, index: Index) -> None:
+        index.add(checkpoint(1, NAMES[3], (5, 6)))
         assert index.chain(NAMES[1:], 1) == []
         assert index.chain(NAMES[3:], 3) == []
         assert index.holders(NAMES[3]) == []
@@ -263,7 +259,7 @@ def put(tier: RunTier, n: int, first: int, count: int, names: list[bytes] = NAME
 
 
 def open_tier(folder: Path) -> RunTier:
-    return RunTier(folder, BUDGET, LAYOUT, LAYERS, FINGERPRINT, segment_bytes=BUDGET // 3)
+    return RunTier(folder, BUDGET, LAYOUTS, FINGERPRINT, segment_bytes=BUDGET // 3)
 
 
 OTHER = [*NAMES[:6], *history(*range(90, 110), parent=NAMES[5])]
@@ -310,10 +306,10 @@ def served(folder: Path) -> int:
                         blocks(names, stretch.first, stretch.count)[layer],
                     )
                     right += stretch.count
-        tier.index.tails(NAMES[3])
+        tier.index.checkpoints(NAMES[3])
         tier.check_integrity()
         put(tier, 99, 30, 2)
-        assert tier.index.chain(NAMES[30:], 30) == [Stretch(key(99), 30, 30, 2)]
+        assert tier.index.chain(NAMES[30:], 30) == [RunRef(key(99), 30, 30, 2)]
         tier.delete(key(99))
     finally:
         tier.close()
@@ -406,9 +402,12 @@ class TestDamage:
             "segment = 7", "segment = -1", "segment = 'x'", "offset = offset + 4096", "offset = offset + 1",
             "offset = -4096", "offset = NULL", "offset = 1.5", "nbytes = nbytes + 4096", "nbytes = 0",
             "nbytes = x'00'", "format = 'int4'", "format = x'ff'", "format = 'exact'", "element = 'float16'",
-            "kv_heads = 0", "kv_heads = kv_heads + 1", "kv_heads = 'many'", "head_dim = 17",
-            "head_dim = head_dim + 0.5", "layers = 0", "layers = -1", "layers = layers + 1",
-            "layers = 'all'", "fingerprint = x'00'", "fingerprint = zeroblob(32)", "fingerprint = 'text'",
+            "shapes = x'030000000000000010000000'", "shapes = x'030000000200000010000000'",
+            "shapes = 'many'", "shapes = x'030000000100000011000000'", "shapes = 0.5",
+            "shapes = x'000000000100000010000000'", "shapes = x'ffffffff0100000010000000'",
+            "shapes = x'040000000100000010000000'", "shapes = x''", "shapes = x'03'",
+            "shapes = x'020000000100000010000000010000000100000020000000'",
+            "fingerprint = x'00'", "fingerprint = zeroblob(32)", "fingerprint = 'text'",
             f"fingerprint = '{'a' * 32}'", "first = -1", "first = first + 1", "first = first - 1",
             "first = 'one'", "first = 9223372036854775807", "count = 0", "count = count + 1",
             "count = count - 1", "count = 4000000000000000000", "count = 2.5", "chain = zeroblob(32)",
@@ -476,14 +475,14 @@ def test_a_folder_with_fifty_thousand_extents_opens(
     """Sparse files, real rows: a start looks at every row and at no extent."""
     import time
 
-    layout = Layout(Format.K8V4, Element.BFLOAT16, 3, 64)
-    layers, count, runs = 30, 24, 1700
-    identity = ExtentIdentity(layout, layers, FINGERPRINT, key(0), bytes(32), 1, count)
-    nbytes = layers * identity.nbytes
+    layouts = StoreLayout.uniform(Layout(Format.K8V4, Element.BFLOAT16, 3, 64), 30)
+    count, runs = 24, 1700
+    identity = ExtentIdentity(layouts, FINGERPRINT, key(0), bytes(32), 1, count)
+    nbytes = identity.run_bytes
     each = (256 << 20) // nbytes
     folder = tmp_path / "kv"
     budget = 2 * runs * nbytes
-    RunTier(folder, budget, layout, layers, FINGERPRINT).close()
+    RunTier(folder, budget, layouts, FINGERPRINT).close()
     index = Index(folder / "index.sqlite")
     index._db.run("PRAGMA synchronous = OFF")
     names = list(map(os.urandom, [32] * (count + 1)))
@@ -498,7 +497,7 @@ def test_a_folder_with_fifty_thousand_extents_opens(
         with (folder / f"{number:08}.segment").open("wb") as file:
             file.truncate(min(each, runs - number * each) * nbytes)
     began = time.perf_counter()
-    tier = RunTier(folder, budget, layout, layers, FINGERPRINT)
+    tier = RunTier(folder, budget, layouts, FINGERPRINT)
     opened = time.perf_counter()
     assert len(tier.runs()) == runs
     assert tier.used_bytes == runs * nbytes
@@ -507,4 +506,5 @@ def test_a_folder_with_fifty_thousand_extents_opens(
     size = tier.index.nbytes
     tier.close()
     with capsys.disabled():
-        print(f"\n{layers * runs} extents, {runs * count} blocks, {size >> 20} MiB: {opened - began:.3f} s")
+        extents = len(layouts) * runs
+        print(f"\n{extents} extents, {runs * count} blocks, {size >> 20} MiB: {opened - began:.3f} s")

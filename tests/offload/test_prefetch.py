@@ -13,12 +13,8 @@ import numpy as np
 import pytest
 
 from spilld.offload.disk import prefetch
-from spilld.offload.disk.prefetch import (
-    Prefetcher,
-    Read,
-    State,
-    Ticket,
-)
+from spilld.offload.disk.extent_read import ExtentRead, ReadState, Ticket
+from spilld.offload.disk.prefetch import Prefetcher
 from spilld.offload.errors import (
     BudgetTooSmall,
     ExtentCorrupt,
@@ -31,7 +27,7 @@ from spilld.offload.errors import (
 
 from .faults import Fault, ScriptedSystem, Stall, error
 from .run_tier import RunTier
-from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, blocks, chain, key
+from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, LAYOUTS, blocks, chain, key
 
 RUNS = {n: 1 + n % 3 for n in range(8)}
 BUFFERS = 3
@@ -45,7 +41,7 @@ def system() -> ScriptedSystem:
 @pytest.fixture
 def tier(tmp_path: Path, system: ScriptedSystem) -> Iterator[RunTier]:
     """Holds RUNS. Whatever a test did, no lease may be left at its end."""
-    tier = RunTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT, system)
+    tier = RunTier(tmp_path / "kv", BUDGET, LAYOUTS, FINGERPRINT, system)
     for n, count in RUNS.items():
         tier.put(key(n), n, chain(n), blocks(n, count))
     yield tier
@@ -71,7 +67,7 @@ def ring(tier: RunTier) -> Iterator[Prefetcher]:
 def finish(ring: Prefetcher) -> None:
     """Every buffer of the ring can still be used at the same time, and the books are right."""
     ring.check_integrity()
-    tickets = ring.submit([Read(key(7), layer) for layer in range(BUFFERS)])
+    tickets = ring.submit([ExtentRead(key(7), layer) for layer in range(BUFFERS)])
     for layer, ticket in enumerate(tickets):
         np.testing.assert_array_equal(ring.wait(ticket), blocks(7, RUNS[7])[layer])
     ring.check_integrity()
@@ -98,13 +94,13 @@ class TestReading:
     @pytest.mark.parametrize("threads", [1, 4])
     def test_a_scan_goes_round_the_ring(self, tier: RunTier, threads: int) -> None:
         ring = make(tier, threads)
-        tickets = ring.submit([Read(key(n), layer) for layer in range(LAYERS) for n in RUNS] * 3)
+        tickets = ring.submit([ExtentRead(key(n), layer) for layer in range(LAYERS) for n in RUNS] * 3)
         for ticket in tickets:
             assert_records(ring, ticket)
             ring.check_integrity()
             ring.release(ticket)
         assert ring.stats.reads == len(tickets)
-        assert ring.stats.bytes_read == sum(tier.locate(t.read.run).identity.nbytes for t in tickets)
+        assert ring.stats.bytes_read == sum(tier.locate(t.read.run).identity.largest_extent for t in tickets)
         assert ring.stats.read_seconds > 0
         assert ring.stats.failures == 0
         assert ring.finished() == []
@@ -113,7 +109,9 @@ class TestReading:
     def test_the_staging_memory_is_what_it_says(self, tier: RunTier) -> None:
         ring = make(tier)
         assert ring.staging_bytes == BUFFERS * 8192
-        views = [ring.wait(ticket) for ticket in ring.submit([Read(key(2), layer) for layer in range(3)])]
+        views = [
+            ring.wait(ticket) for ticket in ring.submit([ExtentRead(key(2), layer) for layer in range(3)])
+        ]
         assert not np.shares_memory(views[0], views[1])
         low = min(view.ctypes.data for view in views)
         high = max(view.ctypes.data + view.nbytes for view in views)
@@ -127,20 +125,20 @@ class TestReading:
         ring = make(tier, threads=1)
         stall = Stall()
         system.script["preadv"].append(stall)
-        tickets = ring.submit([Read(key(n), 0) for n in RUNS])
+        tickets = ring.submit([ExtentRead(key(n), 0) for n in RUNS])
         assert stall.begun.wait(5)
-        assert [t.state for t in tickets] == [State.ISSUED] * BUFFERS + [State.QUEUED] * (8 - BUFFERS)
+        assert [t.state for t in tickets] == [ReadState.ISSUED] * BUFFERS + [ReadState.QUEUED] * (8 - BUFFERS)
         assert ring.finished() == []
         stall.over.set()
         assert until_ended(ring, BUFFERS) == tickets[:BUFFERS]
         ring.release(tickets[1])
-        assert tickets[BUFFERS].state is State.ISSUED
-        assert tickets[BUFFERS + 1].state is State.QUEUED
+        assert tickets[BUFFERS].state is ReadState.ISSUED
+        assert tickets[BUFFERS + 1].state is ReadState.QUEUED
         ring.cancel(tickets)
         finish(ring)
 
     def test_finished_tells_once_and_not_what_the_caller_knows(self, ring: Prefetcher) -> None:
-        tickets = ring.submit([Read(key(n), 0) for n in range(3)])
+        tickets = ring.submit([ExtentRead(key(n), 0) for n in range(3)])
         ring.wait(tickets[1])
         assert sorted(until_ended(ring, 2), key=tickets.index) == [tickets[0], tickets[2]]
         assert ring.finished() == []
@@ -150,7 +148,7 @@ class TestReading:
     def test_a_stall_is_accounted(self, ring: Prefetcher, system: ScriptedSystem) -> None:
         stall = Stall()
         system.script["preadv"].append(stall)
-        (ticket,) = ring.submit([Read(key(1), 0)])
+        (ticket,) = ring.submit([ExtentRead(key(1), 0)])
         assert stall.begun.wait(5)
         time.sleep(0.05)
         assert ring.stats.stall_seconds == 0
@@ -164,11 +162,11 @@ class TestReading:
     def test_hits_and_stalls_are_told_apart(self, ring: Prefetcher, system: ScriptedSystem) -> None:
         stall = Stall()
         system.script["preadv"].append(stall)
-        (slow,) = ring.submit([Read(key(1), 0)])
+        (slow,) = ring.submit([ExtentRead(key(1), 0)])
         assert stall.begun.wait(5)
         threading.Timer(0.2, stall.over.set).start()
         assert_records(ring, slow)
-        (quick,) = ring.submit([Read(key(2), 0)])
+        (quick,) = ring.submit([ExtentRead(key(2), 0)])
         assert until_ended(ring, 1) == [quick]
         assert_records(ring, quick)
         assert (slow.stalled, quick.stalled) == (True, False)
@@ -179,7 +177,7 @@ class TestReading:
         took: list[float] = []
         ring = Prefetcher(tier, BUFFERS, 3 * LAYOUT.record_bytes + 256, 1, on_read=took.append)
         system.script["preadv"].extend([None, error(errno.EIO)])
-        tickets = ring.submit([Read(key(n), 0) for n in range(3)])
+        tickets = ring.submit([ExtentRead(key(n), 0) for n in range(3)])
         until_ended(ring, 3)
         assert len(took) == ring.stats.reads == 2
         assert 0 < sum(took) < ring.stats.read_seconds
@@ -187,14 +185,14 @@ class TestReading:
         finish(ring)
 
     def test_misuse_is_told(self, ring: Prefetcher, tier: RunTier) -> None:
-        for read in (Read(key(1), LAYERS), Read(key(1), -1)):
+        for read in (ExtentRead(key(1), LAYERS), ExtentRead(key(1), -1)):
             with pytest.raises(ValueError, match="layer"):
-                ring.submit([Read(key(0), 0), read])
+                ring.submit([ExtentRead(key(0), 0), read])
         tier.put(key(100), 0, chain(0), blocks(100, 9))
         with pytest.raises(ValueError, match="does not fit"):
-            ring.submit([Read(key(0), 0), Read(key(100), 0)])
+            ring.submit([ExtentRead(key(0), 0), ExtentRead(key(100), 0)])
         tier.delete(key(100))
-        (ticket,) = ring.submit([Read(key(1), 0)])
+        (ticket,) = ring.submit([ExtentRead(key(1), 0)])
         ring.wait(ticket)
         ring.release(ticket)
         with pytest.raises(ValueError, match="release"):
@@ -211,12 +209,12 @@ class TestFailing:
         with (tmp_path / "kv" / "00000000.segment").open("r+b") as file:
             file.seek(place.offset(1) + 300)
             file.write(bytes(8))
-        cases: list[tuple[Read, Fault, type[ReadFailed]]] = [
-            (Read(key(1), 0), error(errno.EIO), ReadError),
-            (Read(key(50), 0), None, ExtentMissing),
-            (Read(key(3), 1), None, ExtentCorrupt),
-            (Read(key(1), 0), MemoryError("unexpected"), ReadError),
-            (Read(key(1), 0), ZeroDivisionError(), ReadError),
+        cases: list[tuple[ExtentRead, Fault, type[ReadFailed]]] = [
+            (ExtentRead(key(1), 0), error(errno.EIO), ReadError),
+            (ExtentRead(key(50), 0), None, ExtentMissing),
+            (ExtentRead(key(3), 1), None, ExtentCorrupt),
+            (ExtentRead(key(1), 0), MemoryError("unexpected"), ReadError),
+            (ExtentRead(key(1), 0), ZeroDivisionError(), ReadError),
         ]
         for round_ in range(3):
             for i, (read, fault, kind) in enumerate(cases):
@@ -226,7 +224,7 @@ class TestFailing:
                 with pytest.raises(kind) as caught:
                     ring.wait(ticket)
                 assert fault is None or caught.value.__cause__ is fault
-                assert ticket.state is State.FAILED
+                assert ticket.state is ReadState.FAILED
                 ring.release(ticket)
                 assert ring.stats.failures == round_ * len(cases) + i + 1
                 ring.check_integrity()
@@ -235,7 +233,7 @@ class TestFailing:
 
     def test_a_failure_nobody_waits_for_is_reported(self, ring: Prefetcher, system: ScriptedSystem) -> None:
         system.script["preadv"].append(error(errno.EIO))
-        tickets = ring.submit([Read(key(50), 0), Read(key(1), 0)])
+        tickets = ring.submit([ExtentRead(key(50), 0), ExtentRead(key(1), 0)])
         assert until_ended(ring, 2) == tickets
         assert [type(ticket.error) for ticket in tickets] == [ExtentMissing, ReadError]
 
@@ -243,7 +241,7 @@ class TestFailing:
         self, ring: Prefetcher, system: ScriptedSystem
     ) -> None:
         system.script["preadv"].extend([error(errno.EIO)] * 5)
-        tickets = ring.submit([Read(key(n), 0) for n in range(6)])
+        tickets = ring.submit([ExtentRead(key(n), 0) for n in range(6)])
         for ticket in tickets[:5]:
             with pytest.raises(ReadError):
                 ring.wait(ticket)
@@ -258,7 +256,7 @@ class TestDeadline:
         ring = make(tier, deadline_s=0.15)
         stall = Stall()
         system.script["preadv"].append(stall)
-        (ticket,) = ring.submit([Read(key(1), 0)])
+        (ticket,) = ring.submit([ExtentRead(key(1), 0)])
         began = time.monotonic()
         with pytest.raises(ReadTimeout):
             ring.wait(ticket)
@@ -270,10 +268,10 @@ class TestDeadline:
         tier.delete(key(0))
         tier.put(key(0), 0, chain(0), blocks(0, RUNS[0]))
         assert tier.locate(key(0)).range == range_, "the space of a stuck read must not be given away"
-        two = ring.submit([Read(key(n), 0) for n in (2, 3, 4)])
+        two = ring.submit([ExtentRead(key(n), 0) for n in (2, 3, 4)])
         for t in two[:2]:
             assert_records(ring, t)
-        assert two[2].state is State.QUEUED
+        assert two[2].state is ReadState.QUEUED
         ring.check_integrity()
         stall.over.set()
         assert_records(ring, two[2])
@@ -285,7 +283,7 @@ class TestDeadline:
         ring = make(tier, deadline_s=0.05)
         stall = Stall()
         system.script["preadv"].append(stall)
-        (ticket,) = ring.submit([Read(key(1), 0)])
+        (ticket,) = ring.submit([ExtentRead(key(1), 0)])
         assert until_ended(ring, 1) == [ticket]
         assert isinstance(ticket.error, ReadTimeout)
         stall.over.set()
@@ -296,7 +294,7 @@ class TestDeadline:
         ring = make(tier, deadline_s=0.4)
         stall = Stall()
         system.script["preadv"].append(stall)
-        (ticket,) = ring.submit([Read(key(1), 0)])
+        (ticket,) = ring.submit([ExtentRead(key(1), 0)])
         time.sleep(0.3)
         began = time.monotonic()
         with pytest.raises(ReadTimeout):
@@ -309,13 +307,13 @@ class TestDeadline:
         ring = make(tier, deadline_s=0.1)
         stalls = [Stall() for _ in range(2)]
         system.script["preadv"].extend(stalls)
-        tickets = ring.submit([Read(key(n), 0) for n in range(BUFFERS)])
+        tickets = ring.submit([ExtentRead(key(n), 0) for n in range(BUFFERS)])
         assert all(stall.begun.wait(5) for stall in stalls)
         time.sleep(0.12)
         assert len(ring.finished()) == BUFFERS
         assert all(isinstance(ticket.error, ReadTimeout) for ticket in tickets)
-        (late,) = ring.submit([Read(key(5), 0)])
-        assert late.state is State.QUEUED
+        (late,) = ring.submit([ExtentRead(key(5), 0)])
+        assert late.state is ReadState.QUEUED
         with pytest.raises(ReadTimeout):
             ring.wait(late)
         ring.check_integrity()
@@ -330,7 +328,7 @@ class TestDeadline:
         ring = make(tier)
         stall = Stall()
         system.script["preadv"].append(stall)
-        ring.submit([Read(key(n), 0) for n in RUNS])
+        ring.submit([ExtentRead(key(n), 0) for n in RUNS])
         assert stall.begun.wait(5)
         began = time.monotonic()
         ring.close()
@@ -343,8 +341,8 @@ def finish_after_quarantine(ring: Prefetcher) -> None:
     """The threads are free again: wait until they took the unwanted work off the list."""
     give_up = time.monotonic() + 5
     while time.monotonic() < give_up:
-        tickets = ring.submit([Read(key(7), 0)] * BUFFERS)
-        issued = all(ticket.state is not State.QUEUED for ticket in tickets)
+        tickets = ring.submit([ExtentRead(key(7), 0)] * BUFFERS)
+        issued = all(ticket.state is not ReadState.QUEUED for ticket in tickets)
         ring.cancel(tickets)
         if issued:
             break
@@ -355,7 +353,7 @@ def finish_after_quarantine(ring: Prefetcher) -> None:
 
 class TestRing:
     def test_a_wait_that_only_the_waiter_could_end_is_refused(self, ring: Prefetcher) -> None:
-        tickets = ring.submit([Read(key(n), 0) for n in range(BUFFERS + 2)])
+        tickets = ring.submit([ExtentRead(key(n), 0) for n in range(BUFFERS + 2)])
         for ticket in tickets[:BUFFERS]:
             ring.wait(ticket)
         began = time.monotonic()
@@ -373,7 +371,7 @@ class TestRing:
     ) -> None:
         stalls = [Stall() for _ in range(2)]
         system.script["preadv"].extend(stalls)
-        tickets = ring.submit([Read(key(n), 0) for n in range(BUFFERS + 1)])
+        tickets = ring.submit([ExtentRead(key(n), 0) for n in range(BUFFERS + 1)])
         with pytest.raises(RuntimeError, match="held by the caller"):
             ring.wait(tickets[BUFFERS])
         for stall in stalls:
@@ -383,7 +381,7 @@ class TestRing:
             ring.release(ticket)
 
     def test_waiting_out_of_order_is_fine_within_the_ring(self, ring: Prefetcher) -> None:
-        tickets = ring.submit([Read(key(n), 0) for n in range(BUFFERS)])
+        tickets = ring.submit([ExtentRead(key(n), 0) for n in range(BUFFERS)])
         for ticket in reversed(tickets):
             assert_records(ring, ticket)
         for ticket in tickets:
@@ -393,21 +391,25 @@ class TestRing:
 class TestCancel:
     def test_at_every_stage(self, tier: RunTier, system: ScriptedSystem) -> None:
         ring = make(tier, threads=1)
-        (loaded,) = ring.submit([Read(key(0), 0)])
+        (loaded,) = ring.submit([ExtentRead(key(0), 0)])
         ring.wait(loaded)
-        (failed,) = ring.submit([Read(key(50), 0)])
+        (failed,) = ring.submit([ExtentRead(key(50), 0)])
         stall = Stall()
         system.script["preadv"].append(stall)
-        running, issued, queued = ring.submit([Read(key(n), 0) for n in (1, 2, 3)])
+        running, issued, queued = ring.submit([ExtentRead(key(n), 0) for n in (1, 2, 3)])
         assert stall.begun.wait(5)
-        assert [t.state for t in (running, issued, queued)] == [State.ISSUED, State.ISSUED, State.QUEUED]
+        assert [t.state for t in (running, issued, queued)] == [
+            ReadState.ISSUED,
+            ReadState.ISSUED,
+            ReadState.QUEUED,
+        ]
         reads = system.calls["preadv"]
         for ticket in (queued, issued, running, failed, loaded):
             ring.cancel([ticket])
             ring.check_integrity()
         ring.cancel([queued, issued, running, failed, loaded])
         for ticket in (queued, issued, running, loaded):
-            assert ticket.state is State.CANCELLED
+            assert ticket.state is ReadState.CANCELLED
             with pytest.raises(ReadCancelled):
                 ring.wait(ticket)
         with pytest.raises(ExtentMissing):
@@ -421,7 +423,7 @@ class TestCancel:
         assert ring.stats.failures == 1
 
     def test_the_queue_moves_up(self, ring: Prefetcher) -> None:
-        tickets = ring.submit([Read(key(n), 0) for n in RUNS])
+        tickets = ring.submit([ExtentRead(key(n), 0) for n in RUNS])
         for ticket in tickets[:BUFFERS]:
             ring.wait(ticket)
         ring.cancel(tickets[: BUFFERS + 1])
@@ -434,7 +436,7 @@ class TestCancel:
     ) -> None:
         stalls = [Stall() for _ in range(2)]
         system.script["preadv"].extend(stalls)
-        tickets = ring.submit([Read(key(n), 1) for n in range(5)])
+        tickets = ring.submit([ExtentRead(key(n), 1) for n in range(5)])
         for n in range(5):
             tier.delete(key(n))
         tier.put(key(60), 0, chain(60), blocks(60, 3))
@@ -456,13 +458,13 @@ def test_any_order_of_calls_keeps_the_books(tier: RunTier, system: ScriptedSyste
         action = choose.choice(["submit", "wait", "wait", "release", "cancel", "finished", "fault"])
         if action == "submit" and len(live) < 20:
             numbers = choose.choices([*RUNS, 50], k=choose.randint(1, 4))
-            live += ring.submit([Read(key(n), choose.randrange(LAYERS)) for n in numbers])
+            live += ring.submit([ExtentRead(key(n), choose.randrange(LAYERS)) for n in numbers])
         elif action == "wait" and live:
             try:
                 assert_records(ring, live[0])
             except ReadFailed:
-                assert live.pop(0).state is State.FAILED
-        elif action == "release" and live and live[0].state is State.LOADED:
+                assert live.pop(0).state is ReadState.FAILED
+        elif action == "release" and live and live[0].state is ReadState.LOADED:
             ring.release(live.pop(0))
         elif action == "cancel" and live:
             ring.cancel([live.pop(choose.randrange(len(live)))])

@@ -19,7 +19,7 @@ from spilld.offload.host.slab import HostSlab, Rows
 
 from .faults import Fault, ScriptedSystem, Stall, error
 from .run_tier import RunTier
-from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, assert_tier, blocks, chain, key
+from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, LAYOUTS, assert_tier, blocks, chain, key
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def system() -> ScriptedSystem:
 
 @pytest.fixture
 def tier(tmp_path: Path, system: ScriptedSystem) -> Iterator[RunTier]:
-    tier = RunTier(tmp_path / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT, system)
+    tier = RunTier(tmp_path / "kv", BUDGET, LAYOUTS, FINGERPRINT, system)
     yield tier
     tier.check_integrity()
     tier.close()
@@ -45,14 +45,14 @@ def spiller(tier: RunTier) -> Iterator[Spiller]:
 
 @pytest.fixture
 def slab() -> HostSlab:
-    return HostSlab(100 * LAYOUT.record_bytes, LAYOUT.record_bytes)
+    return HostSlab(100 * LAYOUTS.column_bytes, LAYOUTS.record_bytes)
 
 
 def fill(slab: HostSlab, n: int, count: int) -> Rows:
     """Records of run n in rows that are neither adjacent nor ascending, int64[layers, count]."""
-    rows = slab.allocate(2 * LAYERS * count)[::-2].reshape(count, LAYERS).T
+    rows = slab.allocate(2 * count)[:, ::-2]
     for layer, records in enumerate(blocks(n, count)):
-        slab.records[rows[layer]] = records
+        slab.records[layer][rows[layer]] = records
     return rows
 
 
@@ -95,7 +95,7 @@ def test_nothing_of_an_earlier_run_is_left_behind_a_shorter_one(
     for layer in range(LAYERS):
         begin, end = (
             short.offset(layer) + 256 + LAYOUT.record_bytes,
-            short.offset(layer) + short.identity.nbytes,
+            short.offset(layer) + short.identity.largest_extent,
         )
         assert begin < end
         assert not any(raw[begin:end])
@@ -194,7 +194,7 @@ def test_misuse_is_told_and_leaves_no_lease(tier: RunTier, spiller: Spiller, sla
         spiller.submit(place, slab.records, np.zeros((LAYERS, 9), np.int64))
     tier.abandon(place)
     assert tier.used_bytes == 0
-    outside = np.full((LAYERS, 1), slab.n_slots)
+    outside = np.full((LAYERS, 1), len(slab.records[0]))
     place = tier.reserve(key(2), first=1, count=1, chain_hash=chain(2))
     spiller.submit(place, slab.records, outside)
     assert not until_ended(spiller, 1)[0].ok
@@ -229,7 +229,7 @@ def test_the_tier_keeps_files_open_that_a_stuck_thread_writes_to(
     land in one of the next daemon: that one has to wait."""
     monkeypatch.setattr(writer, "CLOSE_S", 0.1)
     system = ScriptedSystem()
-    tier = RunTier(tmp_path / "stuck", BUDGET, LAYOUT, LAYERS, FINGERPRINT, system)
+    tier = RunTier(tmp_path / "stuck", BUDGET, LAYOUTS, FINGERPRINT, system)
     spiller = Spiller(tier, 4 * LAYOUT.record_bytes + 256)
     stall = Stall()
     system.script["pwritev"].append(stall)
@@ -240,7 +240,7 @@ def test_the_tier_keeps_files_open_that_a_stuck_thread_writes_to(
     victim = (tmp_path / "victim").open("wb")
     assert victim.fileno() != place.file
     with pytest.raises(FolderInUse):
-        RunTier(tmp_path / "stuck", BUDGET, LAYOUT, LAYERS, FINGERPRINT)
+        RunTier(tmp_path / "stuck", BUDGET, LAYOUTS, FINGERPRINT)
     stall.over.set()
     spiller.close()
     assert spiller.pending == 0
@@ -248,6 +248,6 @@ def test_the_tier_keeps_files_open_that_a_stuck_thread_writes_to(
     assert (tmp_path / "victim").read_bytes() == b""
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(place.file)
-    again = RunTier(tmp_path / "stuck", BUDGET, LAYOUT, LAYERS, FINGERPRINT)
+    again = RunTier(tmp_path / "stuck", BUDGET, LAYOUTS, FINGERPRINT)
     assert place.run not in again
     again.close()

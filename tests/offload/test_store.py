@@ -22,10 +22,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from spilld.offload import store
-from spilld.offload.disk.files.extent import RunKey, extent_bytes
-from spilld.offload.disk.index.index import Contents
-from spilld.offload.disk.prefetch import Prefetcher, Read, Ticket
+from spilld.offload.disk.disk_backend import DiskBackend
+from spilld.offload.disk.extent_read import ExtentRead, Ticket
+from spilld.offload.disk.files.extent import RunKey, largest_extent, run_bytes
+from spilld.offload.disk.index.index_row import Contents
+from spilld.offload.disk.prefetch import Prefetcher
 from spilld.offload.disk.writer import Spiller
 from spilld.offload.errors import (
     BudgetTooSmall,
@@ -34,50 +35,41 @@ from spilld.offload.errors import (
     TierFull,
     WriteFailed,
 )
-from spilld.offload.host import residency
+from spilld.offload.host import host_room, residency
+from spilld.offload.host.host_room import Planner
 from spilld.offload.host.residency import Holding, Spill
-from spilld.offload.host.slab import HostSlab
+from spilld.offload.host.slab import HostSlab, columns_within
 from spilld.offload.maintenance.compaction import Compaction
 from spilld.offload.maintenance.wear import WriteBudget
 from spilld.offload.prefix_cache.block_hash import chain_hash, root
 from spilld.offload.prefix_cache.run_cache import RunCache
-from spilld.offload.record import (
-    SEALED,
-    Element,
-    Format,
-    Layout,
-)
-from spilld.offload.store import (
-    EXTENT_TARGET,
-    RUN_STEP,
-    DiskPath,
-    Planner,
-    Store,
-    run_length,
-)
+from spilld.offload.record import SEALED, Element, Format
+from spilld.offload.run_length import EXTENT_TARGET, RUN_STEP, run_length
+from spilld.offload.store import Store
+from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import Bytes
 from spilld.offload.table import BlockTable, RunRef
 
 from .faults import ScriptedSystem, Stall, error
 from .run_tier import RunTier
-from .tier_contract import FINGERPRINT, LAYERS, LAYOUT
+from .tier_contract import FINGERPRINT, LAYERS, LAYOUT, LAYOUTS, MIXED
 
 RECORD = LAYOUT.record_bytes
 RUN = 4
-RUN_BYTES = LAYERS * extent_bytes(LAYOUT, RUN)
+RUN_BYTES = run_bytes(LAYOUTS, RUN)
 COLUMNS = 16
 BUFFERS = 6
 ROOT = root(FINGERPRINT, LAYOUT.format)
-TAIL_LAYOUT = Layout(Format.RAW, LAYOUT.element, LAYOUT.kv_heads, LAYOUT.head_dim)
-TAIL_BLOCKS = 2
+CHECKPOINT_BLOCKS = 2
 
 
 @lru_cache(maxsize=512)
-def content(name: bytes) -> Bytes:
-    """What the model computes for the block of this chain hash, uint8[layers, record_bytes]."""
+def content(name: bytes, layouts: StoreLayout = LAYOUTS) -> tuple[Bytes, ...]:
+    """What the model computes for the block of this chain hash, uint8[record_bytes] for each layer."""
     generator = np.random.default_rng(int.from_bytes(name))
-    records = generator.integers(0, 256, (LAYERS, RECORD), dtype=np.uint8)
-    records.flags.writeable = False
+    records = tuple(generator.integers(0, 256, nbytes, dtype=np.uint8) for nbytes in layouts.record_bytes)
+    for record in records:
+        record.flags.writeable = False
     return records
 
 
@@ -96,7 +88,7 @@ class GatedSystem(ScriptedSystem):
 
 @dataclass(eq=False)
 class Known:
-    """A sequence and what it must hold: block b, uint8[layers, record_bytes], at index b - 1.
+    """A sequence and what it must hold: block b, a record for each layer, at index b - 1.
 
     The tokens of blocks without a name yet are of its own lineage; sequences that begin with the same names
     share a history.
@@ -105,7 +97,7 @@ class Known:
     table: BlockTable
     lineage: int
     names: list[bytes] = field(default_factory=list)
-    blocks: list[Bytes] = field(default_factory=list)
+    blocks: list[tuple[Bytes, ...]] = field(default_factory=list)
 
     def hashes(self, stop: int) -> list[bytes]:
         """Chain hashes of blocks 0 .. stop - 1."""
@@ -121,6 +113,7 @@ class Rig:
         self,
         folder: Path,
         *,
+        layouts: StoreLayout = LAYOUTS,
         columns: int = COLUMNS,
         disk_runs: int = 4,
         disk_rest: int = 0,
@@ -131,7 +124,9 @@ class Rig:
     ) -> None:
         self.folder = folder / "kv"
         self.columns = columns
-        self.disk_budget = disk_runs * RUN_BYTES + disk_rest if disk_runs else 0
+        self.layouts = layouts
+        self.run_bytes = run_bytes(layouts, RUN)
+        self.disk_budget = disk_runs * self.run_bytes + disk_rest if disk_runs else 0
         self.planner = planner
         self.rate = rate
         self.daily = daily
@@ -142,31 +137,37 @@ class Rig:
     def start(self, run_blocks: int = RUN) -> None:
         """As a daemon does, on whatever is in the folder."""
         self.system = GatedSystem()
-        self.slab = HostSlab((self.columns * LAYERS + 1) * RECORD, RECORD)
-        self.disk: DiskPath | None = None
+        budget = self.columns * self.layouts.column_bytes + RECORD
+        while columns_within(budget, self.layouts.record_bytes) < self.columns:
+            budget += RECORD
+        self.slab = HostSlab(budget, self.layouts.record_bytes)
+        self.disk: DiskBackend | None = None
         if self.disk_budget:
             tier = RunTier(
                 self.folder,
                 self.disk_budget,
-                LAYOUT,
-                LAYERS,
+                self.layouts,
                 FINGERPRINT,
                 self.system,
-                segment_bytes=2 * RUN_BYTES,
+                segment_bytes=2 * self.run_bytes,
             )
-            extent = max(extent_bytes(LAYOUT, run_blocks), extent_bytes(TAIL_LAYOUT, TAIL_BLOCKS))
+            extent = largest_extent(self.layouts, run_blocks)
+            extent = max(extent, largest_extent(self.layouts.raw, CHECKPOINT_BLOCKS))
             cache = RunCache(tier, extent)
             wear = None if self.daily is None else WriteBudget(self.daily, tier.index, self.clock)
-            self.disk = DiskPath(
+            self.disk = DiskBackend(
                 *(tier, cache, Spiller(tier, extent), Prefetcher(tier, BUFFERS, extent)),
                 compaction=Compaction(tier, cache, extent, self.rate, wear=wear) if self.rate else None,
                 wear=wear,
             )
-        self.store = Store(LAYOUT, LAYERS, self.slab, run_blocks, self.disk, self.planner)
+        self.store = Store(self.layouts, self.slab, run_blocks, self.disk, self.planner)
         self.sequences: list[Known] = []
 
+    def content(self, name: bytes) -> tuple[Bytes, ...]:
+        return content(name, self.layouts)
+
     @property
-    def path(self) -> DiskPath:
+    def path(self) -> DiskBackend:
         assert self.disk is not None
         return self.disk
 
@@ -186,8 +187,9 @@ class Rig:
     def seal(self, known: Known) -> None:
         """What the model computes, into the rows that have none yet."""
         for block in range(len(known.blocks) + 1, known.table.stop):
-            records = content(known.names[block])
-            self.store.records[known.table.rows[:, block]] = records
+            records = self.content(known.names[block])
+            for layer, record in enumerate(records):
+                self.store.records(layer)[known.table.rows[layer, block]] = record
             known.blocks.append(records)
 
     def attach(self, known: Known, most: int = 1000) -> int:
@@ -201,7 +203,7 @@ class Rig:
                 blocks += count
         if blocks:
             self.store.attach(known.table, refs, known.hashes(blocks + 1))
-            known.blocks = [content(name) for name in known.names[1 : blocks + 1]]
+            known.blocks = [self.content(name) for name in known.names[1 : blocks + 1]]
         return blocks
 
     def fill(self, known: Known, count: int) -> None:
@@ -249,23 +251,25 @@ class Rig:
 
     def scan(self, known: Known, layer: int, visible: range) -> dict[int, Bytes]:
         """Visible records of a layer by block, read as attention reads them."""
-        table = known.table
+        table, nbytes = known.table, self.layouts[layer].record_bytes
         found: dict[int, Bytes] = {}
         for block in visible:
             if table.rows[layer, block] >= 0:
-                place = table.rows[layer, block] * RECORD
-                found[block] = self.store.memory[place : place + RECORD].copy()
+                place = table.rows[layer, block] * nbytes
+                found[block] = self.store.memory[place : place + nbytes].copy()
         runs = self.store.runs_to_read(table, visible)
-        waiting = list(zip(runs, self.store.submit([Read(ref.run, layer) for ref in runs]), strict=True))
+        waiting = list(
+            zip(runs, self.store.submit([ExtentRead(ref.run, layer) for ref in runs]), strict=True)
+        )
         while waiting:
             size = self.store.staging_batch
             batch, waiting = waiting[:size], waiting[size:]
             with self.store.staged([ticket for _, ticket in batch]) as (memory, offsets):
                 for (ref, _), offset in zip(batch, offsets, strict=True):
                     for block in table.extent_blocks(ref, visible).tolist():
-                        place = offset + (block - ref.base) * RECORD
+                        place = offset + (block - ref.base) * nbytes
                         assert block not in found, "a block is served by two tiers"
-                        found[block] = memory[place : place + RECORD].copy()
+                        found[block] = memory[place : place + nbytes].copy()
         return found
 
     def assert_scan(self, known: Known, layer: int, visible: range) -> None:
@@ -294,11 +298,16 @@ class Rig:
         """Nothing is in use, so one run as large as the whole budget fits. What was cached is gone then."""
         cache, tier = self.path.cache, self.path.tier
         assert cache.cached_bytes == sum(place.range.nbytes for place in tier.runs())
-        count = tier.budget_bytes // LAYERS // RECORD
+        count = tier.budget_bytes // self.layouts.column_bytes
         while tier.run_bytes(count) > tier.budget_bytes:
             count -= 1
         whole = cache.reserve(
-            bytes(16), first=1, count=count, chain=bytes(32), contents=Contents(bytes(32)), layout=LAYOUT
+            bytes(16),
+            first=1,
+            count=count,
+            chain=bytes(32),
+            contents=Contents(bytes(32)),
+            layouts=self.layouts,
         )
         tier.abandon(whole)
         assert (tier.used_bytes, tier.runs(), cache.cached_bytes) == (0, [], 0)
@@ -317,9 +326,9 @@ def rigged(folder: Path, **options: object) -> Iterator[Rig]:
         rig.close()
 
 
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    with rigged(tmp_path) as rig:
+@pytest.fixture(params=[LAYOUTS, MIXED], ids=["alike", "mixed"])
+def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
+    with rigged(tmp_path, layouts=request.param) as rig:
         yield rig
 
 
@@ -331,10 +340,12 @@ PROMISE = st.integers(0, 14)
 class StoreMachine(RuleBasedStateMachine):
     """What an engine may do between and during steps. Choices never depend on what a thread has done."""
 
+    layouts = LAYOUTS
+
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.rig = Rig(Path(self.folder.name), rate=1 << 40)
+        self.rig = Rig(Path(self.folder.name), rate=1 << 40, layouts=self.layouts)
         self.ahead: list[Ticket] = []
         self.histories: list[list[bytes]] = []
 
@@ -376,11 +387,11 @@ class StoreMachine(RuleBasedStateMachine):
             assert ref.first == at
             for block in ref.blocks:
                 for layer, records in enumerate(stored[ref.run]):
-                    expected = content(known.names[block])[layer]
+                    expected = self.rig.content(known.names[block])[layer]
                     np.testing.assert_array_equal(records[block - ref.base], expected)
             at += ref.count
         if at < len(known.names):
-            expected = content(known.names[at])[0]
+            expected = self.rig.content(known.names[at])[0]
             assert not any((records == expected).all(1).any() for records, *_ in stored.values())
 
     @rule()
@@ -400,7 +411,12 @@ class StoreMachine(RuleBasedStateMachine):
         used = {ref.run for known in self.rig.sequences for ref in known.table.runs}
         try:
             place = cache.reserve(
-                bytes(16), first=1, count=runs * RUN, chain=bytes(32), contents=Contents(b""), layout=LAYOUT
+                bytes(16),
+                first=1,
+                count=runs * RUN,
+                chain=bytes(32),
+                contents=Contents(b""),
+                layouts=self.rig.layouts,
             )
         except TierFull:
             left = {place.run for place in tier.runs()}
@@ -420,7 +436,8 @@ class StoreMachine(RuleBasedStateMachine):
         after = self.rig.stored()
         assert after.keys() == before.keys()
         for run, layers in before.items():
-            np.testing.assert_array_equal(after[run], layers)
+            for found, records in zip(after[run], layers, strict=True):
+                np.testing.assert_array_equal(found, records)
 
     @rule(which=WHICH, blocks=PROMISE)
     def promise(self, which: int, blocks: int) -> None:
@@ -451,7 +468,7 @@ class StoreMachine(RuleBasedStateMachine):
             try:
                 rig.grow(known, count)
             except TierFull:
-                assert rig.slab.free_slots < count * LAYERS
+                assert rig.slab.free_columns < count
                 assert before == (known.table.stop, known.table.chain)
             else:
                 grown.append(known)
@@ -498,7 +515,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.rest()
         if (known := self.pick(which)) is not None:
             refs = known.table.runs[: BUFFERS // 2]
-            self.ahead = self.rig.store.submit([Read(ref.run, layer) for ref in refs])
+            self.ahead = self.rig.store.submit([ExtentRead(ref.run, layer) for ref in refs])
 
     @rule()
     def rest(self) -> None:
@@ -545,9 +562,15 @@ class StoreMachine(RuleBasedStateMachine):
             self.folder.cleanup()
 
 
-TestStoreMachine = StoreMachine.TestCase
-TestStoreMachine.settings = settings(
-    max_examples=120,
+class MixedStoreMachine(StoreMachine):
+    """With layers of two sizes."""
+
+    layouts = MIXED
+
+
+TestStoreMachine, TestMixedStoreMachine = StoreMachine.TestCase, MixedStoreMachine.TestCase
+TestStoreMachine.settings = TestMixedStoreMachine.settings = settings(
+    max_examples=60,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
@@ -560,28 +583,29 @@ TestStoreMachine.settings = settings(
 @pytest.mark.parametrize("fmt", SEALED)
 @pytest.mark.parametrize(("layers", "step"), [(1, 1), (3, 8), (30, 8), (26, 2)])
 def test_run_length_says_how_many_bytes_are_enough(fmt: Format, layers: int, step: int) -> None:
-    layout = Layout(fmt, Element.BFLOAT16, kv_heads=3, head_dim=64)
+    layouts = StoreLayout.of(fmt, Element.BFLOAT16, [(layers, 3, 64), (1, 1, 128)])
     with pytest.raises(BudgetTooSmall) as refused:
-        run_length(layout, layers, 1, step)
+        run_length(layouts, 1, step)
     match = re.search(r"need at least ([\d.]+) (KiB|MiB|GiB)$", str(refused.value))
     assert match is not None
     needed = math.ceil(float(match[1]) * 2 ** {"KiB": 10, "MiB": 20, "GiB": 30}[match[2]])
-    rows = HostSlab(needed, layout.record_bytes).n_slots
-    assert run_length(layout, layers, rows, step) == RUN_STEP
+    padding = max(layouts.record_bytes)
+    columns = HostSlab(needed + padding, layouts.record_bytes).n_columns
+    assert run_length(layouts, columns, step) == RUN_STEP
     with pytest.raises(BudgetTooSmall, match=match[0]):
-        run_length(layout, layers, HostSlab(int(needed * 0.98), layout.record_bytes).n_slots, step)
+        run_length(layouts, HostSlab(int(needed * 0.98), layouts.record_bytes).n_columns, step)
 
 
 @pytest.mark.parametrize("columns", range(16, 200, 7))
 def test_a_run_leaves_room_for_another_and_a_step(columns: int) -> None:
     step = 8
-    run = run_length(LAYOUT, LAYERS, columns * LAYERS + 2, step)
+    run = run_length(LAYOUTS, columns, step)
     assert run % RUN_STEP == 0
     assert 2 * run + step <= columns < 2 * (run + RUN_STEP) + step or run * RECORD >= EXTENT_TARGET
 
 
 def test_a_run_is_no_longer_than_the_disk_needs() -> None:
-    run = run_length(LAYOUT, LAYERS, 10**9, 8)
+    run = run_length(LAYOUTS, 10**9 // LAYERS, 8)
     assert (run - RUN_STEP) * RECORD < EXTENT_TARGET <= run * RECORD
 
 
@@ -626,9 +650,9 @@ def test_one_sequence_fills_both_tiers_to_the_last_block(rig: Rig) -> None:
     while known.table.stop <= capacity:
         rig.fill(known, min(5, capacity + 1 - known.table.stop))
         rig.check()
-    assert rig.slab.free_slots == 1
+    assert rig.slab.free_columns == 0
     assert rig.path.tier.used_bytes == rig.path.tier.budget_bytes
-    column = LAYERS * RECORD
+    column = rig.layouts.column_bytes
     assert rig.store.usage(known.table) == {"host": COLUMNS * column, "disk": 4 * RUN * column}
     with pytest.raises(TierFull):
         rig.store.promise(known.table, capacity + 1)
@@ -640,7 +664,7 @@ def test_the_first_block_has_a_hash_and_no_row(rig: Rig) -> None:
     assert (known.table.stop, rig.slab.used_bytes) == (1, 0)
     rig.store.grow(known.table, [])
     rig.store.grow(known.table, [bytes(32)] * 2)
-    assert (known.table.stop, rig.slab.used_bytes) == (3, 2 * LAYERS * RECORD)
+    assert (known.table.stop, rig.slab.used_bytes) == (3, 2 * rig.layouts.column_bytes)
     assert (known.table.rows[:, 0] < 0).all()
 
 
@@ -682,7 +706,7 @@ def test_growth_waits_for_the_write_that_makes_room(rig: Rig) -> None:
 
 
 def test_growth_gives_up_on_a_write_that_never_ends(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "WRITE_DEADLINE_S", 0.05)
+    monkeypatch.setattr(host_room, "WRITE_DEADLINE_S", 0.05)
     known = rig.open(COLUMNS + RUN)
     rig.fill(known, COLUMNS)
     rig.system.gate.clear()
@@ -708,10 +732,10 @@ def test_make_room_never_waits_and_counts_what_is_on_its_way(rig: Rig) -> None:
         rig.store.make_room(columns)
         assert known.table.host_spans() == (spans,)
     rig.check()
-    assert rig.slab.free_slots == 1
+    assert rig.slab.free_columns == 0
     rig.system.gate.set()
     rig.settled()
-    assert rig.slab.free_slots == 2 * RUN * LAYERS + 1
+    assert rig.slab.free_columns == 2 * RUN
     assert known.table.disk_blocks == 2 * RUN
     rig.check()
 
@@ -823,8 +847,11 @@ def test_a_disk_that_takes_no_more_loses_nothing(rig: Rig, call: str, number: in
     assert isinstance(rig.store.spill_failure, WriteFailed)
     assert str(rig.store.spill_failure) == rig.store.stats()["disk_failure"]
     assert known.table.leaving == []
-    assert rig.path.tier.used_bytes == durable == RUN_BYTES
-    assert (rig.store.usage(known.table)["host"], known.table.disk_blocks) == (COLUMNS * LAYERS * RECORD, RUN)
+    assert rig.path.tier.used_bytes == durable == rig.run_bytes
+    assert (rig.store.usage(known.table)["host"], known.table.disk_blocks) == (
+        COLUMNS * rig.layouts.column_bytes,
+        RUN,
+    )
     rig.check()
     assert (capacity, rig.store.capacity, rig.store.unpromised) == (COLUMNS + 4 * RUN, COLUMNS, 0)
     with pytest.raises(TierFull):
@@ -916,7 +943,7 @@ def test_a_corrupt_extent_is_told_and_gives_all_buffers_back(rig: Rig) -> None:
         with pytest.raises(ExtentMissing):
             rig.scan(known, layer, visible)
     intact = [run.run for run in known.table.runs if run != ref]
-    tickets = rig.store.submit([Read(run, layer) for run in intact for layer in range(LAYERS)])
+    tickets = rig.store.submit([ExtentRead(run, layer) for run in intact for layer in range(LAYERS)])
     assert len(tickets) == BUFFERS
     with rig.store.staged(tickets) as (_, offsets):
         assert len(set(offsets)) == BUFFERS, "a buffer is gone"
@@ -934,7 +961,7 @@ def test_staged_gives_buffers_back_when_the_reader_breaks(rig: Rig) -> None:
     rig.store.spill(known.table, 1, RUN)
     rig.settled()
     for _ in range(2 * BUFFERS):
-        tickets = rig.store.submit([Read(known.table.runs[0].run, 0)] * 3)
+        tickets = rig.store.submit([ExtentRead(known.table.runs[0].run, 0)] * 3)
         with pytest.raises(ZeroDivisionError), rig.store.staged(tickets):
             raise ZeroDivisionError
     rig.check()
@@ -953,7 +980,7 @@ def test_forgetting_what_is_being_written_frees_it_in_the_end(rig: Rig) -> None:
     assert stall.begun.wait(5)
     rig.forget(known)
     rig.check()
-    assert rig.slab.used_bytes == 6 * LAYERS * RECORD, "a row was freed under a write"
+    assert rig.slab.used_bytes == 6 * rig.layouts.column_bytes, "a row was freed under a write"
     assert rig.store.unpromised == rig.store.capacity
     stall.over.set()
     rig.settled()
@@ -981,7 +1008,7 @@ def test_rows_being_written_are_not_given_to_what_comes_next(rig: Rig) -> None:
     rig.settled()
     rig.check()
     assert (known.table.disk_blocks, known.table.host_blocks) == (RUN, 2)
-    assert rig.path.tier.used_bytes <= 3 * RUN_BYTES
+    assert rig.path.tier.used_bytes <= 3 * rig.run_bytes
 
 
 def test_growth_may_take_the_room_of_what_was_forgotten_under_a_write(rig: Rig) -> None:
@@ -998,7 +1025,7 @@ def test_growth_may_take_the_room_of_what_was_forgotten_under_a_write(rig: Rig) 
     rig.fill(other, COLUMNS)
     rig.settled()
     rig.check()
-    assert (other.table.disk_blocks, rig.path.cache.cached_bytes) == (0, 4 * RUN_BYTES)
+    assert (other.table.disk_blocks, rig.path.cache.cached_bytes) == (0, 4 * rig.run_bytes)
     timer.join()
 
 
@@ -1009,14 +1036,14 @@ def test_room_of_what_is_being_read_is_given_away_only_when_the_read_has_ended(r
     rig.settled()
     stall = Stall()
     rig.system.script["preadv"].append(stall)
-    tickets = rig.store.submit([Read(known.table.runs[0].run, layer) for layer in range(LAYERS)])
+    tickets = rig.store.submit([ExtentRead(known.table.runs[0].run, layer) for layer in range(LAYERS)])
     assert stall.begun.wait(5)
     rig.store.cancel(tickets)
     rig.forget(known)
     rig.check()
     with pytest.raises(TierFull):
         rig.assert_all_disk_can_be_had()
-    assert (rig.path.tier.runs(), rig.path.tier.used_bytes) == ([], RUN_BYTES)
+    assert (rig.path.tier.runs(), rig.path.tier.used_bytes) == ([], rig.run_bytes)
     stall.over.set()
     rig.settled()
     rig.check()
@@ -1031,17 +1058,22 @@ def test_the_accounts_add_up(rig: Rig, caplog: pytest.LogCaptureFixture) -> None
     rig.settled()
     rig.assert_scan(known, 0, range(1, 11))
     rig.assert_scan(known, 1, range(1, 3))
-    stats, extent = rig.store.stats(), extent_bytes(LAYOUT, RUN)
+    stats, extent = rig.store.stats(), rig.path.tier.locate(known.table.runs[0].run).identity.extent_bytes(0)
     assert stats["promised_blocks"] == 15
     assert stats["capacity_blocks"] == rig.store.capacity
-    assert stats["host_used_bytes"] == 11 * LAYERS * RECORD
-    assert stats["disk_used_bytes"] == stats["disk_written_bytes"] == stats["disk_cached_bytes"] == RUN_BYTES
+    assert stats["host_used_bytes"] == 11 * rig.layouts.column_bytes
+    assert (
+        stats["disk_used_bytes"] == stats["disk_written_bytes"] == stats["disk_cached_bytes"] == rig.run_bytes
+    )
     assert stats["prefetch_bytes_read"] == rig.store.disk_read_bytes == extent
     assert stats["prefetch_failures"] == 0
     assert stats["disk_failure"] == ""
     assert rig.store.stall_seconds >= 0
-    assert rig.store.usage(known.table) == {"host": 6 * LAYERS * RECORD, "disk": RUN * LAYERS * RECORD}
-    assert rig.store.usage(other.table) == {"host": 5 * LAYERS * RECORD, "disk": 0}
+    assert rig.store.usage(known.table) == {
+        "host": 6 * rig.layouts.column_bytes,
+        "disk": RUN * rig.layouts.column_bytes,
+    }
+    assert rig.store.usage(other.table) == {"host": 5 * rig.layouts.column_bytes, "disk": 0}
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 

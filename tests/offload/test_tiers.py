@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +18,21 @@ from spilld.offload.errors import (
     TierFull,
     WriteFailed,
 )
-from spilld.offload.host.slab import HostSlab, Rows
+from spilld.offload.host.slab import HostSlab, Rows, columns_within
+from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import Bytes
 
 from .faults import ScriptedSystem, error
 from .run_tier import RunTier
-from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, DictTier, TearableTier, TierContract
+from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUTS, MIXED, DictTier, TearableTier, TierContract
 
 
 class SlabTier:
     """The host slab as a tier: a run is a row of the slab for each layer and block."""
 
-    def __init__(self, slab: HostSlab) -> None:
+    def __init__(self, slab: HostSlab, layouts: StoreLayout) -> None:
         self.slab = slab
+        self.layouts = layouts
         self.runs: dict[RunKey, Rows] = {}
 
     @property
@@ -46,14 +49,14 @@ class SlabTier:
     def put(self, run: RunKey, first: int, chain_hash: bytes, records: Sequence[Bytes]) -> None:
         if run in self.runs:
             raise ValueError("already there")
-        rows = self.slab.allocate(len(records) * len(records[0])).reshape(len(records), -1)
-        for layer_rows, layer_records in zip(rows, records, strict=True):
-            self.slab.records[layer_rows] = layer_records
+        rows = self.slab.allocate(len(records[0]))
+        for layer, layer_records in enumerate(records):
+            self.slab.records[layer][rows[layer]] = layer_records
         self.runs[run] = rows
 
     def put_torn(self, run: RunKey, first: int, chain_hash: bytes, records: Sequence[Bytes]) -> None:
-        rows = self.slab.allocate(len(records) * len(records[0]))
-        self.slab.records[rows[: len(records[0])]] = records[0]
+        rows = self.slab.allocate(len(records[0]))
+        self.slab.records[0][rows[0]] = records[0]
         self.slab.free(rows)
         raise WriteFailed("torn")
 
@@ -62,17 +65,19 @@ class SlabTier:
             raise ExtentMissing("no such run")
         if not 0 <= layer < LAYERS:
             raise ValueError("no such layer")
-        records: Bytes = self.slab.records[self.runs[run][layer]]
+        records: Bytes = self.slab.records[layer][self.runs[run][layer]]
         return records
 
     def delete(self, run: RunKey) -> None:
         if run not in self.runs:
             raise ExtentMissing("no such run")
-        self.slab.free(self.runs.pop(run).ravel())
+        self.slab.free(self.runs.pop(run))
 
     def check_integrity(self) -> None:
         self.slab.check_integrity()
-        assert sum(rows.size for rows in self.runs.values()) + self.slab.free_slots == self.slab.n_slots
+        assert (
+            sum(rows.shape[1] for rows in self.runs.values()) + self.slab.free_columns == self.slab.n_columns
+        )
 
 
 class TearableDisk(RunTier):
@@ -88,44 +93,71 @@ class TearableDisk(RunTier):
             script.clear()
 
 
+BOTH = pytest.mark.parametrize("layouts", [LAYOUTS, MIXED], ids=["alike", "mixed"])
+
+
+@BOTH
 class TestDict(TierContract):
     @pytest.fixture
-    def tier(self) -> TearableTier:
-        return DictTier(BUDGET)
+    def tier(self, layouts: StoreLayout) -> TearableTier:
+        return DictTier(BUDGET, layouts)
 
 
+@BOTH
 class TestSlab(TierContract):
     @pytest.fixture
-    def tier(self) -> TearableTier:
-        return SlabTier(HostSlab(BUDGET, LAYOUT.record_bytes))
+    def tier(self, layouts: StoreLayout) -> TearableTier:
+        return SlabTier(HostSlab(BUDGET, layouts.record_bytes), layouts)
 
 
+@BOTH
 class TestDisk(TierContract):
     @pytest.fixture(params=["direct", "buffered"])
-    def tier(self, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[TearableTier]:
+    def tier(
+        self, tmp_path: Path, request: pytest.FixtureRequest, layouts: StoreLayout
+    ) -> Iterator[TearableTier]:
         system = ScriptedSystem(direct=request.param == "direct")
-        tier = TearableDisk(
-            tmp_path / "kv", BUDGET, LAYOUT, LAYERS, FINGERPRINT, system, segment_bytes=BUDGET // 3
-        )
+        tier = TearableDisk(tmp_path / "kv", BUDGET, layouts, FINGERPRINT, system, segment_bytes=BUDGET // 3)
         yield tier
         tier.check_integrity()
         tier.close()
 
 
 def test_slab_stays_within_its_budget() -> None:
-    slab = HostSlab(1000, 192)
-    assert slab.n_slots == 5
-    assert slab.records.shape == (5, 192)
-    assert slab.records.nbytes <= slab.budget_bytes
-    assert slab.records.ctypes.data % 4096 == 0
-    assert slab.records.flags.c_contiguous
+    slab = HostSlab(1000, [192])
+    assert slab.n_columns == 5
+    assert slab.records[0].shape == (5, 192)
+    assert slab.memory.nbytes <= slab.budget_bytes
+    assert slab.memory.ctypes.data % 4096 == 0
+    assert slab.records[0].flags.c_contiguous
     with pytest.raises(BudgetTooSmall):
-        HostSlab(191, 192)
+        HostSlab(191, [192])
+    with pytest.raises(BudgetTooSmall):
+        HostSlab(383, [192, 192])
+
+
+@pytest.mark.parametrize("sizes", [[64], [64, 64], [192, 64], [64, 192, 64, 320], [6400, 64, 6400]])
+@pytest.mark.parametrize("budget", [100_000, 123_456, 1 << 20])
+def test_slab_has_room_for_all_that_fits(sizes: list[int], budget: int) -> None:
+    """Padding before a pool costs less than a record of it."""
+    slab = HostSlab(budget, sizes)
+    assert slab.memory.nbytes <= budget
+    assert slab.n_columns == columns_within(budget, sizes)
+    assert slab.n_columns * sum(sizes) > budget - sum(sizes) - sum(set(sizes))
+    if len(set(sizes)) == 1:
+        assert slab.n_columns == budget // sum(sizes)
+    rows = slab.allocate(slab.n_columns)
+    places = [(int(row) * nbytes, nbytes) for nbytes, mine in zip(sizes, rows, strict=True) for row in mine]
+    places.sort()
+    assert all(at + nbytes <= following for (at, nbytes), (following, _) in pairwise(places))
+    assert sum(places[-1]) <= slab.memory.nbytes
+    slab.free(rows)
+    slab.check_integrity()
 
 
 def test_memory_that_the_kernel_does_not_have() -> None:
     with pytest.raises(MemoryRefused, match="the kernel gives no 1 PiB of memory"):
-        HostSlab(1 << 50, 1 << 30)
+        HostSlab(1 << 50, [1 << 30])
 
 
 def test_slab_memory_is_touched_only_with_use() -> None:
@@ -133,44 +165,62 @@ def test_slab_memory_is_touched_only_with_use() -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
     before = resident()
-    slab = HostSlab(1 << 30, 1 << 20)
+    slab = HostSlab(1 << 30, [1 << 20])
     for _ in range(50):
         rows = slab.allocate(8)
-        slab.records[rows] = 1
+        slab.records[0][rows[0]] = 1
         slab.free(rows)
     assert resident() - before < 64 << 20
 
 
 def test_slab_gives_low_rows_in_order_and_reuses_freed_ones() -> None:
-    slab = HostSlab(64 * 10, 64)
-    assert slab.allocate(4).tolist() == [0, 1, 2, 3]
-    slab.free([1, 2])
-    assert slab.allocate(3).tolist() == [1, 2, 4]
+    slab = HostSlab(64 * 10, [64])
+    assert slab.allocate(4).tolist() == [[0, 1, 2, 3]]
+    slab.free([[1, 2]])
+    assert slab.allocate(3).tolist() == [[1, 2, 4]]
     slab.check_integrity()
 
 
-@pytest.mark.parametrize("rows", [[0, 0], [0, 5], [-1], [10], [[0], [1]], [0.0]])
+def test_slab_keeps_the_rows_of_a_layer_together() -> None:
+    slab = HostSlab(64 * 20, [64, 64])
+    assert slab.allocate(3).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("rows", [[[0, 0]], [[0, 5]], [[-1]], [[10]], [[0], [1]], [[0.0]], [0]])
 def test_slab_refuses_to_free_what_is_not_taken(rows: list[int]) -> None:
-    slab = HostSlab(64 * 10, 64)
+    slab = HostSlab(64 * 10, [64])
     slab.allocate(5)
     with pytest.raises(ValueError, match="row"):
         slab.free(rows)
-    assert slab.free_slots == 5
+    assert slab.free_columns == 5
     slab.check_integrity()
-    slab.free(np.arange(5))
+    slab.free([np.arange(5)])
     with pytest.raises(ValueError, match="twice"):
-        slab.free([3])
+        slab.free([[3]])
     assert slab.used_bytes == 0
 
 
+def test_slab_frees_all_layers_or_none() -> None:
+    slab = HostSlab(10_000, [64, 192])
+    rows = slab.allocate(4)
+    wrong = rows.copy()
+    wrong[1, 0] = wrong[1, 1]
+    with pytest.raises(ValueError, match="twice"):
+        slab.free(wrong)
+    assert slab.used_bytes == 4 * 256
+    slab.check_integrity()
+    slab.free(rows)
+    slab.check_integrity()
+
+
 def test_slab_allocates_all_or_nothing() -> None:
-    slab = HostSlab(64 * 10, 64)
+    slab = HostSlab(64 * 10, [64])
     rows = slab.allocate(7)
     with pytest.raises(TierFull):
         slab.allocate(4)
-    assert slab.free_slots == 3
+    assert slab.free_columns == 3
     assert slab.used_bytes == 7 * 64
-    assert len(slab.allocate(0)) == 0
+    assert slab.allocate(0).shape == (1, 0)
     rest = slab.allocate(3)
-    assert sorted([*rows, *rest]) == list(range(10))
+    assert sorted([*rows[0], *rest[0]]) == list(range(10))
     slab.check_integrity()

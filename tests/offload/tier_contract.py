@@ -18,10 +18,14 @@ from spilld.offload.errors import (
     WriteFailed,
 )
 from spilld.offload.record import Element, Format, Layout
+from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import Bytes
 
 LAYOUT = Layout(Format.INT8, Element.FLOAT32, kv_heads=1, head_dim=16)
 LAYERS = 3
+LAYOUTS = StoreLayout.uniform(LAYOUT, LAYERS)
+MIXED = StoreLayout.of(LAYOUT.format, LAYOUT.element, [(1, 1, 16), (1, 1, 32), (1, 1, 16)])
+"""Layers of two sizes; as many as in LAYOUTS."""
 BUDGET = 400_000
 FINGERPRINT = bytes(range(32))
 
@@ -34,14 +38,15 @@ def chain(n: int) -> bytes:
     return n.to_bytes(32, "little")
 
 
-def blocks(n: int, count: int) -> list[Bytes]:
+def blocks(n: int, count: int, layouts: StoreLayout = LAYOUTS) -> list[Bytes]:
     """Records of run n, uint8[count, record_bytes] for each layer, unlike those of any other run."""
     generator = np.random.default_rng([n, count])
-    shape = (LAYERS, count, LAYOUT.record_bytes)
-    return list(generator.integers(0, 256, shape, dtype=np.uint8))
+    return [generator.integers(0, 256, (count, nbytes), dtype=np.uint8) for nbytes in layouts.record_bytes]
 
 
 class Tier(Protocol):
+    @property
+    def layouts(self) -> StoreLayout: ...
     @property
     def used_bytes(self) -> int: ...
     @property
@@ -61,8 +66,9 @@ class TearableTier(Tier, Protocol):
 class DictTier:
     """The oracle: a run takes the bytes of its records."""
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, layouts: StoreLayout) -> None:
         self.budget_bytes = budget_bytes
+        self.layouts = layouts
         self.runs: dict[RunKey, list[Bytes]] = {}
 
     @property
@@ -99,7 +105,7 @@ class DictTier:
 
 
 def put(tier: Tier, n: int, count: int = 2) -> None:
-    tier.put(key(n), n, chain(n), blocks(n, count))
+    tier.put(key(n), n, chain(n), blocks(n, count, tier.layouts))
 
 
 def fill(tier: Tier, count: int) -> dict[int, int]:
@@ -116,11 +122,11 @@ def assert_tier(tier: Tier, runs: dict[int, int]) -> None:
     """The tier holds exactly these runs (number: count), every byte of them, and its books are right."""
     tier.check_integrity()
     assert tier.used_bytes <= tier.budget_bytes
-    assert tier.used_bytes >= sum(LAYERS * count * LAYOUT.record_bytes for count in runs.values())
+    assert tier.used_bytes >= sum(count * tier.layouts.column_bytes for count in runs.values())
     assert (tier.used_bytes == 0) == (not runs)
     for n, count in runs.items():
         assert key(n) in tier
-        for layer, records in enumerate(blocks(n, count)):
+        for layer, records in enumerate(blocks(n, count, tier.layouts)):
             np.testing.assert_array_equal(tier.get(key(n), layer), records)
 
 
@@ -178,7 +184,7 @@ class TierContract:
         assert_tier(tier, runs | {2000: 4})
 
     def test_a_run_larger_than_the_tier_is_refused_at_once(self, tier: TearableTier) -> None:
-        count = BUDGET // (LAYERS * LAYOUT.record_bytes) + 1
+        count = BUDGET // tier.layouts.column_bytes + 1
         with pytest.raises(TierFull):
             put(tier, 1, count)
         assert_tier(tier, {})
@@ -187,7 +193,7 @@ class TierContract:
         put(tier, 1)
         used = tier.used_bytes
         with pytest.raises(WriteFailed):
-            tier.put_torn(key(2), 2, chain(2), blocks(2, 2))
+            tier.put_torn(key(2), 2, chain(2), blocks(2, 2, tier.layouts))
         assert key(2) not in tier
         assert tier.used_bytes == used
         for layer in range(LAYERS):
@@ -206,7 +212,7 @@ class TierContract:
     def test_it_does_what_a_dict_does(self, tier: TearableTier, seed: int) -> None:
         """Random operations; only when the tier is full may differ, because padding and holes take room."""
         choose = random.Random(seed)
-        oracle = DictTier(tier.budget_bytes)
+        oracle = DictTier(tier.budget_bytes, tier.layouts)
         runs: dict[int, int] = {}
         for n in range(60):
             action = choose.choice(["put", "put", "put", "torn", "delete"])
@@ -219,11 +225,11 @@ class TierContract:
             count = choose.randint(1, 9)
             if action == "torn":
                 with pytest.raises((WriteFailed, TierFull)):
-                    tier.put_torn(key(n), n, chain(n), blocks(n, count))
+                    tier.put_torn(key(n), n, chain(n), blocks(n, count, tier.layouts))
             else:
                 with contextlib.suppress(TierFull):
                     put(tier, n, count)
-                    oracle.put(key(n), n, chain(n), blocks(n, count))
+                    oracle.put(key(n), n, chain(n), blocks(n, count, tier.layouts))
                     runs[n] = count
         assert {n for n in range(60) if key(n) in tier} == runs.keys()
         assert tier.used_bytes >= oracle.used_bytes

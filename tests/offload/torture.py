@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from hashlib import blake2b
@@ -28,15 +28,18 @@ from unittest.mock import patch
 
 import numpy as np
 
-from spilld.offload.archive.runs import Arrival, Departure, Part
+from spilld.offload.archive.exported_runs import ExportedRuns
+from spilld.offload.archive.imported_runs import ImportedRun, ImportedRuns
+from spilld.offload.disk.disk_backend import DiskBackend
 from spilld.offload.disk.files.extent import (
     RunKey,
     RunMove,
     RunPlace,
-    extent_bytes,
+    largest_extent,
+    run_bytes,
 )
 from spilld.offload.disk.index.database import Database
-from spilld.offload.disk.index.index import Contents
+from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.disk.prefetch import Prefetcher
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.disk.writer import Spiller
@@ -46,8 +49,9 @@ from spilld.offload.maintenance.compaction import Compaction
 from spilld.offload.maintenance.wear import WriteBudget
 from spilld.offload.prefix_cache.block_hash import chain_hash, root
 from spilld.offload.prefix_cache.run_cache import RunCache
-from spilld.offload.record import Element, Format, Layout
-from spilld.offload.store import DiskPath, Store
+from spilld.offload.record import Element, Format
+from spilld.offload.store import Store
+from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import (
     PAGE,
     Bytes,
@@ -56,18 +60,17 @@ from spilld.offload.system import (
 )
 from spilld.offload.table import BlockTable
 
-LAYOUT = Layout(Format.INT8, Element.FLOAT32, kv_heads=1, head_dim=16)
-TAIL_LAYOUT = Layout(Format.RAW, LAYOUT.element, LAYOUT.kv_heads, LAYOUT.head_dim)
-LAYERS = 2
+LAYOUTS = StoreLayout.of(Format.INT8, Element.FLOAT32, [(1, 1, 16), (1, 1, 32)])
+LAYERS = len(LAYOUTS)
 RUN = 4
-TAIL_BLOCKS = 2
-RUN_BYTES = LAYERS * extent_bytes(LAYOUT, RUN)
+CHECKPOINT_BLOCKS = 2
+RUN_BYTES = run_bytes(LAYOUTS, RUN)
 BUDGETS = [14 * RUN_BYTES, 14 * RUN_BYTES, 9 * RUN_BYTES]
 DAILY = [None, None, 1000 * RUN_BYTES]
 SEGMENT_BYTES = 9 * RUN_BYTES
 COLUMNS = 16
 FINGERPRINT = bytes(range(32))
-ROOT = root(FINGERPRINT, LAYOUT.format)
+ROOT = root(FINGERPRINT, LAYOUTS.format)
 BLOCKS = 20
 MOST_TICKS = 900
 FAST = 1 << 40
@@ -90,21 +93,26 @@ def history(lineage: int) -> tuple[bytes, ...]:
 HISTORIES = range(6)
 
 
-def noise(seed: bytes, layout: Layout) -> Bytes:
-    """A record that nothing but the seed has, uint8[layers, record_bytes]."""
+def noise(seed: bytes, layouts: StoreLayout) -> list[Bytes]:
+    """Records that nothing but the seed has, uint8[record_bytes] for each layer."""
     generator = np.random.default_rng(int.from_bytes(blake2b(seed, digest_size=16).digest()))
-    return generator.integers(0, 256, (LAYERS, layout.record_bytes), dtype=np.uint8)
+    return [generator.integers(0, 256, nbytes, dtype=np.uint8) for nbytes in layouts.record_bytes]
 
 
 @lru_cache(maxsize=1000)
-def block(name: bytes) -> Bytes:
-    return noise(name, LAYOUT)
+def block(name: bytes) -> list[Bytes]:
+    return noise(name, LAYOUTS)
 
 
-def tail(anchor: bytes, tokens: Sequence[int]) -> Bytes:
-    """uint8[layers, TAIL_BLOCKS, record_bytes]"""
-    seeds = [anchor + json.dumps([list(tokens), n]).encode() for n in range(TAIL_BLOCKS)]
-    return np.stack([noise(seed, TAIL_LAYOUT) for seed in seeds], axis=1)
+def stacked(each: Iterable[list[Bytes]]) -> list[Bytes]:
+    """Records of several blocks, uint8[blocks, record_bytes] for each layer."""
+    return [np.stack(layer) for layer in zip(*each, strict=True)]
+
+
+def checkpoint(anchor: bytes, tokens: Sequence[int]) -> list[Bytes]:
+    """The numbers of a checkpoint, uint8[CHECKPOINT_BLOCKS, record_bytes] for each layer."""
+    seeds = [anchor + json.dumps([list(tokens), n]).encode() for n in range(CHECKPOINT_BLOCKS)]
+    return stacked(noise(seed, LAYOUTS.raw) for seed in seeds)
 
 
 # Dying.
@@ -225,7 +233,7 @@ class JournalledTier(DiskTier):
 
     def commit(self, *places: RunPlace) -> None:
         for place in places:
-            contents = self._runs[place.run].contents
+            contents = self._ledger.waiting(place).contents
             self.journal.write("committing", place.run.hex(), *describe(place, contents))
         super().commit(*places)
         for place in places:
@@ -272,20 +280,21 @@ class Life:
 
         budget = self.choose.choice(BUDGETS)
         self.tier = Tier(
-            *(self.folder, budget, LAYOUT, LAYERS, FINGERPRINT, MortalSystem(self.fate)),
+            *(self.folder, budget, LAYOUTS, FINGERPRINT, MortalSystem(self.fate)),
             segment_bytes=SEGMENT_BYTES,
         )
-        extent = max(extent_bytes(LAYOUT, RUN), extent_bytes(TAIL_LAYOUT, TAIL_BLOCKS))
+        extent = max(largest_extent(LAYOUTS, RUN), largest_extent(LAYOUTS.raw, CHECKPOINT_BLOCKS))
         self.cache = RunCache(self.tier, extent)
-        self.slab = HostSlab(COLUMNS * LAYERS * LAYOUT.record_bytes, LAYOUT.record_bytes)
+        padding = max(LAYOUTS.record_bytes)
+        self.slab = HostSlab(COLUMNS * LAYOUTS.column_bytes + padding, LAYOUTS.record_bytes)
         daily = self.choose.choice(DAILY)
         wear = None if daily is None else WriteBudget(daily, self.tier.index)
-        path = DiskPath(
+        path = DiskBackend(
             *(self.tier, self.cache, Spiller(self.tier, extent), Prefetcher(self.tier, 4, extent, 1)),
             compaction=Compaction(self.tier, self.cache, extent, FAST, wear=wear),
             wear=wear,
         )
-        self.store = Store(LAYOUT, LAYERS, self.slab, RUN, path)
+        self.store = Store(LAYOUTS, self.slab, RUN, path)
         self.spiller = path.spiller
         assert path.compaction is not None
         self.compaction = path.compaction
@@ -294,7 +303,15 @@ class Life:
     def run(self, steps: int) -> None:
         actions = [
             *(self.begin, self.begin, self.grow, self.grow, self.grow, self.save, self.write_behind),
-            *(self.spill, self.save_tail, self.read_tail, self.wait, self.forget, self.discard, self.settle),
+            *(
+                self.spill,
+                self.save_checkpoint,
+                self.read_checkpoint,
+                self.wait,
+                self.forget,
+                self.discard,
+                self.settle,
+            ),
             *(self.thin_out, self.thin_out, self.compact, self.compact, self.arrive, self.depart),
         ]
         for _ in range(steps):
@@ -327,7 +344,8 @@ class Life:
             first = table.stop
             self.store.grow(table, names[start:stop])
             for n in range(first, table.stop):
-                self.store.records[table.rows[:, n]] = block(names[n])
+                for layer, record in enumerate(block(names[n])):
+                    self.store.records(layer)[table.rows[layer, n]] = record
             self.store.settle()
 
     def save(self) -> None:
@@ -343,18 +361,18 @@ class Life:
                 span = self.choose.choice(spans)
                 self.store.spill(table, span.start, min(len(span), self.choose.randint(1, RUN)))
 
-    def save_tail(self) -> None:
+    def save_checkpoint(self) -> None:
         anchor = self.choose.choice(history(self.choose.choice(HISTORIES)))
         self.serial += 1
-        self.store.save_tail(anchor, [self.serial], 4, tail(anchor, [self.serial]))
+        self.store.checkpoints.save(anchor, [self.serial], 4, checkpoint(anchor, [self.serial]))
 
-    def read_tail(self) -> None:
+    def read_checkpoint(self) -> None:
         self.wait()
         for lineage in HISTORIES:
             for anchor in history(lineage)[:6]:
-                for run, tokens in self.store.tails(anchor)[:1]:
-                    for layer, numbers in enumerate(self.store.read_tail(run)):
-                        assert (numbers == tail(anchor, tokens)[layer]).all(), "another tail"
+                for run, tokens in self.store.checkpoints.find(anchor)[:1]:
+                    for layer, numbers in enumerate(self.store.checkpoints.read(run)):
+                        assert (numbers == checkpoint(anchor, tokens)[layer]).all(), "another checkpoint"
 
     def wait(self) -> None:
         while self.spiller.pending:
@@ -386,10 +404,10 @@ class Life:
         """Runs from elsewhere: an import."""
         names, first = history(self.choose.choice(HISTORIES)), self.choose.randint(1, BLOCKS - 2 * RUN)
         parts = [
-            Part(at, RUN, names[at + RUN - 1], Contents(names[at - 1], names[at : at + RUN]), LAYOUT)
+            ImportedRun(at, RUN, names[at + RUN - 1], Contents(names[at - 1], names[at : at + RUN]), LAYOUTS)
             for at in (first, first + RUN)
         ]
-        arrival = Arrival(self.store, parts)
+        arrival = ImportedRuns(self.store, parts)
         for place in arrival.places:
             at = place.identity.first
             for layer in range(LAYERS):
@@ -400,7 +418,7 @@ class Life:
     def depart(self) -> None:
         """Runs that are copied while others move and go: an export."""
         runs = [place.run for place in self.tier.runs() if self.tier.contents(place.run).blocks]
-        departure = Departure(self.store, runs[:3])
+        departure = ExportedRuns(self.store, runs[:3])
         with suppress(TierFull):
             self.thin_out()
         self.compact()
@@ -411,9 +429,9 @@ class Life:
         departure.end()
 
     def thin_out(self) -> None:
-        """Leave holes between tails, so that runs move from now on."""
+        """Leave holes between checkpoints, so that runs move from now on."""
         for _ in range(5):
-            self.save_tail()
+            self.save_checkpoint()
         self.wait()
         for _ in range(3):
             self.discard()
@@ -511,7 +529,7 @@ def check(folder: Path, ledger: Ledger) -> dict[str, object]:
     """Open the folder: it holds what was promised, byte for byte, and nothing else."""
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.segment")}
     assert sum(sizes.values()) <= max(BUDGETS), "the files outgrew the budget"
-    tier = DiskTier(folder, max(BUDGETS), LAYOUT, LAYERS, FINGERPRINT, segment_bytes=SEGMENT_BYTES)
+    tier = DiskTier(folder, max(BUDGETS), LAYOUTS, FINGERPRINT, segment_bytes=SEGMENT_BYTES)
     try:
         tier.check_integrity()
         assert tier.used_bytes == sum(path.stat().st_size for path in folder.glob("*.segment"))
@@ -524,15 +542,15 @@ def check(folder: Path, ledger: Ledger) -> dict[str, object]:
             first, names, parent, tokens = ledger.known[run]
             assert place.identity.first == first
             wanted = (
-                np.stack([block(bytes.fromhex(name)) for name in names], axis=1)
+                stacked(block(bytes.fromhex(name)) for name in names)
                 if tokens is None
-                else tail(bytes.fromhex(parent), tokens)
+                else checkpoint(bytes.fromhex(parent), tokens)
             )
             for layer in range(LAYERS):
-                found_here = tier.io.read_extent(place, layer, page_aligned(place.identity.nbytes))
+                found_here = tier.io.read_extent(place, layer, page_aligned(place.identity.largest_extent))
                 assert (found_here == wanted[layer]).all(), "other bytes than were written"
             if tokens is not None:
-                assert (place.run, tokens) in tier.index.tails(bytes.fromhex(parent))
+                assert (place.run, tokens) in tier.index.checkpoints(bytes.fromhex(parent))
         served = check_chains(tier, found, ledger)
     finally:
         tier.close()

@@ -314,7 +314,7 @@ class DeviceAttention(Attention):
     def _host(self, call: _Call, blocks: Blocks) -> list[int]:
         """Addresses of a layer's records in host memory."""
         rows = call.item.sequence.table.rows[call.layer, blocks]
-        addresses: list[int] = (self.store.records.ctypes.data + rows * self._pool.record_bytes).tolist()
+        addresses: list[int] = (self.store.memory.ctypes.data + rows * self._pool.record_bytes).tolist()
         return addresses
 
     def _settle(self) -> None:

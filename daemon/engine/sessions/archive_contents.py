@@ -29,10 +29,11 @@ from spilld.kv.visibility import (
     sealed_by,
 )
 from spilld.models.model import Model
+from spilld.offload.archive.exported_runs import ExportedRuns
 from spilld.offload.archive.file import ArchivedRun, Manifest
-from spilld.offload.archive.runs import Departure, Part
+from spilld.offload.archive.imported_runs import ImportedRun
 from spilld.offload.disk.files.extent import RunKey
-from spilld.offload.disk.index.index import Contents
+from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.errors import ReadFailed
 from spilld.offload.prefix_cache.block_hash import chain
 from spilld.offload.record import BLOCK
@@ -75,8 +76,7 @@ def manifest_of(
     ttl_s = session.ttl_s if session.listed else None
     sources = {} if resume is None else _sources(resume)
     manifest = Manifest(
-        store.layout,
-        store.layers,
+        store.layouts,
         model.fingerprint,
         session.tokens,
         0 if resume is None else resume.position,
@@ -92,12 +92,12 @@ def _sources(resume: ResumePoint) -> dict[ArchivedRun, RunRef]:
         for ref in resume.refs
     }
     first, count = _tail_blocks(resume.position)
-    tail = ArchivedRun(RunKey(uuid.uuid4().bytes), first, count, _anchor(resume.position), tail=True)
+    tail = ArchivedRun(RunKey(uuid.uuid4().bytes), first, count, _anchor(resume.position), checkpoint=True)
     return {**found, tail: RunRef(resume.tail, first, first, count)}
 
 
 def copy_records(
-    departure: Departure | None,
+    departure: ExportedRuns | None,
     position: int,
     sources: dict[RunKey, RunRef],
     run: ArchivedRun,
@@ -116,7 +116,7 @@ def copy_records(
         raise Unreadable(ref.run) from error
     at = ref.first - ref.base
     into[:] = records[at : at + ref.count]
-    if run.tail:
+    if run.checkpoint:
         width = into.shape[1] // BLOCK
         into.reshape(-1)[_tail_tokens(position) * width :] = 0
 
@@ -155,12 +155,12 @@ def _check_runs(manifest: Manifest) -> None:
     *blocks, last = manifest.runs
     position, stop = manifest.position, 1
     for run in blocks:
-        if run.tail or run.first != stop or run.upto != run.first + run.count:
+        if run.checkpoint or run.first != stop or run.upto != run.first + run.count:
             raise ValueError(f"blocks {run.first}.. come where block {stop} was due")
         stop = run.upto
     sealed = max(1, sealed_by((position - 1) // CELL * CELL))
     whole = (last.first, last.count) == _tail_blocks(position) and last.upto == _anchor(position)
-    if not last.tail or stop != sealed or not whole or not CELL <= position < len(manifest.tokens):
+    if not last.checkpoint or stop != sealed or not whole or not CELL <= position < len(manifest.tokens):
         raise ValueError(f"{len(blocks)} runs and a tail do not serve {position} tokens")
 
 
@@ -168,7 +168,7 @@ def split_runs(manifest: Manifest, most: int) -> list[tuple[ArchivedRun, Archive
     """Runs of at most `most` blocks, each with the run of the archive that it is part of."""
     found = []
     for run in manifest.runs:
-        if run.tail:
+        if run.checkpoint:
             found.append((run, run))
             continue
         for first in range(run.first, run.upto, most):
@@ -177,7 +177,9 @@ def split_runs(manifest: Manifest, most: int) -> list[tuple[ArchivedRun, Archive
     return found
 
 
-def incoming_runs(manifest: Manifest, spans: Sequence[ArchivedRun], root: bytes, store: Store) -> list[Part]:
+def incoming_runs(
+    manifest: Manifest, spans: Sequence[ArchivedRun], root: bytes, store: Store
+) -> list[ImportedRun]:
     """The runs to come, in the chain that begins with `root`: that of the importing tenant."""
     tokens = manifest.tokens
     hashes = [root, *chain(root, tokens, len(tokens) // BLOCK)]
@@ -185,9 +187,9 @@ def incoming_runs(manifest: Manifest, spans: Sequence[ArchivedRun], root: bytes,
     for span in spans:
         contents = (
             Contents(hashes[span.upto], tokens=tokens[span.upto * BLOCK : manifest.position])
-            if span.tail
+            if span.checkpoint
             else Contents(hashes[span.first], tuple(hashes[span.first + 1 : span.upto + 1]))
         )
-        layout = store.tail_layout if span.tail else store.layout
-        found.append(Part(span.first, span.count, hashes[span.upto], contents, layout))
+        layouts = store.layouts.raw if span.checkpoint else store.layouts
+        found.append(ImportedRun(span.first, span.count, hashes[span.upto], contents, layouts))
     return found

@@ -27,6 +27,7 @@ from spilld.errors import (
 from spilld.kv.checkpoint import find_resume_point
 from spilld.kv.visibility import CELL
 from spilld.models.model import Model
+from spilld.offload.archive.exported_runs import ExportedRuns
 from spilld.offload.archive.file import (
     Archive,
     ArchivedRun,
@@ -34,7 +35,7 @@ from spilld.offload.archive.file import (
     archive_bytes,
     write,
 )
-from spilld.offload.archive.runs import Arrival, Departure
+from spilld.offload.archive.imported_runs import ImportedRuns
 from spilld.offload.errors import (
     ArchiveDamaged,
     ArchiveUnknown,
@@ -96,7 +97,7 @@ class _Export:
     began: float
     session: Session | None = None
     transfer: str = ""
-    departure: Departure | None = None
+    departure: ExportedRuns | None = None
 
 
 @dataclass(eq=False)
@@ -105,7 +106,7 @@ class _Import:
     answer: Answer
     claimed: bool = False
     archive: Archive | None = None
-    arrival: Arrival | None = None
+    arrival: ImportedRuns | None = None
     note: str = ""
 
 
@@ -269,7 +270,7 @@ class ArchiveTransfers:
             resume = None
         manifest, sources = manifest_of(session, resume, self._store, self._model)
         if resume is not None:
-            export.departure = Departure(self._store, resume.runs)
+            export.departure = ExportedRuns(self._store, resume.runs)
         export.transfer = self._transfers.open(archive_bytes(manifest), busy=True)
         file = self._transfers.file(export.transfer)
         records = partial(copy_records, export.departure, manifest.position, sources)
@@ -319,7 +320,7 @@ class ArchiveTransfers:
         foreign = contents.identity not in (b"", self._model.identity)
         if foreign or manifest.fingerprint != self._model.fingerprint:
             raise ForeignArchive(
-                f"the archive is of model {contents.model} in {manifest.layout.element}, here is "
+                f"the archive is of model {contents.model} in {manifest.layouts.element}, here is "
                 f"{self._model.name} in {self._store.layout.element}, or its weights or its tokenizer "
                 "differ: import it where its model is served"
             )
@@ -348,7 +349,7 @@ class ArchiveTransfers:
             first = self._sessions.root(task.request.tenant)
             parts = incoming_runs(manifest, [span for span, _ in sources], first, self._store)
             try:
-                task.arrival = Arrival(self._store, parts)
+                task.arrival = ImportedRuns(self._store, parts)
             except (TierFull, WriteFailed) as error:
                 task.note = f"the disk tier has no room for the KV, it will be computed again: {error}"
         if task.arrival is None:
@@ -359,7 +360,7 @@ class ArchiveTransfers:
 
     def _no_room(self, manifest: Manifest) -> str:
         """Why the KV cannot be taken over, if so."""
-        here, there = self._store.layout, manifest.layout
+        here, there = self._store.layouts, manifest.layouts
         if manifest.runs and here != there:
             return (
                 f"the archive holds KV as {there.format}, here it is {here.format}: it will be computed again"
@@ -374,11 +375,11 @@ class ArchiveTransfers:
         found = find_resume_point(self._store, self._sessions.root(task.request.tenant), manifest.tokens)
         return found is not None and found.position >= manifest.position
 
-    def _move(self, archive: Archive, arrival: Arrival, sources: Sequence[ArchivedRun]) -> None:
+    def _move(self, archive: Archive, arrival: ImportedRuns, sources: Sequence[ArchivedRun]) -> None:
         """On the builder's thread: from the file to the disk tier."""
         for place, source in zip(arrival.places, sources, strict=True):
             at = place.identity.first - source.first
-            for layer in range(archive.manifest.layers):
+            for layer in range(len(archive.manifest.layouts)):
                 records = archive.read(source, layer)
                 arrival.write(place, layer, records[at : at + place.identity.count])
                 self._go_on(0, 0)

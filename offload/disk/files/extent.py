@@ -16,6 +16,7 @@ from spilld.offload.record import (
     Layout,
     round_up,
 )
+from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import PAGE, Bytes
 
 from .segment import Range
@@ -71,11 +72,10 @@ class ExtentIdentity:
     """What an extent must say about itself to be served.
 
     fingerprint and chain_hash are 32 bytes, run 16. first counts blocks of the sequence; chain_hash is
-    that of the run's last block. All extents of a run share everything but the layer.
+    that of the run's last block. All extents of a run share everything but the layer and what it is like.
     """
 
-    layout: Layout
-    layers: int
+    layouts: StoreLayout
     fingerprint: bytes
     run: RunKey
     chain_hash: bytes
@@ -89,12 +89,36 @@ class ExtentIdentity:
             raise ValueError(f"a run of {self.count} blocks from block {self.first} does not exist")
 
     @property
-    def payload_bytes(self) -> int:
-        return self.count * self.layout.record_bytes
+    def layers(self) -> int:
+        return len(self.layouts)
+
+    def payload_bytes(self, layer: int) -> int:
+        """Bytes of a layer's records."""
+        return self.count * self.layouts[layer].record_bytes
+
+    def extent_bytes(self, layer: int) -> int:
+        """Bytes of a layer's extent: a multiple of 4096."""
+        return extent_bytes(self.layouts[layer], self.count)
+
+    def offset(self, layer: int) -> int:
+        """Bytes of the extents before a layer's."""
+        if not 0 <= layer < self.layers:
+            raise ValueError(f"layer {layer} of {self.layers}")
+        before = 0
+        for layers, layout in self.layouts.groups:
+            before += min(layers, layer) * extent_bytes(layout, self.count)
+            layer -= min(layers, layer)
+        return before
 
     @property
-    def nbytes(self) -> int:
-        return extent_bytes(self.layout, self.count)
+    def run_bytes(self) -> int:
+        """Bytes of all extents."""
+        return run_bytes(self.layouts, self.count)
+
+    @property
+    def largest_extent(self) -> int:
+        """Bytes of the largest extent: what a buffer must hold."""
+        return largest_extent(self.layouts, self.count)
 
 
 @dataclass(frozen=True)
@@ -115,9 +139,7 @@ class RunPlace:
 
     def offset(self, layer: int) -> int:
         """Where a layer's extent begins in the segment file, in bytes."""
-        if not 0 <= layer < self.identity.layers:
-            raise ValueError(f"layer {layer} of {self.identity.layers}")
-        return self.range.offset + layer * self.identity.nbytes
+        return self.range.offset + self.identity.offset(layer)
 
 
 @dataclass(frozen=True)
@@ -141,17 +163,27 @@ def extent_bytes(layout: Layout, count: int) -> int:
     return round_up(HEADER_BYTES + count * layout.record_bytes, PAGE)
 
 
-def payload(buffer: Bytes, identity: ExtentIdentity) -> Bytes:
+def run_bytes(layouts: StoreLayout, count: int) -> int:
+    """Bytes on disk of a run of count blocks, all layers."""
+    return sum(layers * extent_bytes(layout, count) for layers, layout in layouts.groups)
+
+
+def largest_extent(layouts: StoreLayout, count: int) -> int:
+    """Bytes of the largest extent of a run of count blocks."""
+    return max(extent_bytes(layout, count) for _, layout in layouts.groups)
+
+
+def payload(buffer: Bytes, identity: ExtentIdentity, layer: int) -> Bytes:
     """The records of an extent in a buffer: a view, uint8[count, record_bytes], 64-byte aligned."""
-    records = buffer[HEADER_BYTES : HEADER_BYTES + identity.payload_bytes]
-    return records.reshape(identity.count, identity.layout.record_bytes)
+    records = buffer[HEADER_BYTES : HEADER_BYTES + identity.payload_bytes(layer)]
+    return records.reshape(identity.count, identity.layouts[layer].record_bytes)
 
 
 def seal(buffer: Bytes, identity: ExtentIdentity, layer: int) -> int:
     """Write header, checksum and padding around the payload that lies in the buffer; returns the checksum."""
-    end = HEADER_BYTES + identity.payload_bytes
+    end = HEADER_BYTES + identity.payload_bytes(layer)
     buffer[:HEADER_BYTES] = np.frombuffer(_header(identity, layer, 0), dtype=np.uint8)
-    buffer[end : identity.nbytes] = 0
+    buffer[end : identity.extent_bytes(layer)] = 0
     checksum = xxhash.xxh3_64_intdigest(buffer[CHECKED_FROM:end].data)
     offset, size = HEADER_FIELDS["checksum"]
     buffer[offset : offset + size] = np.frombuffer(checksum.to_bytes(size, "little"), dtype=np.uint8)
@@ -170,13 +202,14 @@ def verify(buffer: Bytes, identity: ExtentIdentity, layer: int) -> Bytes:
     if found != wanted:
         field = next(name for name, (a, n) in HEADER_FIELDS.items() if found[a : a + n] != wanted[a : a + n])
         raise ExtentCorrupt(f"layer {layer} of run {identity.run.hex()}: foreign or damaged {field}")
-    if xxhash.xxh3_64_intdigest(buffer[CHECKED_FROM : HEADER_BYTES + identity.payload_bytes].data) != stored:
+    end = HEADER_BYTES + identity.payload_bytes(layer)
+    if xxhash.xxh3_64_intdigest(buffer[CHECKED_FROM:end].data) != stored:
         raise ExtentCorrupt(f"layer {layer} of run {identity.run.hex()}: wrong checksum")
-    return payload(buffer, identity)
+    return payload(buffer, identity, layer)
 
 
 def _header(identity: ExtentIdentity, layer: int, checksum: int) -> bytes:
-    layout = identity.layout
+    layout = identity.layouts[layer]
     return _HEADER.pack(
         MAGIC,
         checksum,
@@ -192,8 +225,8 @@ def _header(identity: ExtentIdentity, layer: int, checksum: int) -> bytes:
         layer,
         identity.first,
         identity.count,
-        identity.payload_bytes,
-        identity.nbytes,
+        identity.payload_bytes(layer),
+        identity.extent_bytes(layer),
         identity.fingerprint,
         identity.chain_hash,
         identity.run,

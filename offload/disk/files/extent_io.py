@@ -56,7 +56,7 @@ class ExtentIO:
         identity = place.identity
         if len(rows) != identity.count or rows.min() < 0 or rows.max() >= len(records):
             raise ValueError(f"a run of {identity.count} blocks needs that many rows of the records")
-        np.take(records, rows, axis=0, out=extent.payload(scratch, identity), mode="clip")
+        np.take(records, rows, axis=0, out=extent.payload(scratch, identity, layer), mode="clip")
         checksum = extent.seal(scratch, identity, layer)
         self._write(place, layer, scratch)
         return checksum
@@ -76,7 +76,7 @@ class ExtentIO:
             ReadError: The system call failed.
             ExtentCorrupt: It returned anything but what was written for this run.
         """
-        wanted = buffer[: place.identity.nbytes]
+        wanted = buffer[: place.identity.extent_bytes(layer)]
         try:
             count = read_fully(self._system, place.file, wanted, place.offset(layer))
         except OSError as error:
@@ -114,8 +114,9 @@ class ExtentIO:
             raise WriteFailed(f"the index may not be durable: {error}") from error
 
     def _write(self, place: RunPlace, layer: int, sealed: Bytes) -> None:
+        whole = sealed[: place.identity.extent_bytes(layer)]
         try:
-            write_fully(self._system, place.file, sealed[: place.identity.nbytes], place.offset(layer))
+            write_fully(self._system, place.file, whole, place.offset(layer))
         except OSError as error:
             raise write_error(f"layer {layer} of run {place.run.hex()}", error) from error
 

@@ -1,4 +1,4 @@
-"""What the disk tier holds, in SQLite beside the segments: one row a run, one a block, one a tail.
+"""What the disk tier holds, in SQLite beside the segments: one row a run, one a block, one a checkpoint.
 
 A row is written only after the run that it names is durable. It need not be durable itself: a run whose row
 a power cut takes is an orphan, whose space is collected at the next start; a row that such a cut brings back
@@ -7,101 +7,52 @@ names an extent that is checked when it is read. FORMAT.md has the schema.
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from sqlite3 import Connection
-from typing import Any
 
 import numpy as np
 import xxhash
 
-from spilld.offload.disk.files.extent import ExtentIdentity, RunKey
+from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.disk.files.segment import Range
 from spilld.offload.errors import IndexDamaged
-from spilld.offload.record import Element, Format, Layout
+from spilld.offload.table import RunRef
 
 from .database import Database, put_aside
+from .index_row import IndexRow, parse
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2
+SCHEMA = 3
 """PRAGMA user_version of the database."""
 
-_RUNS_AND_NAMES = """
+_CREATE = """
 CREATE TABLE runs (
     run BLOB PRIMARY KEY, segment INTEGER NOT NULL, offset INTEGER NOT NULL, nbytes INTEGER NOT NULL,
-    format TEXT NOT NULL, element TEXT NOT NULL, kv_heads INTEGER NOT NULL, head_dim INTEGER NOT NULL,
-    layers INTEGER NOT NULL, fingerprint BLOB NOT NULL, first INTEGER NOT NULL, count INTEGER NOT NULL,
+    format TEXT NOT NULL, element TEXT NOT NULL, shapes BLOB NOT NULL, fingerprint BLOB NOT NULL,
+    first INTEGER NOT NULL, count INTEGER NOT NULL,
     chain BLOB NOT NULL, parent BLOB NOT NULL, used INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE blocks (
     hash BLOB, run BLOB, block INTEGER NOT NULL, seal BLOB NOT NULL, PRIMARY KEY (hash, run)
 ) WITHOUT ROWID;
-CREATE TABLE tails (
+CREATE TABLE checkpoints (
     anchor BLOB, run BLOB, tokens BLOB NOT NULL, seal BLOB NOT NULL, PRIMARY KEY (anchor, run)
 ) WITHOUT ROWID;
-CREATE INDEX blocks_by_run ON blocks (run);
-CREATE INDEX tails_by_run ON tails (run);
-"""
-
-_WEAR = """
+CREATE INDEX blocks_by_run ON blocks (run, block);
+CREATE INDEX checkpoints_by_run ON checkpoints (run);
 CREATE TABLE wear (
     id INTEGER PRIMARY KEY, spent INTEGER NOT NULL, at INTEGER NOT NULL, seal BLOB NOT NULL
 );
 """
 
-_CREATE = _RUNS_AND_NAMES + _WEAR
-
 _RUNS = """
 SELECT runs.*, hash FROM runs LEFT JOIN blocks ON blocks.run = runs.run AND blocks.block = runs.first
 ORDER BY used
 """
-
-_TYPES = [bytes, int, int, int, str, str, int, int, int, bytes, int, int, bytes, bytes, int]
-"""Of the columns of `runs`."""
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What makes a run worth finding again.
-
-    parent: the chain hash that its first block continues. blocks: the chain hash of each of its blocks, or
-    none for a tail, whose `tokens` follow `parent`.
-    """
-
-    parent: bytes
-    blocks: tuple[bytes, ...] = ()
-    tokens: tuple[int, ...] | None = None
-
-    @property
-    def name(self) -> bytes:
-        """What the run begins with: all tokens up to the end of its first block, or up to a tail."""
-        return self.blocks[0] if self.blocks else self.parent
-
-
-@dataclass(frozen=True)
-class IndexRow:
-    """One run: what its extents say, and where they lie. used: seconds since 1970."""
-
-    identity: ExtentIdentity
-    range: Range
-    contents: Contents = field(compare=False)
-    used: int = 0
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Blocks [first, first + count) of a chain, found in a run whose first block is `base`."""
-
-    run: RunKey
-    base: int
-    first: int
-    count: int
 
 
 class Index:
@@ -122,10 +73,10 @@ class Index:
     @staticmethod
     def _open(path: Path) -> Database:
         """With what names a run, and not with what names none. Raises IndexDamaged if it cannot be asked."""
-        db = Database(path, SCHEMA, _CREATE, {1: _WEAR})
+        db = Database(path, SCHEMA, _CREATE)
         try:
             db.rows(_RUNS)
-            for table in ("blocks", "tails"):
+            for table in ("blocks", "checkpoints"):
                 db.run(f"DELETE FROM {table} WHERE run NOT IN (SELECT run FROM runs)")
         except BaseException:
             db.close()
@@ -137,14 +88,14 @@ class Index:
         block. Rows that make none are removed."""
         self.write_notes()
         rows = self._db.rows(_RUNS)
-        senseless = [row[0] for row in rows if _entry(row) is None]
+        senseless = [row[0] for row in rows if parse(row) is None]
         if senseless:
             log.warning("%d rows of the index make no sense and are dropped", len(senseless))
             self.remove(senseless)
-        return [entry for row in rows if (entry := _entry(row)) is not None]
+        return [entry for row in rows if (entry := parse(row)) is not None]
 
     def add(self, *entries: IndexRow) -> None:
-        """Runs that are durable, each with its blocks or as a tail: all of them or none."""
+        """Runs that are durable, each with its blocks or as a checkpoint: all of them or none."""
         with self._transaction() as db:
             for entry in entries:
                 self._insert(db, entry)
@@ -152,11 +103,11 @@ class Index:
     @staticmethod
     def _insert(db: Connection, entry: IndexRow) -> None:
         identity, place, contents = entry.identity, entry.range, entry.contents
-        layout = identity.layout
+        layouts = identity.layouts
         row: tuple[object, ...] = (
             *(identity.run, place.segment, place.offset, place.nbytes),
-            *(layout.format, layout.element, layout.kv_heads, layout.head_dim, identity.layers),
-            *(identity.fingerprint, identity.first, identity.count, identity.chain_hash),
+            *(layouts.format, layouts.element, layouts.pack(), identity.fingerprint),
+            *(identity.first, identity.count, identity.chain_hash),
             *(contents.parent, entry.used),
         )
         blocks = [
@@ -167,8 +118,9 @@ class Index:
         db.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?)", blocks)
         if contents.tokens is not None:
             tokens = np.asarray(contents.tokens, "<u4").tobytes()
-            tail = (contents.parent, identity.run, tokens, _seal(contents.parent, identity.run, tokens))
-            db.execute("INSERT INTO tails VALUES (?, ?, ?, ?)", tail)
+            seal = _seal(contents.parent, identity.run, tokens)
+            found_by = contents.parent, identity.run, tokens, seal
+            db.execute("INSERT INTO checkpoints VALUES (?, ?, ?, ?)", found_by)
 
     def remove(self, runs: Iterable[RunKey]) -> None:
         """Forget runs; unknown ones are ignored."""
@@ -176,7 +128,7 @@ class Index:
         if not keys:
             return
         with self._transaction() as db:
-            for table in ("runs", "blocks", "tails"):
+            for table in ("runs", "blocks", "checkpoints"):
                 db.executemany(f"DELETE FROM {table} WHERE run = ?", keys)
 
     def move(self, run: RunKey, place: Range) -> None:
@@ -192,18 +144,18 @@ class Index:
         """Note that the runs were used at `now`."""
         self._used.update(dict.fromkeys(runs, now))
 
-    def chain(self, hashes: Sequence[bytes], first: int) -> list[Stretch]:
+    def chain(self, hashes: Sequence[bytes], first: int) -> list[RunRef]:
         """The longest stored chain of blocks first, first + 1, ... with these hashes, in as few runs as can
         be seen from the front: a run is followed as far as it goes."""
-        found: list[Stretch] = []
+        found: list[RunRef] = []
         for block, name in enumerate(hashes, first):
             holders = self._holders_at(name, block)
             if found and found[-1].run in holders:
                 last = found[-1]
-                found[-1] = Stretch(last.run, last.base, last.first, last.count + 1)
+                found[-1] = RunRef(last.run, last.base, last.first, last.count + 1)
             elif holders:
                 run = max(holders, key=lambda run: holders[run])
-                found.append(Stretch(run, holders[run][1], block, 1))
+                found.append(RunRef(run, holders[run][1], block, 1))
             else:
                 break
         return found
@@ -217,11 +169,12 @@ class Index:
         )
         return {run: (stop, first) for run, seal, stop, first in rows if seal == _seal(name, run, block)}
 
-    def tails(self, anchor: bytes) -> list[tuple[RunKey, list[int]]]:
+    def checkpoints(self, anchor: bytes) -> list[tuple[RunKey, list[int]]]:
         """Runs that hold the exact K/V of `tokens`, which follow the block `anchor`; the newest first."""
         self.write_notes()
         rows = self._db.rows(
-            "SELECT run, tokens, seal FROM tails JOIN runs USING (run) WHERE anchor = ? ORDER BY used DESC",
+            "SELECT run, tokens, seal FROM checkpoints JOIN runs USING (run) WHERE anchor = ?"
+            " ORDER BY used DESC",
             [anchor],
         )
         return [
@@ -281,7 +234,7 @@ class Index:
     def check_integrity(self) -> None:
         """SQLite's own check, and no row names a run that is not there."""
         self._db.check_integrity()
-        for table in ("blocks", "tails"):
+        for table in ("blocks", "checkpoints"):
             ((lost,),) = self._db.rows(
                 f"SELECT count(*) FROM {table} WHERE run NOT IN (SELECT run FROM runs)"
             )
@@ -295,48 +248,3 @@ def _seal(*parts: bytes | int) -> bytes:
     """xxh3_64 of a row: SQLite does not notice a bit that flips, and a wrong row would name another's KV."""
     words = [part if isinstance(part, bytes) else part.to_bytes(8, "little", signed=True) for part in parts]
     return xxhash.xxh3_64_digest(b"".join(words))
-
-
-def _entry(row: tuple[Any, ...]) -> IndexRow | None:
-    """A row of `runs` and the hash of the run's first block; None if it cannot be one."""
-    if [type(value) for value in row[:-1]] != _TYPES:
-        return None
-    run, segment, offset, nbytes, form, element, kv_heads, head_dim, layers, *rest, name = row
-    fingerprint, first, count, chain, parent, used = rest
-    try:
-        layout = Layout(Format(form), Element(element), kv_heads, head_dim)
-        identity = ExtentIdentity(layout, layers, fingerprint, run, chain, first, count)
-    except ValueError:
-        return None
-    if layers < 1:
-        return None
-    blocks = (name,) if isinstance(name, bytes) else ()
-    return IndexRow(identity, Range(segment, offset, nbytes), Contents(parent, blocks), used)
-
-
-def consistent(
-    entries: Sequence[IndexRow], sizes: Mapping[int, int]
-) -> tuple[list[IndexRow], list[IndexRow]]:
-    """Rows whose bytes are there, and rows whose bytes are not, or are also another's, in their order."""
-    by_segment: dict[int, list[IndexRow]] = defaultdict(list)
-    for entry in entries:
-        by_segment[entry.range.segment].append(entry)
-    wrong: set[RunKey] = set()
-    for number, group in by_segment.items():
-        group.sort(key=lambda entry: entry.range.offset)
-        whole = Counter(entry.identity.layers * entry.identity.nbytes for entry in group)
-        unit = whole.most_common(1)[0][0]
-        for entry in group:
-            size = entry.identity.layers * entry.identity.nbytes
-            aligned = entry.range.offset >= 0 and not entry.range.offset % unit
-            if not (
-                size == entry.range.nbytes == unit and aligned and entry.range.end <= sizes.get(number, 0)
-            ):
-                wrong.add(entry.identity.run)
-        for entry, following in itertools.pairwise(group):
-            if entry.range.end > following.range.offset:
-                wrong |= {entry.identity.run, following.identity.run}
-    return (
-        [entry for entry in entries if entry.identity.run not in wrong],
-        [entry for entry in entries if entry.identity.run in wrong],
-    )

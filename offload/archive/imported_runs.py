@@ -1,7 +1,4 @@
-"""Runs that leave the store as copies, and runs that come into it from elsewhere, while the engine goes on.
-
-The owner thread makes and ends a passage; one I/O thread moves the bytes in between.
-"""
+"""Runs that come into the store from elsewhere while the engine goes on."""
 
 from __future__ import annotations
 
@@ -12,62 +9,39 @@ from dataclasses import dataclass
 import numpy as np
 
 from spilld.offload.disk.files.extent import RunKey, RunPlace
-from spilld.offload.disk.index.index import Contents
+from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.errors import ExtentMissing, TierFull, WriteFailed
-from spilld.offload.record import Layout
-from spilld.offload.store import DiskPath, Store
+from spilld.offload.store import Store
+from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import PAGE, Bytes, page_aligned
 
 
-class Departure:
-    """Runs that are copied: pinned, and their bytes held, until `end`."""
-
-    def __init__(self, store: Store, runs: Sequence[RunKey]) -> None:
-        """Raises ExtentMissing; nothing is held then."""
-        self._store = store
-        self._disk = _disk(store)
-        self._places = {run: self._disk.tier.locate(run) for run in runs}
-        for place in self._places.values():
-            self._disk.tier.hold(place)
-        store.pin(list(self._places))
-        largest = max((place.identity.nbytes for place in self._places.values()), default=PAGE)
-        self._buffer = page_aligned(largest)
-
-    def read(self, run: RunKey, layer: int) -> Bytes:
-        """On the I/O thread: verified records, uint8[count, record_bytes], valid until the next. Raises
-        ReadFailed."""
-        return self._disk.tier.io.read_extent(self._places[run], layer, self._buffer)
-
-    def end(self, damaged: RunKey | None = None) -> None:
-        """damaged: a run that is not what was written, which nobody shall find again."""
-        self._store.unpin(list(self._places))
-        for place in self._places.values():
-            self._disk.tier.release(place)
-        if damaged is not None:
-            self._disk.cache.discard(damaged)
-
-
 @dataclass(frozen=True)
-class Part:
+class ImportedRun:
     """A run to come; chain: the hash that its extents say."""
 
     first: int
     count: int
     chain: bytes
     contents: Contents
-    layout: Layout
+    layouts: StoreLayout
 
 
-class Arrival:
-    """Runs that come from elsewhere, under new keys: all of them come to exist, or none."""
+class ImportedRuns:
+    """Runs that come from elsewhere, under new keys: all of them come to exist, or none.
 
-    def __init__(self, store: Store, parts: Sequence[Part]) -> None:
+    The owner thread makes and ends it; one I/O thread writes in between.
+    """
+
+    def __init__(self, store: Store, parts: Sequence[ImportedRun]) -> None:
         """Reserve room for all. Raises TierFull or WriteFailed; nothing has changed then, but that other
         runs may have been evicted."""
+        if store.disk is None:
+            raise ExtentMissing("there is no disk tier")
         self._store = store
-        self._disk = _disk(store)
+        self._disk = store.disk
         self.places: list[RunPlace] = []
-        self._bytes = sum(self._disk.tier.run_bytes(part.count, part.layout) for part in parts)
+        self._bytes = sum(self._disk.tier.run_bytes(part.count, part.layouts) for part in parts)
         self._respect_promises()
         store.arriving_bytes += self._bytes
         try:
@@ -76,7 +50,7 @@ class Arrival:
         except BaseException:
             self.abandon()
             raise
-        largest = max((place.identity.nbytes for place in self.places), default=PAGE)
+        largest = max((place.identity.largest_extent for place in self.places), default=PAGE)
         self._scratch = page_aligned(largest)
 
     def _respect_promises(self) -> None:
@@ -87,14 +61,14 @@ class Arrival:
         if -(-self._bytes // full) * store.run_blocks > store.unpromised:
             raise TierFull(f"{self._bytes} bytes do not fit beside what is promised to requests")
 
-    def _reserve(self, part: Part) -> RunPlace:
+    def _reserve(self, part: ImportedRun) -> RunPlace:
         place = self._disk.cache.reserve(
             RunKey(uuid.uuid4().bytes),
             first=part.first,
             count=part.count,
             chain=part.chain,
             contents=part.contents,
-            layout=part.layout,
+            layouts=part.layouts,
         )
         self._disk.tier.hold(place)
         return place
@@ -131,9 +105,3 @@ class Arrival:
         self._store.arriving_bytes -= self._bytes
         for place in self.places:
             self._disk.tier.release(place)
-
-
-def _disk(store: Store) -> DiskPath:
-    if store.disk is None:
-        raise ExtentMissing("there is no disk tier")
-    return store.disk

@@ -1,0 +1,59 @@
+"""A read of one extent, from when it is asked for until its buffer goes back."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from spilld.offload.disk.files.extent import RunKey, RunPlace
+from spilld.offload.errors import ReadFailed
+from spilld.offload.system import Bytes
+
+
+@dataclass(frozen=True)
+class ExtentRead:
+    """One layer of a run."""
+
+    run: RunKey
+    layer: int
+
+
+class ReadState(enum.Enum):
+    QUEUED = "waits for a buffer"
+    ISSUED = "has a buffer, and a thread has it or will"
+    LOADED = "its records lie in its buffer"
+    FAILED = "ended with an error; holds nothing"
+    CANCELLED = "no longer wanted; holds nothing"
+    RELEASED = "its buffer went back; holds nothing"
+
+
+class Ticket:
+    """A read that was submitted. Owner thread only, except `wanted`, which I/O threads look at."""
+
+    def __init__(self, read: ExtentRead) -> None:
+        self.read = read
+        self.state = ReadState.QUEUED
+        self.error: ReadFailed | None = None
+        self.wanted = True
+        self.stalled = False
+        self.issued = 0.0
+        self.place: RunPlace | None = None
+        self.buffer = -1
+        self.records: Bytes | None = None
+
+
+@dataclass
+class PrefetchStats:
+    """read_seconds sums over threads, stall_seconds over waits that blocked; cancelling is no failure.
+
+    hits, stalls: waits for what was there already, and waits that blocked. corrupt: of the failures.
+    """
+
+    reads: int = 0
+    bytes_read: int = 0
+    read_seconds: float = 0.0
+    hits: int = 0
+    stalls: int = 0
+    stall_seconds: float = 0.0
+    failures: int = 0
+    corrupt: int = 0

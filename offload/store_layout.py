@@ -1,0 +1,115 @@
+"""How the records of all layers lie. Layers may differ in size, not in format."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import groupby
+
+from .record import Element, Format, Layout
+
+MOST_LAYERS = 1 << 16
+
+_SHAPE = struct.Struct("<III")
+
+Shape = tuple[int, int, int]
+"""(number of layers, kv_heads, head_dim) of layers that follow one another."""
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """The layout of each layer's records, layer 0 first; all have one format and one element."""
+
+    layers: tuple[Layout, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.layers) <= MOST_LAYERS:
+            raise ValueError(f"a store has 1 to {MOST_LAYERS} layers, not {len(self.layers)}")
+        if len({(layout.format, layout.element) for _, layout in self.groups}) > 1:
+            raise ValueError("all layers of a store have one format and one element")
+
+    @classmethod
+    def uniform(cls, layout: Layout, layers: int) -> StoreLayout:
+        """So many layers that are alike."""
+        return cls((layout,) * layers)
+
+    @classmethod
+    def of(cls, form: Format, element: Element, shapes: Iterable[Shape]) -> StoreLayout:
+        """From what `shapes` says. Raises ValueError."""
+        layers: list[Layout] = []
+        for count, kv_heads, head_dim in shapes:
+            if not 1 <= count <= MOST_LAYERS:
+                raise ValueError(f"{count} layers are none")
+            layers += [Layout(form, element, kv_heads, head_dim)] * count
+        return cls(tuple(layers))
+
+    @classmethod
+    def unpack(cls, form: Format, element: Element, packed: bytes) -> StoreLayout:
+        """From what `pack` gave. Raises ValueError."""
+        return _unpacked(form, element, packed)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, layer: int) -> Layout:
+        """The layout of a layer. Raises ValueError if there is none of this number."""
+        if not 0 <= layer < len(self.layers):
+            raise ValueError(f"layer {layer} of {len(self.layers)}")
+        return self.layers[layer]
+
+    def __iter__(self) -> Iterator[Layout]:
+        return iter(self.layers)
+
+    @cached_property
+    def groups(self) -> tuple[tuple[int, Layout], ...]:
+        """(number of layers, their layout) of layers that follow one another and are alike."""
+        return tuple((len(list(alike)), layout) for layout, alike in groupby(self.layers))
+
+    @cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """As groups, of what is not the same in all layers."""
+        return tuple((count, layout.kv_heads, layout.head_dim) for count, layout in self.groups)
+
+    def pack(self) -> bytes:
+        """shapes, each as three unsigned 32-bit integers, little endian."""
+        return b"".join(_SHAPE.pack(*shape) for shape in self.shapes)
+
+    @property
+    def format(self) -> Format:
+        return self.layers[0].format
+
+    @property
+    def element(self) -> Element:
+        return self.layers[0].element
+
+    @cached_property
+    def raw(self) -> StoreLayout:
+        """Of checkpoints beside records of this layout."""
+        return StoreLayout(tuple(layout.raw for layout in self.layers))
+
+    @property
+    def alike(self) -> Layout:
+        """The layout of every layer. Raises ValueError if they differ."""
+        if len(self.groups) > 1:
+            raise ValueError("the layers of this store differ: ask for the layout of one")
+        return self.layers[0]
+
+    @cached_property
+    def record_bytes(self) -> tuple[int, ...]:
+        """Bytes of one record in each layer."""
+        return tuple(layout.record_bytes for layout in self.layers)
+
+    @cached_property
+    def column_bytes(self) -> int:
+        """Bytes of one block in all layers."""
+        return sum(self.record_bytes)
+
+
+@lru_cache(maxsize=64)
+def _unpacked(form: Format, element: Element, packed: bytes) -> StoreLayout:
+    """One object for all runs of a model: a store has many."""
+    if len(packed) % _SHAPE.size:
+        raise ValueError(f"{len(packed)} bytes are no shapes")
+    return StoreLayout.of(form, element, _SHAPE.iter_unpack(packed))
