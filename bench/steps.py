@@ -41,7 +41,7 @@ class Steps:
         self._store = store
         self._sequence = Sequence(store.open(), windows.take(), bytes(32))
         windows.tensor.zero_()
-        store.promise(self._sequence.table, blocks_of(tokens))
+        store.reserve(self._sequence.table, blocks_of(tokens))
         self._runner = Runner(model, CpuAttention(g, store, windows), store, chunk)
 
     @property

@@ -41,7 +41,7 @@ PROMOTION_MARGIN = 16
 class Store:
     """Block tables and the tiers their blocks lie in.
 
-    Blocks are promised before they are sealed, and the sum of all promises never exceeds `capacity`. That
+    Blocks are reserved before they are sealed, and the sum of all reservations never exceeds `capacity`. That
     counts full runs: where many short ones waste disk, growth may still end in TierFull, never in a hang.
 
     Attributes:
@@ -67,7 +67,7 @@ class Store:
         self._slab = slab
         self._disk = disk
         self._tables: list[BlockTable] = []
-        self._promised = 0
+        self._reserved = 0
         """Sum over the tables."""
         self._writer = None if disk is None else BlockWriter(disk, slab, layouts, run_blocks)
         self._room = HostRoom(
@@ -89,7 +89,7 @@ class Store:
         """Where runs lie, for those that come from elsewhere or go there."""
         return self._disk
 
-    # Promises.
+    # Reservations.
 
     @property
     def capacity(self) -> int:
@@ -102,33 +102,33 @@ class Store:
         return host + max(0, free) // tier.run_bytes(self.run_blocks) * self.run_blocks
 
     @property
-    def unpromised(self) -> int:
-        """Blocks that may still be promised."""
-        return max(0, self.capacity - self._promised)
+    def unreserved(self) -> int:
+        """Blocks that may still be reserved."""
+        return max(0, self.capacity - self._reserved)
 
     def open(self) -> BlockTable:
-        """A table for a new sequence, with nothing promised yet."""
+        """A table for a new sequence, with nothing reserved yet."""
         table = BlockTable(self.layers)
         self._tables.append(table)
         return table
 
-    def promise(self, table: BlockTable, blocks: int) -> None:
-        """Let a table grow up to block number `blocks`. On TierFull its promise is what it was."""
-        more = blocks - table.promised
-        if more > self.unpromised:
-            raise TierFull(f"{more} more blocks do not fit beside what is promised; {self.unpromised} do")
+    def reserve(self, table: BlockTable, blocks: int) -> None:
+        """Let a table grow up to block number `blocks`. On TierFull its reservation is what it was."""
+        more = blocks - table.reserved
+        if more > self.unreserved:
+            raise TierFull(f"{more} more blocks do not fit beside what is reserved; {self.unreserved} do")
         table.reach(blocks)
-        table.promised = blocks
-        self._promised += more
+        table.reserved = blocks
+        self._reserved += more
 
     def forget(self, table: BlockTable) -> None:
         """Forget a sequence; rows and runs that are being moved are freed when that has ended."""
         self._tables.remove(table)
-        self._promised -= table.promised
+        self._reserved -= table.reserved
         self._empty(table)
 
     def reset(self, table: BlockTable, *, damaged: bool = False) -> None:
-        """Forget all blocks of a sequence that is to be computed again; its promise stays.
+        """Forget all blocks of a sequence that is to be computed again; its reservation stays.
 
         damaged: one of its runs was not what was written, so none of them is trusted any more, for anybody.
         From now on the sequence adopts nothing that was stored before.
@@ -157,8 +157,8 @@ class Store:
         May wait for spills. Raises TierFull when no spill can make room; the table is then as before.
         """
         start, stop = table.stop, len(table.chain) + len(hashes)
-        if stop > table.promised + 1:
-            raise ValueError(f"block {stop - 1} was not promised, only {table.promised} are")
+        if stop > table.reserved + 1:
+            raise ValueError(f"block {stop - 1} was not reserved, only {table.reserved} are")
         if stop > start:
             table.rows[:, start:stop] = self._room.allocate(stop - start)
         table.chain.extend(hashes)
@@ -344,7 +344,7 @@ class Store:
         values: dict[str, object] = {
             "host_used_bytes": self._slab.used_bytes,
             "host_budget_bytes": self._slab.budget_bytes,
-            "promised_blocks": self._promised,
+            "reserved_blocks": self._reserved,
             "capacity_blocks": self.capacity,
         }
         return values if self._disk is None else values | self._disk.stats()
@@ -367,7 +367,7 @@ class Store:
     def check_integrity(self, tables: Sequence[BlockTable]) -> None:
         """These are all tables; every row belongs to one block of one table or to one write."""
         assert {id(table) for table in tables} == {id(table) for table in self._tables}, "a table is lost"
-        assert self._promised == sum(table.promised for table in self._tables), "a promise is lost"
+        assert self._reserved == sum(table.reserved for table in self._tables), "a reservation is lost"
         self._slab.check_integrity()
         pending = [] if self._writer is None else list(self._writer.pending.values())
         held = [table.rows[:, table.rows[0] >= 0] for table in self._tables]

@@ -47,11 +47,11 @@ class BlockTable:
         adopts: What others stored of the same chain may become its own.
         offered: Blocks below were offered to the disk, which may have refused them.
         idle: No request is running on the sequence.
-        promised: Up to this block it may grow.
+        reserved: Up to this block it may grow.
     """
 
     def __init__(self, layers: int) -> None:
-        self.promised = 0
+        self.reserved = 0
         self.sealed = 1
         self.rows: npt.NDArray[np.int64] = np.full((layers, 1), ABSENT)
         self.chain: list[bytes] = []

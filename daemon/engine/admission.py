@@ -66,7 +66,7 @@ class Admission:
         sequence.table.idle = False  # from here on it is no more what the session is
         sequence.tokens.extend(state.prompt)
         most = len(sequence.tokens) + state.completion.max_tokens
-        self._store.promise(sequence.table, highest_block(most))
+        self._store.reserve(sequence.table, highest_block(most))
         sequence.tokens.extend(state.completion.in_sequence)
         if not sequence.computed and state.request.prompt_logprobs is None:
             self._reuse(state, sequence)

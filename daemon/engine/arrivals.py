@@ -245,7 +245,7 @@ class Arrivals:
             known=max(position, known + answer - state.held_back),
             chunk=PROMPT_LOGPROB_CHUNK if whole_prompt else self._chunk_tokens,
             window=sequence is None,
-            blocks=max(0, blocks - (sequence.table.promised if sequence else 0)),
+            blocks=max(0, blocks - (sequence.table.reserved if sequence else 0)),
             flow=state.flow,
             preemptible=self._store.disk is not None and not whole_prompt,
         )

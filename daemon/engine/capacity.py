@@ -52,7 +52,7 @@ class CapacityManager:
     def free(self) -> Capacity:
         """What a request that is admitted now can have."""
         windows = self._sequences.windows
-        return Capacity(min(windows, 1) if self.memory.short else windows, self._store.unpromised)
+        return Capacity(min(windows, 1) if self.memory.short else windows, self._store.unreserved)
 
     def admit(self) -> list[RequestState]:
         """Requests to start now. Others make room for one that finds none; while memory is short, none is

@@ -123,7 +123,7 @@ class Finisher:
         sequence, session = state.sequence, state.session
         if sequence is not None and keep and session is not None:
             sequence.table.idle = True
-            self._store.promise(sequence.table, sequence.table.stop - 1)
+            self._store.reserve(sequence.table, sequence.table.stop - 1)
             self._contexts.keep(sequence, session.key)
         elif sequence is not None:
             self._sequences.discard(sequence)

@@ -41,7 +41,7 @@ GAUGES: tuple[Row, ...] = (
     ("tier_capacity_bytes", "{tier}_budget_bytes", "KV that a tier may hold."),
     ("tier_used_bytes", "{tier}_used_bytes", "Of the tier's capacity, what is taken."),
     ("capacity_blocks", "capacity_blocks", "Blocks of 64 tokens that host memory and disk can hold."),
-    ("promised_blocks", "promised_blocks", "Blocks that running requests and idle contexts may grow to."),
+    ("reserved_blocks", "reserved_blocks", "Blocks that running requests and idle contexts may grow to."),
     ("disk_cached_bytes", "disk_cached_bytes", "Runs on disk, in use or not."),
     ("disk_hole_bytes", "disk_hole_bytes", "Bytes of segment files in which no run lies."),
     ("disk_index_bytes", "disk_index_bytes", "The index of the disk tier, beside its capacity."),

@@ -134,7 +134,7 @@ class Sequences:
         try:
             with self._windows.written(sequence.window) as window:
                 window[...] = 0
-            self._store.promise(sequence.table, highest_block(len(sequence.tokens)))
+            self._store.reserve(sequence.table, highest_block(len(sequence.tokens)))
             self._store.grow(sequence.table, sequence.hashes(0, sealed_by(SEALS)))
             for count in (chunk, 1):
                 part = BatchItem(sequence, count, sequence.computed)

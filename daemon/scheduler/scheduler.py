@@ -40,7 +40,7 @@ class Job:
     window: bool
     """Needs a new KV window; a continued context has its own."""
     blocks: int
-    """Block columns that it must be promised before it starts."""
+    """Block columns that must be reserved for it before it starts."""
     flow: Flow
     """Whose it is, and how urgent."""
     preemptible: bool = True
@@ -63,7 +63,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What is free: KV windows, and block columns that may be promised."""
+    """What is free: KV windows, and block columns that may be reserved."""
 
     windows: int
     blocks: int
@@ -81,7 +81,7 @@ class Scheduler:
     """Admits jobs of the flow that has used least of the engine, each flow's in order of arrival. Every step
     decodes all running jobs and prefills some prompts, as few tokens as the decoding jobs need it.
 
-    A job is admitted only when everything that it can grow to can be promised, so no running job waits for
+    A job is admitted only when everything that it can grow to can be reserved, so no running job waits for
     another to end. The next job is never passed by: it waits for running jobs, and these are preempted, one
     after the other, once their flows are QUANTUM_S ahead of its own. The flow that has used least is
     preempted for nobody and is next, and a preempted job has made progress, so every job ends, whatever

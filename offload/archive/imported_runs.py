@@ -42,7 +42,7 @@ class ImportedRuns:
         self._disk = store.disk
         self.places: list[RunPlace] = []
         self._bytes = sum(self._disk.tier.run_bytes(part.count, part.layouts) for part in parts)
-        self._respect_promises()
+        self._respect_reservations()
         store.arriving_bytes += self._bytes
         try:
             for part in parts:
@@ -53,13 +53,13 @@ class ImportedRuns:
         largest = max((place.identity.largest_extent for place in self.places), default=PAGE)
         self._scratch = page_aligned(largest)
 
-    def _respect_promises(self) -> None:
+    def _respect_reservations(self) -> None:
         store = self._store
         if store.spill_failure is not None:
             raise store.spill_failure
         full = self._disk.tier.run_bytes(store.run_blocks)
-        if -(-self._bytes // full) * store.run_blocks > store.unpromised:
-            raise TierFull(f"{self._bytes} bytes do not fit beside what is promised to requests")
+        if -(-self._bytes // full) * store.run_blocks > store.unreserved:
+            raise TierFull(f"{self._bytes} bytes do not fit beside what is reserved for requests")
 
     def _reserve(self, part: ImportedRun) -> RunPlace:
         place = self._disk.cache.reserve(

@@ -91,7 +91,7 @@ SEAMS: dict[str, tuple[type, str, Callable[[Harness], Guilty]]] = {
         lambda _: lambda _self, _session, g, *_: g.request.request_id == "bad",
     ),
     "its place in the store": (Store, "grow", lambda h: lambda _self, table, *_: is_bad(h, table)),
-    "its promise": (Store, "promise", lambda h: lambda _self, table, *_: is_bad(h, table)),
+    "its reservation": (Store, "reserve", lambda h: lambda _self, table, *_: is_bad(h, table)),
     "what was stored": (Sequences, "find", lambda h: lambda _self, s: is_bad(h, s.table)),
     "saving it": (Sequences, "save", lambda h: lambda _self, s, *_: is_bad(h, s.table)),
     "its progress": (RequestState, "progress", lambda _: lambda self, *_: self.request.request_id == "bad"),
@@ -443,7 +443,7 @@ def test_ids_outside_the_vocabulary(model: Model, alone: list[int], tmp_path: Pa
 
 @pytest.mark.parametrize("held", ["nothing", "a context", "tokens"])
 @pytest.mark.parametrize(
-    ("kind", "name"), [(Store, "promise"), (Sequences, "find"), (RequestState, "begin"), (Sequences, "open")]
+    ("kind", "name"), [(Store, "reserve"), (Sequences, "find"), (RequestState, "begin"), (Sequences, "open")]
 )
 def test_a_bug_in_an_admission_leaves_the_session_as_it_was(
     model: Model, kind: type, name: str, held: str, tmp_path: Path

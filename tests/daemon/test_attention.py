@@ -147,7 +147,7 @@ class Setup:
         self.sequence = Sequence(self.store.open(), windows.take(), bytes(32))
         with windows.written(self.sequence.window) as numbers:  # what was never written is never looked at
             numbers.view(np.uint8)[...] = 0xFF
-        self.store.promise(self.sequence.table, 60)
+        self.store.reserve(self.sequence.table, 60)
         stop = case.start + case.m
         draw = np.random.default_rng(case.start * 1000 + case.m)
 

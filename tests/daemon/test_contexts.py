@@ -95,7 +95,7 @@ class TestHandles:
             stats = harness.engine.stats()
             assert [stats[f"{tier}_used_bytes"] for tier in ("device", "host")] == [0, 0]
             assert stats["contexts_idle"] == 0
-            assert stats["promised_blocks"] == 0
+            assert stats["reserved_blocks"] == 0
             with pytest.raises(ContextNotFound):
                 harness.add("a", PROMPT, context=context)
 

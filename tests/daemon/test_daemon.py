@@ -190,12 +190,12 @@ def test_stats(client: Client, running: Spawned, model: Model) -> None:
     assert during["device_used_bytes"] == window_bytes(model)
     assert 0 < int(str(during["host_used_bytes"])) <= 10 * column_bytes(model, "k8v4")
     assert 0 < int(str(during["disk_used_bytes"])) <= 64 << 20
-    assert int(str(during["promised_blocks"])) == 15
+    assert int(str(during["reserved_blocks"])) == 15
     generation.text()
     after = client.stats()
     assert int(str(after["disk_written_bytes"])) > before
     assert int(str(after["prefetch_bytes_read"])) > 0
-    assert (after["requests_running"], after["promised_blocks"]) == (0, 0)
+    assert (after["requests_running"], after["reserved_blocks"]) == (0, 0)
     emptied(client)
     assert running.peak_rss_bytes > 100 << 20
 

@@ -149,7 +149,7 @@ def test_while_a_request_runs(running: Spawned, client: Client, model: Model) ->
         assert during["spilld_requests_running"] == 1
         assert during["spilld_requests_waiting"] == 0
         assert during['spilld_tier_used_bytes{tier="device"}'] == window_bytes(model)
-        assert during["spilld_promised_blocks"] > 0
+        assert during["spilld_reserved_blocks"] > 0
         client.generate("hello", max_tokens=1).text()
         assert during["spilld_step_seconds_count"] < scrape(running)["spilld_step_seconds_count"]
 

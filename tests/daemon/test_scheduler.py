@@ -419,7 +419,7 @@ class Scheduling(RuleBasedStateMachine):
         for number in started:
             self.jobs[number].admitted = True
         assert self.capacity.windows >= 0, "more windows are used than there are"
-        assert self.capacity.blocks >= 0, "more blocks are promised than there are"
+        assert self.capacity.blocks >= 0, "more blocks are reserved than there are"
         if len(started) < len(line) and sum(m.admitted for m in self.jobs.values()) < self.max_running:
             following = self.scheduler.next
             assert following is not None

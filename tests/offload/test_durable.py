@@ -269,7 +269,7 @@ def test_a_run_stays_while_one_of_its_sequences_does(tmp_path: Path) -> None:
     with rigged(tmp_path, disk_runs=2) as rig:
         first = stored(rig, 8)
         second = rig.open(0, like=first.names)
-        rig.store.promise(second.table, 8)
+        rig.store.reserve(second.table, 8)
         rig.attach(second)
         rig.forget(first)
         with pytest.raises(TierFull):

@@ -405,7 +405,7 @@ def test_host_memory_is_served_when_the_disk_is_gone(rig: Rig, index: bool) -> N
         assert not rig.store.writing
         rig.fill(new, RUN)
         with pytest.raises(TierFull):
-            rig.store.promise(new.table, COLUMNS + 1)
+            rig.store.reserve(new.table, COLUMNS + 1)
         for layer in range(LAYERS):
             rig.assert_scan(new, layer, range(1, COLUMNS + 1))
         rig.store.stats()
@@ -459,7 +459,7 @@ def a_day(rig: Rig) -> dict[RunKey, list[bytes]]:
     for _ in range(2):
         known = rig.open()
         try:
-            rig.store.promise(known.table, 20)
+            rig.store.reserve(known.table, 20)
             while len(known.blocks) < 20:
                 rig.fill(known, 2)
                 rig.store.write_behind()

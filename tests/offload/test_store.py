@@ -171,12 +171,12 @@ class Rig:
         assert self.disk is not None
         return self.disk
 
-    def open(self, promised: int = 0, like: Sequence[bytes] = ()) -> Known:
+    def open(self, reserved: int = 0, like: Sequence[bytes] = ()) -> Known:
         """A sequence that begins with blocks of these names."""
         self.lineages += 1
         known = Known(self.store.open(), self.lineages, list(like))
         self.sequences.append(known)
-        self.store.promise(known.table, promised)
+        self.store.reserve(known.table, reserved)
         return known
 
     def grow(self, known: Known, count: int) -> None:
@@ -282,7 +282,7 @@ class Rig:
         """Books, budgets, and every byte of every block."""
         self.store.check_integrity([known.table for known in self.sequences])
         assert self.slab.used_bytes <= self.slab.budget_bytes
-        assert sum(known.table.promised for known in self.sequences) <= self.store.capacity or (
+        assert sum(known.table.reserved for known in self.sequences) <= self.store.capacity or (
             self.store.spill_failure
         )
         if self.disk is not None:
@@ -334,7 +334,7 @@ def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
 
 WHICH = st.integers(0, 3)
 COUNT = st.integers(1, 8)
-PROMISE = st.integers(0, 14)
+RESERVATION = st.integers(0, 14)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -354,10 +354,10 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize(blocks=st.lists(st.integers(6, 14), min_size=2, max_size=4))
     def begin(self, blocks: list[int]) -> None:
-        for promised in blocks:
-            self.open(promised, idle=False)
+        for reserved in blocks:
+            self.open(reserved, idle=False)
 
-    @rule(blocks=PROMISE, idle=st.booleans(), like=st.integers(0, 20), shared=st.integers(0, 20))
+    @rule(blocks=RESERVATION, idle=st.booleans(), like=st.integers(0, 20), shared=st.integers(0, 20))
     def open(self, blocks: int, idle: bool, like: int = 0, shared: int = 0) -> None:
         """A new sequence, which may begin as one that was there before."""
         if len(self.rig.sequences) < 4:
@@ -365,7 +365,7 @@ class StoreMachine(RuleBasedStateMachine):
             known = self.rig.open(like=names)
             self.histories.append(known.names)
             known.table.idle = idle
-            self.promise(len(self.rig.sequences) - 1, blocks)
+            self.reserve(len(self.rig.sequences) - 1, blocks)
 
     @rule(which=WHICH, most=st.integers(0, 20))
     def attach(self, which: int, most: int) -> None:
@@ -373,7 +373,7 @@ class StoreMachine(RuleBasedStateMachine):
         if (known := self.pick(which)) is None or known.table.chain:
             return
         self.finish_writes()
-        blocks = self.rig.attach(known, min(most, known.table.promised))
+        blocks = self.rig.attach(known, min(most, known.table.reserved))
         assert known.table.disk_blocks == blocks
 
     @rule(which=WHICH)
@@ -439,19 +439,19 @@ class StoreMachine(RuleBasedStateMachine):
             for found, records in zip(after[run], layers, strict=True):
                 np.testing.assert_array_equal(found, records)
 
-    @rule(which=WHICH, blocks=PROMISE)
-    def promise(self, which: int, blocks: int) -> None:
+    @rule(which=WHICH, blocks=RESERVATION)
+    def reserve(self, which: int, blocks: int) -> None:
         if (known := self.pick(which)) is None:
             return
         blocks = max(blocks, known.table.stop - 1)
-        before, room = known.table.promised, self.rig.store.unpromised
+        before, room = known.table.reserved, self.rig.store.unreserved
         if blocks - before > room:
             with pytest.raises(TierFull):
-                self.rig.store.promise(known.table, blocks)
-            assert known.table.promised == before
+                self.rig.store.reserve(known.table, blocks)
+            assert known.table.reserved == before
         else:
-            self.rig.store.promise(known.table, blocks)
-            assert self.rig.store.unpromised == room - (blocks - before)
+            self.rig.store.reserve(known.table, blocks)
+            assert self.rig.store.unreserved == room - (blocks - before)
 
     @rule(parts=st.lists(st.tuples(WHICH, COUNT), min_size=1, max_size=4, unique_by=lambda part: part[0]))
     def step(self, parts: list[tuple[int, int]]) -> None:
@@ -463,7 +463,7 @@ class StoreMachine(RuleBasedStateMachine):
         for which, count in parts:
             if (known := self.pick(which)) is None:
                 continue
-            count = min(count, known.table.promised - (known.table.stop - 1))
+            count = min(count, known.table.reserved - (known.table.stop - 1))
             before = (known.table.stop, list(known.table.chain))
             try:
                 rig.grow(known, count)
@@ -525,9 +525,9 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(which=WHICH, anew=st.booleans())
     def reset(self, which: int, anew: bool) -> None:
         if (known := self.pick(which)) is not None:
-            promised = known.table.promised
+            reserved = known.table.reserved
             self.rig.reset(known, anew=anew)
-            assert known.table.promised == promised
+            assert known.table.reserved == reserved
 
     @rule(which=WHICH)
     def forget(self, which: int) -> None:
@@ -555,7 +555,7 @@ class StoreMachine(RuleBasedStateMachine):
             rig.settled()
             rig.check()
             assert rig.slab.used_bytes == 0
-            assert rig.store.unpromised == rig.store.capacity
+            assert rig.store.unreserved == rig.store.capacity
             rig.assert_all_disk_can_be_had()
         finally:
             rig.close()
@@ -610,35 +610,35 @@ def test_a_run_is_no_longer_than_the_disk_needs() -> None:
 
 
 @pytest.mark.parametrize("disk_runs", [0, 1, 5])
-def test_promises_are_kept_within_the_capacity(tmp_path: Path, disk_runs: int) -> None:
+def test_reservations_are_kept_within_the_capacity(tmp_path: Path, disk_runs: int) -> None:
     with rigged(tmp_path, columns=10, disk_runs=disk_runs, disk_rest=RUN_BYTES - 1) as rig:
         kv, capacity = rig.store, 10 + disk_runs * RUN
-        assert (kv.capacity, kv.unpromised) == (capacity, capacity)
+        assert (kv.capacity, kv.unreserved) == (capacity, capacity)
         one, other = rig.open(4), rig.open(3)
-        assert kv.unpromised == capacity - 7
+        assert kv.unreserved == capacity - 7
         with pytest.raises(TierFull, match=f"{capacity - 6} more blocks .* {capacity - 7} do"):
-            kv.promise(one.table, capacity - 2)
-        assert (one.table.promised, kv.unpromised) == (4, capacity - 7)
-        kv.promise(one.table, capacity - 3)
-        kv.promise(one.table, capacity - 3)
-        assert kv.unpromised == 0
+            kv.reserve(one.table, capacity - 2)
+        assert (one.table.reserved, kv.unreserved) == (4, capacity - 7)
+        kv.reserve(one.table, capacity - 3)
+        kv.reserve(one.table, capacity - 3)
+        assert kv.unreserved == 0
         kv.reset(one.table)
-        assert kv.unpromised == 0
-        kv.promise(one.table, 1)
-        assert kv.unpromised == capacity - 4
+        assert kv.unreserved == 0
+        kv.reserve(one.table, 1)
+        assert kv.unreserved == capacity - 4
         rig.forget(other)
-        assert kv.unpromised == capacity - 1
+        assert kv.unreserved == capacity - 1
         rig.check()
 
 
-def test_a_block_that_was_not_promised_gets_no_row(rig: Rig) -> None:
+def test_a_block_that_was_not_reserved_gets_no_row(rig: Rig) -> None:
     known = rig.open(3)
     rig.fill(known, 3)
     for _ in range(2):
-        with pytest.raises(ValueError, match="promised"):
+        with pytest.raises(ValueError, match="reserved"):
             rig.grow(known, 1)
         rig.check()
-    rig.store.promise(known.table, 4)
+    rig.store.reserve(known.table, 4)
     rig.fill(known, 1)
     rig.check()
 
@@ -655,7 +655,7 @@ def test_one_sequence_fills_both_tiers_to_the_last_block(rig: Rig) -> None:
     column = rig.layouts.column_bytes
     assert rig.store.usage(known.table) == {"host": COLUMNS * column, "disk": 4 * RUN * column}
     with pytest.raises(TierFull):
-        rig.store.promise(known.table, capacity + 1)
+        rig.store.reserve(known.table, capacity + 1)
 
 
 def test_the_first_block_has_a_hash_and_no_row(rig: Rig) -> None:
@@ -680,9 +680,9 @@ def test_without_a_disk(tmp_path: Path) -> None:
         assert (rig.store.disk_read_bytes, rig.store.stall_seconds) == (0, 0.0)
         assert not [name for name in rig.store.stats() if "disk" in name]
         with pytest.raises(TierFull):
-            rig.store.promise(other.table, 2)
+            rig.store.reserve(other.table, 2)
         rig.forget(one)
-        rig.store.promise(other.table, 4)
+        rig.store.reserve(other.table, 4)
         rig.fill(other, 3)
         rig.check()
 
@@ -853,9 +853,9 @@ def test_a_disk_that_takes_no_more_loses_nothing(rig: Rig, call: str, number: in
         RUN,
     )
     rig.check()
-    assert (capacity, rig.store.capacity, rig.store.unpromised) == (COLUMNS + 4 * RUN, COLUMNS, 0)
+    assert (capacity, rig.store.capacity, rig.store.unreserved) == (COLUMNS + 4 * RUN, COLUMNS, 0)
     with pytest.raises(TierFull):
-        rig.store.promise(idle.table, 3)
+        rig.store.reserve(idle.table, 3)
     calls = rig.system.calls.copy()
     rig.store.make_room(COLUMNS)
     assert (rig.system.calls["pwritev"], rig.system.calls["ftruncate"]) == (
@@ -863,7 +863,7 @@ def test_a_disk_that_takes_no_more_loses_nothing(rig: Rig, call: str, number: in
         calls["ftruncate"],
     )
     rig.forget(known)
-    assert rig.store.unpromised == COLUMNS - 2
+    assert rig.store.unreserved == COLUMNS - 2
     rig.fill(idle, 2)
     rig.check()
 
@@ -981,7 +981,7 @@ def test_forgetting_what_is_being_written_frees_it_in_the_end(rig: Rig) -> None:
     rig.forget(known)
     rig.check()
     assert rig.slab.used_bytes == 6 * rig.layouts.column_bytes, "a row was freed under a write"
-    assert rig.store.unpromised == rig.store.capacity
+    assert rig.store.unreserved == rig.store.capacity
     stall.over.set()
     rig.settled()
     rig.check()
@@ -1059,7 +1059,7 @@ def test_the_accounts_add_up(rig: Rig, caplog: pytest.LogCaptureFixture) -> None
     rig.assert_scan(known, 0, range(1, 11))
     rig.assert_scan(known, 1, range(1, 3))
     stats, extent = rig.store.stats(), rig.path.tier.locate(known.table.runs[0].run).identity.extent_bytes(0)
-    assert stats["promised_blocks"] == 15
+    assert stats["reserved_blocks"] == 15
     assert stats["capacity_blocks"] == rig.store.capacity
     assert stats["host_used_bytes"] == 11 * rig.layouts.column_bytes
     assert (

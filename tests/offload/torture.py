@@ -328,8 +328,8 @@ class Life:
             return
         table, names = self.store.open(), history(self.choose.choice(HISTORIES))
         self.sequences.append((table, names))
-        self.store.promise(table, min(BLOCKS - 1, self.store.unpromised))
-        refs = [ref for ref in self.store.find(names) if ref.blocks.stop - 1 <= table.promised]
+        self.store.reserve(table, min(BLOCKS - 1, self.store.unreserved))
+        refs = [ref for ref in self.store.find(names) if ref.blocks.stop - 1 <= table.reserved]
         if refs and self.choose.random() < 0.7:
             self.store.attach(table, refs, names[: refs[-1].blocks.stop])
 
@@ -338,7 +338,7 @@ class Life:
             return
         table, names = self.choose.choice(self.sequences)
         start = len(table.chain)
-        stop = min(start + self.choose.randint(1, 6), table.promised + 1)
+        stop = min(start + self.choose.randint(1, 6), table.reserved + 1)
         self.store.settle()
         if stop > start:
             first = table.stop
