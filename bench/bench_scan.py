@@ -49,7 +49,7 @@ from spilld.models.catalog import default_cache, resolve
 from spilld.monitoring.metrics import Metrics
 from spilld.offload.host import residency
 from spilld.offload.record import Element, Format
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 
 BENCH = "scan"
 LONG = 65536

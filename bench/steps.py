@@ -19,7 +19,7 @@ from spilld.kv.visibility import (
 from spilld.models.model import Model
 from spilld.offload.host.slab import HostSlab
 from spilld.offload.record import Element, Format, Layout
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.offload.store_layout import StoreLayout
 from spilld.runner.runner import Runner
 

@@ -30,7 +30,6 @@ from spilld.models.model import (
 from spilld.monitoring.memory import MemoryWatch
 from spilld.monitoring.metrics import Metrics
 from spilld.monitoring.startup import Startup
-from spilld.offload.disk.disk_backend import DiskBackend
 from spilld.offload.disk.files.extent import largest_extent
 from spilld.offload.disk.index.database import Database
 from spilld.offload.disk.prefetch import Prefetcher
@@ -43,7 +42,6 @@ from spilld.offload.errors import (
     MemoryRefused,
 )
 from spilld.offload.host import residency
-from spilld.offload.host.host_room import Planner
 from spilld.offload.host.slab import HostSlab, columns_within
 from spilld.offload.kernels import threads
 from spilld.offload.maintenance.compaction import Compaction
@@ -55,8 +53,10 @@ from spilld.offload.record import (
     Format,
     Layout,
 )
-from spilld.offload.run_length import run_length
-from spilld.offload.store import Store
+from spilld.offload.store.disk_backend import DiskBackend
+from spilld.offload.store.host_room import Planner
+from spilld.offload.store.run_length import run_length
+from spilld.offload.store.store import Store
 from spilld.offload.store_layout import StoreLayout
 from spilld.protocol.messages import Welcome
 from spilld.runner.placement import place

@@ -17,6 +17,8 @@ PAGE = 4096
 """Alignment in bytes of memory, file offsets and lengths, so that O_DIRECT accepts them."""
 
 Bytes = npt.NDArray[np.uint8]
+Rows = npt.NDArray[np.int64]
+"""Places of records in the host slab."""
 
 
 def page_aligned(nbytes: int, *, huge: bool = False) -> Bytes:

@@ -21,7 +21,7 @@ from spilld.kv.sequence import Sequence
 from spilld.kv.visible_kv import Blocks, VisibleKV
 from spilld.offload.disk.extent_read import ExtentRead, Ticket
 from spilld.offload.host.promotion import Promotion
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.offload.table import RunRef
 
 

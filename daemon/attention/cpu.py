@@ -30,7 +30,7 @@ from spilld.kv.visible_kv import VisibleKV
 from spilld.offload.kernels.attention.rows import DecodeRow, DecodeRows, RowAttention
 from spilld.offload.kernels.codec.codec import Codec
 from spilld.offload.record import BLOCK
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 
 from .base import Attention, AttentionPlan
 from .records import Floats, RecordAttention

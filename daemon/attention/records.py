@@ -16,7 +16,7 @@ from spilld.kv.visible_kv import Blocks, VisibleKV
 from spilld.offload.errors import ReadFailed
 from spilld.offload.kernels.attention.partial import Partial, merge
 from spilld.offload.record import BLOCK
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 
 from .base import AttentionPlan, PlannedRead
 

@@ -8,7 +8,7 @@ from spilld.errors import DeadlineExceeded, Overloaded
 from spilld.kv.sequence import Sequence
 from spilld.kv.visibility import highest_block
 from spilld.monitoring.stats import Counters
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.requests.request_state import Phase, RequestState
 from spilld.requests.requests import Requests
 from spilld.runner.sequence_manager import Sequences

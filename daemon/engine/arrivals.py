@@ -21,7 +21,7 @@ from spilld.kv.sequence import Sequence
 from spilld.kv.visibility import highest_block, longest_with
 from spilld.models.model import Model
 from spilld.monitoring.failures import is_lost, typed
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.protocol.messages import Event, Generate
 from spilld.requests.request_state import NOBODY, Phase, RequestState
 from spilld.requests.requests import Requests

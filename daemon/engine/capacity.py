@@ -7,7 +7,7 @@ import logging
 from spilld.errors import StorageFailed
 from spilld.monitoring.memory import MemoryWatch
 from spilld.monitoring.stats import Counters
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.requests.request_state import Phase, RequestState
 from spilld.requests.requests import RUNNING, Requests
 from spilld.runner.runner import Runner

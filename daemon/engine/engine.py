@@ -28,7 +28,7 @@ from spilld.monitoring.failures import is_lost, logged, typed
 from spilld.monitoring.memory import MemoryWatch
 from spilld.monitoring.metrics import Metrics
 from spilld.monitoring.stats import Counters, EngineStats
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.protocol.messages import (
     ChangeSession,
     Event,

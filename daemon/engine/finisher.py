@@ -14,7 +14,7 @@ from spilld.errors import (
     SpilldError,
 )
 from spilld.monitoring.failures import is_lost, logged, typed
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.requests.request_state import RequestState
 from spilld.requests.requests import Requests
 from spilld.runner.runner import Runner

@@ -19,7 +19,7 @@ from spilld.monitoring.failures import is_lost, typed
 from spilld.monitoring.metrics import Metrics
 from spilld.monitoring.stats import Counters
 from spilld.offload.errors import ExtentCorrupt, OffloadError
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.protocol.messages import PromptLogprob
 from spilld.requests.request_state import RequestState
 from spilld.requests.requests import Requests

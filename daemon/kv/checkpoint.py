@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from spilld.cuda_ext.memory.windows import Numbers
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.prefix_cache.block_hash import chain
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.offload.system import Bytes
 from spilld.offload.table import RunRef
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.offload.table import RunRef
 
 from .batch import BatchItem

@@ -14,7 +14,7 @@ from spilld.kv.batch import Batch, BatchItem
 from spilld.kv.sequence import Sequence
 from spilld.models.model import Model
 from spilld.models.wide_linear import wide_bytes
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.scheduler.scheduler import MAX_RUNNING
 
 from .decoder import Decoder

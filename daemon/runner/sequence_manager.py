@@ -20,7 +20,7 @@ from spilld.kv.visibility import (
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.errors import ReadFailed
 from spilld.offload.prefix_cache.block_hash import CHAIN_BYTES
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 
 from .runner import Runner
 

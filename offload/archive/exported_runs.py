@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.errors import ExtentMissing
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.offload.system import PAGE, Bytes, page_aligned
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from spilld.offload.disk.files.extent import RunKey, RunPlace
 from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.errors import ExtentMissing, TierFull, WriteFailed
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import PAGE, Bytes, page_aligned
 

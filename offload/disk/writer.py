@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from spilld.offload.disk.files.extent import RunKey, RunPlace
 from spilld.offload.errors import WriteFailed
-from spilld.offload.host.slab import Rows
 from spilld.offload.record import round_up
-from spilld.offload.system import PAGE, Bytes, page_aligned
+from spilld.offload.system import PAGE, Bytes, Rows, page_aligned
 
 from .tier import DiskTier
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from spilld.offload.system import Bytes
+from spilld.offload.system import Bytes, Rows
 from spilld.offload.table import BlockTable, RunRef
 
-from .slab import HostSlab, Rows
+from .slab import HostSlab
 
 
 class Promotion:

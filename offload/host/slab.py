@@ -10,9 +10,7 @@ import numpy.typing as npt
 
 from spilld.offload.errors import BudgetTooSmall, MemoryRefused, TierFull
 from spilld.offload.size import size
-from spilld.offload.system import Bytes, give_back, page_aligned
-
-Rows = npt.NDArray[np.int64]
+from spilld.offload.system import Bytes, Rows, give_back, page_aligned
 
 
 class HostSlab:

@@ -14,7 +14,7 @@ from spilld.cuda_ext.memory.windows import WindowShape
 from spilld.cuda_ext.ops import Ops
 from spilld.kv.geometry import Geometry
 from spilld.kv.visibility import highest_block
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 
 from ..cuda_ext.conftest import Emulate, loader
 from ..cuda_ext.fake import FakeDevice

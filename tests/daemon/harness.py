@@ -27,10 +27,10 @@ from spilld.kv.visibility import BLOCK, WINDOW_TOKENS
 from spilld.models.model import Model, load
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.host import residency
-from spilld.offload.host.host_room import Planner
 from spilld.offload.host.residency import Holding, Spill
 from spilld.offload.kernels import threads
 from spilld.offload.record import Element, Format, Layout
+from spilld.offload.store.host_room import Planner
 from spilld.protocol.messages import (
     Done,
     Event,

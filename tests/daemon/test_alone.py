@@ -19,7 +19,7 @@ from spilld.engine.arrivals import LIVES
 from spilld.engine.sessions.manager import SessionManager
 from spilld.errors import InternalError, SpilldError
 from spilld.models.model import Model
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.protocol.messages import (
     ChangeSession,
     Done,

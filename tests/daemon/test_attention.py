@@ -28,7 +28,6 @@ from spilld.kv.visibility import (
     sealed_by,
     stored_blocks,
 )
-from spilld.offload.disk.disk_backend import DiskBackend
 from spilld.offload.disk.files.extent import extent_bytes
 from spilld.offload.disk.prefetch import Prefetcher
 from spilld.offload.disk.tier import DiskTier
@@ -37,7 +36,8 @@ from spilld.offload.errors import ExtentCorrupt
 from spilld.offload.host.slab import HostSlab
 from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.record import Element, Format, Layout
-from spilld.offload.store import Store
+from spilld.offload.store.disk_backend import DiskBackend
+from spilld.offload.store.store import Store
 from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import PAGE, page_aligned
 

@@ -16,7 +16,7 @@ from spilld.cuda_ext.memory.staging import Landing
 from spilld.cuda_ext.memory.windows import Windows, WindowShape
 from spilld.kv.geometry import Geometry
 from spilld.offload.record import Element, Format
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 
 from ..cuda_ext.conftest import Emulate, emulate
 from ..cuda_ext.fake import FakeDevice

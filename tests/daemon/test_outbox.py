@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from spilld.models.model import Model
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.protocol.messages import Done, Token
 from spilld.requests.requests import Requests
 from spilld.runner.sequence_manager import Sequences

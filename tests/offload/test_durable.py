@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload.block_writer import WRITES_AHEAD
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.errors import (
     ExtentCorrupt,
@@ -20,6 +19,7 @@ from spilld.offload.errors import (
     IndexDamaged,
     TierFull,
 )
+from spilld.offload.store.block_writer import WRITES_AHEAD
 from spilld.offload.system import Bytes
 from spilld.offload.table import RunRef
 

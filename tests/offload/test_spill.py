@@ -15,7 +15,8 @@ from spilld.offload.disk import writer
 from spilld.offload.disk.files.extent import RunPlace
 from spilld.offload.disk.writer import Spilled, Spiller
 from spilld.offload.errors import ExtentMissing, FolderInUse
-from spilld.offload.host.slab import HostSlab, Rows
+from spilld.offload.host.slab import HostSlab
+from spilld.offload.system import Rows
 
 from .faults import Fault, ScriptedSystem, Stall, error
 from .run_tier import RunTier

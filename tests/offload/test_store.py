@@ -22,7 +22,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from spilld.offload.disk.disk_backend import DiskBackend
 from spilld.offload.disk.extent_read import ExtentRead, Ticket
 from spilld.offload.disk.files.extent import RunKey, largest_extent, run_bytes
 from spilld.offload.disk.index.index_row import Contents
@@ -35,8 +34,7 @@ from spilld.offload.errors import (
     TierFull,
     WriteFailed,
 )
-from spilld.offload.host import host_room, residency
-from spilld.offload.host.host_room import Planner
+from spilld.offload.host import residency
 from spilld.offload.host.residency import Holding, Spill
 from spilld.offload.host.slab import HostSlab, columns_within
 from spilld.offload.maintenance.compaction import Compaction
@@ -44,8 +42,11 @@ from spilld.offload.maintenance.wear import WriteBudget
 from spilld.offload.prefix_cache.block_hash import chain_hash, root
 from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.record import SEALED, Element, Format
-from spilld.offload.run_length import EXTENT_TARGET, RUN_STEP, run_length
-from spilld.offload.store import Store
+from spilld.offload.store import host_room
+from spilld.offload.store.disk_backend import DiskBackend
+from spilld.offload.store.host_room import Planner
+from spilld.offload.store.run_length import EXTENT_TARGET, RUN_STEP, run_length
+from spilld.offload.store.store import Store
 from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import Bytes
 from spilld.offload.table import BlockTable, RunRef

@@ -18,9 +18,9 @@ from spilld.offload.errors import (
     TierFull,
     WriteFailed,
 )
-from spilld.offload.host.slab import HostSlab, Rows, columns_within
+from spilld.offload.host.slab import HostSlab, columns_within
 from spilld.offload.store_layout import StoreLayout
-from spilld.offload.system import Bytes
+from spilld.offload.system import Bytes, Rows
 
 from .faults import ScriptedSystem, error
 from .run_tier import RunTier

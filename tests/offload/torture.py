@@ -30,7 +30,6 @@ import numpy as np
 
 from spilld.offload.archive.exported_runs import ExportedRuns
 from spilld.offload.archive.imported_runs import ImportedRun, ImportedRuns
-from spilld.offload.disk.disk_backend import DiskBackend
 from spilld.offload.disk.files.extent import (
     RunKey,
     RunMove,
@@ -50,7 +49,8 @@ from spilld.offload.maintenance.wear import WriteBudget
 from spilld.offload.prefix_cache.block_hash import chain_hash, root
 from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.record import Element, Format
-from spilld.offload.store import Store
+from spilld.offload.store.disk_backend import DiskBackend
+from spilld.offload.store.store import Store
 from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import (
     PAGE,

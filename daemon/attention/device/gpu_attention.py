@@ -55,7 +55,7 @@ from spilld.kv.visibility import (
 from spilld.kv.visible_kv import Blocks, VisibleKV
 from spilld.offload.kernels.attention.partial import merge
 from spilld.offload.record import BLOCK
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 
 from .block_cache import PASSING, DeviceBlockCache, Slots
 

@@ -27,7 +27,7 @@ from spilld.errors import ConfigError
 from spilld.kv.geometry import Geometry
 from spilld.kv.visibility import CELL, WINDOW_TOKENS, highest_block
 from spilld.offload.size import size
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 
 from .block_cache import SPARE
 from .costs import measure

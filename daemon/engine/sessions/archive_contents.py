@@ -37,7 +37,7 @@ from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.errors import ReadFailed
 from spilld.offload.prefix_cache.block_hash import chain
 from spilld.offload.record import BLOCK
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.offload.system import Bytes
 from spilld.offload.table import RunRef
 from spilld.protocol.messages import Message

@@ -44,7 +44,7 @@ from spilld.offload.errors import (
     TierFull,
     WriteFailed,
 )
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.protocol.messages import (
     CloseTransfer,
     Exported,

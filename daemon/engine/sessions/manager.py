@@ -11,7 +11,7 @@ from spilld.kv.visibility import BLOCK
 from spilld.models.model import Model
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.prefix_cache.block_hash import root
-from spilld.offload.store import Store
+from spilld.offload.store.store import Store
 from spilld.protocol.messages import (
     ChangeSession,
     Generate,

@@ -14,9 +14,9 @@ from spilld.offload.errors import (
     WriteFailed,
     WriteRefused,
 )
-from spilld.offload.host.slab import Rows
 from spilld.offload.system import (
     Bytes,
+    Rows,
     SystemCalls,
     read_fully,
     write_fully,

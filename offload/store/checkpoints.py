@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from spilld.offload.disk.disk_backend import DiskBackend
 from spilld.offload.disk.extent_read import ExtentRead
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.disk.writer import Spilled
+from spilld.offload.errors import ExtentMissing, TierFull, WriteFailed
+from spilld.offload.store_layout import StoreLayout
+from spilld.offload.system import Bytes, page_aligned
 
-from .errors import ExtentMissing, TierFull, WriteFailed
-from .store_layout import StoreLayout
-from .system import Bytes, page_aligned
+from .disk_backend import DiskBackend
 
 log = logging.getLogger(__name__)
 

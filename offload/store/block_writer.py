@@ -6,15 +6,16 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from spilld.offload.disk.disk_backend import DiskBackend
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.disk.writer import Spilled
-from spilld.offload.host.slab import HostSlab, Rows
+from spilld.offload.errors import TierFull, WriteFailed
+from spilld.offload.host.slab import HostSlab
+from spilld.offload.store_layout import StoreLayout
+from spilld.offload.system import Rows
+from spilld.offload.table import ABSENT, BlockTable, RunRef
 
-from .errors import TierFull, WriteFailed
-from .store_layout import StoreLayout
-from .table import ABSENT, BlockTable, RunRef
+from .disk_backend import DiskBackend
 
 log = logging.getLogger(__name__)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .errors import BudgetTooSmall
-from .record import round_up
-from .size import size
-from .store_layout import StoreLayout
+from spilld.offload.errors import BudgetTooSmall
+from spilld.offload.record import round_up
+from spilld.offload.size import size
+from spilld.offload.store_layout import StoreLayout
 
 EXTENT_TARGET = 512 << 10
 """Bytes of the largest extent in a full run: reads of this size come near the disk's sequential rate."""

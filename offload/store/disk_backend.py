@@ -7,20 +7,18 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from spilld.offload.disk.extent_read import Ticket
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.disk.index.index_row import Contents
+from spilld.offload.disk.prefetch import Prefetcher
+from spilld.offload.disk.tier import DiskTier
+from spilld.offload.disk.writer import Spilled, Spiller
 from spilld.offload.errors import ExtentCorrupt, WriteFailed, WriteRefused
-from spilld.offload.host.slab import Rows
 from spilld.offload.maintenance.compaction import Compaction
 from spilld.offload.maintenance.wear import WriteBudget
 from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.store_layout import StoreLayout
-from spilld.offload.system import Bytes
-
-from .extent_read import Ticket
-from .prefetch import Prefetcher
-from .tier import DiskTier
-from .writer import Spilled, Spiller
+from spilld.offload.system import Bytes, Rows
 
 log = logging.getLogger(__name__)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from spilld.offload.block_writer import BlockWriter
-from spilld.offload.disk.disk_backend import DiskBackend
 from spilld.offload.disk.writer import Spilled
 from spilld.offload.errors import TierFull, WriteFailed
+from spilld.offload.host.residency import Holding, Spill
+from spilld.offload.host.slab import HostSlab
+from spilld.offload.system import Rows
 from spilld.offload.table import BlockTable
 
-from .residency import Holding, Spill
-from .slab import HostSlab, Rows
+from .block_writer import BlockWriter
+from .disk_backend import DiskBackend
 
 WRITE_DEADLINE_S = 60.0
 """How long growth waits for a spill to end before it gives up."""

@@ -17,22 +17,22 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from spilld.offload.disk.disk_backend import DiskBackend
 from spilld.offload.disk.extent_read import ExtentRead, Ticket
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.disk.writer import CLOSE_S, Spilled
+from spilld.offload.errors import TierFull, WriteFailed
 from spilld.offload.host import residency
-from spilld.offload.host.host_room import HostRoom, Planner
 from spilld.offload.host.promotion import Promotion
 from spilld.offload.host.slab import HostSlab
+from spilld.offload.record import Layout, round_up
+from spilld.offload.store_layout import StoreLayout
+from spilld.offload.system import PAGE, Bytes
+from spilld.offload.table import ABSENT, BlockTable, RunRef
 
 from .block_writer import BlockWriter
 from .checkpoints import Checkpoints
-from .errors import TierFull, WriteFailed
-from .record import Layout, round_up
-from .store_layout import StoreLayout
-from .system import PAGE, Bytes
-from .table import ABSENT, BlockTable, RunRef
+from .disk_backend import DiskBackend
+from .host_room import HostRoom, Planner
 
 PROMOTION_MARGIN = 16
 """Block columns of host memory that stay free when runs are copied back from disk."""
