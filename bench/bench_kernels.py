@@ -142,10 +142,10 @@ def layer_attention() -> float:
     seen = (window_offsets(CONTEXT), window_ranges(CONTEXT, None), offsets, np.arange(blocks) * BLOCK)
     scan = DecodeRows.of([DecodeRow(0, *seen, BLOCK, CONTEXT)])
     attention = RowAttention(layout(Format.K8V4), HEADS // KV_HEADS)
-    q, kv = torch.zeros(1, HEADS, HEAD_DIM), torch.zeros(1, KV_HEADS, HEAD_DIM)
+    heads, views = np.zeros((1, HEADS + 2 * KV_HEADS, HEAD_DIM), np.float32), attention.views(memory)
     out, lse = np.zeros((1, HEADS, HEAD_DIM), np.float32), np.zeros((1, HEADS), np.float32)
     return milliseconds(
-        lambda: attention.attend(q, kv, kv, windows, 0, scan, memory, HEAD_DIM**-0.5, 0.0, out, lse)
+        lambda: attention.attend(heads, windows, 0, scan, views, HEAD_DIM**-0.5, 0.0, out, lse)
     )
 
 

@@ -56,13 +56,17 @@ class CpuPlan(AttentionPlan):
     Attributes:
         scans: by sliding window, the batch's rows of one token.
         row_bytes: by sliding window, bytes of exact K and V that each of them sees in a layer.
-        lse: float32 [single, heads], for a layer after the other.
+        heads: float32 [single, heads + 2 kv_heads, head_dim], room for a layer's queries, keys and values
+            of those rows.
+        lse: float32 [single, heads], room for a layer's.
     """
 
     def __init__(self, batch: Batch, geometry: Geometry, store: Store, token_bytes: int) -> None:
         super().__init__(batch, geometry, store, lambda *_: True)
-        heads, kv_heads, _ = geometry.sizes
+        heads, kv_heads, head_dim = geometry.sizes
         self._group = heads // kv_heads
+        self.heads: Floats = np.empty((batch.single, heads + 2 * kv_heads, head_dim), np.float32)
+        self._heads = torch.from_numpy(self.heads)
         self.lse: Floats = np.empty((batch.single, heads), np.float32)
         self.scans: dict[int | None, DecodeRows] = {}
         self.row_bytes: dict[int | None, list[int]] = {}
@@ -71,6 +75,12 @@ class CpuPlan(AttentionPlan):
             rows = [_row(seen, store.layout.record_bytes) for seen in visible[: batch.single]]
             self.scans[sliding_window] = DecodeRows.of(rows)
             self.row_bytes[sliding_window] = [token_bytes * sum(b - a for a, b in row.ranges) for row in rows]
+
+    def take(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Fill `heads` from those of all rows of the batch."""
+        if self.batch.single < self.batch.total:
+            q, k, v = q[: self.batch.single], k[: self.batch.single], v[: self.batch.single]
+        torch.cat((q, k, v), dim=1, out=self._heads)
 
     def tiles(self, seen: VisibleKV) -> list[Tile]:
         """Of a chunk, in the order of its tokens."""
@@ -120,6 +130,8 @@ class CpuAttention(Attention):
         self._token_bytes = 2 * kv_heads * head_dim * windows.shape.dtype.itemsize
         self._codec = Codec(store.layout)
         self._rows = RowAttention(store.layout, heads // kv_heads)
+        self._host = self._rows.views(store.memory)
+        self._record_bytes = store.layout.record_bytes
         self._records = RecordAttention(geometry, store)
 
     def plan(self, batch: Batch) -> CpuPlan:
@@ -130,12 +142,13 @@ class CpuAttention(Attention):
     ) -> torch.Tensor:
         assert isinstance(plan, CpuPlan)
         self.calls += 1
-        q, k, v = _numbers(q), _numbers(k), _numbers(v)
-        out = torch.empty(q.shape)
-        if plan.batch.single:
-            self._attend_rows(layer, q, k, v, plan, out)
-        visible = plan.visible[self.geometry.layers[layer].sliding_window]
-        for seen in visible[plan.batch.single :]:
+        shape, count = self.geometry.layers[layer], plan.batch.single
+        visible = plan.visible[shape.sliding_window]
+        out = np.empty((plan.batch.total, shape.heads, shape.head_dim), np.float32)
+        if count:
+            plan.take(q, k, v)
+            self._attend_rows(layer, visible[:count], plan, out[:count])
+        for seen in visible[count:]:
             rows = seen.item.rows
             if seen.item.failure is None:
                 with self._records.failing(plan, seen.item):
@@ -143,34 +156,25 @@ class CpuAttention(Attention):
         for item in plan.batch.items:
             if item.failure is not None:
                 out[item.rows] = 0
-        return out
+        return torch.from_numpy(out)
 
-    def _attend_rows(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        plan: CpuPlan,
-        out: torch.Tensor,
-    ) -> None:
-        """The rows of items of one token; one that has failed is nobody's."""
+    def _attend_rows(self, layer: int, visible: list[VisibleKV], plan: CpuPlan, out: Floats) -> None:
+        """The rows of items of one token, whose heads the plan has; one that has failed is nobody's."""
         shape = self.geometry.layers[layer]
-        window, count = shape.sliding_window, plan.batch.single
-        visible, sums = plan.visible[window][:count], out.numpy()
         for seen in visible:
             self._seal_before(layer, seen.item.position, seen.item.sequence)
-        kind, result = (shape.scaling, shape.softcap), (sums[:count], plan.lse)
-        self._rows.attend(q, k, v, self._planes, layer, plan.scans[window], self.store.memory, *kind, *result)
-        record_bytes = self.store.layout.record_bytes
-        for row, (seen, nbytes) in enumerate(zip(visible, plan.row_bytes[window], strict=True)):
+        scan, kind = plan.scans[shape.sliding_window], (shape.scaling, shape.softcap)
+        self._rows.attend(plan.heads, self._planes, layer, scan, self._host, *kind, out, plan.lse)
+        bytes_of = plan.row_bytes[shape.sliding_window]
+        for row, seen in enumerate(visible):
             item = seen.item
-            item.read_bytes["device"] += nbytes
-            item.read_bytes["host"] += len(seen.in_host) * record_bytes
+            item.read_bytes["device"] += bytes_of[row]
+            item.read_bytes["host"] += len(seen.in_host) * self._record_bytes
             if item.failure is None and plan.reads_of(layer, item):
                 one = slice(row, row + 1)
                 with self._records.failing(plan, item):
-                    self._records.merge(layer, q[one].numpy(), seen, plan, sums[one], plan.lse[one])
+                    queries = plan.heads[one, : shape.heads]
+                    self._records.merge(layer, queries, seen, plan, out[one], plan.lse[one])
 
     def _attend_chunk(
         self,
@@ -180,13 +184,15 @@ class CpuAttention(Attention):
         v: torch.Tensor,
         seen: VisibleKV,
         plan: CpuPlan,
-        out: torch.Tensor,
+        out: Floats,
     ) -> None:
         """The rows of an item of many tokens."""
         shape, item = self.geometry.layers[layer], seen.item
         heads = (shape.kv_heads, shape.heads // shape.kv_heads)
+        q = q.float()
         queries = q.reshape(item.count, *heads, shape.head_dim).permute(1, 2, 0, 3)
-        sums, lse = out.view(item.count, *heads, shape.head_dim), torch.empty(item.count, *heads)
+        sums = torch.from_numpy(out).view(item.count, *heads, shape.head_dim)
+        lse = torch.empty(item.count, *heads)
         for tile in plan.tiles(seen):
             first = tile.start - item.position
             rows = slice(first, first + tile.queries)
@@ -194,7 +200,7 @@ class CpuAttention(Attention):
             exact, exact_lse = self._attend_window(layer, queries[:, :, rows], tile, item.sequence, shape)
             sums[rows], lse[rows] = exact.permute(2, 0, 1, 3), exact_lse.permute(2, 0, 1)
             item.read_bytes["device"] += tile.mask.shape[1] * self._token_bytes
-        result = (out.numpy(), lse.view(item.count, shape.heads).numpy())
+        result = (out, lse.view(item.count, shape.heads).numpy())
         self._records.merge(layer, q.numpy(), seen, plan, *result, in_host=seen.in_host)
 
     def _attend_window(
@@ -232,9 +238,3 @@ class CpuAttention(Attention):
         keys, values = self._windows[sequence.window, layer, :, :, offsets]
         rows = sequence.table.rows[layer, first : (cell + 1) * BLOCKS_PER_CELL]
         self._codec.seal(element_view(keys), element_view(values), self.store.records(layer), rows)
-
-
-def _numbers(x: torch.Tensor) -> torch.Tensor:
-    """In float32, a head's numbers side by side."""
-    x = x.float()
-    return x if x.stride(-1) == 1 else x.contiguous()

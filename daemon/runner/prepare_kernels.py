@@ -118,11 +118,14 @@ def compile_all(layout: Layout, heads: int) -> Iterator[None]:
         partial.attend(q, records.reshape(-1), rows, rows, low, high, 1.0, 0.0, out, lse)
         merge(out, lse, out.copy(), lse.copy())
         yield
-    planes, numbers = element_view(torch.stack([k, v])[None, None]), torch.zeros(1, heads, layout.head_dim)
+    planes = element_view(torch.stack([k, v])[None, None])
     row = DecodeRow(0, (0,), [(0, 1)], np.zeros((1, 1), np.int64), np.zeros(1, np.int64), 0, BLOCK)
-    scan, kv = DecodeRows.of([row]), numbers[:, : layout.kv_heads]
-    attention, result = RowAttention(layout, heads // layout.kv_heads), (numbers.numpy(), lse[:1])
-    attention.attend(numbers, kv, kv, planes, 0, scan, records.reshape(-1), 1.0, 0.0, *result)
+    attention = RowAttention(layout, heads // layout.kv_heads)
+    given, kept = (
+        np.zeros((1, n, layout.head_dim), np.float32) for n in (heads + 2 * layout.kv_heads, heads)
+    )
+    views, scan = attention.views(records.reshape(-1)), DecodeRows.of([row])
+    attention.attend(given, planes, 0, scan, views, 1.0, 0.0, kept, lse[:1])
     yield
 
 

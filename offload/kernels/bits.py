@@ -48,17 +48,6 @@ def bits_f32(_context: Any, _bits: Any) -> Any:
     return types.float32(types.uint32), build
 
 
-@intrinsic
-def f32_at(_context: Any, _address: Any, _index: Any) -> Any:
-    """Number `index` of the float32 numbers that begin at an address."""
-
-    def build(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        first = builder.inttoptr(args[0], ir.FloatType().as_pointer())
-        return builder.load(builder.gep(first, [args[1]]), align=4)
-
-    return types.float32(types.int64, types.int64), build
-
-
 @device
 def bf16_to_f32(bits: Any) -> Any:
     """Exact."""

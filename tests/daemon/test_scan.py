@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from spilld.offload.kernels import threads
@@ -88,18 +87,18 @@ class Rows:
         return numbers if self.layout.element is Element.FLOAT32 else bf16(numbers)
 
     def attend(self, chosen: slice = slice(None)) -> tuple[F32, F32]:
-        layout, heads = self.layout, torch.from_numpy(self.heads[chosen])
-        q, k, v = torch.split(heads, [self.group * layout.kv_heads, layout.kv_heads, layout.kv_heads], 1)
-        out = np.full(q.shape, np.nan, np.float32)
+        heads = np.ascontiguousarray(self.heads[chosen])
+        out = np.full(
+            (len(heads), self.group * self.layout.kv_heads, self.layout.head_dim), np.nan, np.float32
+        )
         lse = np.full(out.shape[:2], np.nan, np.float32)
-        RowAttention(self.layout, self.group).attend(
-            q,
-            k,
-            v,
+        attention = RowAttention(self.layout, self.group)
+        attention.attend(
+            heads,
             self.planes,
             LAYER,
             DecodeRows.of(self.rows[chosen]),
-            self.records,
+            attention.views(self.records),
             self.layout.head_dim**-0.5,
             self.softcap,
             out,

@@ -13,11 +13,10 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numba import njit
 from numpy.typing import NDArray
 
-from spilld.offload.kernels.bits import f32_at, f32_to_bf16_nearest
+from spilld.offload.kernels.bits import f32_to_bf16_nearest
 from spilld.offload.kernels.inline import inside
 from spilld.offload.kernels.threads import check, spreading
 from spilld.offload.record import BLOCK, Element, Layout
@@ -114,15 +113,17 @@ class RowAttention:
         )
         self._queries, self._sums, self._tops, self._totals = self._workspace(1, 1)
 
+    def views(self, memory: NDArray[np.uint8]) -> tuple[NDArray[Any], ...]:
+        """The memory of records as `attend` takes it."""
+        return self._partial.views(memory)
+
     def attend(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        heads: Floats,
         planes: NDArray[Any],
         layer: int,
         scan: DecodeRows,
-        memory: NDArray[np.uint8],
+        records: tuple[NDArray[Any], ...],
         scale: float,
         softcap: float,
         out: Floats,
@@ -133,12 +134,11 @@ class RowAttention:
         Nothing is checked.
 
         Args:
-            q: float32 [rows, heads, head_dim], a head's numbers side by side; more rows do not matter.
-            k, v: [rows, kv_heads, head_dim], likewise.
+            heads: float32 [rows, heads + 2 kv_heads, head_dim], query, key and value heads of the rows.
             planes: the KV windows, [windows, layers, 2, kv_heads, tokens, head_dim], float32 or bf16 bits.
             layer: of the KV windows, and of the places of records.
             scan: the rows.
-            memory: the records, uint8.
+            records: as `views` gives them.
             scale, softcap: as in Partial.attend.
             out: float32 [rows, heads, head_dim].
             lse: float32 [rows, heads].
@@ -146,9 +146,9 @@ class RowAttention:
         rows, parts = len(scan.windows), len(scan.rows)
         if rows > len(self._queries) or parts > len(self._sums):
             self._queries, self._sums, self._tops, self._totals = self._workspace(rows, parts)
-        records, factors = self._partial.views(memory), (np.float32(scale), np.float32(softcap))
+        factors = (np.float32(scale), np.float32(softcap))
         room = (self._queries, self._sums, self._tops, self._totals)
-        check(self._kernel(_at(q), _at(k), _at(v), planes, layer, scan, records, *factors, *room, out, lse))
+        check(self._kernel(heads, planes, layer, scan, records, *factors, *room, out, lse))
 
     def _workspace(self, rows: int, parts: int) -> tuple[Floats, Floats, Floats, Floats]:
         """Tiles of queries, and the sums, maxima and totals of the parts."""
@@ -158,21 +158,13 @@ class RowAttention:
         return queries, sums, np.zeros((parts, *shape), np.float32), np.zeros((parts, *shape), np.float32)
 
 
-def _at(numbers: torch.Tensor) -> tuple[int, int, int]:
-    """Where numbers lie, and the strides of rows and heads: to numba, strided arrays of one row are of
-    another type than those of two."""
-    return numbers.data_ptr(), numbers.stride(0), numbers.stride(1)
-
-
 @cache
 def _kernel(keys4: int, int4: int, exact: int, wide: int, head_dim: int, tile: int) -> Callable[..., int]:
     """Only numbers are captured, as in partial.py."""
 
     @njit(nogil=True, error_model="numpy", cache=True, no_cfunc_wrapper=True)
     def kernel(
-        q: Any,
-        k: Any,
-        v: Any,
+        heads: Any,
         planes: Any,
         layer: Any,
         scan: Any,
@@ -190,17 +182,15 @@ def _kernel(keys4: int, int4: int, exact: int, wide: int, head_dim: int, tile: i
         for row in range(len(scan.windows)):
             for head in range(kv_heads):
                 for i in range(group):
-                    at = row * q[1] + (head * group + i) * q[2]
                     for d in range(head_dim):
-                        queries[row, head, i, d] = f32_at(q[0], at + d)
+                        queries[row, head, i, d] = heads[row, head * group + i, d]
                 for which in range(2):
                     plane = planes[scan.windows[row], layer, which, head]
-                    new = v if which else k
-                    at = row * new[1] + head * new[2]
+                    new = heads[row, (group + which) * kv_heads + head]
                     for i in range(2):
                         for d in range(head_dim):
-                            number = f32_at(new[0], at + d)
-                            plane[scan.offsets[row, i], d] = number if wide else f32_to_bf16_nearest(number)
+                            number = new[d] if wide else f32_to_bf16_nearest(new[d])
+                            plane[scan.offsets[row, i], d] = number
         failed = _spread(
             len(scan.rows) * kv_heads,
             keys4,
