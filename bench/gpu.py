@@ -32,7 +32,7 @@ from spilld.cuda_ext.device.tensors import Array
 from spilld.cuda_ext.errors import DeviceError
 from spilld.cuda_ext.flash import Flash
 from spilld.cuda_ext.memory.staging import Landing
-from spilld.cuda_ext.memory.windows import WindowShape
+from spilld.cuda_ext.memory.windows import KVWindowShape
 from spilld.cuda_ext.ops import (
     Load,
     Ops,
@@ -108,7 +108,7 @@ def done(device: Device[Any], stream: Stream, work: Callable[[], object]) -> Non
 
 def measured(device: Device[Any], load: Load, form: Layout, size: Size) -> Numbers:
     """Milliseconds, and the rates of copies, bytes/s, of one format."""
-    shape = WindowShape(WINDOW_TOKENS, 1, form.kv_heads, form.head_dim, torch.bfloat16)
+    shape = KVWindowShape(WINDOW_TOKENS, 1, form.kv_heads, form.head_dim, torch.bfloat16)
     ops, nbytes = Ops(load, form.constants, shape, HEADS), size.blocks * form.record_bytes
     rows = 3 * PROMPT * HEADS + ops.partial_rows(PROMPT)
     landing = Landing(device, 4 * rows * (HEAD_DIM + 1) + 32 * size.blocks + PAGE)
@@ -130,7 +130,7 @@ def measured(device: Device[Any], load: Load, form: Layout, size: Size) -> Numbe
             flash = Flash(device, load, form.constants, shape, HEADS)
             found |= prompt(device, ops, flash, landing, form, pool, size)
         with landing.turn():
-            planes = random(2, form.kv_heads, shape.slots, HEAD_DIM)
+            planes = random(2, form.kv_heads, shape.tokens, HEAD_DIM)
             landing.send(torch.from_numpy(planes).bfloat16().view(torch.int16).numpy(), other)
             seal = sealing(ops, landing, form, pool, other, size.sealed)
             found["seal"] = milliseconds(partial(done, device, Stream.COMPUTE, seal), size.calls)

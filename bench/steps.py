@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from spilld.attention.cpu import CpuAttention
-from spilld.cuda_ext.memory.cpu_windows import CpuWindows
-from spilld.cuda_ext.memory.windows import WindowShape
+from spilld.cuda_ext.memory.cpu_windows import CpuKVWindows
+from spilld.cuda_ext.memory.windows import KVWindowShape
 from spilld.kv.batch import BatchItem
 from spilld.kv.sequence import Sequence
 from spilld.kv.visibility import (
@@ -30,14 +30,14 @@ class Steps:
     def __init__(self, model: Model, store: Store, tokens: int, chunk: int) -> None:
         """tokens: room for so many; chunk: the most of one step."""
         g = model.geometry
-        shape = WindowShape(
-            slots=WINDOW_TOKENS,
+        shape = KVWindowShape(
+            tokens=WINDOW_TOKENS,
             layers=len(g.layers),
             kv_heads=g.sizes.kv_heads,
             head_dim=g.sizes.head_dim,
             dtype=getattr(torch, store.layout.element),
         )
-        windows = CpuWindows(shape, shape.nbytes)
+        windows = CpuKVWindows(shape, shape.nbytes)
         self._store = store
         self._sequence = Sequence(store.open(), windows.take(), bytes(32))
         windows.tensor.zero_()

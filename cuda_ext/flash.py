@@ -16,7 +16,7 @@ import torch
 from spilld.cuda_ext.compile.variant import BLOCK
 from spilld.cuda_ext.device.base import Device, Stream
 from spilld.cuda_ext.device.tensors import Array
-from spilld.cuda_ext.memory.windows import WindowShape
+from spilld.cuda_ext.memory.windows import KVWindowShape
 
 from .compile import variant
 from .ops import (
@@ -30,7 +30,7 @@ TILE = 32
 """Records that are unpacked at a time."""
 
 
-def try_out(device: Device[Any], shape: WindowShape) -> None:
+def try_out(device: Device[Any], shape: KVWindowShape) -> None:
     """Run torch's kernel once. Raises DeviceError or RuntimeError where it does not take such numbers."""
     memory = device.allocate(BLOCK * shape.head_dim * shape.dtype.itemsize)
     try:
@@ -49,7 +49,7 @@ class Flash:
         device: Device[Any],
         load: Load,
         layout: Mapping[str, int],
-        shape: WindowShape,
+        shape: KVWindowShape,
         heads: int,
         tile: int = TILE,
     ) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from spilld.cuda_ext.compile.variant import BLOCK, ROWS, Variant
 from spilld.cuda_ext.device.base import Kernel, Stream
 from spilld.cuda_ext.memory.staging import Landing
-from spilld.cuda_ext.memory.windows import WindowShape
+from spilld.cuda_ext.memory.windows import KVWindowShape
 
 from .compile import variant
 
@@ -34,8 +34,8 @@ class Parts(NamedTuple):
     parts: int
 
 
-class Ranges(NamedTuple):
-    """Ranges of slots that each query sees: int64 [queries, each, 2] on the device."""
+class WindowRanges(NamedTuple):
+    """Ranges of offsets in a KV window that each query sees: int64 [queries, each, 2] on the device."""
 
     address: int
     each: int
@@ -54,7 +54,7 @@ class Ops:
     """Nothing is checked; what is launched is done later."""
 
     def __init__(
-        self, load: Load, layout: Mapping[str, int], shape: WindowShape, heads: int, *, warps: int = WARPS
+        self, load: Load, layout: Mapping[str, int], shape: KVWindowShape, heads: int, *, warps: int = WARPS
     ) -> None:
         """load: gives the device's kernel. layout: a record's, as variant.py takes it. heads: of queries."""
         self.shape, self.heads, self._warps = shape, heads, warps
@@ -74,7 +74,7 @@ class Ops:
     @property
     def tiles(self) -> int:
         """Of a window."""
-        return -(-self.shape.slots // BLOCK)
+        return -(-self.shape.tokens // BLOCK)
 
     def parts(self, units: int, rows: int) -> int:
         """How many parts attention of so many queries over so many blocks, or tiles, is divided into."""
@@ -97,12 +97,12 @@ class Ops:
         return parts._replace(parts=first), others
 
     def attend_window(
-        self, to: Parts, q: Queries, planes: int, seen: Ranges, scale: float, softcap: float
+        self, to: Parts, q: Queries, planes: int, seen: WindowRanges, scale: float, softcap: float
     ) -> None:
         """planes: of one layer of a window."""
         self._attend_window.launch(
             *(Stream.COMPUTE, self._grid(to, q), to.out, to.lse, q.address, planes, seen.address, seen.each),
-            *(self.shape.slots, self._each(self.tiles, to.parts), q.rows, self.group, scale, softcap),
+            *(self.shape.tokens, self._each(self.tiles, to.parts), q.rows, self.group, scale, softcap),
         )
 
     def attend_records(
@@ -122,11 +122,11 @@ class Ops:
         self._merge.launch(Stream.COMPUTE, grid, out, lse, parts.out, parts.lse, parts.parts, self.group)
 
     def seal(self, pool: int, places: int, planes: int, firsts: int, count: int) -> None:
-        """Pack blocks that begin at these slots of a layer of a window into records.
+        """Pack blocks that begin at these offsets in a layer of a KV window into records.
 
         firsts, and places, which are byte offsets in the pool: int64 [count] on the device.
         """
-        head, token = self.shape.slots * self.shape.head_dim, self.shape.head_dim
+        head, token = self.shape.tokens * self.shape.head_dim, self.shape.head_dim
         values = planes + self.shape.layer_bytes // 2
         grid = (count, self.shape.kv_heads, 2)
         self._seal.launch(Stream.COMPUTE, grid, pool, places, planes, values, firsts, head, token)

@@ -13,14 +13,17 @@ import torch
 
 from spilld.cuda_ext.device.cpu import CpuDevice
 
-from .windows import Numbers, Windows, WindowShape
+from .windows import KVWindows, KVWindowShape, Numbers
 
 
-class CpuWindows(Windows):
-    """Windows in ordinary memory. `tensor` is all of them, [windows, layers, 2, kv_heads, slots, head_dim]:
-    only those that were taken may be touched."""
+class CpuKVWindows(KVWindows):
+    """KV windows in ordinary memory.
 
-    def __init__(self, shape: WindowShape, budget_bytes: int) -> None:
+    `tensor` is all of them, [windows, layers, 2, kv_heads, tokens, head_dim]: only those that were taken may
+    be touched.
+    """
+
+    def __init__(self, shape: KVWindowShape, budget_bytes: int) -> None:
         device = CpuDevice()
         super().__init__(device, shape, budget_bytes)
         nbytes = self.capacity * shape.nbytes

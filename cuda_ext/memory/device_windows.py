@@ -1,4 +1,4 @@
-"""Windows in the memory of a device that the CPU does not reach."""
+"""KV windows in the memory of a device that the CPU does not reach."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import torch
 from spilld.cuda_ext.device.base import Device, Stream
 
 from .staging import Landing
-from .windows import Numbers, Windows, WindowShape
+from .windows import KVWindows, KVWindowShape, Numbers
 
 
-class DeviceWindows(Windows):
+class DeviceKVWindows(KVWindows):
     """They cross layer by layer: `landing` must have room for one. Memory is behind all of them from the
     start: a request that was admitted shall not find that another program has taken it."""
 
-    def __init__(self, device: Device[Any], landing: Landing, shape: WindowShape, budget_bytes: int) -> None:
+    def __init__(
+        self, device: Device[Any], landing: Landing, shape: KVWindowShape, budget_bytes: int
+    ) -> None:
         """Raises ValueError if the budget does not hold one window, and OutOfMemory."""
         super().__init__(device, shape, budget_bytes)
         for window in [self.take() for _ in range(self.capacity)]:

@@ -1,4 +1,4 @@
-"""Windows: the newest tokens and the sinks of a sequence, exact, in device memory."""
+"""KV windows: the newest tokens and the sinks of a sequence, exact, in device memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from spilld.cuda_ext.device.base import Device
 from .arena import Arena
 
 Numbers = npt.NDArray[Any]
-"""K and V of one window, [layers, 2, kv_heads, slots, head_dim], float32 or bf16 bits (uint16)."""
+"""K and V of one window, [layers, 2, kv_heads, tokens, head_dim], float32 or bf16 bits (uint16)."""
 
 
 @dataclass(frozen=True)
-class WindowShape:
-    """What one window holds: K and V of `slots` tokens in every layer."""
+class KVWindowShape:
+    """What one KV window holds: K and V of so many tokens in every layer."""
 
-    slots: int
+    tokens: int
     layers: int
     kv_heads: int
     head_dim: int
@@ -31,7 +31,7 @@ class WindowShape:
 
     @property
     def layer_bytes(self) -> int:
-        return 2 * self.kv_heads * self.slots * self.head_dim * self.dtype.itemsize
+        return 2 * self.kv_heads * self.tokens * self.head_dim * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -40,13 +40,13 @@ class WindowShape:
     @property
     def dims(self) -> tuple[int, int, int, int, int]:
         """Of Numbers: token-major, so that stock attention kernels run over a layer."""
-        return self.layers, 2, self.kv_heads, self.slots, self.head_dim
+        return self.layers, 2, self.kv_heads, self.tokens, self.head_dim
 
 
-class Windows(ABC):
+class KVWindows(ABC):
     """As many windows as a budget of device bytes holds; memory stands behind those that were taken."""
 
-    def __init__(self, device: Device[Any], shape: WindowShape, budget_bytes: int) -> None:
+    def __init__(self, device: Device[Any], shape: KVWindowShape, budget_bytes: int) -> None:
         """Raises ValueError if the budget does not hold one window, and OutOfMemory."""
         self.shape = shape
         self.budget_bytes = budget_bytes
@@ -77,7 +77,7 @@ class Windows(ABC):
         self.arena.give_back(window)
 
     def address(self, window: int, layer: int) -> int:
-        """Of the layer's planes, [2, kv_heads, slots, head_dim]."""
+        """Of the layer's planes, [2, kv_heads, tokens, head_dim]."""
         return self.arena.address(window) + layer * self.shape.layer_bytes
 
     @abstractmethod

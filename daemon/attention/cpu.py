@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from spilld.cuda_ext.memory.cpu_windows import CpuWindows, element_view
+from spilld.cuda_ext.memory.cpu_windows import CpuKVWindows, element_view
 from spilld.kv.batch import Batch
 from spilld.kv.geometry import Geometry, LayerGeometry
 from spilld.kv.sequence import Sequence
@@ -122,7 +122,7 @@ def _tile(start: int, stop: int, sliding_window: int | None, group: int) -> Tile
 class CpuAttention(Attention):
     """Composes the partials of every tier where the CPU is the device."""
 
-    def __init__(self, geometry: Geometry, store: Store, windows: CpuWindows) -> None:
+    def __init__(self, geometry: Geometry, store: Store, windows: CpuKVWindows) -> None:
         super().__init__(geometry, store)
         heads, kv_heads, head_dim = geometry.sizes
         self._windows = windows.tensor

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from types import MappingProxyType
 
 from spilld.config.config import Config
-from spilld.cuda_ext.memory.windows import Windows
+from spilld.cuda_ext.memory.windows import KVWindows
 from spilld.engine.sessions.archive_transfers import ArchiveTransfers
 from spilld.engine.sessions.commands import SessionCommands
 from spilld.engine.sessions.manager import SessionManager
@@ -81,7 +81,7 @@ class Engine:
     def __init__(
         self,
         model: Model,
-        windows: Windows,
+        windows: KVWindows,
         store: Store,
         runner: Runner,
         sessions: SessionStore,

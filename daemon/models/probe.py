@@ -40,7 +40,7 @@ def probe(module: Any, geometry: Geometry) -> None:
     for every layer, with heads, windows and softcap as in `geometry` and with nothing that spilld does not
     compute.
     """
-    seen = _Seen(geometry)
+    seen = ProbedAttention(geometry)
     with FakeTensorMode() as mode, torch.inference_mode():
         tensors = (*module.named_parameters(), *module.named_buffers())
         shapes: dict[str, torch.Tensor] = {name: mode.from_tensor(tensor) for name, tensor in tensors}
@@ -55,7 +55,7 @@ def probe(module: Any, geometry: Geometry) -> None:
 
 
 @dataclass
-class _Seen:
+class ProbedAttention:
     """A ModuleAttention that computes nothing: what is to be checked of a call is checked before that."""
 
     geometry: Geometry

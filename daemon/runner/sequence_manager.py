@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Iterable
 
 from spilld.cuda_ext.errors import OutOfMemory
-from spilld.cuda_ext.memory.windows import Windows
+from spilld.cuda_ext.memory.windows import KVWindows
 from spilld.kv.batch import BatchItem
 from spilld.kv.checkpoint import find_resume_point, restore_checkpoint, save_checkpoint
 from spilld.kv.sequence import Sequence
@@ -36,7 +36,7 @@ SEALS = 2 * CELL
 class Sequences:
     """Opens them, finds again what was computed before, saves it, gives it up."""
 
-    def __init__(self, windows: Windows, store: Store, runner: Runner) -> None:
+    def __init__(self, windows: KVWindows, store: Store, runner: Runner) -> None:
         self._windows = windows
         self._store = store
         self._runner = runner

@@ -11,7 +11,7 @@ from spilld.cuda_ext import ops
 from spilld.cuda_ext.device.base import Device
 from spilld.cuda_ext.flash import Flash
 from spilld.cuda_ext.memory.staging import Landing
-from spilld.cuda_ext.memory.windows import WindowShape
+from spilld.cuda_ext.memory.windows import KVWindowShape
 from spilld.cuda_ext.ops import Load, Queries
 from spilld.offload.record import Format
 
@@ -29,7 +29,7 @@ def check(device: Device[Any], load: Load, form: Format, number: Number, *, tile
     records.q *= 4
     if number is Number.BFLOAT16:
         records.q = reference.widen(reference.bf16_nearest(records.q))
-    shape = WindowShape(64, 1, layout.kv_heads, layout.head_dim, getattr(torch, number))
+    shape = KVWindowShape(64, 1, layout.kv_heads, layout.head_dim, getattr(torch, number))
     heads = GROUP * layout.kv_heads
     flash = Flash(device, load, integers(layout), shape, heads, tile)
     landing = Landing(device, 4 << 20)

@@ -13,7 +13,7 @@ from spilld.cuda_ext.compile.variant import KERNELS, Variant
 from spilld.cuda_ext.device.base import Stream
 from spilld.cuda_ext.device.cpu import CpuDevice
 from spilld.cuda_ext.flash import Flash
-from spilld.cuda_ext.memory.windows import WindowShape
+from spilld.cuda_ext.memory.windows import KVWindowShape
 from spilld.cuda_ext.ops import Ops
 from spilld.offload.record import (
     SEALED,
@@ -31,7 +31,7 @@ class Unused:
 @pytest.mark.parametrize("form", SEALED)
 def test_shipped_kernels_are_those_that_a_model_launches(form: Format) -> None:
     layout = Layout(form, Element.BFLOAT16, 3, 64)
-    shape = WindowShape(slots=576, layers=2, kv_heads=3, head_dim=64, dtype=torch.bfloat16)
+    shape = KVWindowShape(tokens=576, layers=2, kv_heads=3, head_dim=64, dtype=torch.bfloat16)
     loaded: set[Variant] = set()
 
     def load(kernel: Variant) -> Unused:

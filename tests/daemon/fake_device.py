@@ -10,7 +10,7 @@ from spilld.attention.device.tier import DeviceTier, Tier, window_shape
 from spilld.config.config import Config
 from spilld.cuda_ext.choice import Costs, Rates
 from spilld.cuda_ext.flash import Flash
-from spilld.cuda_ext.memory.windows import WindowShape
+from spilld.cuda_ext.memory.windows import KVWindowShape
 from spilld.cuda_ext.ops import Ops
 from spilld.kv.geometry import Geometry
 from spilld.kv.visibility import highest_block
@@ -42,7 +42,7 @@ def fake_tier(
     device: FakeDevice,
     emulate: Emulate,
     store: Store,
-    shape: WindowShape,
+    shape: KVWindowShape,
     geometry: Geometry,
     *,
     hot: int = 12,

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from spilld.attention.base import Attention
+from spilld.attention.base import Attention, AttentionPlan
 from spilld.attention.cpu import CpuAttention
-from spilld.cuda_ext.memory.cpu_windows import CpuWindows, element_view
-from spilld.cuda_ext.memory.windows import Windows, WindowShape
+from spilld.cuda_ext.memory.cpu_windows import CpuKVWindows, element_view
+from spilld.cuda_ext.memory.windows import KVWindows, KVWindowShape
 from spilld.kv.batch import Batch, BatchItem
 from spilld.kv.geometry import Geometry, LayerGeometry
 from spilld.kv.sequence import Sequence
@@ -117,35 +117,32 @@ CASES = [
 ]
 
 
-Tier = Callable[[Store, WindowShape, Geometry], tuple[Windows, Attention]]
+Tier = Callable[[Store, KVWindowShape, Geometry], tuple[KVWindows, Attention]]
 """What attends."""
 
 
-def cpu_tier(store: Store, shape: WindowShape, geometry: Geometry) -> tuple[Windows, Attention]:
-    windows = CpuWindows(shape, 2 * shape.nbytes)
+def cpu_tier(store: Store, shape: KVWindowShape, geometry: Geometry) -> tuple[KVWindows, Attention]:
+    windows = CpuKVWindows(shape, 4 * shape.nbytes)
     return windows, CpuAttention(geometry, store, windows)
 
 
 class Setup:
-    """One sequence with one layer of random K/V, and every tier that it can lie in."""
+    """One sequence with one layer of random K/V, and every tier that it can lie in; those of another if it is
+    beside that."""
 
-    def __init__(self, case: Case, folder: Path, tier: Tier = cpu_tier) -> None:
+    def __init__(
+        self, case: Case, folder: Path, tier: Tier = cpu_tier, *, beside: Setup | None = None
+    ) -> None:
         self.case = case
-        layout = case.layout
-        shape = WindowShape(WINDOW_TOKENS, 1, case.kv_heads, case.head_dim, case.dtype)
-        layouts = StoreLayout.uniform(layout, 1)
-        disk = DiskTier(folder / "kv", 64 << 20, layouts, bytes(32))
-        self.disk = DiskBackend(
-            disk,
-            RunCache(disk, extent_bytes(layout, RUN)),
-            Spiller(disk, extent_bytes(layout, RUN)),
-            Prefetcher(disk, 4, extent_bytes(layout, RUN)),
-        )
-        slab = HostSlab(64 * layout.record_bytes, layouts.record_bytes)
-        self.store = Store(layouts, slab, RUN, self.disk)
-        windows, self.attention = tier(self.store, shape, case.geometry)
-        self.sequence = Sequence(self.store.open(), windows.take(), bytes(32))
-        with windows.written(self.sequence.window) as numbers:  # what was never written is never looked at
+        if beside is None:
+            self.disk, self.store = self._open(folder)
+            shape = KVWindowShape(WINDOW_TOKENS, 1, case.kv_heads, case.head_dim, case.dtype)
+            self.windows, self.attention = tier(self.store, shape, case.geometry)
+        else:
+            self.disk, self.store = beside.disk, beside.store
+            self.windows, self.attention = beside.windows, beside.attention
+        self.sequence = Sequence(self.store.open(), self.windows.take(), bytes(32))
+        with self.windows.written(self.sequence.window) as numbers:  # what was never written is never seen
             numbers.view(np.uint8)[...] = 0xFF
         self.store.reserve(self.sequence.table, 60)
         stop = case.start + case.m
@@ -159,15 +156,31 @@ class Setup:
         self.q *= 3
         self.sequence.tokens = draw.integers(0, 100, stop).tolist()
 
-    def part(self, position: int, count: int) -> BatchItem:
-        """The next `count` tokens, with room for what they seal and the reads that they need."""
+    def _open(self, folder: Path) -> tuple[DiskBackend, Store]:
+        layout, layouts = self.case.layout, StoreLayout.uniform(self.case.layout, 1)
+        tier, size = DiskTier(folder / "kv", 64 << 20, layouts, bytes(32)), extent_bytes(layout, RUN)
+        disk = DiskBackend(tier, RunCache(tier, size), Spiller(tier, size), Prefetcher(tier, 4, size))
+        slab = HostSlab(64 * layout.record_bytes, layouts.record_bytes)
+        return disk, Store(layouts, slab, RUN, disk)
+
+    def item(self, position: int, count: int) -> BatchItem:
+        """The next `count` tokens, with room for what they seal."""
         table = self.sequence.table
         self.store.grow(table, self.sequence.hashes(len(table.chain), sealed_by(position + count - 1)))
-        part = BatchItem(self.sequence, count, position)
-        self.plan = self.attention.plan(Batch([part]))
-        tickets = self.store.submit([planned.read for planned in self.plan.reads])
-        for planned, ticket in zip(self.plan.reads, tickets, strict=True):
+        return BatchItem(self.sequence, count, position)
+
+    def plan_of(self, *items: BatchItem) -> AttentionPlan:
+        """With the reads that they need under way."""
+        plan = self.attention.plan(Batch(items))
+        tickets = self.store.submit([planned.read for planned in plan.reads])
+        for planned, ticket in zip(plan.reads, tickets, strict=True):
             planned.ticket = ticket
+        return plan
+
+    def part(self, position: int, count: int) -> BatchItem:
+        """As `item`, planned alone."""
+        part = self.item(position, count)
+        self.plan = self.plan_of(part)
         return part
 
     def attend(self, part: BatchItem) -> torch.Tensor:
@@ -236,7 +249,7 @@ def prepared(case: Case, folder: Path, tier: Tier = cpu_tier) -> Iterator[Setup]
         try:
             setup.fill()
             yield setup
-            setup.store.check_integrity([setup.sequence.table])
+            setup.store.check_integrity(setup.store._tables)
             setup.disk.prefetch.check_integrity()
         finally:
             setup.attention.close()
@@ -265,11 +278,7 @@ def test_attention_is_the_oracles(case: Case, tmp_path: Path) -> None:
 def test_a_damaged_extent_fails_the_slice_and_frees_the_ring(m: int, tmp_path: Path) -> None:
     case = Case(1301, m, window=None)
     with prepared(case, tmp_path) as setup:
-        ref = setup.sequence.table.runs[0]
-        place = setup.disk.tier.locate(ref.run)
-        ones = page_aligned(PAGE)
-        ones[:] = 1
-        setup.disk.tier.system.pwritev(place.file, [ones.data], place.offset(0))
+        damage(setup, 0)
         part = setup.part(case.start, m)
         out = setup.attend(part)
         assert isinstance(part.failure, ExtentCorrupt)
@@ -277,3 +286,44 @@ def test_a_damaged_extent_fails_the_slice_and_frees_the_ring(m: int, tmp_path: P
         assert not out.any()
         assert out.shape == (m, 2, 64)
         assert not setup.attend(part).any(), "a failed slice stays failed in every layer"
+
+
+def damage(setup: Setup, run: int) -> None:
+    """One of its runs on disk, the oldest is the first."""
+    place = setup.disk.tier.locate(setup.sequence.table.runs[run].run)
+    ones = page_aligned(PAGE)
+    ones[:] = 1
+    setup.disk.tier.system.pwritev(place.file, [ones.data], place.offset(0))
+
+
+@pytest.mark.parametrize("damaged", [None, 0, 1])
+@pytest.mark.parametrize("window", [None, 700])
+def test_rows_and_chunks_of_several_sequences_go_together(
+    window: int | None, damaged: int | None, tmp_path: Path
+) -> None:
+    """Each is the oracle's; one whose KV is lost fails alone."""
+    cases = [Case(start, m, group=2, window=window) for start, m in ((1100, 300), (1301, 1), (600, 1))]
+    with prepared(cases[0], tmp_path) as first:
+        setups = [first, *(Setup(case, tmp_path, beside=first) for case in cases[1:])]
+        for setup in setups[1:]:
+            setup.fill()
+        if damaged is not None:
+            damage(setups[damaged], -1)
+        items = [setup.item(setup.case.start, setup.case.m) for setup in setups]
+        plan = first.plan_of(*items)
+        assert [item.count for item in plan.batch.items] == [1, 1, 300], "decode rows come first"
+        assert {read.item for read in plan.reads} >= set(items[:2]), "something is read for both"
+        owner = dict(zip(items, setups, strict=True))
+        rows = [(owner[item], slice(item.position, item.last + 1)) for item in plan.batch.items]
+        q, k, v = (
+            torch.cat([getattr(setup, name)[tokens] for setup, tokens in rows]) for name in ("q", "k", "v")
+        )
+        out = first.attention.forward(0, q, k, v, plan)
+        for number, (setup, item) in enumerate(zip(setups, items, strict=True)):
+            found = out[item.rows].double().numpy()
+            if number == damaged:
+                assert isinstance(item.failure, ExtentCorrupt)
+                assert not found.any()
+            else:
+                assert item.failure is None
+                assert np.abs(found - setup.expected()).max() < 2e-5

@@ -13,7 +13,7 @@ from spilld.attention.device.gpu_attention import DeviceAttention
 from spilld.cuda_ext.device.tensors import gpu_errors
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
 from spilld.cuda_ext.memory.staging import Landing
-from spilld.cuda_ext.memory.windows import Windows, WindowShape
+from spilld.cuda_ext.memory.windows import KVWindows, KVWindowShape
 from spilld.kv.geometry import Geometry
 from spilld.offload.record import Element, Format
 from spilld.offload.store.store import Store
@@ -47,7 +47,7 @@ PROMPTS = [
 
 
 def on(device: FakeDevice, emulate: Emulate, hot: int = 12, *, flash: bool = False) -> Tier:
-    def tier(store: Store, shape: WindowShape, geometry: Geometry) -> tuple[Windows, Attention]:
+    def tier(store: Store, shape: KVWindowShape, geometry: Geometry) -> tuple[KVWindows, Attention]:
         return fake_tier(device, emulate, store, shape, geometry, hot=hot, flash=flash)
 
     return tier

@@ -20,7 +20,7 @@ from spilld.config.config import Config
 from spilld.cuda_ext.device.cpu import CpuDevice
 from spilld.cuda_ext.device.tensors import gpu_errors
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
-from spilld.cuda_ext.memory.windows import WindowShape
+from spilld.cuda_ext.memory.windows import KVWindowShape
 from spilld.engine.service import EngineService
 from spilld.errors import DeviceUnusable, Overloaded
 from spilld.models.model import Model, load
@@ -99,7 +99,7 @@ def test_where_prompts_take_flash_attention(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    device, shape = CpuDevice(), WindowShape(slots=64, layers=1, kv_heads=1, head_dim=64, dtype=dtype)
+    device, shape = CpuDevice(), KVWindowShape(tokens=64, layers=1, kv_heads=1, head_dim=64, dtype=dtype)
 
     def refuses(*_: object) -> None:
         raise RuntimeError("no kernel image is available for execution on the device")

@@ -34,12 +34,12 @@ from spilld.cuda_ext.flash import Flash
 from spilld.cuda_ext.memory.cpu_windows import element_view
 from spilld.cuda_ext.memory.record_pool import RecordPool
 from spilld.cuda_ext.memory.staging import Landing
-from spilld.cuda_ext.memory.windows import Numbers, Windows
+from spilld.cuda_ext.memory.windows import KVWindows, Numbers
 from spilld.cuda_ext.ops import (
     Ops,
     Queries,
-    Ranges,
     Records,
+    WindowRanges,
 )
 from spilld.kv.batch import Batch, BatchItem
 from spilld.kv.geometry import Geometry
@@ -70,7 +70,7 @@ class OnDevice(NamedTuple):
     slots: Slots
 
 
-class _Call(NamedTuple):
+class ItemCall(NamedTuple):
     """One layer's attention for one item."""
 
     layer: int
@@ -91,7 +91,7 @@ class DeviceAttention(Attention):
         store: Store,
         device: Device[Any],
         ops: Ops,
-        windows: Windows,
+        windows: KVWindows,
         pool: RecordPool,
         landing: Landing,
         costs: Costs,
@@ -150,10 +150,10 @@ class DeviceAttention(Attention):
             if item.failure is None:
                 with self._records.failing(plan, item):
                     rows = [x[item.rows] for x in here]
-                    out[item.rows] = self._attend(_Call(layer, seen, plan), *rows)
+                    out[item.rows] = self._attend(ItemCall(layer, seen, plan), *rows)
         return out.to(q.device)
 
-    def _attend(self, call: _Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _attend(self, call: ItemCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """The rows of one item."""
         queries = q.float().contiguous().numpy()
         keys, values = (
@@ -165,7 +165,7 @@ class DeviceAttention(Attention):
             self._settle_surely()  # what work still uses may soon be another's
             raise
 
-    def _attend_cells(self, queries: Floats, keys: Numbers, values: Numbers, call: _Call) -> Floats:
+    def _attend_cells(self, queries: Floats, keys: Numbers, values: Numbers, call: ItemCall) -> Floats:
         """Cell by cell, as cells are sealed on the way; the CPU's share while the device has the last."""
         item, in_host = call.item, call.seen.in_host
         out, lse = np.zeros_like(queries), np.full(queries.shape[:2], -np.inf, np.float32)
@@ -185,7 +185,7 @@ class DeviceAttention(Attention):
         return out
 
     def _launch(
-        self, q: Floats, k: Numbers, v: Numbers, call: _Call, start: int, there: OnDevice
+        self, q: Floats, k: Numbers, v: Numbers, call: ItemCall, start: int, there: OnDevice
     ) -> tuple[Floats, Floats]:
         """Queries of one cell, the first at position `start`, over their KV window, which takes their K and
         V, and the records on the device: out and lse, there once landing has settled."""
@@ -197,7 +197,7 @@ class DeviceAttention(Attention):
         some = (there.blocks * BLOCK < high.max()) & ((there.blocks + 1) * BLOCK > low.min())
         places, positions = there.slots[some] * self._pool.record_bytes, there.blocks[some] * BLOCK
         tokens, blocks = int(np.diff(ranges[-1]).sum()), len(places)
-        item.read_bytes["device"] += tokens * shape.layer_bytes // shape.slots
+        item.read_bytes["device"] += tokens * shape.layer_bytes // shape.tokens
         item.read_bytes["device"] += blocks * self._pool.record_bytes
         flash = self._flash if blocks and self._is_prompt(call, count) else None
         tiles, others = ops.parts(ops.tiles, count), 1 if flash else ops.parts(blocks, count)
@@ -212,7 +212,7 @@ class DeviceAttention(Attention):
             partial = ops.room(landing, tiles + others, count)
             exact, stored = ops.split(partial, tiles, count)
             factors = (geometry.scaling, geometry.softcap)
-            ops.attend_window(exact, queries, planes, Ranges(at[3], ranges.shape[1]), *factors)
+            ops.attend_window(exact, queries, planes, WindowRanges(at[3], ranges.shape[1]), *factors)
             if blocks:
                 rotated = ops.rotate(landing.room(q.shape), queries) if ops.rotates else queries
                 records = Records(self._pool.address(0), at[6], at[7], blocks)
@@ -224,7 +224,7 @@ class DeviceAttention(Attention):
             ops.merge(out, lse, partial, queries)
             return landing.fetch(out, q.shape), landing.fetch(lse, q.shape[:2])
 
-    def _is_prompt(self, call: _Call, queries: int) -> bool:
+    def _is_prompt(self, call: ItemCall, queries: int) -> bool:
         """More queries than a kernel of ours has at a time, and each sees all of a record that one sees."""
         geometry = self.geometry.layers[call.layer]
         return queries > ROWS and geometry.sliding_window is None and not geometry.softcap
@@ -235,13 +235,13 @@ class DeviceAttention(Attention):
         token = shape.head_dim * shape.dtype.itemsize
         for which, source in enumerate(sources):
             for head in range(shape.kv_heads):
-                row = planes + (which * shape.kv_heads + head) * shape.slots * token
+                row = planes + (which * shape.kv_heads + head) * shape.tokens * token
                 mine = source + head * count * token
                 yield Copy(row + window_offset(start) * token, mine, count * token)
                 if start < SINKS:
                     yield Copy(row + start * token, mine, min(SINKS - start, count) * token)
 
-    def _seal_before(self, start: int, call: _Call) -> None:
+    def _seal_before(self, start: int, call: ItemCall) -> None:
         """If a cell begins at `start`, pack the one whose half of the window it takes, if there is one, into
         records: for host memory, and to stay here as long as there is room."""
         if start % CELL or start < 2 * CELL:
@@ -268,7 +268,7 @@ class DeviceAttention(Attention):
             slots[:staying] = -1
 
     @contextmanager
-    def _passing(self, call: _Call) -> Iterator[OnDevice]:
+    def _passing(self, call: ItemCall) -> Iterator[OnDevice]:
         """Fetch as many cold records as that is sooner than attending to them where they lie; as many as
         there is room for stay, those it gives only as long as the scope lasts."""
         item, here = call.item, call.seen.in_host
@@ -290,7 +290,7 @@ class DeviceAttention(Attention):
             slots[:staying] = -1
             yield passing
 
-    def _staying(self, taken: int, call: _Call) -> int:
+    def _staying(self, taken: int, call: ItemCall) -> int:
         """How many of so many slots that were taken are kept. What slides out of sight is not worth one."""
         return 0 if call.seen.sliding_window is not None else min(taken, max(0, taken + self._cached.room))
 
@@ -303,7 +303,7 @@ class DeviceAttention(Attention):
         finally:
             self._pool.give_back(slots[slots >= 0].tolist())
 
-    def _on_device(self, call: _Call, passing: OnDevice) -> OnDevice:
+    def _on_device(self, call: ItemCall, passing: OnDevice) -> OnDevice:
         """What is visible to the call and lies on the device, wherever else it lies."""
         visible = np.arange(call.seen.stored.start, call.seen.stored.stop)
         slots = self._cached.slots(call.item.sequence, call.layer, visible)
@@ -311,7 +311,7 @@ class DeviceAttention(Attention):
         blocks = np.concatenate([visible[cached], passing.blocks])
         return OnDevice(blocks, np.concatenate([slots[cached], passing.slots]))
 
-    def _host(self, call: _Call, blocks: Blocks) -> list[int]:
+    def _host(self, call: ItemCall, blocks: Blocks) -> list[int]:
         """Addresses of a layer's records in host memory."""
         rows = call.item.sequence.table.rows[call.layer, blocks]
         addresses: list[int] = (self.store.memory.ctypes.data + rows * self._pool.record_bytes).tolist()

@@ -17,11 +17,11 @@ from spilld.cuda_ext.device.base import Device
 from spilld.cuda_ext.device.cuda import CudaDevice
 from spilld.cuda_ext.errors import DeviceError
 from spilld.cuda_ext.flash import Flash, try_out
-from spilld.cuda_ext.memory.cpu_windows import CpuWindows
-from spilld.cuda_ext.memory.device_windows import DeviceWindows
+from spilld.cuda_ext.memory.cpu_windows import CpuKVWindows
+from spilld.cuda_ext.memory.device_windows import DeviceKVWindows
 from spilld.cuda_ext.memory.record_pool import RecordPool
 from spilld.cuda_ext.memory.staging import ALIGNMENT, Landing
-from spilld.cuda_ext.memory.windows import Windows, WindowShape
+from spilld.cuda_ext.memory.windows import KVWindows, KVWindowShape
 from spilld.cuda_ext.ops import Ops
 from spilld.errors import ConfigError
 from spilld.kv.geometry import Geometry
@@ -43,7 +43,7 @@ DEFAULT_WINDOWS = 4
 
 
 class DeviceTier(NamedTuple):
-    windows: Windows
+    windows: KVWindows
     attention: Attention
 
 
@@ -51,7 +51,7 @@ def on_cpu(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
     """Raises ValueError if the budget holds no window."""
     shape = window_shape(config, geometry)
     budget = DEFAULT_WINDOWS * shape.nbytes if config.device_budget is None else config.device_budget
-    windows = CpuWindows(shape, budget)
+    windows = CpuKVWindows(shape, budget)
     return DeviceTier(windows, CpuAttention(geometry, store, windows))
 
 
@@ -76,7 +76,7 @@ def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
         raise
 
 
-def has_flash(device: Device[Any], shape: WindowShape, geometry: Geometry) -> bool:
+def has_flash(device: Device[Any], shape: KVWindowShape, geometry: Geometry) -> bool:
     """Whether torch finds the GPU, and its flash attention takes such numbers, is for a layer of the model,
     and runs there."""
     of_use = any(layer.sliding_window is None and not layer.softcap for layer in geometry.layers)
@@ -96,9 +96,9 @@ TIERS: dict[str, Tier] = {"cpu": on_cpu, "cuda": on_cuda}
 """By the configured device."""
 
 
-def window_shape(config: Config, geometry: Geometry) -> WindowShape:
-    return WindowShape(
-        slots=WINDOW_TOKENS,
+def window_shape(config: Config, geometry: Geometry) -> KVWindowShape:
+    return KVWindowShape(
+        tokens=WINDOW_TOKENS,
         layers=len(geometry.layers),
         kv_heads=geometry.sizes.kv_heads,
         head_dim=geometry.sizes.head_dim,
@@ -134,7 +134,7 @@ def build(
     share = min((budget_bytes - working_bytes) // WINDOWS_SHARE, budget_bytes - least + one)
     for_windows = max(1, share // shape.nbytes) * shape.nbytes
     landing = Landing(device, landing_bytes)
-    windows = DeviceWindows(device, landing, shape, -(-for_windows // page) * page)
+    windows = DeviceKVWindows(device, landing, shape, -(-for_windows // page) * page)
     pool = RecordPool(device, budget_bytes - working_bytes - windows.budget_bytes, record_bytes)
     store.pin_memory(device.register)
     attention = DeviceAttention(geometry, store, device, ops, windows, pool, landing, costs, flash)
