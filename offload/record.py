@@ -38,7 +38,7 @@ class Format(enum.StrEnum):
 
 
 SEALED = (Format.EXACT, Format.INT8, Format.K8V4, Format.INT4)
-"""Formats that attention reads."""
+"""Formats that attention reads. Kernels know each by its index here."""
 
 
 class Element(enum.StrEnum):
@@ -54,7 +54,7 @@ class Element(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each plane of a record lies. All offsets and sizes are bytes.
+    """Where each plane of a record lies. All offsets and sizes are in bytes.
 
     Planes follow one another in this order without padding; the size of each is a multiple of 64:
 
@@ -122,8 +122,9 @@ class Layout:
 
     @property
     def constants(self) -> dict[str, int]:
-        """What kernels in other languages are compiled with: the bits of a key's and a value's number, sizes,
-        and where planes begin. Of the sealed formats only."""
+        """What CUDA kernels are compiled with: the bits of a key's and of a value's number, sizes, and where
+        planes begin. Of the sealed formats only.
+        """
         exact = 8 * self.element.nbytes
         codes = {Format.INT8: (8, 8), Format.K8V4: (8, 4), Format.INT4: (4, 4)}
         k, v = codes.get(self.format, (exact, exact))
@@ -133,9 +134,14 @@ class Layout:
 
 
 def check_places(memory: npt.NDArray[np.uint8], places: npt.NDArray[np.int64], layout: Layout) -> None:
-    """Kernels check no bounds: this keeps them inside memory, uint8 [bytes], at byte offsets int64 [n].
+    """Keep kernels, which check no bounds, inside the memory.
 
-    Raises ValueError.
+    Args:
+        memory: `[bytes] uint8`.
+        places: `[n] int64`, byte offsets of records of this layout.
+
+    Raises:
+        ValueError: a record would not lie in the memory, or not at a multiple of 64.
     """
     if memory.ndim != 1 or memory.dtype != "uint8" or not memory.flags.c_contiguous:
         raise ValueError("memory must be a contiguous uint8 vector")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from spilld.cuda_ext.errors import OutOfMemory
 
 from .base import Copy, Stream
-from .ranges import Ranges
+from .ranges import AddressRanges
 from .tensors import Array, in_process
 
 Function = Callable[..., None]
@@ -55,7 +55,7 @@ class CpuDevice:
     page_bytes = mmap.PAGESIZE
 
     def __init__(self) -> None:
-        self._allocated, self._reserved, self._mapped, self._registered = (Ranges() for _ in range(4))
+        self._allocated, self._reserved, self._mapped, self._registered = (AddressRanges() for _ in range(4))
 
     def load(
         self, image: Mapping[str, Function], name: str, *, threads: int = 32, shared_bytes: int = 0

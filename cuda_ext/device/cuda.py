@@ -22,7 +22,7 @@ from spilld.cuda_ext.errors import (
 
 from .base import Copy, Stream
 from .driver import Driver, Refused
-from .ranges import Ranges
+from .ranges import AddressRanges
 from .tensors import Array, gpu_errors, on_gpu
 
 REGISTER_BYTES = 64 << 30
@@ -49,8 +49,8 @@ class CudaDevice:
                 f"{self.name} cannot map memory on demand; GPUs from sm_80 on can, with their own driver"
             )
         self._register_bytes = register_bytes
-        self._allocated, self._reserved, self._mapped, self._registered = (Ranges() for _ in range(4))
-        self._parts = Ranges()  # of registered memory, as the driver knows them
+        self._allocated, self._reserved, self._mapped, self._registered = (AddressRanges() for _ in range(4))
+        self._parts = AddressRanges()  # of registered memory, as the driver knows them
         self._events: list[Any] = []  # all that were made
         self._idle_events: list[Any] = []
         self._libraries: list[Any] = []
@@ -263,7 +263,7 @@ class CudaDevice:
         for start, stop in zip(starts, [*starts[1:], copy.nbytes], strict=False):
             yield Copy(copy.to + start, copy.source + start, stop - start)
 
-    def _known(self, ranges: Ranges, address: int) -> int:
+    def _known(self, ranges: AddressRanges, address: int) -> int:
         nbytes = ranges.size(address)
         if nbytes is None:
             raise ValueError(f"nothing that was allocated, registered or reserved begins at {address:#x}")

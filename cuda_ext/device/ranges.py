@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 
 
-class Ranges:
+class AddressRanges:
     """Disjoint ranges [start, start + nbytes)."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from itertools import chain
 from typing import Any
 
 from spilld.cuda_ext.device.base import Copy, Stream
-from spilld.cuda_ext.device.ranges import Ranges
+from spilld.cuda_ext.device.ranges import AddressRanges
 from spilld.cuda_ext.device.tensors import Array, in_process
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
 
@@ -127,7 +127,7 @@ class FakeDevice:
         self.computed = 0  # by torch
         self.held_bytes = 0  # memory that a driver has promised for mapping
         self.lost: LaunchFailed | None = None
-        self.allocated, self.reserved, self.mapped, self.registered = (Ranges() for _ in range(4))
+        self.allocated, self.reserved, self.mapped, self.registered = (AddressRanges() for _ in range(4))
         self.clocks: dict[Stream, Clock] = {stream: dict.fromkeys(Stream, 0) for stream in Stream}
         self.host: Clock = dict.fromkeys(Stream, 0)
         self._numbers = dict.fromkeys(Stream, 0)

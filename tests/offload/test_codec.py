@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spilld.offload.kernels.codec.codec import FORMS, Codec
+from spilld.offload.kernels.codec.codec import Codec
 from spilld.offload.record import (
     BLOCK,
     HEAD_DIMS,
+    SEALED,
     Element,
     Format,
     Layout,
@@ -25,7 +26,7 @@ Array = npt.NDArray[Any]
 
 LAYOUTS = st.builds(
     Layout,
-    st.sampled_from(FORMS),
+    st.sampled_from(SEALED),
     st.sampled_from(Element),
     st.sampled_from((1, 2, 3)),
     st.sampled_from(HEAD_DIMS),
@@ -201,7 +202,7 @@ def test_a_broken_key_of_four_bits_shows_in_its_block(head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("form", SEALED[1:])
 def test_a_broken_number_shows_where_it_was(form: Format, bad: float) -> None:
     layout = Layout(form, Element.FLOAT32, 2, 64)
     k, v = ordinary(layout, 1, 5)
@@ -230,7 +231,7 @@ def test_every_byte_is_written_and_other_rows_are_untouched(layout: Layout) -> N
 
 
 @pytest.mark.parametrize("element", Element)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SEALED)
 def test_strided_views_seal_and_open_alike(form: Format, element: Element) -> None:
     """Slices of a [tokens, heads, head_dim] window and of a longer tile, as the engine passes them."""
     layout = Layout(form, element, 3, 80)

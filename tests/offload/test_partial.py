@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from spilld.offload.kernels.attention.partial import Partial, merge
-from spilld.offload.kernels.codec.codec import FORMS
 from spilld.offload.record import (
     BLOCK,
+    SEALED,
     Element,
     Format,
     Layout,
@@ -96,7 +96,7 @@ def layout(form: Format, head_dim: int = 64, kv_heads: int = 2, element: Element
     return Layout(format=form, element=element, kv_heads=kv_heads, head_dim=head_dim)
 
 
-FORMATS = pytest.mark.parametrize("form", FORMS)
+FORMATS = pytest.mark.parametrize("form", SEALED)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
-class Layout:
+class WeightFiles:
     """The safetensors of one folder: files in name order, bytes by dtype, how many numbers."""
 
     files: tuple[Path, ...]
@@ -34,7 +34,7 @@ class Layout:
         return self.nbytes.get(dtype, 0) / max(1, sum(self.nbytes.values()))
 
 
-def read_layout(folder: Path) -> Layout:
+def read_layout(folder: Path) -> WeightFiles:
     """Read every safetensors header and check that each file is exactly as long as its header says.
 
     Raises CorruptModel (damaged or cut off) or UnsupportedModel (no safetensors, or quantised weights).
@@ -52,7 +52,7 @@ def read_layout(folder: Path) -> Layout:
         raise UnsupportedModel(
             f"{folder}: weights stored as {', '.join(sorted(unknown))} are not read; {INSTEAD}"
         )
-    return Layout(files, {_NAMES[dtype]: size for dtype, size in nbytes.items()}, parameters)
+    return WeightFiles(files, {_NAMES[dtype]: size for dtype, size in nbytes.items()}, parameters)
 
 
 def _what_it_has(folder: Path) -> str:

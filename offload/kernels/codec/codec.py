@@ -10,8 +10,8 @@ import numpy.typing as npt
 from spilld.offload.kernels.threads import check
 from spilld.offload.record import (
     BLOCK,
+    SEALED,
     Element,
-    Format,
     Layout,
     check_places,
 )
@@ -24,7 +24,6 @@ Rows = npt.NDArray[np.int64]
 
 PLANES = ("k_codes", "k_scales", "v_codes", "v_scales")
 FLOAT32 = np.dtype(np.float32)
-FORMS = (Format.EXACT, Format.INT8, Format.K8V4, Format.INT4)
 
 
 class Codec:
@@ -38,15 +37,19 @@ class Codec:
         self.layout = layout
         self.dtype = FLOAT32 if layout.element is Element.FLOAT32 else np.dtype(np.uint16)
         self._planes = np.array([layout.plane(name) for name in PLANES], np.int64)
-        self._form = FORMS.index(layout.format)
+        self._form = SEALED.index(layout.format)
 
     def seal(self, k: Array, v: Array, records: Bytes, rows: Rows) -> None:
-        """Pack n blocks, every byte of records[rows[i]].
+        """Pack n blocks, every byte of records[rows[i]]. NaN and infinity are stored as FORMAT.md says.
 
-        k, v: [kv_heads, n*64, head_dim] in the layout's element (bfloat16 as uint16 bits), last axis
-        contiguous. records: uint8 [slots, record_bytes], C-contiguous. rows: distinct, int64 [n].
-        NaN and infinity are stored as FORMAT.md says. Raises ValueError, having written nothing, if a
-        shape, dtype, stride or row is not that.
+        Args:
+            k, v: `[kv_heads, n * 64, head_dim]` in the layout's element (bfloat16 as the uint16 of its bits),
+                last axis contiguous.
+            records: `[slots, record_bytes] uint8`, C-contiguous.
+            rows: `[n] int64`, distinct.
+
+        Raises:
+            ValueError: a shape, dtype, stride or row is not that; nothing was written.
         """
         self._check_rows(records, rows)
         self._check_numbers(k, v, rows.size, self.dtype)
@@ -58,11 +61,14 @@ class Codec:
     def open(self, memory: Bytes, places: Rows, k_out: Array, v_out: Array) -> None:
         """Unpack n records into k_out and v_out, every number written.
 
-        memory: uint8 [bytes], contiguous, 64-byte aligned; places: byte offsets of the records, multiples of
-        64, int64 [n]. k_out, v_out: float32 [kv_heads, n*64, head_dim] whatever the layout's element, last
-        axis contiguous; nothing is rounded to it, `exact` bfloat16 is
-        widened. Raises ValueError, having written nothing, if a shape,
-        dtype, stride or place is not that.
+        Args:
+            memory: `[bytes] uint8`, contiguous, 64-byte aligned.
+            places: `[n] int64`, byte offsets of the records, multiples of 64.
+            k_out, v_out: `[kv_heads, n * 64, head_dim] float32` whatever the layout's element is, last axis
+                contiguous. Nothing is rounded to that element; `exact` bfloat16 is widened.
+
+        Raises:
+            ValueError: a shape, dtype, stride or place is not that; nothing was written.
         """
         check_places(memory, places, self.layout)
         self._check_numbers(k_out, v_out, places.size, FLOAT32)

@@ -24,7 +24,10 @@ from spilld.offload.record import BLOCK
 from .rotation import rotate
 
 K_CODES, K_SCALES, V_CODES, V_SCALES = range(4)
+"""Rows of `planes`."""
+
 EXACT, INT8, K8V4, INT4 = range(4)
+"""Indices of record.SEALED."""
 
 NOTHING = np.float32(0)
 """The minimum of int8: code * scale + 0 is code * scale, as no product is -0 (a scale of 0 has codes 0)."""

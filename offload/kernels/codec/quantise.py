@@ -27,10 +27,17 @@ from spilld.offload.kernels.inline import joined
 from spilld.offload.kernels.threads import spreading
 from spilld.offload.record import BLOCK
 
+from .dequantise import (
+    EXACT,
+    INT4,
+    INT8,
+    K_CODES,
+    K_SCALES,
+    V_CODES,
+    V_SCALES,
+)
 from .rotation import rotate
 
-K_CODES, K_SCALES, V_CODES, V_SCALES = range(4)
-EXACT, INT8, K8V4, INT4 = range(4)
 KEY, VALUE = range(2)
 
 NAN = np.uint16(0x7FC0)
