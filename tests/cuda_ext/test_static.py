@@ -17,7 +17,7 @@ from .cubins import instructions, resources
 from .instructions import per_byte
 from .numbers import Number, integers, layout_of
 
-BUDGETS = {"merge": 72, "rotate": 48, "seal": 160, "dequantise": 64}
+BUDGETS = {"merge": 72, "rotate": 48, "seal": 64, "dequantise": 64}
 """Registers of a thread. Of attention: 8 warps of 32 threads fit into an SM's 65,536 at 255 each."""
 ATTENTION_BUDGETS = {64: 224, 80: 224, 96: 224, 128: 224, 256: 255}
 

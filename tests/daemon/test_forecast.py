@@ -9,7 +9,7 @@ import pytest
 from spilld.kv.visibility import stored_blocks
 from spilld.scheduler.latency import GUESSES, STEPS, LatencyModel
 
-LAYERS, RECORD, HOST = 30, 23104, 40_000_000
+LAYERS, RECORD, HOST = 30, 20352, 40_000_000
 BASE, ROW, HOST_S, DISK_S = 0.012, 0.003, 0.15e-9, 1.2e-9
 """The machine: seconds a step, a row, a byte from host memory, a byte from disk."""
 
