@@ -115,23 +115,24 @@ class Arrivals:
             raise
 
     def restore(self, left: Unfinished) -> None:
-        """Take up a request of the last process. Nobody listens to it until its client resumes it.
+        """Take up a request of the last process, or end it for good. Nobody listens to it until its client
+        resumes it."""
+        state = self._new(NOBODY, left.entry)
+        state.journal_id, state.told = left.number, len(left.events)
+        may_begin = self._requests.add(state)
+        try:
+            self._refuse_hopeless(left)
+            if may_begin:
+                self._begin(state, left.events)
+        except Exception as error:  # noqa: BLE001 (it is told, or raised)
+            log.error("request %s is set aside: %s", state.request.request_id, error)
+            self._cannot_begin(state, error)
 
-        Raises:
-            SpilldError: It cannot go on.
-        """
+    def _refuse_hopeless(self, left: Unfinished) -> None:
         if left.lives > LIVES:
             raise InternalError(f"{LIVES} daemons in a row ended before it got any further; send it again")
         if left.entry.fingerprint != self._model.fingerprint:
             raise StorageFailed("the daemon came back with another model; send the request again")
-        state = self._new(NOBODY, left.entry)
-        state.journal_id = left.number
-        try:
-            if self._requests.add(state):
-                self._begin(state, left.events)
-        except BaseException:
-            self._finisher.remove(state, keep=True)
-            raise
 
     def begin_due(self) -> None:
         """Begin the requests whose session is free now; one that cannot begin ends, and the next is due."""
@@ -151,7 +152,6 @@ class Arrivals:
         """Its session is its own from now on. told: what the last process has sent."""
         request = state.request
         state.session = self._sessions.session(request, state.handle)
-        state.told = told[-1].seq + 1 if told else 0
         session, chat = state.session, None
         if session is not None:
             state.prompt = self._sessions.prompt(request, state.prompt, session)

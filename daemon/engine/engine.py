@@ -6,7 +6,6 @@ One thread calls everything here, unless it says otherwise; service.py owns the 
 from __future__ import annotations
 
 import logging
-import time
 from contextlib import ExitStack
 from types import MappingProxyType
 
@@ -15,32 +14,20 @@ from spilld.cuda_ext.memory.windows import KVWindows
 from spilld.engine.sessions.archive_transfers import ArchiveTransfers
 from spilld.engine.sessions.commands import SessionCommands
 from spilld.engine.sessions.manager import SessionManager
-from spilld.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    Draining,
-    RequestNotFound,
-    SpilldError,
-    StorageFailed,
-)
+from spilld.errors import Cancelled, Draining, SpilldError
 from spilld.models.model import Model
-from spilld.monitoring.failures import is_lost, logged, typed
+from spilld.monitoring.failures import logged
 from spilld.monitoring.memory import MemoryWatch
 from spilld.monitoring.metrics import Metrics
 from spilld.monitoring.stats import Counters, EngineStats
 from spilld.offload.store.store import Store
 from spilld.protocol.messages import (
     ChangeSession,
-    Event,
-    Failed,
     Generate,
     ListSessions,
     Release,
     Reply,
-    Resume,
-    is_last,
 )
-from spilld.requests.request_state import NOBODY
 from spilld.requests.requests import RUNNING, Requests
 from spilld.runner.runner import Runner
 from spilld.runner.sequence_manager import Sequences
@@ -58,11 +45,10 @@ from .capacity import CapacityManager
 from .finisher import Finisher
 from .outbox import Outbox, Post
 from .step import StepExecutor
+from .subscriptions import Subscriptions
+from .upkeep import Upkeep
 
 log = logging.getLogger(__name__)
-
-TICK_S = 1.0
-"""How often memory and sessions are looked at: which have expired, which are still to be pinned."""
 
 
 class Engine:
@@ -75,6 +61,7 @@ class Engine:
         requests: All that have not ended.
         sessions: What requests continue and leave behind.
         archives: Exports and imports of sessions.
+        subscriptions: Which client hears of which request.
         published: What other threads may know.
     """
 
@@ -107,9 +94,7 @@ class Engine:
         self._runner = runner
         self._journal = journal
         self._prefill = prefill
-        self._post = post
         self._chunk_tokens = chunk_tokens
-        self._retention_s = retention_s
         self._counters = counters = Counters()
         self._scheduler = scheduler = Scheduler(chunk_tokens, prefill)
         self._outbox = outbox = Outbox(journal, self.sessions, counters, post, self._publish)
@@ -147,8 +132,11 @@ class Engine:
             self._commands.refuse_if_busy,
             lambda: self.longest,
         )
+        self.subscriptions = Subscriptions(requests, journal)
+        self._upkeep = Upkeep(
+            *(requests, finisher, self._capacity, self._commands, sessions, journal), retention_s
+        )
         self._workspace_bytes = runner.workspace_bytes
-        self._ticked = 0.0
         self._is_published = False
         self._publish()
 
@@ -157,8 +145,8 @@ class Engine:
     def turn(self) -> bool:
         """Admit, run one step, deal with its results; False if there was nothing to run."""
         self._is_published = False
-        self._expire()
-        self._tick()
+        self._upkeep.expire()
+        self._upkeep.tick()
         self._store.settle()
         with logged("archives are not tended"):
             self.archives.tend()
@@ -175,40 +163,12 @@ class Engine:
         self._end_turn()
         return bool(admitted or plan)
 
-    def _expire(self) -> None:
-        """End requests that are past their deadline, or that no client has asked for in a while."""
-        for state in self.requests:
-            if state.left_s < 0:
-                self._finisher.abort(state, DeadlineExceeded(f"not done after {state.request.deadline_s} s"))
-            elif state.unheard_s > self._retention_s:
-                why = f"no client asked for it within {self._retention_s:g} s"
-                self._finisher.abort(state, Cancelled(why))
-
-    def _tick(self) -> None:
-        """What is due every TICK_S."""
-        if time.monotonic() - self._ticked < TICK_S:
-            return
-        self._ticked = time.monotonic()
-        self._capacity.watch_memory()
-        with logged("sessions are in memory only"):
-            self._write_held()
-        with logged("sessions are not tended"):
-            self._commands.tend()
-        self._journal.sweep(self._retention_s)
-
     def _end_turn(self) -> None:
         """Begin what the ended have made way for, and tell everybody."""
         self._arrivals.begin_due()
         self._outbox.flush()
         if not self._is_published:
             self._publish()
-
-    def _write_held(self) -> None:
-        """Write sessions that could not be written, with the ends of their requests, if that can be done
-        now."""
-        with self._journal.transaction():
-            self.sessions.store.write_held()
-        self.sessions.store.let_go()
 
     @property
     def writing(self) -> bool:
@@ -247,61 +207,14 @@ class Engine:
 
     def restore(self, left: Unfinished) -> None:
         """Go on with a request of the last process, or fail it for good."""
-        try:
-            self._arrivals.restore(left)
-        except Exception as error:
-            request_id, failure = left.entry.request.request_id, typed(error, "the request cannot go on")
-            log.error("request %s is set aside: %s", request_id, failure)
-            event = Failed.because(failure, request_id, len(left.events))
-            self._counters.event(event, 0)
-            with logged("a request is not set aside"):
-                self._journal.note(left.number, event)
-            self._post(NOBODY, event)
-            if is_lost(error):
-                raise
+        self._arrivals.restore(left)
+        self._outbox.flush()
 
     def cancel(self, request_id: str, tenant: str | None = None) -> None:
         """End a request; one that has ended already, or is of another tenant if one is given, is ignored."""
         if (state := self.requests.find(request_id, tenant)) is not None:
             self._finisher.abort(state, Cancelled("cancelled by the client"))
-            self._outbox.flush()
-
-    def acknowledge(self, request_id: str, next_seq: int, tenant: str | None = None) -> None:
-        """Its client has all events of a request before next_seq. Ignored as in `cancel`."""
-        if (state := self.requests.find(request_id, tenant)) is not None:
-            state.acknowledged = max(state.acknowledged, next_seq)
-
-    def leave(self, client: bytes, request_id: str) -> None:
-        """A client is gone; if the request is its, it may resume it later."""
-        state = self.requests.find(request_id)
-        if state is not None and state.client == client:
-            state.listen(NOBODY)
-
-    def resume(self, client: bytes, request: Resume) -> list[Event]:
-        """Let a client have the events of a request from now on.
-
-        Returns:
-            Those that it has missed.
-
-        Raises:
-            RequestNotFound: It never arrived, or ended long ago.
-            StorageFailed: Some of them are lost.
-        """
-        state = self.requests.find(request.request_id)
-        number = self._journal.find(request.tenant, request.request_id)
-        if number is None:
-            raise RequestNotFound(
-                f"no request {request.request_id!r} is known here: it never arrived, or ended long ago"
-            )
-        missed = self._journal.events(number, request.next_seq)
-        if state is None and not (missed and is_last(missed[-1])):
-            raise StorageFailed("the end of this request could not be written to disk and is lost")
-        if state is not None:
-            if request.next_seq + len(missed) < state.told:
-                raise StorageFailed("events of this request could not be written to disk and are lost")
-            state.listen(client)
-            state.acknowledged = request.next_seq
-        return missed
+            self._end_turn()
 
     def manage(self, request: Release | ListSessions | ChangeSession) -> Reply:
         """List or change sessions.
@@ -363,7 +276,7 @@ class Engine:
         context its lifetime."""
         self._prefill.gap_s = config.max_gap_ms / 1e3
         self.sessions.context_ttl_s = config.context_ttl_s
-        self._retention_s = config.retention_s
+        self._upkeep.retention_s = config.retention_s
         if self._store.disk is not None:
             self._store.disk.prefetch.deadline_s = config.read_deadline_s
 
@@ -397,7 +310,7 @@ class Engine:
                     self._sequences.save(state.sequence, state.checkpoint)
         self._outbox.flush()
         with logged("sessions that were held in memory are lost"):
-            self._write_held()
+            self._upkeep.write_held()
         if not self._sequences.lost:
             self._journal.end_life()
         left = frozenset(state.request.request_id for state in self.requests)

@@ -133,10 +133,12 @@ class EngineService:
             self._inbox.put(partial(self._engine.cancel, request_id, tenant))
 
     def acknowledge(self, request_id: str, next_seq: int, tenant: str | None = None) -> None:
-        self._inbox.put(partial(self._engine.acknowledge, request_id, next_seq, tenant))
+        self._inbox.put(partial(self._engine.subscriptions.acknowledge, request_id, next_seq, tenant))
 
     def leave(self, client: bytes, request_id: str) -> None:
-        self._intake.in_turn(client, partial(self._engine.leave, client, request_id), request_id)
+        self._intake.in_turn(
+            client, partial(self._engine.subscriptions.leave, client, request_id), request_id
+        )
 
     def manage(self, client: bytes, request: Release | ListSessions | ChangeSession) -> None:
         self._count(+1)
@@ -313,7 +315,7 @@ class EngineService:
     def _resume(self, client: bytes, request: Resume) -> None:
         """What was missed is posted as it was, not counted again."""
         try:
-            for event in self._engine.resume(client, request):
+            for event in self._engine.subscriptions.resume(client, request):
                 self._post(client, event)
         except Exception as error:
             failure = typed(error, "the events of this request cannot be read")

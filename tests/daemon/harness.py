@@ -73,7 +73,7 @@ class Harness:
         """Be the client of a request that has all events before next_seq."""
         self._from[request_id] = next_seq
         self.events[request_id] = []
-        for event in self.engine.resume(
+        for event in self.engine.subscriptions.resume(
             CLIENT, Resume(request_id=request_id, next_seq=next_seq, tenant=tenant)
         ):
             self._post(CLIENT, event)

@@ -198,7 +198,7 @@ def test_its_kv_is_evicted_as_that_of_a_session(model: Model, original: Original
     with engine(model, tmp_path / "s", **tight) as harness:
         assert imported(harness, content).cached_tokens == 1407
         for seed in range(100, 124):
-            harness.engine._ticked = 0.0
+            harness.engine._upkeep._ticked = 0.0
             harness.ask(some_tokens(seed, 1000), max_tokens=1)
             while harness.engine.writing:
                 harness.engine.rest()

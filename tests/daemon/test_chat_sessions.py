@@ -369,7 +369,7 @@ class TestFullDisk:
     def test_saved_once_there_is_room(
         self, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("spilld.engine.engine.TICK_S", 0.0)
+        monkeypatch.setattr("spilld.engine.upkeep.TICK_S", 0.0)
         with engine(model, tmp_path, keep_state=True) as harness:
             self.fill(harness)
             say(harness, [LONG], session="new")
@@ -395,7 +395,7 @@ class TestFullDisk:
             harness.resume("r", harness.done().seq)
             assert not harness.done().saved, "its client may have missed it"
             harness.engine._journal._db.run("PRAGMA query_only = 0")
-            harness.engine._ticked = 0.0
+            harness.engine._upkeep._ticked = 0.0
             harness.run()
             before = book(harness)
         with engine(model, tmp_path) as harness:
@@ -419,7 +419,7 @@ class TestFullDisk:
                     ChangeSession(request_id="m", session="new", action="rename", into="new")
                 )
             self.free(harness)
-            harness.engine._ticked = 0.0
+            harness.engine._upkeep._ticked = 0.0
             harness.run()
             harness.engine.manage(ChangeSession(request_id="m", session="new", action="rename", into="kept"))
             infos = harness.engine.manage(ListSessions(request_id="m"))

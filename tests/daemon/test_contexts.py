@@ -125,7 +125,7 @@ class TestHandles:
             assert again == harness.ask(PROMPT[:9], context=keep(harness), **FIELDS)
 
     def test_expired(self, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("spilld.engine.engine.TICK_S", 0.0)
+        monkeypatch.setattr("spilld.engine.upkeep.TICK_S", 0.0)
         with engine(model, tmp_path / "s", context_ttl_s=0.2) as harness:
             context = keep(harness)
             harness.add("a", PROMPT[:5], context=context, **FIELDS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.engine import engine as engine_module
+from spilld.engine import upkeep
 from spilld.models.model import Model
 from spilld.monitoring.memory import MemoryWatch, available_bytes
 from spilld.offload.host.slab import HostSlab
@@ -111,7 +111,7 @@ class Kernel:
     """Says what is left."""
 
     def __init__(self, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(engine_module, "TICK_S", 0.0)
+        monkeypatch.setattr(upkeep, "TICK_S", 0.0)
         self.left = 1 << 40
         harness.engine._capacity.memory = MemoryWatch(MIB, lambda: self.left)
 

@@ -38,7 +38,7 @@ def decoding(model: Model, state: Path, **fields: Any) -> Iterator[Harness]:
             harness.add(name, some_tokens(seed, 40), ignore_eos=True, **{"session": name, **fields})
         while min(said(harness, name) for name in NAMES) < 3:
             assert harness.engine.turn()
-        harness.engine._ticked = math.inf
+        harness.engine._upkeep._ticked = math.inf
         yield harness
 
 
@@ -113,7 +113,7 @@ def test_one_request_that_cannot_be_noted_is_no_others_loss(
         monkeypatch.undo()
         names = {session.name for session in harness.engine.sessions.store.of("")}
         assert names == set(NAMES), "its session is in memory"
-        harness.engine._ticked = 0.0
+        harness.engine._upkeep._ticked = 0.0
         harness.run()
         with closing(sqlite3.connect(tmp_path / "sessions.sqlite")) as db:
             assert {name for (name,) in db.execute("SELECT name FROM sessions")} == set(NAMES)

@@ -203,15 +203,15 @@ def test_who_does_not_read_pauses_and_makes_way(model: Model, tmp_path: Path) ->
         harness.ask(SHORT, "short", max_tokens=5, ignore_eos=True, tenant="a")
         stats = harness.engine.stats()
         assert (stats["preemptions"], stats["requests_waiting"], stats["requests_paused"]) == (1, 1, 1)
-        harness.engine.acknowledge("unknown", 20)
-        harness.engine.acknowledge("long", 20, "not a's")
+        harness.engine.subscriptions.acknowledge("unknown", 20)
+        harness.engine.subscriptions.acknowledge("long", 20, "not a's")
         harness.engine.cancel("long", "")
         assert harness.engine.stats()["requests_paused"] == 1
-        harness.engine.acknowledge("long", 5)
+        harness.engine.subscriptions.acknowledge("long", 5)
         harness.run()
         assert len(harness.events["long"]) == 25
         while said(harness, "long") < ANSWER:
-            harness.engine.acknowledge("long", len(harness.events["long"]))
+            harness.engine.subscriptions.acknowledge("long", len(harness.events["long"]))
             harness.run()
         found = harness.tokens("long")
     assert found == alone(model, tmp_path / "1", LONG, ANSWER)
@@ -225,7 +225,7 @@ def test_who_reads_slowly_holds_up_nobody_else(model: Model, tmp_path: Path) -> 
             pass
         assert len(harness.tokens("other")) == ANSWER
         assert len(harness.events["slow"]) == 8
-        harness.engine.leave(CLIENT, "slow")  # nobody listens: it goes on
+        harness.engine.subscriptions.leave(CLIENT, "slow")  # nobody listens: it goes on
         harness.run()
         harness.resume("slow", 3)
         assert len(harness.tokens("slow")) == ANSWER

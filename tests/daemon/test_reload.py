@@ -189,7 +189,7 @@ def test_the_engine_takes_what_is_safe(model: Model, tmp_path: Path) -> None:
         opened.service.adjust(after)
         short = opened.ask("short", "hello", keep=True).context
         engine = opened.engine
-        assert (engine._prefill.gap_s, engine._retention_s) == (0.005, 7.0)
+        assert (engine._prefill.gap_s, engine._upkeep.retention_s) == (0.005, 7.0)
         assert engine._store.disk is not None
         assert engine._store.disk.prefetch.deadline_s == 3.0
         opened.service.cancel("running")

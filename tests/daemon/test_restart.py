@@ -322,27 +322,27 @@ def test_retention(model: Model, tmp_path: Path) -> None:
     with life(model, tmp_path / "s") as harness:
         harness.add("r", PROMPT, **FIELDS)
         harness.engine.turn()
-        harness.engine.leave(b"test", "r")
+        harness.engine.subscriptions.leave(b"test", "r")
         harness.engine.turn()
         assert harness.engine.stats()["requests_running"] == 1
         harness.resume("r")
-        harness.engine._retention_s = 0.0
+        harness.engine._upkeep.retention_s = 0.0
         harness.engine.turn()
         assert harness.engine.stats()["requests_running"] == 1, "it has a client again"
-        harness.engine.leave(b"test", "r")
+        harness.engine.subscriptions.leave(b"test", "r")
         harness.engine.turn()
         assert harness.engine.stats()["requests_running"] == 0
-        harness.engine._ticked = 0.0
+        harness.engine._upkeep._ticked = 0.0
         harness.engine.turn()
         with pytest.raises(RequestNotFound):
-            harness.engine.resume(b"test", Resume(request_id="r"))
+            harness.engine.subscriptions.resume(b"test", Resume(request_id="r"))
 
 
 def test_another_tenant_and_a_running_id(model: Model, tmp_path: Path) -> None:
     with life(model, tmp_path / "s") as harness:
         harness.add("r", PROMPT, tenant="mine", **FIELDS)
         with pytest.raises(RequestNotFound):
-            harness.engine.resume(b"test", Resume(request_id="r", tenant="theirs"))
+            harness.engine.subscriptions.resume(b"test", Resume(request_id="r", tenant="theirs"))
         with pytest.raises(InvalidRequest, match="in flight"):
             harness.add("r", PROMPT, **FIELDS)
         harness.engine.cancel("r")
@@ -382,7 +382,7 @@ def test_events_that_could_not_be_written(
         for _ in range(5):
             harness.engine.turn()
         with pytest.raises(StorageFailed, match="lost"):
-            harness.engine.resume(b"test", Resume(request_id="r"))
+            harness.engine.subscriptions.resume(b"test", Resume(request_id="r"))
         monkeypatch.undo()
         harness.run()
         assert len(harness.tokens()) == FIELDS["max_tokens"]

@@ -214,7 +214,7 @@ class TestManagement:
             assert harness.done().usage.cached_tokens == 1407
 
     def test_expiring(self, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("spilld.engine.engine.TICK_S", 0.0)
+        monkeypatch.setattr("spilld.engine.upkeep.TICK_S", 0.0)
         with engine(model, tmp_path / "s") as harness:
             for name in ("goes", "stays", "pinned"):
                 harness.ask(PROMPT[:20], session=name, **FIELDS)
@@ -227,7 +227,7 @@ class TestManagement:
     def test_pinned_kv_stays_whatever_room_is_needed(
         self, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("spilld.engine.engine.TICK_S", 0.0)
+        monkeypatch.setattr("spilld.engine.upkeep.TICK_S", 0.0)
         settings = tight(model, "exact") | {"disk_budget": "4MiB", "device_budget": window_bytes(model)}
         with engine(model, tmp_path / "s", keep_state=True, **settings) as harness:
             for name in ("pinned", "loose"):
@@ -359,7 +359,7 @@ def test_a_damaged_run_of_a_pinned_session_is_computed_again(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is pinned when it turns out to be damaged, and its room is no longer counted."""
-    monkeypatch.setattr("spilld.engine.engine.TICK_S", 0.0)
+    monkeypatch.setattr("spilld.engine.upkeep.TICK_S", 0.0)
     wanted = without_a_break(model, tmp_path / "a", (PROMPT, {"form": "k8v4", **FIELDS}), (MORE, FIELDS))
     with engine(model, tmp_path / "s", keep_state=True) as harness:
         first = harness.ask(PROMPT, session="s", **FIELDS)
@@ -417,7 +417,7 @@ def flood(harness: Harness) -> None:
     evicted = 0
     for seed in range(100, 124):
         written(harness)
-        harness.engine._ticked = 0.0
+        harness.engine._upkeep._ticked = 0.0
         harness.ask(some_tokens(seed, 1000), max_tokens=1)
         evicted += harness.engine.stats()["disk_cached_bytes"] == 0
     assert not evicted

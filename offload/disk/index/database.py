@@ -37,14 +37,6 @@ def _tables(create: str) -> list[tuple[Any, ...]]:
         db.close()
 
 
-def _size(path: str) -> int:
-    """Of a file; 0 if there is none."""
-    try:
-        return Path(path).stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
 def put_aside(path: Path, why: IndexDamaged) -> None:
     """Rename a damaged file, to the suffix .damaged; its log goes."""
     aside = path.with_suffix(".damaged")
@@ -66,7 +58,8 @@ class Database:
         """Open, or make with the statements of `create`. schema is kept as PRAGMA user_version; upgrades:
         statements that make of an older schema this one."""
         self.path = path
-        self._name = str(path)
+        self._nbytes: int | None = None
+        """What the files take; None where that has to be asked again."""
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
@@ -105,12 +98,14 @@ class Database:
 
     def run(self, statement: str, values: Iterable[object] = ()) -> int:
         """One statement as a transaction of its own; returns how many rows it changed."""
+        self._nbytes = None
         with self._errors():
             return self._db.execute(statement, tuple(values)).rowcount
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """What is executed inside happens as a whole or not at all."""
+        self._nbytes = None
         with self._errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -129,7 +124,10 @@ class Database:
     @property
     def nbytes(self) -> int:
         """What it takes on disk, its log included."""
-        return sum(_size(f"{self._name}{suffix}") for suffix in ("", "-wal", "-shm"))
+        if self._nbytes is None:
+            files = (self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal", "-shm"))
+            self._nbytes = sum(file.stat().st_size for file in files if file.exists())
+        return self._nbytes
 
     def check_integrity(self) -> None:
         ((word,),) = self.rows("PRAGMA integrity_check(1)")
