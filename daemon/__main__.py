@@ -13,7 +13,7 @@ from typing import Any
 from spilld.cli.commands import ask, chat, keys, machine, serve, sessions, watch
 
 from .errors import SpilldError
-from .printable import harmless
+from .printable import printable
 
 COMMANDS = (serve, ask, chat, sessions, watch, keys, machine)
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _lose_output()
         return 128 + signal.SIGPIPE
     except SpilldError as error:
-        message = harmless(error.message) if sys.stderr.isatty() else error.message
+        message = printable(error.message) if sys.stderr.isatty() else error.message
         print(f"spilld: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -27,14 +27,14 @@ class FieldError(ValueError):
         self.name = name
 
 
-class Reader(ABC):
+class FieldReader(ABC):
     @abstractmethod
     def read(self, value: object, name: str) -> Any:
         """The value in its Python type; FieldError if it does not fit."""
 
 
 @dataclass(frozen=True)
-class Int(Reader):
+class Int(FieldReader):
     low: int
     high: int = 2**63 - 1
 
@@ -49,7 +49,7 @@ class Int(Reader):
 
 
 @dataclass(frozen=True)
-class Ints(Reader):
+class Ints(FieldReader):
     """A tuple of integers. Checked at C speed: a prompt may hold a million."""
 
     each: Int
@@ -66,7 +66,7 @@ class Ints(Reader):
 
 
 @dataclass(frozen=True)
-class Real(Reader):
+class Real(FieldReader):
     """A finite float (an integer is taken too) between low and high."""
 
     low: float = -math.inf
@@ -83,7 +83,7 @@ class Real(Reader):
 
 
 @dataclass(frozen=True)
-class LogProb(Reader):
+class LogProb(FieldReader):
     """A float; -inf is a probability of zero."""
 
     def read(self, value: object, name: str) -> float:
@@ -93,7 +93,7 @@ class LogProb(Reader):
 
 
 @dataclass(frozen=True)
-class Flag(Reader):
+class Flag(FieldReader):
     def read(self, value: object, name: str) -> bool:
         if not isinstance(value, bool):
             raise FieldError(name, value, "true or false")
@@ -101,7 +101,7 @@ class Flag(Reader):
 
 
 @dataclass(frozen=True)
-class Text(Reader):
+class Text(FieldReader):
     low: int = 0
     high: int | None = None
 
@@ -114,7 +114,7 @@ class Text(Reader):
 
 
 @dataclass(frozen=True)
-class Blob(Reader):
+class Blob(FieldReader):
     """A string of at most `high` bytes."""
 
     high: int
@@ -126,7 +126,7 @@ class Blob(Reader):
 
 
 @dataclass(frozen=True)
-class Choice(Reader):
+class OneOf(FieldReader):
     values: tuple[str, ...]
 
     def read(self, value: object, name: str) -> str:
@@ -136,10 +136,10 @@ class Choice(Reader):
 
 
 @dataclass(frozen=True)
-class Many(Reader):
+class ListOf(FieldReader):
     """A tuple of at most `most` items."""
 
-    each: Reader
+    each: FieldReader
     most: int | None = None
 
     def read(self, value: object, name: str) -> tuple[Any, ...]:
@@ -151,10 +151,10 @@ class Many(Reader):
 
 
 @dataclass(frozen=True)
-class Row(Reader):
+class TupleOf(FieldReader):
     """A tuple of fixed length."""
 
-    each: tuple[Reader, ...]
+    each: tuple[FieldReader, ...]
 
     def read(self, value: object, name: str) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple) or len(value) != len(self.each):
@@ -165,10 +165,10 @@ class Row(Reader):
 
 
 @dataclass(frozen=True)
-class MapOf(Reader):
+class MapOf(FieldReader):
     """A dict from strings; without `each` the values are any plain data."""
 
-    each: Reader | None = None
+    each: FieldReader | None = None
 
     def read(self, value: object, name: str) -> dict[str, Any]:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -179,17 +179,17 @@ class MapOf(Reader):
 
 
 @dataclass(frozen=True)
-class Maybe(Reader):
+class Maybe(FieldReader):
     """None, or what the other reader takes."""
 
-    reader: Reader
+    reader: FieldReader
 
     def read(self, value: object, name: str) -> Any:
         return None if value is None else self.reader.read(value, name)
 
 
 @dataclass(frozen=True)
-class Struct(Reader):
+class Struct(FieldReader):
     """A nested dataclass, as a map of its fields or as an instance (whose fields are checked again)."""
 
     cls: type
@@ -203,7 +203,7 @@ class Struct(Reader):
 
 
 @cache
-def readers(cls: type) -> dict[str, Reader]:
+def readers(cls: type) -> dict[str, FieldReader]:
     """The reader of each field of a dataclass, in its order."""
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name].__metadata__[0] for field in dataclasses.fields(cls)}

@@ -8,6 +8,6 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """What a terminal may take for a command: all control characters but tab and newline."""
 
 
-def harmless(text: str) -> str:
+def printable(text: str) -> str:
     """Control characters as they are written in a program, such as \\x1b."""
     return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

@@ -30,7 +30,7 @@ MAX_RATE = Real(0, 1e6, above=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guest:
+class AuthorizedClient:
     """One authorised client."""
 
     key: Annotated[str, Key()]
@@ -38,7 +38,7 @@ class Guest:
     max_open: Annotated[int | None, Maybe(MAX_OPEN)] = None
     max_rate: Annotated[float | None, Maybe(MAX_RATE)] = None
 
-    def admit(self, message: Request) -> Request:
+    def restrict(self, message: Request) -> Request:
         """The message, as one of this client's tenant. AccessDenied if it names another."""
         if not isinstance(message, Tenanted):
             return message
@@ -47,20 +47,20 @@ class Guest:
         return replace(message, tenant=self.tenant)
 
 
-class Guests:
+class AuthorizedClients:
     """Who may connect. The file is read again when it has changed; one that is gone lets nobody in."""
 
     def __init__(self, path: Path) -> None:
         """Raises ConfigError if the file cannot be read or something in it is wrong."""
         self._path = path
-        self._known = self._stamp(), load(path)
+        self._known = self._stamp(), load_clients(path)
 
-    def find(self, key: str) -> Guest | None:
+    def find(self, key: str) -> AuthorizedClient | None:
         """The client with this public key; from any thread. A file that has become wrong is logged, and what
         it was before still holds."""
         if (stamp := self._stamp()) != self._known[0]:
             try:
-                self._known = stamp, load(self._path) if stamp else {}
+                self._known = stamp, load_clients(self._path) if stamp else {}
             except ConfigError as error:
                 log.error("%s; the authorised clients are as they were", error)
                 self._known = stamp, self._known[1]
@@ -75,35 +75,35 @@ class Guests:
         return found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode, found.st_uid
 
 
-def load(path: Path) -> dict[str, Guest]:
+def load_clients(path: Path) -> dict[str, AuthorizedClient]:
     """By public key. Raises ConfigError, also if others can write the file or its folder."""
     file = TomlFile(path)
     refuse_if_others_write(path)
-    guests: dict[str, Guest] = {}
+    clients: dict[str, AuthorizedClient] = {}
     for name in file.values:
-        guest = file.read(Guest, name)
-        if guest.key in guests:
+        client = file.read(AuthorizedClient, name)
+        if client.key in clients:
             raise ConfigError(
                 f"{file.where(name, 'key')}: key is that of another client, too; give each its own"
             )
-        guests[guest.key] = guest
-    return guests
+        clients[client.key] = client
+    return clients
 
 
-def add(path: Path, name: str, guest: Guest) -> None:
+def add_client(path: Path, name: str, client: AuthorizedClient) -> None:
     """Append a client. Raises ConfigError if the name is taken, or the file is wrong or cannot be written."""
-    load(path)
+    load_clients(path)
     file = TomlFile(path)
     if name in file.values:
         raise ConfigError(
             f"{file.where(name)}: there is {name!r} already; take it out, or choose another name"
         )
-    tenant = json.dumps(guest.tenant, ensure_ascii=False)
+    tenant = json.dumps(client.tenant, ensure_ascii=False)
     try:
         # root may add to a list in another's folder, who could make it a link to any file
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         with os.fdopen(descriptor, "a", encoding="utf-8") as end:
-            end.write(f'\n[{name}]\nkey = "{guest.key}"\ntenant = {tenant}\n')
+            end.write(f'\n[{name}]\nkey = "{client.key}"\ntenant = {tenant}\n')
             end.flush()
             os.fsync(end.fileno())
     except OSError as error:

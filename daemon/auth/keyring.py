@@ -20,8 +20,7 @@ import zmq
 from spilld.errors import ConfigError
 from spilld.protocol.address import home
 
-from . import clients
-from .clients import Guest
+from .clients import AuthorizedClient, add_client
 from .keys import ServerKey
 
 SERVICE_USER = "spilld"
@@ -85,7 +84,7 @@ def make_client(folder: Path, name: str, tenant: str | None = None) -> Path:
     path = folder / f"{name}.key"
     _write_new(path, _CLIENT.format(name=name, public=public, secret=secret, server=server))
     try:
-        clients.add(folder / CLIENTS, name, Guest(key=public, tenant=tenant))
+        add_client(folder / CLIENTS, name, AuthorizedClient(key=public, tenant=tenant))
     except ConfigError:
         path.unlink()
         raise

@@ -14,12 +14,12 @@ import zmq
 from zmq.utils import z85
 
 from spilld.errors import ConfigError
-from spilld.fields import FieldError, Reader
+from spilld.fields import FieldError, FieldReader
 from spilld.toml_file import TomlFile
 
 
 @dataclass(frozen=True)
-class Key(Reader):
+class Key(FieldReader):
     """32 bytes in Z85 (ZeroMQ RFC 32). What is wrong is not shown: it may be almost a secret."""
 
     def read(self, value: object, name: str) -> str:

@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 
 from spilld.client.client import Generation
 from spilld.errors import SpilldError
-from spilld.printable import harmless
+from spilld.printable import printable
 from spilld.protocol.messages import Done, Progress, Token
 
 UNSAVED = (
@@ -23,7 +23,7 @@ UNSAVED = (
 
 
 class Output:
-    """Where an answer goes: byte for byte as it is, in UTF-8; or, on a terminal, harmless."""
+    """Where an answer goes: byte for byte as it is, in UTF-8; or, on a terminal, printable."""
 
     def __init__(self, stream: TextIO) -> None:
         self.terminal = stream.isatty()
@@ -34,7 +34,7 @@ class Output:
         """At once. Raises BrokenPipeError where nobody reads any more, SpilldError where there is no room."""
         try:
             if self.terminal:
-                self._stream.write(harmless(text))
+                self._stream.write(printable(text))
             else:
                 self._stream.flush()
                 self._stream.buffer.write(text.encode())

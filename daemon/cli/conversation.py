@@ -19,7 +19,7 @@ from spilld.errors import (
     SpilldError,
     Unreachable,
 )
-from spilld.printable import harmless
+from spilld.printable import printable
 from spilld.protocol.messages import (
     Done,
     Message,
@@ -119,7 +119,7 @@ class Conversation:
 
     def note(self, what: str) -> None:
         """Say it beside the conversation."""
-        self._console.print(f"[dim]{escape(harmless(what))}[/]", highlight=False)
+        self._console.print(f"[dim]{escape(printable(what))}[/]", highlight=False)
 
 
 def chat(
@@ -148,7 +148,7 @@ def chat(
     talking = sys.stdin.isatty() and sys.stdout.isatty()
     if talking:
         begun = f"; session {session} goes on after {held.tokens:,} tokens" if held is not None else ""
-        print(harmless(f"{welcome.model}{begun}. {HELP}"))
+        print(printable(f"{welcome.model}{begun}. {HELP}"))
     if held is not None and system is not None:
         print("spilld: the session has begun, so --system is left out", file=sys.stderr)
     for message in _messages("> " if talking else ""):

@@ -12,7 +12,7 @@ from spilld.models.frameworks import import_frameworks
 
 
 @contextmanager
-def engine() -> Iterator[None]:
+def engine_imports() -> Iterator[None]:
     """Import in here what needs them. ConfigError that says what to install where they are not.
 
     What modules make stays: garbage is not looked for there, now, which would take a second, or later.
@@ -32,7 +32,7 @@ def engine() -> Iterator[None]:
             gc.enable()
 
 
-def check_engine() -> None:
+def check_engine_installed() -> None:
     """The same ConfigError, at once: nothing is imported."""
     if find_spec("torch") is None:
         raise _missing("torch")

@@ -17,10 +17,10 @@ from rich.table import Table
 from spilld.client.client import Client
 from spilld.errors import StateFolderError
 from spilld.offload.errors import FolderUnusable
-from spilld.printable import harmless
+from spilld.printable import printable
 from spilld.protocol.messages import Welcome
 
-from .engine_extra import engine
+from .engine_extra import engine_imports
 
 
 def sessions(client: Client) -> None:
@@ -32,7 +32,7 @@ def sessions(client: Client) -> None:
         marks = [word for word, on in (("pinned", info.pinned), ("running", info.running)) if on]
         if info.ttl_s is not None:
             marks.append(f"expires after {info.ttl_s:g} s")
-        names = (escape(harmless(name)) for name in (info.name, info.model))
+        names = (escape(printable(name)) for name in (info.name, info.model))
         table.add_row(*names, f"{info.tokens:,}", *sizes, used, ", ".join(marks))
     Console().print(table)
 
@@ -57,7 +57,7 @@ def import_session(client: Client, name: str, file: Path) -> None:
 
 def check(folder: Path, repair: bool, as_json: bool) -> bool:
     """Verify the store in a folder and say what was found; whether it is clean. Raises ConfigError."""
-    with engine():
+    with engine_imports():
         from spilld.offload.maintenance.check import check as verify
 
     console = Console(stderr=as_json)

@@ -15,11 +15,11 @@ from typing import Annotated, Any
 from spilld.auth.clients import MAX_OPEN, MAX_RATE
 from spilld.errors import ConfigError
 from spilld.fields import (
-    Choice,
     FieldError,
     Flag,
     Int,
     Maybe,
+    OneOf,
     Real,
     Text,
     readers,
@@ -91,7 +91,7 @@ class Config:
     ] = "smollm2-135m"
     format: Annotated[
         str,
-        Choice(SEALED),
+        OneOf(SEALED),
         SettingHelp(
             'How KV outside the window is stored: "exact", "int8", "k8v4" (keys of 8 bits, values of 4), or '
             '"int4". The last takes less room than "k8v4" and changes what the model says more '
@@ -99,11 +99,11 @@ class Config:
         ),
     ] = "k8v4"
     dtype: Annotated[
-        str, Choice(tuple(Element)), SettingHelp('What the model computes in: "bfloat16" or "float32".')
+        str, OneOf(tuple(Element)), SettingHelp('What the model computes in: "bfloat16" or "float32".')
     ] = "bfloat16"
     weights: Annotated[
         str,
-        Choice(WEIGHTS),
+        OneOf(WEIGHTS),
         SettingHelp(
             'What steps read: "auto", "bf16", "int8" or "int4". "int8" and "int4" are quantised in groups of '
             '32 once and kept in the cache; "bf16" is the weights in `dtype`; "auto" is a quantised GGUF '
@@ -114,7 +114,7 @@ class Config:
     ] = "auto"
     device: Annotated[
         str,
-        Choice(DEVICES),
+        OneOf(DEVICES),
         SettingHelp(
             'Where windows and the hottest records lie: "cpu", or "cuda", the first NVIDIA GPU. It takes the '
             "extra `cuda` and a device_budget. Nothing of it has run on a real GPU (cuda_ext/README.md)."
@@ -233,7 +233,7 @@ class Config:
     ] = None
     log_format: Annotated[
         str,
-        Choice(LOG_FORMATS),
+        OneOf(LOG_FORMATS),
         SettingHelp(
             'How the log is written, to stderr: "text", or "json", one object a line. An object has time, '
             "level, logger, message and, where there is one, exception. Text in the journal has systemd's "
@@ -242,7 +242,7 @@ class Config:
     ] = "text"
     log_level: Annotated[
         str,
-        Choice(LOG_LEVELS),
+        OneOf(LOG_LEVELS),
         SettingHelp(
             'The least that is logged: "debug", "info", "warning" or "error". The line that says that the '
             'daemon is ready is "info".'

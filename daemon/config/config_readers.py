@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
-from spilld.fields import FieldError, Reader, Text
+from spilld.fields import FieldError, FieldReader, Text
 from spilld.protocol.address import check_address, check_endpoint
 
 BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -18,7 +18,7 @@ _LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True)
-class Bytes(Reader):
+class Bytes(FieldReader):
     """A number of bytes: a whole number, or a string such as "8G", "512 MiB" or "1.5TB".
 
     K, M, G and T are powers of 1024, as KiB to TiB are, and as systemd and llama.cpp have it; with a B alone,
@@ -39,7 +39,7 @@ class Bytes(Reader):
 
 
 @dataclass(frozen=True)
-class FolderPath(Reader):
+class FolderPath(FieldReader):
     """A full path; ~ is the home directory."""
 
     def read(self, value: object, name: str) -> Path:
@@ -50,7 +50,7 @@ class FolderPath(Reader):
 
 
 @dataclass(frozen=True)
-class ListenAddress(Reader):
+class ListenAddress(FieldReader):
     """ipc:// and a path, or tcp:// and an endpoint."""
 
     def read(self, value: object, name: str) -> str:
@@ -58,7 +58,7 @@ class ListenAddress(Reader):
 
 
 @dataclass(frozen=True)
-class MetricsEndpoint(Reader):
+class MetricsEndpoint(FieldReader):
     """HOST:PORT on the loopback."""
 
     def read(self, value: object, name: str) -> str:

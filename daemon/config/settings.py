@@ -9,10 +9,10 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, get_type_hints
 
 from spilld.fields import (
+    FieldReader,
     Flag,
     Int,
     Maybe,
-    Reader,
     Real,
 )
 
@@ -38,14 +38,14 @@ class Setting:
     """One field of Config. default: None if it is unset, or depends on who runs the daemon."""
 
     name: str
-    reader: Reader
+    reader: FieldReader
     about: SettingHelp
     default: object
 
     def parse(self, text: str) -> object:
         """What an option of the command line says, as TOML would have it; the text where it is none of
         that, for the reader to refuse."""
-        kinds: dict[type[Reader], Callable[[str], object]] = {Flag: json.loads, Int: int, Real: float}
+        kinds: dict[type[FieldReader], Callable[[str], object]] = {Flag: json.loads, Int: int, Real: float}
         try:
             return kinds.get(type(self._inner), str)(text)
         except ValueError:
@@ -59,7 +59,7 @@ class Setting:
 
     @property
     def metavar(self) -> str:
-        kinds: dict[type[Reader], str] = {
+        kinds: dict[type[FieldReader], str] = {
             Bytes: "SIZE",
             Flag: "true|false",
             Int: "N",
@@ -86,7 +86,7 @@ class Setting:
             yield f"# {self.name} = {self.toml(self.about.example)}"
 
     @property
-    def _inner(self) -> Reader:
+    def _inner(self) -> FieldReader:
         return self.reader.reader if isinstance(self.reader, Maybe) else self.reader
 
 

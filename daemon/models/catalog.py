@@ -14,7 +14,7 @@ from spilld.config.named_models import PACKAGED, sources_of
 from spilld.errors import ConfigError, ModelError, error_for
 from spilld.models.files.digest import digest, is_noted
 from spilld.models.files.folder import check_folder
-from spilld.models.files.weights import model_files, read_layout, tokenizer_files
+from spilld.models.files.weights import model_files, read_weight_files, tokenizer_files
 from spilld.models.gguf.header import read_header
 from spilld.models.gguf.metadata import check_header
 
@@ -51,7 +51,7 @@ def resolve(name: str, cache: Path, dtype: str, tell: Callable[[str], None] = _p
     sources = sources_of(name)
     if sources[0].is_dir():
         check_folder(sources[0])
-        if read_layout(sources[0]).share(dtype) >= _IN_PLACE:
+        if read_weight_files(sources[0]).share(dtype) >= _IN_PLACE:
             return sources[0]
     return _converted(_short(name, sources), sources, cache, dtype, tell)
 
@@ -66,7 +66,7 @@ def identify(name: str, cache: Path) -> bytes:
     if not sources[0].is_dir():
         return digest(sources, cache)
     folder = sources[0]
-    return digest([*read_layout(folder).files, *tokenizer_files(folder)], cache)
+    return digest([*read_weight_files(folder).files, *tokenizer_files(folder)], cache)
 
 
 def _short(name: str, sources: list[Path]) -> str:
@@ -80,7 +80,7 @@ def parameters(name: str) -> int | None:
     """How many numbers `name` has, by headers alone; None of a GGUF file. Raises
     CorruptModel or UnsupportedModel."""
     path = Path(name).expanduser()
-    return read_layout(path).parameters if name not in PACKAGED and path.is_dir() else None
+    return read_weight_files(path).parameters if name not in PACKAGED and path.is_dir() else None
 
 
 def _converted(name: str, sources: list[Path], cache: Path, dtype: str, tell: Callable[[str], None]) -> Path:

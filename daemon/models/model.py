@@ -25,7 +25,7 @@ from spilld.errors import ConfigError, CorruptModel, DeviceUnusable
 from spilld.kv.geometry import Geometry
 from spilld.models.files.digest import digest
 from spilld.models.files.folder import FAMILIES, check_folder, read_config
-from spilld.models.files.weights import read_layout
+from spilld.models.files.weights import read_weight_files
 from spilld.models.packed.packing import packed_file, read
 from spilld.offload.kernels.linear.packed import Packed
 from spilld.tokenizer.tokenizer import Tokenizer
@@ -98,7 +98,7 @@ def load(
     """
     check_folder(folder)
     cache = cache or default_cache()
-    contents = digest(read_layout(folder).files, cache)
+    contents = digest(read_weight_files(folder).files, cache)
     module = load_module(folder, dtype, attention)
     tokenizer = Tokenizer.load(folder)
     geometry = Geometry.of(module.config, module.generation_config, tokenizer.eos)
@@ -115,7 +115,7 @@ def load(
         _move(module, device)
     elif steps is None and dtype == "bfloat16" and not has_bfloat16_products():
         widen(module)
-    if digest(read_layout(folder).files, cache) != contents:
+    if digest(read_weight_files(folder).files, cache) != contents:
         raise CorruptModel(f"{folder} changed while it was loaded: start again when it is whole")
     return Model(
         name=name or folder.name,
@@ -146,7 +146,7 @@ def load_module(folder: Path, dtype: str, attention: str) -> Any:
     Weights already stored in `dtype` are mapped; others are cast, which needs memory for both.
     """
     check_folder(folder)
-    read_layout(folder)
+    read_weight_files(folder)
     with _quiet(), SkeletonMode():
         try:
             module, report = _model_class(folder).from_pretrained(

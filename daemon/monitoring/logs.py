@@ -10,9 +10,9 @@ import time
 from collections.abc import Mapping
 from typing import TextIO
 
-from spilld.printable import harmless
+from spilld.printable import printable
 
-from .repeats import Repeats
+from .repeats import RepeatFilter
 
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 """Those of sd-daemon(3)."""
@@ -23,7 +23,7 @@ def set_up(form: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_formatter(form, sys.stderr))
     handler.addFilter(_of_use)
-    handler.addFilter(Repeats())
+    handler.addFilter(RepeatFilter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
 
@@ -53,7 +53,7 @@ class OneLine(logging.Formatter):
     """A message is one line, whatever clients called what it speaks of; an exception follows in more."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
-        return harmless(super().formatMessage(record)).replace("\n", "\\n")
+        return printable(super().formatMessage(record)).replace("\n", "\\n")
 
 
 class Lines(OneLine):

@@ -18,20 +18,20 @@ KINDS = 1000
 
 
 @dataclass
-class _Seen:
+class _RepeatCount:
     since: float
     written: int = 0
     left_out: int = 0
 
 
-class Repeats(logging.Filter):
+class RepeatFilter(logging.Filter):
     """On a handler: of warnings and errors that differ only in what was filled in, BURST are written in a
     minute. The next minute's first says how many were not."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        self._seen: dict[tuple[object, ...], _Seen] = {}
+        self._seen: dict[tuple[object, ...], _RepeatCount] = {}
         self._lock = threading.Lock()
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -46,11 +46,11 @@ class Repeats(logging.Filter):
         now = self._clock()
         if len(self._seen) >= KINDS and kind not in self._seen:
             self._seen.clear()
-        seen = self._seen.setdefault(kind, _Seen(now))
+        seen = self._seen.setdefault(kind, _RepeatCount(now))
         if now - seen.since >= SPAN_S:
             if seen.left_out:
                 record.msg = f"{record.msg} ({seen.left_out} more like this were not written)"
-            self._seen[kind] = seen = _Seen(now)
+            self._seen[kind] = seen = _RepeatCount(now)
         if seen.written >= BURST:
             seen.left_out += 1
             return False

@@ -15,18 +15,18 @@ from typing import Annotated
 from spilld.errors import SpilldError, error_for
 from spilld.fields import (
     Blob,
-    Choice,
+    FieldReader,
     Flag,
     Int,
+    ListOf,
     LogProb,
-    Many,
     MapOf,
     Maybe,
-    Reader,
+    OneOf,
     Real,
-    Row,
     Struct,
     Text,
+    TupleOf,
 )
 
 PROTOCOL = 1
@@ -57,7 +57,7 @@ PRIORITIES = ("low", "normal", "high")
 
 Id = Annotated[str, Text(1, 64)]
 Top = tuple[tuple[int, float], ...]
-TOP = Many(Row((TOKEN, LogProb())), 20)
+TOP = ListOf(TupleOf((TOKEN, LogProb())), 20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Message:
     content: Annotated[str, Text()]
 
 
-class Checked(Reader):
+class Checked(FieldReader):
     """Takes the prompt as it is: wire.py has read it under its name on the wire."""
 
     def read(self, value: object, name: str) -> object:
@@ -115,7 +115,7 @@ class Generate:
     """Keep the context: Done carries a handle for it."""
     max_tokens: Annotated[int, Int(0)] = 256
     """0 appends the prompt and generates nothing."""
-    stop: Annotated[tuple[str, ...], Many(Text(1, 256), 16)] = ()
+    stop: Annotated[tuple[str, ...], ListOf(Text(1, 256), 16)] = ()
     ignore_eos: Annotated[bool, Flag()] = False
     sampling: Annotated[Sampling, Struct(Sampling)] = Sampling()
     logprobs: Annotated[int | None, Maybe(Int(0, 20))] = None
@@ -123,7 +123,7 @@ class Generate:
     prompt_logprobs: Annotated[int | None, Maybe(Int(0, 20))] = None
     deadline_s: Annotated[float | None, Maybe(Real(0, above=True))] = None
     """Seconds from acceptance."""
-    priority: Annotated[str, Choice(PRIORITIES)] = "normal"
+    priority: Annotated[str, OneOf(PRIORITIES)] = "normal"
     """How urgent it is beside others: each has eight times as much of the engine as the one below."""
     ahead: Annotated[int | None, Maybe(Int(1))] = None
     """So many events may be under way that were not acknowledged; then it pauses. None: any number."""
@@ -189,7 +189,7 @@ class ChangeSession:
     request_id: Id
     tenant: Annotated[str, TENANT] = ""
     session: Annotated[str, HANDLE]
-    action: Annotated[str, Choice(("fork", "rename", "pin", "unpin", "expire", "delete"))]
+    action: Annotated[str, OneOf(("fork", "rename", "pin", "unpin", "expire", "delete"))]
     into: Annotated[str | None, Maybe(HANDLE)] = None
     tokens: Annotated[int | None, Maybe(Int(1))] = None
     ttl_s: Annotated[float | None, Maybe(Real(0, above=True))] = None
@@ -296,14 +296,14 @@ class PromptLogprob:
 class Done(Event):
     """The last event of a request that was served."""
 
-    reason: Annotated[str, Choice(("stop", "length", "eos"))]
+    reason: Annotated[str, OneOf(("stop", "length", "eos"))]
     text: Annotated[str, Text()]
     usage: Annotated[Usage, Struct(Usage)]
     context: Annotated[str | None, Maybe(HANDLE)] = None
     saved: Annotated[bool, Flag()] = True
     """False: its session or context could not be written to disk. It goes on from memory, and is written once
     that can be done; it is lost if the daemon ends before."""
-    prompt_logprobs: Annotated[tuple[PromptLogprob, ...] | None, Maybe(Many(Struct(PromptLogprob)))] = None
+    prompt_logprobs: Annotated[tuple[PromptLogprob, ...] | None, Maybe(ListOf(Struct(PromptLogprob)))] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,7 +356,7 @@ class SessionInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Sessions(Reply):
-    sessions: Annotated[tuple[SessionInfo, ...], Many(Struct(SessionInfo))]
+    sessions: Annotated[tuple[SessionInfo, ...], ListOf(Struct(SessionInfo))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,7 +368,7 @@ class Welcome(Reply):
     model: Annotated[str, Text()]
     dtype: Annotated[str, Text()]
     format: Annotated[str, Text()]
-    formats: Annotated[tuple[str, ...], Many(Text())]
+    formats: Annotated[tuple[str, ...], ListOf(Text())]
     max_context: Annotated[int, COUNT]
     max_frame_bytes: Annotated[int, COUNT] = MAX_FRAME_BYTES
     chat: Annotated[bool | None, Maybe(Flag())] = None

@@ -16,9 +16,9 @@ from spilld.errors import (
 )
 from spilld.fields import (
     FieldError,
+    FieldReader,
     Ints,
-    Many,
-    Reader,
+    ListOf,
     Struct,
     Text,
     read,
@@ -45,7 +45,11 @@ SMALL_BYTES = 2048
 
 _NAMES = {cls: name for name, cls in TYPES.items()}
 
-_PROMPTS: dict[str, Reader] = {"tokens": Ints(TOKEN), "text": Text(), "messages": Many(Struct(Message))}
+_PROMPTS: dict[str, FieldReader] = {
+    "tokens": Ints(TOKEN),
+    "text": Text(),
+    "messages": ListOf(Struct(Message)),
+}
 
 _LISTS = {"tokens": 0, "messages": 4}
 """Fields with many items, and how many lists and maps each of these may be; more than one where it has fields

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spilld.auth.clients import Guest
+from spilld.auth.clients import AuthorizedClient
 from spilld.errors import Overloaded
 
 from .rate_limit import Throttle
@@ -12,7 +12,7 @@ from .rate_limit import Throttle
 
 @dataclass(frozen=True)
 class Account:
-    """Whom is counted: a key with all its connections or, where there are no keys, a connection."""
+    """What limits count for: a key with all its connections or, where there are no keys, a connection."""
 
     name: str | bytes
     max_open: int
@@ -20,6 +20,8 @@ class Account:
 
 
 class Limits:
+    """Limits of all clients, or a client's own where clients.toml names some."""
+
     def __init__(self, max_open: int, max_rate: float) -> None:
         """Requests that may be open at a time, and messages a second; for who has no limits of its own. Both
         may be changed at any time: they hold for the next message."""
@@ -27,10 +29,11 @@ class Limits:
         self.max_rate = max_rate
         self._throttle = Throttle()
 
-    def account(self, client: bytes, guest: Guest | None) -> Account:
-        if guest is None:
+    def account(self, client: bytes, authorized: AuthorizedClient | None) -> Account:
+        if authorized is None:
             return Account(client, self.max_open, self.max_rate)
-        return Account(guest.key, guest.max_open or self.max_open, guest.max_rate or self.max_rate)
+        max_open, max_rate = authorized.max_open or self.max_open, authorized.max_rate or self.max_rate
+        return Account(authorized.key, max_open, max_rate)
 
     def count(self, account: Account, now: float) -> None:
         """A message has come. Overloaded if it is one too many; the clock is time.monotonic()."""

@@ -67,7 +67,7 @@ class Full(Exception):
     """As much waits to be sent as may."""
 
 
-class Room:
+class ReceiveBudget:
     """Bytes that all connections share for what is under way."""
 
     def __init__(self, nbytes: int) -> None:
@@ -88,7 +88,7 @@ class Connection:
     """Every method raises Gone or Broken when it is over; the caller then closes it."""
 
     def __init__(
-        self, peer: socket.socket, client: bytes, mechanism: Mechanism, send_queue: int, room: Room
+        self, peer: socket.socket, client: bytes, mechanism: Mechanism, send_queue: int, room: ReceiveBudget
     ) -> None:
         """client: its name. room: for the messages that are under way to here, of all connections."""
         self.client = client

@@ -20,7 +20,7 @@ LOOK_MS = 100
 """How often connections are looked after when no more is kept."""
 
 
-class EarlyReader:
+class StartupReader:
     """A thread that has the router until `stop`."""
 
     def __init__(self, router: Router) -> None:

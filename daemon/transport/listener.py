@@ -1,4 +1,4 @@
-"""The listening socket, behind a gate or not, and for ipc a file that only we may replace."""
+"""The listening socket, with authentication or without, and for ipc a file that only we may replace."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spilld.errors import ConfigError
 from spilld.protocol.address import check_address, socket_path
 from spilld.protocol.messages import HEARTBEAT_MS, SILENT_MS
 
-from .authentication import Gate
+from .authentication import CurveAuthentication
 from .descriptors import connections
 from .router import Router
 from .zmtp import Null
@@ -44,19 +44,19 @@ TCP_OPTIONS = (
 def listen(
     address: str,
     send_queue: int,
-    gate: Gate | None = None,
+    authentication: CurveAuthentication | None = None,
     *,
     open_to_group: bool = False,
     max_connections: int = 1000,
 ) -> Iterator[tuple[Router, str]]:
-    """A router that keeps at most send_queue messages for a client, and the address that it has; without a
-    gate all may connect who can reach the address. ConfigError if it cannot be had.
+    """A router that keeps at most send_queue messages for a client, and the address that it has; without
+    authentication all may connect who can reach the address. ConfigError if it cannot be had.
 
     An ipc socket is its owner's alone, or its group's, too: by the modes of its file, and by what the kernel
     says of who connects.
     """
-    ipc = check_address(address, keyed=gate is not None).startswith("ipc://")
-    if gate is None and not ipc:
+    ipc = check_address(address, keyed=authentication is not None).startswith("ipc://")
+    if authentication is None and not ipc:
         log.warning("every user of this machine can connect to %s; to change that: `spilld keys`", address)
     most = connections(max_connections)
     with ExitStack() as stack:
@@ -69,7 +69,7 @@ def listen(
         else:
             listening, address = _bind_tcp(address)
         stack.callback(listening.close)
-        mechanism = Null if gate is None else gate.mechanism
+        mechanism = Null if authentication is None else authentication.mechanism
         router = Router(listening, send_queue, most, mechanism, admits)
         stack.callback(router.close)
         yield router, address

@@ -20,7 +20,7 @@ from .connection import (
     Connection,
     Full,
     Gone,
-    Room,
+    ReceiveBudget,
 )
 from .zmtp import Broken, Mechanism
 
@@ -75,7 +75,7 @@ class Router:
         self._mechanism = mechanism
         self._admits = admits
         self._names = itertools.count(1)
-        self._room = Room(IN_BYTES)
+        self._room = ReceiveBudget(IN_BYTES)
         self._epoll = select.epoll()
         self._connections: dict[int, Connection] = {}
         self._clients: dict[bytes, Connection] = {}

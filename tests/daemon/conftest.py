@@ -74,7 +74,7 @@ INFO = SessionInfo(
 
 @dataclass
 class Echo:
-    """Repeats the words or tokens of a prompt until max_tokens, one every pace_s seconds."""
+    """RepeatFilter the words or tokens of a prompt until max_tokens, one every pace_s seconds."""
 
     post: Callable[[bytes, Reply], None]
     pace_s: float = 0.0

@@ -408,7 +408,7 @@ def test_another_daemon_answers(start: Start, arrived: bool, monkeypatch: pytest
         monkeypatch.setattr(first.echo, "submit", lambda *_: None)
     with Client(first.address) as client:
         generation = client.generate("a b c", max_tokens=10)
-        until(lambda: first.server._running)
+        until(lambda: len(first.server._in_flight))
         if arrived:
             next(generation)
         else:
@@ -432,7 +432,7 @@ def test_another_daemon_answers_an_async_client(start: Start, monkeypatch: pytes
     async def ask() -> list[int]:
         async with AsyncClient(first.address) as client:
             generation = client.generate("a b c", max_tokens=10)
-            await asyncio.to_thread(until, lambda: first.server._running)
+            await asyncio.to_thread(until, lambda: len(first.server._in_flight))
             monkeypatch.setattr(first.echo, "stop", lambda: {generation.id})
             first.server.stop()
             await asyncio.to_thread(first.join)

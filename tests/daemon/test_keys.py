@@ -18,7 +18,7 @@ import pytest
 from spilld import AsyncClient, Client
 from spilld.__main__ import main
 from spilld.auth import keyring
-from spilld.auth.clients import Guests, load
+from spilld.auth.clients import AuthorizedClients, load_clients
 from spilld.auth.keyring import (
     CLIENTS,
     SERVER,
@@ -98,7 +98,7 @@ def test_what_is_made(tmp_path: Path) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
     server, alice, bob = ServerKey.load(made[0]), ClientKey.load(made[1]), ClientKey.load(made[2])
     assert alice.server == bob.server == server.public
-    guests = load(folder / CLIENTS)
+    guests = load_clients(folder / CLIENTS)
     assert list(guests)[:2] == [alice.public, bob.public]
     tenants = [guest.tenant for guest in guests.values()]
     assert [len(tenant) for tenant in tenants] == [32, 32, 8]
@@ -146,7 +146,7 @@ def test_names_that_cannot_be(keys: Path, name: str, tenant: str | None, says: s
 @pytest.mark.parametrize("tenant", ["", "\\\"'", "\N{SNOWMAN} \N{GRINNING FACE}", "[x]", "t" * 64])
 def test_tenants_are_written_as_they_are(keys: Path, tenant: str) -> None:
     key = ClientKey.load(make_client(keys, "eve", tenant))
-    assert load(keys / CLIENTS)[key.public].tenant == tenant
+    assert load_clients(keys / CLIENTS)[key.public].tenant == tenant
 
 
 def test_a_client_before_the_daemon(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_files_that_others_can_write(keys: Path, name: str, mode: int) -> None:
 
 
 def test_a_list_that_becomes_writable_is_not_read(keys: Path, caplog: pytest.LogCaptureFixture) -> None:
-    guests, eve = Guests(keys / CLIENTS), ClientKey.load(make_client(keys, "eve")).public
+    guests, eve = AuthorizedClients(keys / CLIENTS), ClientKey.load(make_client(keys, "eve")).public
     (keys / CLIENTS).chmod(0o666)
     assert guests.find(eve) is None
     assert "chmod go-w" in caplog.text
@@ -304,7 +304,7 @@ def test_clients_that_are_wrong(keys: Path, text: str, says: str) -> None:
 
 
 def test_clients_are_seen_when_they_change(keys: Path, caplog: pytest.LogCaptureFixture) -> None:
-    guests = Guests(keys / CLIENTS)
+    guests = AuthorizedClients(keys / CLIENTS)
     alice = ClientKey.load(keys / "alice.key").public
     eve = ClientKey.load(make_client(keys, "eve")).public
     assert guests.find(alice) is not None

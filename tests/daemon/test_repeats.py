@@ -10,7 +10,7 @@ from spilld.monitoring.repeats import (
     BURST,
     KINDS,
     SPAN_S,
-    Repeats,
+    RepeatFilter,
 )
 
 
@@ -23,7 +23,7 @@ class Log:
         self.logger = logging.Logger("spilld.test")
         handler = logging.Handler()
         handler.emit = lambda record: self.written.append(record.getMessage())  # type: ignore[method-assign]
-        handler.addFilter(Repeats(lambda: self.now))
+        handler.addFilter(RepeatFilter(lambda: self.now))
         self.logger.addHandler(handler)
 
 
@@ -71,7 +71,7 @@ def test_what_is_told_on_the_way_is_not_counted(log: Log) -> None:
 def test_it_takes_no_more_memory_for_more_kinds(log: Log) -> None:
     (handler,) = log.logger.handlers
     (repeats,) = handler.filters
-    assert isinstance(repeats, Repeats)
+    assert isinstance(repeats, RepeatFilter)
     for number in range(3 * KINDS):
         log.logger.error(f"kind {number}")
         assert len(repeats._seen) <= KINDS

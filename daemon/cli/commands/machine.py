@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from spilld.cli.engine_extra import engine
+from spilld.cli.engine_extra import engine_imports
 from spilld.cli.signals import ended_by_signals
 from spilld.config.config import Config
 
@@ -48,7 +48,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def doctor(options: argparse.Namespace) -> None:
-    with engine():
+    with engine_imports():
         from spilld.cli.doctor import examine
 
     for finding in examine(Config.load(options.config, {})):
@@ -58,7 +58,7 @@ def doctor(options: argparse.Namespace) -> None:
 
 
 def demo(options: argparse.Namespace) -> int:
-    with engine():
+    with engine_imports():
         from spilld.demo.demo import demo
 
     with ended_by_signals():

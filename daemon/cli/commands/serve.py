@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from spilld.cli.engine_extra import check_engine, engine
+from spilld.cli.engine_extra import check_engine_installed, engine_imports
 from spilld.cli.preflight import check
 from spilld.config.config import Config
 from spilld.config.settings import file_text, given, settings
@@ -52,11 +52,11 @@ def run(options: argparse.Namespace) -> int:
     try:
         config = read()
         logs.set_up(config.log_format, config.log_level)
-        check_engine()
+        check_engine_installed()
         check(config)
         # Torch's threads would else spin between its loops, where those of our kernels compute.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        with engine():
+        with engine_imports():
             from spilld.assembly import serve
 
         serve(config, read if options.config else None)

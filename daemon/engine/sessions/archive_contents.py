@@ -13,7 +13,7 @@ from typing import Annotated
 from spilld.errors import CorruptArchive
 from spilld.fields import (
     Blob,
-    Many,
+    ListOf,
     Maybe,
     Real,
     Struct,
@@ -53,7 +53,7 @@ class SessionContents:
     model: Annotated[str, Text()]
     identity: Annotated[bytes, Blob(16)] = b""
     """Of the model (Model.identity); empty where nobody noted it."""
-    messages: Annotated[tuple[Message, ...] | None, Maybe(Many(Struct(Message)))]
+    messages: Annotated[tuple[Message, ...] | None, Maybe(ListOf(Struct(Message)))]
     ttl_s: Annotated[float | None, Maybe(Real(0, above=True))]
 
 

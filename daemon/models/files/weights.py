@@ -34,7 +34,7 @@ class WeightFiles:
         return self.nbytes.get(dtype, 0) / max(1, sum(self.nbytes.values()))
 
 
-def read_layout(folder: Path) -> WeightFiles:
+def read_weight_files(folder: Path) -> WeightFiles:
     """Read every safetensors header and check that each file is exactly as long as its header says.
 
     Raises CorruptModel (damaged or cut off) or UnsupportedModel (no safetensors, or quantised weights).

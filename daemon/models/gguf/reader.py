@@ -21,7 +21,7 @@ TELL_S = 3.0
 """How often it is told how far reading is."""
 
 
-class Reader(gguf.GGUFReader):  # type: ignore[misc]
+class SlicedGGUFReader(gguf.GGUFReader):  # type: ignore[misc]
     """Gives slices of the file that are plain arrays: hundreds of thousands of memmaps take long to make."""
 
     @property
@@ -37,7 +37,7 @@ class Reader(gguf.GGUFReader):  # type: ignore[misc]
 def parsed_once() -> Iterator[None]:
     """A scope in which this process parses each file once, whoever reads it. It must not change meanwhile."""
     reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(Reader), functools.cache(name_map)
+    gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(SlicedGGUFReader), functools.cache(name_map)
     try:
         yield
     finally:

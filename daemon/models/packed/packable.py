@@ -12,7 +12,7 @@ from typing import Any
 
 from spilld.errors import UnsupportedModel
 
-FAMILIES = {
+_CLASS_PREFIXES = {
     "llama": "Llama",
     "mistral": "Mistral",
     "qwen2": "Qwen2",
@@ -35,7 +35,7 @@ _PLAIN = (
 )
 _KNOWN = frozenset(_PLAIN) | {
     f"transformers.models.{folder}.modeling_{folder}.{name}{part}"
-    for folder, name in FAMILIES.items()
+    for folder, name in _CLASS_PREFIXES.items()
     for part in _PARTS
 }
 _READ = re.compile(

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from spilld.errors import ConfigError, CorruptModel, UnsupportedModel
 from spilld.models.files.digest import digest
-from spilld.models.files.weights import read_layout
+from spilld.models.files.weights import read_weight_files
 from spilld.offload.kernels.linear.packed import (
     GROUP,
     LANES,
@@ -61,7 +61,7 @@ _ROUNDING = 2.0**-8
 
 
 @dataclass(frozen=True)
-class Matrix:
+class PackedSource:
     """A linear layer of the module, and its name in a GGUF file."""
 
     weight: torch.Tensor
@@ -70,7 +70,7 @@ class Matrix:
     """Heads whose halves llama.cpp interleaves; 0 for none."""
 
 
-def matrices(module: Any) -> dict[str, list[Matrix]]:
+def matrices(module: Any) -> dict[str, list[PackedSource]]:
     """What is packed under which name. Raises UnsupportedModel if a layer does not fit, or if steps over
     packed weights would compute another model."""
     check_packable(module)
@@ -80,9 +80,9 @@ def matrices(module: Any) -> dict[str, list[Matrix]]:
         {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if interleaved else {}
     )
 
-    def of(index: int, layers: list[Any], names: list[str]) -> list[Matrix]:
+    def of(index: int, layers: list[Any], names: list[str]) -> list[PackedSource]:
         return [
-            Matrix(layer.weight, f"blk.{index}.{name}.weight", heads.get(name, 0))
+            PackedSource(layer.weight, f"blk.{index}.{name}.weight", heads.get(name, 0))
             for layer, name in zip(layers, names, strict=True)
         ]
 
@@ -97,7 +97,7 @@ def matrices(module: Any) -> dict[str, list[Matrix]]:
         found[f"layers.{index}.gate_up"] = of(index, gate_up, ["ffn_up"] if fused else ["ffn_gate", "ffn_up"])
         found[f"layers.{index}.down"] = of(index, [mlp.down_proj], ["ffn_down"])
     tied = config.tie_word_embeddings
-    found["head"] = [Matrix(module.lm_head.weight, "token_embd.weight" if tied else "output.weight")]
+    found["head"] = [PackedSource(module.lm_head.weight, "token_embd.weight" if tied else "output.weight")]
     for name, parts in found.items():
         for part in parts:
             if not fits(*part.weight.shape):
@@ -132,7 +132,7 @@ def packed_file(module: Any, folder: Path, weights: str, cache: Path) -> Path | 
         return None
     if weights == "auto":
         return folder / WEIGHTS if (folder / WEIGHTS).exists() else None
-    key = digest(read_layout(folder).files, cache).hex()[:12]
+    key = digest(read_weight_files(folder).files, cache).hex()[:12]
     file = cache / "models" / f"{folder.name}-{key}-{weights}-p{PACKING}.safetensors"
     if not file.exists():
         log.info("packing %s as %s, once, in %s", folder.name, weights, file)
@@ -181,14 +181,14 @@ def read(path: Path) -> dict[str, Packed]:
         raise CorruptModel(f"{path} is damaged ({error!r}): delete it, it is made anew") from error
 
 
-def _quantised(part: Matrix, form: Form) -> Packed:
+def _quantised(part: PackedSource, form: Form) -> Packed:
     try:
         return quantise(part.weight.detach().float().numpy(), form)
     except ValueError as error:
         raise UnsupportedModel(f"{part.gguf}: {error}") from error
 
 
-def _kept(part: Matrix, tensors: Mapping[str, Any]) -> Packed | None:
+def _kept(part: PackedSource, tensors: Mapping[str, Any]) -> Packed | None:
     """The codes of the GGUF file, if they are of a known kind and are the module's weights."""
     tensor = tensors.get(part.gguf)
     if tensor is None or tensor.tensor_type.name not in QUANTISED:
