@@ -180,6 +180,7 @@ def load_model(config: Config, tell: Callable[[str], None] = log.info) -> Model:
 
 
 def welcome(config: Config, model: Model) -> Welcome:
+    """What the daemon says of itself to a client that says hello."""
     return Welcome(
         request_id="",
         version=version("spilld"),
@@ -267,6 +268,7 @@ def _device_tier(make: Tier, config: Config, store: Store, geometry: Geometry) -
 
 
 def record_layout(config: Config, geometry: Geometry) -> Layout:
+    """How a block's keys and values are stored, by the configured format and dtype."""
     sizes = geometry.sizes
     return Layout(Format(config.format), Element(config.dtype), sizes.kv_heads, sizes.head_dim)
 

@@ -28,6 +28,8 @@ class FieldError(ValueError):
 
 
 class FieldReader(ABC):
+    """Reads one field: of a message, a file or a command line."""
+
     @abstractmethod
     def read(self, value: object, name: str) -> Any:
         """The value in its Python type; FieldError if it does not fit."""
@@ -35,16 +37,20 @@ class FieldReader(ABC):
 
 @dataclass(frozen=True)
 class Int(FieldReader):
+    """A whole number within bounds."""
+
     low: int
     high: int = 2**63 - 1
 
     def read(self, value: object, name: str) -> int:
+        """The value, checked. Raises FieldError."""
         if type(value) is not int or not self.low <= value <= self.high:
             raise FieldError(name, value, self.allowed)
         return value
 
     @property
     def allowed(self) -> str:
+        """What is allowed, in words."""
         return f"an integer from {self.low} to {self.high}"
 
 
@@ -55,6 +61,7 @@ class Ints(FieldReader):
     each: Int
 
     def read(self, value: object, name: str) -> tuple[int, ...]:
+        """The value, checked. Raises FieldError."""
         if not isinstance(value, list | tuple):
             raise FieldError(name, value, f"a list; each item {self.each.allowed}")
         if value and (
@@ -74,6 +81,7 @@ class Real(FieldReader):
     above: bool = False  # low itself is excluded
 
     def read(self, value: object, name: str) -> float:
+        """The value, checked. Raises FieldError."""
         if type(value) is int or type(value) is float:
             fits = self.low < value if self.above else self.low <= value
             if fits and value <= self.high and math.isfinite(value):
@@ -87,6 +95,7 @@ class LogProb(FieldReader):
     """A float; -inf is a probability of zero."""
 
     def read(self, value: object, name: str) -> float:
+        """The value, checked. Raises FieldError."""
         if (type(value) is int or type(value) is float) and value < math.inf:
             return float(value)
         raise FieldError(name, value, "a number or -inf")
@@ -94,7 +103,10 @@ class LogProb(FieldReader):
 
 @dataclass(frozen=True)
 class Flag(FieldReader):
+    """True or false."""
+
     def read(self, value: object, name: str) -> bool:
+        """The value, checked. Raises FieldError."""
         if not isinstance(value, bool):
             raise FieldError(name, value, "true or false")
         return value
@@ -102,10 +114,13 @@ class Flag(FieldReader):
 
 @dataclass(frozen=True)
 class Text(FieldReader):
+    """A text of so many characters."""
+
     low: int = 0
     high: int | None = None
 
     def read(self, value: object, name: str) -> str:
+        """The value, checked. Raises FieldError."""
         high = math.inf if self.high is None else self.high
         if not isinstance(value, str) or not self.low <= len(value) <= high:
             allowed = "a string" if self.high is None else f"a string of {self.low} to {self.high} characters"
@@ -120,6 +135,7 @@ class Blob(FieldReader):
     high: int
 
     def read(self, value: object, name: str) -> bytes:
+        """The value, checked. Raises FieldError."""
         if not isinstance(value, bytes) or len(value) > self.high:
             raise FieldError(name, value, f"at most {self.high} bytes")
         return value
@@ -127,9 +143,12 @@ class Blob(FieldReader):
 
 @dataclass(frozen=True)
 class OneOf(FieldReader):
+    """One of some words."""
+
     values: tuple[str, ...]
 
     def read(self, value: object, name: str) -> str:
+        """The value, checked. Raises FieldError."""
         if not isinstance(value, str) or value not in self.values:
             raise FieldError(name, value, ", ".join(self.values))
         return str(value)
@@ -143,6 +162,7 @@ class ListOf(FieldReader):
     most: int | None = None
 
     def read(self, value: object, name: str) -> tuple[Any, ...]:
+        """The value, checked. Raises FieldError."""
         if not isinstance(value, list | tuple) or (self.most is not None and len(value) > self.most):
             raise FieldError(
                 name, value, "a list" + ("" if self.most is None else f" of at most {self.most}")
@@ -157,6 +177,7 @@ class TupleOf(FieldReader):
     each: tuple[FieldReader, ...]
 
     def read(self, value: object, name: str) -> tuple[Any, ...]:
+        """The value, checked. Raises FieldError."""
         if not isinstance(value, list | tuple) or len(value) != len(self.each):
             raise FieldError(name, value, f"a list of {len(self.each)}")
         return tuple(
@@ -171,6 +192,7 @@ class MapOf(FieldReader):
     each: FieldReader | None = None
 
     def read(self, value: object, name: str) -> dict[str, Any]:
+        """The value, checked. Raises FieldError."""
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise FieldError(name, value, "a map from strings")
         if self.each is None:
@@ -185,6 +207,7 @@ class Maybe(FieldReader):
     reader: FieldReader
 
     def read(self, value: object, name: str) -> Any:
+        """The value, checked. Raises FieldError."""
         return None if value is None else self.reader.read(value, name)
 
 
@@ -195,6 +218,7 @@ class Struct(FieldReader):
     cls: type
 
     def read(self, value: object, name: str) -> Any:
+        """The value, checked. Raises FieldError."""
         if isinstance(value, self.cls):
             return read(self.cls, vars(value), f"{name}.")
         if not isinstance(value, Mapping):

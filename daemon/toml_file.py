@@ -39,8 +39,11 @@ class TomlFile:
         return str(self.path)
 
     def read(self, cls: type[T], *table: str) -> T:
-        """The file, or a table of it, as a dataclass. Raises ConfigError for a key that is unknown, wrong or
-        missing."""
+        """The file, or a table of it, as a dataclass.
+
+        Raises:
+            ConfigError: For a key that is unknown, wrong or missing.
+        """
         values: Any = self.values
         for key in table:
             values = values[key]

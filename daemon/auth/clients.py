@@ -56,8 +56,10 @@ class AuthorizedClients:
         self._known = self._stamp(), load_clients(path)
 
     def find(self, key: str) -> AuthorizedClient | None:
-        """The client with this public key; from any thread. A file that has become wrong is logged, and what
-        it was before still holds."""
+        """The client with this public key; from any thread.
+
+        A file that has become wrong is logged, and what it was before still holds.
+        """
         if (stamp := self._stamp()) != self._known[0]:
             try:
                 self._known = stamp, load_clients(self._path) if stamp else {}
@@ -91,7 +93,11 @@ def load_clients(path: Path) -> dict[str, AuthorizedClient]:
 
 
 def add_client(path: Path, name: str, client: AuthorizedClient) -> None:
-    """Append a client. Raises ConfigError if the name is taken, or the file is wrong or cannot be written."""
+    """Append a client.
+
+    Raises:
+        ConfigError: If the name is taken, or the file is wrong or cannot be written.
+    """
     load_clients(path)
     file = TomlFile(path)
     if name in file.values:

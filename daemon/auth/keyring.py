@@ -70,8 +70,11 @@ def make_server(folder: Path) -> Path:
 
 
 def make_client(folder: Path, name: str, tenant: str | None = None) -> Path:
-    """Make and authorise a client's key; without a tenant it gets one of its own. Raises ConfigError if there
-    is such a client, or a file cannot be written."""
+    """Make and authorise a client's key; without a tenant it gets one of its own.
+
+    Raises:
+        ConfigError: If there is such a client, or a file cannot be written.
+    """
     if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) is None:
         raise ConfigError(f"NAME is {name!r}; allowed: 1 to 64 letters, digits, - and _")
     tenant = secrets.token_hex(16) if tenant is None else tenant

@@ -23,6 +23,7 @@ class Key(FieldReader):
     """32 bytes in Z85 (ZeroMQ RFC 32). What is wrong is not shown: it may be almost a secret."""
 
     def read(self, value: object, name: str) -> str:
+        """A public key in Z85. Raises FieldError."""
         with suppress(ValueError, KeyError, struct.error):
             if isinstance(value, str) and len(z85.decode(value)) == 32:
                 return value
@@ -44,6 +45,7 @@ class ServerKey:
 
     @property
     def public(self) -> str:
+        """Its public key, in Z85."""
         return public_of(self.secret)
 
 
@@ -61,6 +63,7 @@ class ClientKey:
 
     @property
     def public(self) -> str:
+        """Its public key, in Z85."""
         return public_of(self.secret)
 
 
@@ -79,6 +82,7 @@ def refuse_if_others_write(path: Path) -> None:
 
 
 def public_of(secret: str) -> str:
+    """The public key of a secret one, both in Z85."""
     return zmq.curve_public(secret.encode()).decode()
 
 

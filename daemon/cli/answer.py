@@ -31,7 +31,12 @@ class Output:
         self._last = "\n"
 
     def write(self, text: str) -> None:
-        """At once. Raises BrokenPipeError where nobody reads any more, SpilldError where there is no room."""
+        """At once.
+
+        Raises:
+            BrokenPipeError: Where nobody reads any more.
+            SpilldError: Where there is no room.
+        """
         try:
             if self.terminal:
                 self._stream.write(printable(text))
@@ -46,6 +51,7 @@ class Output:
         self._last = text[-1:] or self._last
 
     def end_line(self) -> None:
+        """Begin a new line, unless one has just begun."""
         if self._last != "\n":
             self.write("\n")
 

@@ -59,8 +59,11 @@ class Conversation:
         return next((info for info in self._client.sessions() if info.name == self._session), None)
 
     def say(self, line: str) -> None:
-        """Send a message and show the answer. Ctrl-C stops it. A message that cannot be answered is no part
-        of the conversation: it is said why. Raises Unreachable."""
+        """Send a message and show the answer.
+
+        Ctrl-C stops it. A message that cannot be answered is no part of the conversation: it is said why.
+        Raises Unreachable.
+        """
         message = Message(role="user", content=line)
         new = [message] if self._goes_on() else [*self._said, message]
         try:
@@ -131,8 +134,11 @@ def chat(
     system: str | None,
     options: Options,
 ) -> None:
-    """Talk until the input ends. reach waits for a daemon that is gone, and raises Unreachable. Raises
-    InvalidRequest before the first message if there can be none."""
+    """Talk until the input ends. reach waits for a daemon that is gone, and raises Unreachable.
+
+    Raises:
+        InvalidRequest: Before the first message if there can be none.
+    """
     if welcome.chat is False:
         raise InvalidRequest(
             f"{welcome.model} has no chat template: it goes on with texts and answers no messages. Use "
@@ -170,7 +176,11 @@ def chat(
 
 
 def _messages(prompt: str) -> Iterator[str]:
-    """What is typed or pasted, until a farewell. Raises SpilldError for what is not UTF-8."""
+    """What is typed or pasted, until a farewell.
+
+    Raises:
+        SpilldError: For what is not UTF-8.
+    """
     if prompt:
         with suppress(ImportError):
             import readline  # input() then has editing and a history

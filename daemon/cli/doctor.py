@@ -45,6 +45,8 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 class Finding(NamedTuple):
+    """One thing that was found."""
+
     what: str
     found: str
     advice: str = ""
@@ -54,8 +56,10 @@ class Finding(NamedTuple):
 
 
 def examine(config: Config) -> Iterator[Finding]:
-    """One after another, as they are found: measuring takes seconds. What decides how fast it is comes
-    first, what only a GPU takes last."""
+    """One after another, as they are found: measuring takes seconds.
+
+    What decides how fast it is comes first, what only a GPU takes last.
+    """
     gpu_found = list(gpu(CudaDevice)) if gpu_matters(config) else [Finding("GPU", "none: the CPU computes")]
     yield (host := memory(len(os.sched_getaffinity(0))))
     *_, stored = disk(config.state)

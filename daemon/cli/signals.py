@@ -16,8 +16,10 @@ AGAIN_S = 0.1
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit in here, with status 128 + n, so that what is open is closed. One
-    that is ignored stays so (nohup). Only in the main thread; elsewhere nothing changes."""
+    """SIGTERM and SIGHUP raise SystemExit in here, with status 128 + n, so that what is open is closed.
+
+    One that is ignored stays so (nohup). Only in the main thread; elsewhere nothing changes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

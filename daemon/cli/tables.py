@@ -96,6 +96,7 @@ def stats(client: Client, welcome: Welcome, as_json: bool) -> None:
 
 
 def stats_table(values: Mapping[str, object]) -> Table:
+    """Counters and gauges, one a row."""
     table = Table(show_header=False, box=None)
     for name, value in values.items():
         table.add_row(name.replace("_", " "), escape(size(value) if name.endswith("_bytes") else str(value)))

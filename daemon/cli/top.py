@@ -58,6 +58,7 @@ def _looks(client: Client, every_s: float) -> Iterator[Look]:
 
 
 def frame(model: str, before: Look, now: Look) -> RenderableType:
+    """What is drawn: the model, what is being done, the tiers."""
     return Group(Text(model, "bold"), _doings(before, now), Text(), _tiers(before, now))
 
 

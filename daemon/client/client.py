@@ -261,8 +261,11 @@ class Generation(GenerationHandle):
         return self.result.text
 
     def cancel(self) -> None:
-        """Have the daemon end it. Its events go on, up to Cancelled, which the iteration raises, or to its
-        Done if that was first. `close` does not wait for either."""
+        """Have the daemon end it.
+
+        Its events go on, up to Cancelled, which the iteration raises, or to its Done if that was first.
+        `close` does not wait for either.
+        """
         self._client._ask_to_cancel(self._pending)
 
     def close(self) -> None:

@@ -205,6 +205,7 @@ class ClientCore:
         pending.changed()
 
     def connection_made(self) -> None:
+        """The daemon is there, first or again: what lasts is resumed."""
         self.connected, self._turned_away = True, ("", 0.0)
         for pending in self._pending.values():
             if pending.lost_by is not None and pending.lasts:

@@ -38,6 +38,7 @@ class PendingRequest:
 
     @property
     def request_id(self) -> str:
+        """The id of its request."""
         return self.request.request_id
 
     @property
@@ -69,5 +70,6 @@ class PendingRequest:
                 self.done, self.pieces = reply, [text]
 
     def changed(self) -> None:
+        """Tell who waits for it that something has come, or that it has ended."""
         if self.on_change is not None:
             self.on_change()

@@ -25,7 +25,11 @@ Operation = Generator[Query, Any, T]
 
 
 def expect(reply: Reply | None, kind: type[R]) -> R:
-    """The reply, as of this type. Raises ProtocolError if it is of another."""
+    """The reply, as of this type.
+
+    Raises:
+        ProtocolError: If it is of another.
+    """
     if not isinstance(reply, kind):
         raise ProtocolError(f"the daemon answered with {type(reply).__name__}, not {kind.__name__}")
     return reply

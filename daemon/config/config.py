@@ -77,6 +77,7 @@ class SettingHelp:
 
     @property
     def sentence(self) -> str:
+        """The first sentence, without its full stop."""
         return self.text.partition(". ")[0].removesuffix(".")
 
 

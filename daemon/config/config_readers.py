@@ -26,6 +26,7 @@ class Bytes(FieldReader):
     """
 
     def read(self, value: object, name: str) -> int:
+        """The value in the setting's type. Raises FieldError or ConfigError."""
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if type(value) is int and 0 <= value <= _LARGEST:
@@ -43,6 +44,7 @@ class FolderPath(FieldReader):
     """A full path; ~ is the home directory."""
 
     def read(self, value: object, name: str) -> Path:
+        """The value in the setting's type. Raises FieldError or ConfigError."""
         path = Path(os.path.expanduser(value) if isinstance(value, str | Path) else "")  # noqa: PTH111 (never raises)
         if path.is_absolute():
             return path
@@ -54,6 +56,7 @@ class ListenAddress(FieldReader):
     """ipc:// and a path, or tcp:// and an endpoint."""
 
     def read(self, value: object, name: str) -> str:
+        """The value in the setting's type. Raises FieldError or ConfigError."""
         return check_address(Text(1).read(value, name), keyed=True)
 
 
@@ -62,4 +65,5 @@ class MetricsEndpoint(FieldReader):
     """HOST:PORT on the loopback."""
 
     def read(self, value: object, name: str) -> str:
+        """The value in the setting's type. Raises FieldError or ConfigError."""
         return check_endpoint(Text(1).read(value, name))

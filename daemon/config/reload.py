@@ -38,6 +38,7 @@ class Reload:
         self._apply = apply
 
     def __call__(self) -> None:
+        """Read the settings again and apply what may change."""
         try:
             wanted = self._read()
         except ConfigError as error:

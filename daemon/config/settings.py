@@ -59,6 +59,7 @@ class Setting:
 
     @property
     def metavar(self) -> str:
+        """What --help shows for the value."""
         kinds: dict[type[FieldReader], str] = {
             Bytes: "SIZE",
             Flag: "true|false",

@@ -74,12 +74,14 @@ class Shape:
 
     @classmethod
     def of(cls, folder: Path) -> Shape:
+        """The shape of a model folder's KV."""
         config = json.loads((folder / "config.json").read_text("utf-8"))
         heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         return cls(config["num_hidden_layers"], config["num_key_value_heads"], head_dim)
 
     def window_bytes(self, element: Element, tokens: int = WINDOW_TOKENS) -> int:
+        """What a window of so many tokens takes."""
         return tokens * 2 * self.layers * self.kv_heads * self.head_dim * element.nbytes
 
     def kv_bytes(self, tokens: int, form: Format, element: Element) -> int:
@@ -123,6 +125,7 @@ def document(folder: Path, tokens: int) -> list[int]:
 
 
 def main_job(folder: Path, prompt: Sequence[int], console: Console) -> Outcome:
+    """Run the daemon, ask both questions, and measure."""
     settings = budgets(folder, len(prompt), Format.K8V4, Element.BFLOAT16)
     console.print(
         f"[bold]2.[/] a daemon of its own for {len(prompt):,} tokens: device budget "
@@ -240,6 +243,7 @@ def memory_parts(
 
 
 def memory_table(outcome: Outcome, parts: dict[str, int]) -> Table:
+    """What the daemon's memory is made of."""
     table = Table("memory", "bytes", title="the daemon's peak memory")
     for name, count in parts.items():
         table.add_row(name, size(count), end_section=name == "slack")

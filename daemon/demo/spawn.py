@@ -25,13 +25,17 @@ class Process(Protocol):
     """As subprocess.Popen."""
 
     @property
-    def pid(self) -> int: ...
+    def pid(self) -> int:
+        """Its process id."""
 
-    def poll(self) -> int | None: ...
+    def poll(self) -> int | None:
+        """Its exit status; None while it runs."""
 
-    def wait(self, timeout: float | None = None) -> int: ...
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end. Raises subprocess.TimeoutExpired."""
 
-    def send_signal(self, sig: int) -> None: ...
+    def send_signal(self, sig: int) -> None:
+        """Send it a signal, if it runs."""
 
 
 Start = Callable[[Sequence[str], Path], Process]
@@ -51,12 +55,15 @@ def command(arguments: Sequence[str], log: Path) -> Process:
 
 @dataclass(frozen=True)
 class Spawned:
+    """A daemon that runs as a child process."""
+
     address: str
     process: Process
     log: Path
 
     @property
     def pid(self) -> int:
+        """Its process id."""
         return self.process.pid
 
     @property

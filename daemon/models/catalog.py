@@ -77,8 +77,10 @@ def _short(name: str, sources: list[Path]) -> str:
 
 
 def parameters(name: str) -> int | None:
-    """How many numbers `name` has, by headers alone; None of a GGUF file. Raises
-    CorruptModel or UnsupportedModel."""
+    """How many numbers `name` has, by headers alone; None of a GGUF file.
+
+    Raises CorruptModel or UnsupportedModel.
+    """
     path = Path(name).expanduser()
     return read_weight_files(path).parameters if name not in PACKAGED and path.is_dir() else None
 

@@ -29,6 +29,7 @@ FAILED = 3
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Convert as the arguments say; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m spilld.models.convert")
     parser.add_argument(
         "sources", type=Path, nargs="+", help="a model folder, a .gguf file, or its parts in order"

@@ -53,6 +53,7 @@ class OneLine(logging.Formatter):
     """A message is one line, whatever clients called what it speaks of; an exception follows in more."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        """The message, as one line."""
         return printable(super().formatMessage(record)).replace("\n", "\\n")
 
 
@@ -60,6 +61,7 @@ class Lines(OneLine):
     """For a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """The record as it is written."""
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
         return f"spilld: {level}{super().format(record)}"
 
@@ -71,6 +73,7 @@ class JournalLines(OneLine):
         super().__init__("%(name)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
+        """The record as it is written."""
         prefix = f"<{PRIORITIES.get(record.levelno, 6)}>"
         return "\n".join(prefix + line for line in super().format(record).split("\n"))
 
@@ -79,6 +82,7 @@ class JsonLines(logging.Formatter):
     """One object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """The record as it is written."""
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         said = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",

@@ -35,6 +35,7 @@ class RepeatFilter(logging.Filter):
         self._lock = threading.Lock()
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is written."""
         if record.levelno < logging.WARNING:
             return True
         raised = record.exc_info[0] if record.exc_info else None

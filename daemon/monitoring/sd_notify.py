@@ -33,6 +33,7 @@ class Notifier:
         self._send(f"STATUS={status}\nEXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
     def ready(self) -> None:
+        """It serves."""
         self._send("READY=1\nSTATUS=serving")
 
     def reloading(self) -> None:
@@ -40,6 +41,7 @@ class Notifier:
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self, status: str) -> None:
+        """It serves no more; why."""
         self._send(f"STOPPING=1\nSTATUS={status}")
 
     def alive(self, progress: int) -> None:

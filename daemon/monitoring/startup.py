@@ -22,6 +22,8 @@ PHASE_S = 1800.0
 
 
 class Startup:
+    """Tells the log and systemd how far a start is."""
+
     def __init__(self, notifier: Notifier) -> None:
         self._notifier = notifier
 

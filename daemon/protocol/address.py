@@ -86,4 +86,5 @@ def _is_loopback(host: str) -> bool:
 
 
 def socket_path(address: str) -> Path:
+    """The path of an ipc address."""
     return Path(address.removeprefix("ipc://"))

@@ -84,6 +84,7 @@ class Checked(FieldReader):
     """Takes the prompt as it is: wire.py has read it under its name on the wire."""
 
     def read(self, value: object, name: str) -> object:
+        """The value as it is."""
         return value
 
 
@@ -178,8 +179,10 @@ class ListSessions:
 
 @dataclass(frozen=True, kw_only=True)
 class ChangeSession:
-    """One change of one session. Answered by Sessions, which holds the session as it is then (the new one for
-    fork and rename, none for delete), or by Failed.
+    """One change of one session.
+
+    Answered by Sessions, which holds the session as it is then (the new one for fork and rename, none for
+    delete), or by Failed.
 
     fork copies the first `tokens` tokens, or all, to the name `into`; what both have in common is stored
     once. rename gives it the name `into`. pin keeps its KV on disk whatever room is needed; unpin ends that.
@@ -257,8 +260,11 @@ class Token(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What a request took. Tiers are device, host and disk. Fields with a default are newer than others: an
-    older daemon does not fill them."""
+    """What a request took.
+
+    Tiers are device, host and disk. Fields with a default are newer than others: an older daemon does not
+    fill them.
+    """
 
     prompt_tokens: Annotated[int, COUNT]
     generated_tokens: Annotated[int, COUNT]
@@ -316,6 +322,7 @@ class Failed(Event):
 
     @classmethod
     def because(cls, error: SpilldError, request_id: str, seq: int = 0) -> Failed:
+        """The reply that says of a request that it failed."""
         return cls(
             request_id=request_id, seq=seq, code=error.code, message=error.message, retryable=error.retryable
         )
@@ -329,6 +336,8 @@ class Failed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Released(Reply):
+    """A context was given back."""
+
     context: Annotated[str, HANDLE]
 
 
@@ -356,6 +365,8 @@ class SessionInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Sessions(Reply):
+    """Sessions, by name."""
+
     sessions: Annotated[tuple[SessionInfo, ...], ListOf(Struct(SessionInfo))]
 
 
@@ -378,6 +389,8 @@ class Welcome(Reply):
 
 @dataclass(frozen=True, kw_only=True)
 class StatsReply(Reply):
+    """Counters and gauges by name."""
+
     values: Annotated[dict[str, object], MapOf()]
 
 
@@ -451,6 +464,8 @@ class Exported(Reply):
 
 @dataclass(frozen=True, kw_only=True)
 class Piece(Reply):
+    """A part of an archive."""
+
     data: Annotated[bytes, Blob(PIECE_BYTES)]
 
 

@@ -95,8 +95,10 @@ def decode(frames: Sequence[bytes]) -> Request | Reply:
 
 
 def decode_request(frames: Sequence[bytes], most: int) -> Request:
-    """As decode, of frames that may mean harm: at a bounded cost, and no reply. PromptTooLong for a prompt of
-    over `most` tokens or messages."""
+    """As decode, of frames that may mean harm: at a bounded cost, and no reply.
+
+    PromptTooLong for a prompt of over `most` tokens or messages.
+    """
 
     def careful(body: bytes) -> object:
         return unpack(body, _FIELDS, _LISTS, most) if len(body) > SMALL_BYTES else _whole(body)

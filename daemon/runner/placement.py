@@ -17,6 +17,8 @@ IN_TORCH = ("auto", "bf16")
 
 
 class Placement(NamedTuple):
+    """Where the weights are to lie."""
+
     device: str
     """torch's name: "cpu" or "cuda"."""
     missing: str = ""

@@ -60,6 +60,7 @@ class InFlightRequests:
         return bool(self._owed)
 
     def add(self, client: bytes, request_id: str, request: InFlightRequest) -> None:
+        """A client hears of a request from now on."""
         self._requests[client, request_id] = request
 
     def open_of(self, account: str | bytes) -> int:

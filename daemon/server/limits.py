@@ -23,13 +23,16 @@ class Limits:
     """Limits of all clients, or a client's own where clients.toml names some."""
 
     def __init__(self, max_open: int, max_rate: float) -> None:
-        """Requests that may be open at a time, and messages a second; for who has no limits of its own. Both
-        may be changed at any time: they hold for the next message."""
+        """Requests that may be open at a time, and messages a second; for who has no limits of its own.
+
+        Both may be changed at any time: they hold for the next message.
+        """
         self.max_open = max_open
         self.max_rate = max_rate
         self._throttle = Throttle()
 
     def account(self, client: bytes, authorized: AuthorizedClient | None) -> Account:
+        """Whom a client's requests count for, and within which limits."""
         if authorized is None:
             return Account(client, self.max_open, self.max_rate)
         max_open, max_rate = authorized.max_open or self.max_open, authorized.max_rate or self.max_rate

@@ -61,5 +61,7 @@ class Service(Protocol):
         """True when no request is running or queued, and the last event of each is posted."""
 
     def stop(self) -> frozenset[str]:
-        """Stop now; the ids of requests that go on when the daemon is back. Called once, when the loop has
-        ended."""
+        """Stop now; the ids of requests that go on when the daemon is back.
+
+        Called once, when the loop has ended.
+        """

@@ -29,8 +29,10 @@ WALL_S = 30.0
 
 
 class ChatTemplate:
-    """Any thread may render; one at a time does. The process starts with the first rendering or with `start`,
-    and anew after it had to be ended."""
+    """Any thread may render; one at a time does.
+
+    The process starts with the first rendering or with `start`, and anew after it had to be ended.
+    """
 
     def __init__(self, source: str, variables: Mapping[str, str], control: Mapping[str, str]) -> None:
         """As Renderer."""

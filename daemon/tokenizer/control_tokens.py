@@ -29,9 +29,11 @@ class Marks:
         self.begin, self.end, self.tag = random.sample(sorted(_PRIVATE - used), 3)
 
     def on_left(self, text: str, index: int) -> bool:
+        """Whether the mark ends at this index of a text."""
         return text.endswith((self.begin, _escaped(self.begin)), 0, index)
 
     def on_right(self, text: str, index: int) -> bool:
+        """Whether the mark begins at this index of a text."""
         return text.startswith((self.end, _escaped(self.end)), index)
 
     def remove_tag(self, text: str) -> str:

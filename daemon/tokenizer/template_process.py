@@ -41,8 +41,10 @@ class TooLong(Exception):
 
 
 class Renderer:
-    """A chat template with the values that do not change. It renders what transformers'
-    `apply_chat_template` does."""
+    """A chat template with the values that do not change.
+
+    It renders what transformers' `apply_chat_template` does.
+    """
 
     def __init__(self, source: str, variables: Mapping[str, str], control: Mapping[str, str]) -> None:
         """control: the stand-in of each control token."""
@@ -95,8 +97,10 @@ class Renderer:
 
 
 def _cut(text: str, content: str, marks: Marks) -> str:
-    """What comes before the last tag. Templates that strip a message keep the tag, without the space behind
-    it."""
+    """What comes before the last tag.
+
+    Templates that strip a message keep the tag, without the space behind it.
+    """
     if content.strip() not in text or marks.tag not in text:
         raise ValueError("the last message is not in it as it was written, so it cannot be continued")
     before, _, after = text.rpartition(marks.tag)
@@ -165,6 +169,7 @@ def _to_json(
 
 
 def answer(renderer: Renderer, request: Mapping[str, Any]) -> dict[str, str]:
+    """What the process answers to a request."""
     try:
         return {"text": renderer.render(request["turns"], request["mode"], request["most"])}
     except TooLong:
@@ -180,11 +185,13 @@ def answer(renderer: Renderer, request: Mapping[str, Any]) -> dict[str, str]:
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
+    """A message with its length in front."""
     body: bytes = msgpack.packb(message, unicode_errors="surrogatepass")
     return len(body).to_bytes(HEADER_BYTES, "big") + body
 
 
 def unpack(body: bytes) -> Any:
+    """The message of a body."""
     return msgpack.unpackb(body, unicode_errors="surrogatepass")
 
 
@@ -209,6 +216,7 @@ def _exactly(link: socket.socket, count: int) -> bytes | None:
 
 
 def main() -> None:
+    """Render what is asked for until the daemon is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for the daemon
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

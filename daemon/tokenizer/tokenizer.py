@@ -110,8 +110,10 @@ class Tokenizer:
     def encode(
         self, text: str, *, start: bool = True, special: bool = False, most: int | None = None
     ) -> list[int]:
-        """Token ids of a text. A start token is added iff the tokenizer itself adds one and `start` is true
-        (false: the text continues a context).
+        """Token ids of a text.
+
+        A start token is added iff the tokenizer itself adds one and `start` is true (false: the text
+        continues a context).
 
         special: control tokens that are written in the text are meant as such, a start token too; else they
         are text. Raises InvalidRequest, or PromptTooLong where it has surely more than `most` tokens, before

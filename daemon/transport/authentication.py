@@ -45,7 +45,11 @@ class CurveAuthentication:
         return known
 
     def client(self, key: str) -> AuthorizedClient:
-        """Who has a public key. Raises AccessDenied if it was authorised once, and is not now."""
+        """Who has a public key.
+
+        Raises:
+            AccessDenied: If it was authorised once, and is not now.
+        """
         client = self._clients.find(key)
         if client is None:
             raise AccessDenied("this key is not authorised any more; ask who runs the daemon")

@@ -81,6 +81,7 @@ class ReceiveBudget:
         return True
 
     def give(self, nbytes: int) -> None:
+        """Give bytes back."""
         self._left += nbytes
 
 
@@ -116,10 +117,12 @@ class Connection:
         self._put(greeting(mechanism.name))
 
     def fileno(self) -> int:
+        """The socket's descriptor, for a poll."""
         return self._peer.fileno()
 
     @property
     def ready(self) -> bool:
+        """Whether the handshake is done."""
         return self.mechanism.ready
 
     @property
@@ -269,6 +272,7 @@ class Connection:
 
     @property
     def pending(self) -> bool:
+        """Whether something waits to be sent."""
         return bool(self._out)
 
     # time
@@ -291,6 +295,7 @@ class Connection:
             self._put(self.mechanism.seal(COMMAND, command(b"PING", bytes(2))))
 
     def close(self) -> None:
+        """Close it, and give back what it had of the budget."""
         self._room.give(self._reserved)
         self._reserved = 0
         self._peer.close()

@@ -62,6 +62,7 @@ class Box:
             raise Broken("not a public key")
 
     def close(self, text: bytes, nonce: bytes) -> bytes:
+        """The text, encrypted and authenticated (a box, in NaCl's words)."""
         sealed = ctypes.create_string_buffer(len(text) + MAC_BYTES)
         length = ctypes.c_ulonglong(len(text))
         self._sodium.crypto_box_easy_afternm(sealed, text, length, nonce, self._shared)
@@ -91,8 +92,10 @@ class Curve:
     name = b"CURVE"
 
     def __init__(self, public: bytes, secret: bytes, admits: Callable[[str], bool]) -> None:
-        """public, secret: the daemon's. admits: told a client's public key in Z85. ConfigError without
-        libsodium."""
+        """public, secret: the daemon's. admits: told a client's public key in Z85.
+
+        ConfigError without libsodium.
+        """
         self.key = ""
         self.ready = self.refused = False
         self._lasting_public, self._lasting = public, secret
@@ -103,6 +106,7 @@ class Curve:
         self._sent, self._had = 1, 0  # counters of the nonces
 
     def handshake(self, body: bytes) -> bytes:
+        """Take a command of the client's handshake; the answer to send."""
         name, data = parse_command(body)
         if name == b"HELLO" and not self._client:
             return self._welcome(data)
@@ -155,12 +159,14 @@ class Curve:
         return nonce
 
     def seal(self, flags: int, body: bytes) -> bytes:
+        """A frame, encrypted, as it is sent."""
         nonce = self._next_nonce()
         inside = flags & MORE | (SEALED_COMMAND if flags & COMMAND else 0)
         sealed = self._box.close(bytes((inside,)) + body, b"CurveZMQMESSAGES" + nonce)
         return head(0, len(sealed) + 16) + b"\7MESSAGE" + nonce + sealed
 
     def open(self, flags: int, body: bytes) -> tuple[int, bytes]:
+        """The flags and the body of a frame that came encrypted. Raises Broken."""
         if body[:8] != b"\7MESSAGE" or len(body) < 16 + MAC_BYTES + 1:
             raise Broken("not a MESSAGE")
         nonce = int.from_bytes(body[8:16], "big")

@@ -66,6 +66,7 @@ def frame_at(buffer: bytearray, start: int) -> tuple[int, int, int] | None:
 
 
 def command(name: bytes, data: bytes = b"") -> bytes:
+    """A ZMTP command's body."""
     return bytes((len(name),)) + name + data
 
 
@@ -140,6 +141,7 @@ class Null:
         self.ready = False
 
     def handshake(self, body: bytes) -> bytes:
+        """Take the client's READY; the answer to send."""
         name, data = parse_command(body)
         if name != b"READY":
             raise Broken("not READY")
@@ -148,7 +150,9 @@ class Null:
         return command(b"READY", ROUTER)
 
     def seal(self, flags: int, body: bytes) -> bytes:
+        """A frame as it is sent."""
         return head(flags, len(body)) + body
 
     def open(self, flags: int, body: bytes) -> tuple[int, bytes]:
+        """A frame's flags and body, as they are."""
         return flags, body

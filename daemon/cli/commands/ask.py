@@ -35,6 +35,7 @@ standard error.
 
 
 def add(commands: Any) -> None:
+    """Add the command to the parser."""
     parser = commands.add_parser(
         "ask",
         help="ask a question, about a text file or without one",
@@ -73,6 +74,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Ask, and show the answer."""
     text, question = _asked(options.words)
     with connected(options) as (client, welcome):
         from rich.console import Console

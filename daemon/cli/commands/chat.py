@@ -11,6 +11,7 @@ from .sampling import add_sampling, sampling
 
 
 def add(commands: Any) -> None:
+    """Add the command to the parser."""
     parser = commands.add_parser(
         "chat",
         help="talk to the model",
@@ -34,6 +35,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Talk until the input ends."""
     with connected(options) as (client, welcome):
         from spilld.cli.conversation import chat
 

@@ -8,6 +8,7 @@ from typing import Any
 
 
 def add(commands: Any) -> None:
+    """Add the command to the parser."""
     parser = commands.add_parser("keys", help="make the keys by which clients connect from other machines")
     parser.set_defaults(run=run)
     parser.add_argument("--client", metavar="NAME", help="a key for this client (default: the daemon's own)")
@@ -20,6 +21,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Make the daemon's key, or a client's."""
     from spilld.auth.keyring import default_folder, make_client, make_server
 
     folder = options.folder or default_folder()

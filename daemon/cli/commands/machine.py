@@ -12,6 +12,7 @@ from spilld.config.config import Config
 
 
 def add(commands: Any) -> None:
+    """Add the commands to the parser."""
     verify = commands.add_parser("check", help="verify what is stored on disk, while no daemon runs")
     verify.set_defaults(run=check)
     verify.add_argument(
@@ -41,6 +42,7 @@ def add(commands: Any) -> None:
 
 
 def check(options: argparse.Namespace) -> int:
+    """Verify what is stored; 1 if something is wrong."""
     from spilld.cli.tables import check
 
     config = Config.load(options.config, {"state": options.state})
@@ -48,6 +50,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def doctor(options: argparse.Namespace) -> None:
+    """Say what this machine has and how fast it is."""
     with engine_imports():
         from spilld.cli.doctor import examine
 
@@ -58,6 +61,7 @@ def doctor(options: argparse.Namespace) -> None:
 
 
 def demo(options: argparse.Namespace) -> int:
+    """Run the main job, and show it."""
     with engine_imports():
         from spilld.demo.demo import demo
 

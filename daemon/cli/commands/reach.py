@@ -23,6 +23,7 @@ PATIENCE_S = 2.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where the daemon is and who asks."""
     group = parser.add_argument_group("the daemon")
     group.add_argument("--address", help="where it listens (default: its socket in your runtime directory)")
     group.add_argument(
@@ -46,8 +47,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def connected(options: argparse.Namespace) -> Iterator[tuple[Client, Welcome]]:
-    """A client, and what its daemon serves. What it asked is cancelled when the context ends, by a signal,
-    too. Raises Unreachable if no daemon serves within --wait seconds."""
+    """A client, and what its daemon serves.
+
+    What it asked is cancelled when the context ends, by a signal, too.
+
+    Raises:
+        Unreachable: If no daemon serves within --wait seconds.
+    """
     with ended_by_signals():
         began = time.monotonic()
         with _connect(options) as client:

@@ -41,6 +41,7 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float) -> None:
 
 
 def sampling(given: argparse.Namespace) -> Options:
+    """The options of `generate` that were given."""
     return {
         "max_tokens": given.max_tokens,
         "temperature": given.temperature,

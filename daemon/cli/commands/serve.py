@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def add(commands: Any) -> None:
+    """Add the commands to the parser."""
     parser = commands.add_parser(
         "serve", help="run the daemon", usage="%(prog)s [--config FILE] [--SETTING VALUE ...]"
     )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
+    """Add the command to the parser."""
     parser = commands.add_parser(
         "sessions",
         help="list, fork, pin, delete, export or import sessions",
@@ -51,6 +52,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """List sessions, or change one."""
     with connected(options) as (client, _):
         from spilld.cli.tables import sessions
 

@@ -11,6 +11,7 @@ from .reach import add_options, connected
 
 
 def add(commands: Any) -> None:
+    """Add the commands to the parser."""
     once = commands.add_parser("stats", help="what the daemon is doing, and how full its tiers are")
     once.set_defaults(run=stats)
     once.add_argument("--json", action="store_true", help="one JSON object (default: a table)")
@@ -27,6 +28,7 @@ def add(commands: Any) -> None:
 
 
 def stats(options: argparse.Namespace) -> None:
+    """Show how full the tiers are."""
     with connected(options) as (client, welcome):
         from spilld.cli.tables import stats
 
@@ -34,6 +36,7 @@ def stats(options: argparse.Namespace) -> None:
 
 
 def top(options: argparse.Namespace) -> None:
+    """Show it live."""
     if not options.every > 0:
         raise InvalidRequest(f"--every is {options.every:g}; allowed: seconds above 0")
     with connected(options) as (client, welcome):

@@ -58,6 +58,7 @@ class GgufHeader:
 
     @property
     def architecture(self) -> str:
+        """The family, as llama.cpp calls it."""
         return str(self.values["general.architecture"])
 
     def model_keys(self) -> list[str]:

@@ -26,10 +26,12 @@ class SlicedGGUFReader(gguf.GGUFReader):  # type: ignore[misc]
 
     @property
     def data(self) -> npt.NDArray[np.uint8]:
+        """The file's bytes."""
         return self._data
 
     @data.setter
     def data(self, mapped: npt.NDArray[np.uint8]) -> None:
+        """The file's bytes."""
         self._data = np.asarray(mapped)
 
 

@@ -71,8 +71,12 @@ class PackedSource:
 
 
 def matrices(module: Any) -> dict[str, list[PackedSource]]:
-    """What is packed under which name. Raises UnsupportedModel if a layer does not fit, or if steps over
-    packed weights would compute another model."""
+    """What is packed under which name.
+
+    Raises:
+        UnsupportedModel: If a layer does not fit, or if steps over packed weights would compute another
+            model.
+    """
     check_packable(module)
     config = module.config
     interleaved = config.model_type in ("llama", "mistral")
@@ -164,7 +168,11 @@ def pack_gguf(module: Any, gguf: Path, target: Path) -> None:
 
 
 def pack_module(module: Any, form: Form, target: Path) -> None:
-    """Write the weights of a module, quantised, to a file. Raises UnsupportedModel if they do not fit."""
+    """Write the weights of a module, quantised, to a file.
+
+    Raises:
+        UnsupportedModel: If they do not fit.
+    """
     packs = {}
     for name, parts in matrices(module).items():
         packs[name] = stack([_quantised(part, Form.INT8 if name == "head" else form) for part in parts])

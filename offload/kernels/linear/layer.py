@@ -74,6 +74,7 @@ class Activations(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """What they take."""
         return sum(array.nbytes for array in (*self.inputs[:-1], *self[1:]))
 
 

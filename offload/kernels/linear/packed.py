@@ -53,10 +53,12 @@ class Packed:
 
     @property
     def outputs(self) -> int:
+        """Rows of the matrix."""
         return len(self.tiles) * LANES
 
     @property
     def inputs(self) -> int:
+        """Columns of the matrix."""
         return int(self.tiles.shape[1]) * GROUP
 
 

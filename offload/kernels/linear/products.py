@@ -69,6 +69,7 @@ class Matrix(NamedTuple):
 
     @classmethod
     def of(cls, weights: Packed) -> Matrix:
+        """Packed weights as kernels take them."""
         int4 = weights.form is Form.INT4
         return cls(weights.tiles.reshape(-1), weights.tiles.shape[1], int4, LINES4 if int4 else LINES8)
 
