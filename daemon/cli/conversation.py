@@ -54,7 +54,7 @@ class Conversation:
         self._output = Output(sys.stdout)
         self._console = Console(stderr=True)
 
-    def held(self) -> SessionInfo | None:
+    def session_info(self) -> SessionInfo | None:
         """Its session, if there is one by now."""
         return next((info for info in self._client.sessions() if info.name == self._session), None)
 
@@ -85,7 +85,7 @@ class Conversation:
 
     def _goes_on(self) -> bool:
         """Whether the daemon has what was said so far."""
-        return self._context is not None if self._session is None else self.held() is not None
+        return self._context is not None if self._session is None else self.session_info() is not None
 
     def _answer(self, message: Message, new: list[Message]) -> None:
         options: Options = {
@@ -145,17 +145,17 @@ def chat(
             "`spilld ask`, or serve a model that was made for chats (often called -Instruct or -it)"
         )
     conversation = Conversation(client, session, system, options)
-    held = conversation.held() if session is not None else None
-    if held is not None and held.chat is False:
+    known = conversation.session_info() if session is not None else None
+    if known is not None and known.chat is False:
         raise InvalidRequest(
             f"the session {session!r} holds a text, not a chat: go on with `spilld ask --session {session}`, "
             "or give another name"
         )
     talking = sys.stdin.isatty() and sys.stdout.isatty()
     if talking:
-        begun = f"; session {session} goes on after {held.tokens:,} tokens" if held is not None else ""
+        begun = f"; session {session} goes on after {known.tokens:,} tokens" if known is not None else ""
         print(printable(f"{welcome.model}{begun}. {HELP}"))
-    if held is not None and system is not None:
+    if known is not None and system is not None:
         print("spilld: the session has begun, so --system is left out", file=sys.stderr)
     for message in _messages("> " if talking else ""):
         try:

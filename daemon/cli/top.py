@@ -26,7 +26,7 @@ TRAFFIC = {
 
 
 @dataclass(frozen=True)
-class Look:
+class StatsSample:
     """What the daemon's stats were at a time, in seconds."""
 
     values: Mapping[str, object]
@@ -37,7 +37,7 @@ class Look:
         value = self.values.get(name)
         return value if isinstance(value, int | float) else 0
 
-    def rate(self, name: str, before: Look) -> float:
+    def rate(self, name: str, before: StatsSample) -> float:
         """How much more a second since an earlier look; 0 if the daemon was restarted in between."""
         return max(0.0, self.number(name) - before.number(name)) / (self.at - before.at)
 
@@ -45,24 +45,24 @@ class Look:
 def top(client: Client, model: str, every_s: float, once: bool) -> None:
     """Draw what is seen every so many seconds until Ctrl-C, or once. Rates are those since the last look."""
     with Live(console=Console(), auto_refresh=False) as live, suppress(KeyboardInterrupt):
-        for before, now in pairwise(_looks(client, every_s)):
+        for before, now in pairwise(_samples(client, every_s)):
             live.update(frame(model, before, now), refresh=True)
             if once:
                 return
 
 
-def _looks(client: Client, every_s: float) -> Iterator[Look]:
+def _samples(client: Client, every_s: float) -> Iterator[StatsSample]:
     while True:
-        yield Look(client.stats(), time.monotonic())
+        yield StatsSample(client.stats(), time.monotonic())
         time.sleep(every_s)
 
 
-def frame(model: str, before: Look, now: Look) -> RenderableType:
+def frame(model: str, before: StatsSample, now: StatsSample) -> RenderableType:
     """What is drawn: the model, what is being done, the tiers."""
-    return Group(Text(model, "bold"), _doings(before, now), Text(), _tiers(before, now))
+    return Group(Text(model, "bold"), _activity(before, now), Text(), _tiers(before, now))
 
 
-def _doings(before: Look, now: Look) -> Table:
+def _activity(before: StatsSample, now: StatsSample) -> Table:
     def count(name: str) -> str:
         return f"{now.number(name):,}"
 
@@ -82,7 +82,7 @@ def _doings(before: Look, now: Look) -> Table:
     return table
 
 
-def _tiers(before: Look, now: Look) -> Table:
+def _tiers(before: StatsSample, now: StatsSample) -> Table:
     table = Table("tier", box=None, padding=(0, 2, 0, 0))
     for heading in ("used", "of", "", "read/s", "written/s"):
         table.add_column(heading, justify="right")

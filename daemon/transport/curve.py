@@ -161,8 +161,8 @@ class Curve:
     def seal(self, flags: int, body: bytes) -> bytes:
         """A frame, encrypted, as it is sent."""
         nonce = self._next_nonce()
-        inside = flags & MORE | (SEALED_COMMAND if flags & COMMAND else 0)
-        sealed = self._box.close(bytes((inside,)) + body, b"CurveZMQMESSAGES" + nonce)
+        inner_flags = flags & MORE | (SEALED_COMMAND if flags & COMMAND else 0)
+        sealed = self._box.close(bytes((inner_flags,)) + body, b"CurveZMQMESSAGES" + nonce)
         return head(0, len(sealed) + 16) + b"\7MESSAGE" + nonce + sealed
 
     def open(self, flags: int, body: bytes) -> tuple[int, bytes]:

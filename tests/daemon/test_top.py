@@ -7,7 +7,7 @@ import re
 
 from rich.console import Console
 
-from spilld.cli.top import Look, frame
+from spilld.cli.top import StatsSample, frame
 
 EARLIER: dict[str, object] = {
     "requests_running": 2,
@@ -38,7 +38,7 @@ LATER = EARLIER | {
 
 def drawn(before: dict[str, object], now: dict[str, object]) -> str:
     console = Console(file=io.StringIO(), width=100)
-    console.print(frame("tiny [model]", Look(before, 10.0), Look(now, 12.0)))
+    console.print(frame("tiny [model]", StatsSample(before, 10.0), StatsSample(now, 12.0)))
     assert isinstance(console.file, io.StringIO)
     return re.sub(" {2,}", "  ", console.file.getvalue())
 

@@ -81,11 +81,11 @@ def run(options: argparse.Namespace) -> None:
 
         from spilld.cli.answer import Output, show
 
-        held = _held(client, options)
-        chat = _is_chat(held, welcome, options)
-        if held is not None and options.system is not None:
+        known = _session_info(client, options)
+        chat = _is_chat(known, welcome, options)
+        if known is not None and options.system is not None:
             print("spilld: the session has begun, so --system is left out", file=sys.stderr)
-        system = options.system if held is None else None
+        system = options.system if known is None else None
         raw = _raw(text, question, options.session is not None)
         output, console = Output(sys.stdout), Console(stderr=True)
         prompt = _messages(text, question, system) if chat else raw
@@ -141,21 +141,21 @@ def _read(file: str, what: str) -> str:
         ) from error
 
 
-def _held(client: Client, options: argparse.Namespace) -> SessionInfo | None:
+def _session_info(client: Client, options: argparse.Namespace) -> SessionInfo | None:
     """The session that is asked, if there is one by now."""
     if options.session is None:
         return None
     return next((info for info in client.sessions() if info.name == options.session), None)
 
 
-def _is_chat(held: SessionInfo | None, welcome: Welcome, options: argparse.Namespace) -> bool:
+def _is_chat(known: SessionInfo | None, welcome: Welcome, options: argparse.Namespace) -> bool:
     """Whether to ask by a message: if the session holds some, or, for what is new, the model takes them."""
-    if held is not None:
-        if held.chat and options.raw:
+    if known is not None:
+        if known.chat and options.raw:
             raise InvalidRequest(
-                f"the session {held.name!r} is a chat: leave --raw out, or take another session"
+                f"the session {known.name!r} is a chat: leave --raw out, or take another session"
             )
-        return held.chat is True
+        return known.chat is True
     chat = welcome.chat is True and not options.raw
     if options.system is not None and not chat:
         why = "with --raw" if options.raw else f"as {welcome.model} has no chat template"
