@@ -5,8 +5,8 @@ before, so nothing is left but to import, to load and to bind. Medians of 3, eac
 
 - load: seconds that loading the model takes in a process that has imported everything.
 - ready: seconds from starting `spilld serve` to its answer to the first message.
-- import: seconds of an interpreter that imports torch, numba and transformers and nothing else; what bounds
-  "ready" from below, measured in the same run.
+- import: seconds of an interpreter that imports torch, transformers and numba as the daemon does, and nothing
+  else; what bounds "ready" from below, measured in the same run.
 """
 
 from __future__ import annotations

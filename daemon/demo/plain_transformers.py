@@ -1,4 +1,4 @@
-"""Plain transformers in a process of its own: what spilld is compared with.
+"""The reference model: plain transformers in a process of its own, what spilld is compared with.
 
     python -m spilld.demo.plain_transformers FOLDER DTYPE COUNT < tokens.json
 

@@ -119,13 +119,10 @@ def _end(process: Process) -> None:
 
 
 def import_rss_bytes() -> int:
-    """Peak memory of an interpreter that has imported torch, numba and transformers, and nothing else.
-
-    `import transformers` alone is lazy; its model base class brings what every model needs.
-    """
+    """Peak memory of an interpreter that has imported torch, transformers and numba as the daemon does."""
     code = (
-        "import torch, numba, resource; from transformers import PreTrainedModel; "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "from spilld.models.frameworks import import_frameworks; import_frameworks(); "
+        "import numba, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(shown.stdout) * 1024
