@@ -89,7 +89,7 @@ class HostSlab:
             raise TierFull(f"{columns} blocks asked of the host tier, {self.free_columns} are free")
         rows = np.empty((len(self.record_bytes), columns), np.int64)
         for pool in self._pools:
-            rows[pool.layers] = pool.take(len(pool.layers) * columns).reshape(len(pool.layers), columns)
+            rows[pool.layers] = pool.take(columns)
         return rows
 
     def free(self, rows: npt.ArrayLike) -> None:
@@ -145,11 +145,13 @@ class _SlabPool:
         """Where it ends, in bytes."""
         return (self.first + self.n) * self.record_bytes
 
-    def take(self, n: int) -> Rows:
+    def take(self, columns: int) -> Rows:
+        """int64 [layers of the pool, columns], the lowest free rows; there must be so many."""
+        n = len(self.layers) * columns
         rows = self._free[self.n_free - n : self.n_free][::-1].copy()
         self.n_free -= n
         self._taken[rows - self.first] = True
-        return rows
+        return rows.reshape(len(self.layers), columns)
 
     def check(self, rows: Rows) -> None:
         """Raises ValueError unless all are taken, and none is named twice."""

@@ -23,6 +23,7 @@ from spilld.offload.system import SystemCalls
 from spilld.protocol.messages import Failed, PromptLogprob
 
 from ..offload.faults import error
+from ..offload.run_tier import on_system
 from .harness import (
     Harness,
     column_bytes,
@@ -152,7 +153,7 @@ def test_one_read_error_costs_a_recomputation(model: Model, expected: list[int],
             raise faults.pop()
 
     with spilling(model, tmp_path / "s") as harness:
-        disk_tier(harness).system = Faulty(fails)
+        on_system(disk_tier(harness), Faulty(fails))
         assert harness.ask(PROMPT, **FIELDS) == expected
         assert not faults
 
@@ -179,7 +180,7 @@ def test_a_request_whose_kv_stays_lost_fails_alone(model: Model, expected: list[
                     ):
                         raise error(errno.EIO)
 
-        tier.io._system = Faulty(fails)
+        on_system(tier, Faulty(fails))
         harness.run()
         with pytest.raises(StorageFailed, match="lost 3 times"):
             harness.tokens("r")
@@ -199,7 +200,7 @@ def test_reads_that_never_return_fail_by_their_deadline(
     with spilling(model, tmp_path / "s", read_deadline_s=0.1) as harness:
         harness.add("r", PROMPT, **FIELDS)
         until_said(harness, 2)
-        disk_tier(harness).system = Faulty(fails)
+        on_system(disk_tier(harness), Faulty(fails))
         harness.run()
         with pytest.raises(StorageFailed, match="lost 3 times"):
             harness.tokens()
@@ -212,7 +213,7 @@ def test_a_full_disk_is_no_loss_while_host_memory_suffices(
     model: Model, expected: list[int], call: str, tmp_path: Path
 ) -> None:
     with spilling(model, tmp_path / "s", host_budget=16 * column_bytes(model, "k8v4")) as harness:
-        disk_tier(harness).system = Faulty(full(call))
+        on_system(disk_tier(harness), Faulty(full(call)))
         assert harness.ask(PROMPT, **FIELDS) == expected
         assert "No space left" in str(harness.engine.stats()["disk_failure"])
         assert harness.done().usage.kv_bytes["disk"] == 0
@@ -223,7 +224,7 @@ def test_a_full_disk_fails_what_host_memory_cannot_hold(
     model: Model, expected: list[int], call: str, tmp_path: Path
 ) -> None:
     with spilling(model, tmp_path / "s") as harness:
-        disk_tier(harness).system = Faulty(full(call))
+        on_system(disk_tier(harness), Faulty(full(call)))
         harness.add("r", PROMPT, **FIELDS)
         harness.run()
         with pytest.raises(StorageFailed, match="raise the host or the disk budget"):
@@ -239,7 +240,7 @@ def test_a_waiting_request_that_fits_no_more_fails_instead_of_waiting(model: Mod
         harness.add("b", PROMPT, **FIELDS)
         harness.add("c", PROMPT[:300], **FIELDS)
         until_said(harness, 2)
-        disk_tier(harness).system = Faulty(full("pwritev"))  # met by the tail of the first, when it ends
+        on_system(disk_tier(harness), Faulty(full("pwritev")))  # met by the first's checkpoint at its end
         until_said(harness, 30)
         while harness.engine._store.writing:
             harness.engine._store.settle()  # the disk has failed before the next is admitted
