@@ -43,7 +43,7 @@ class ImportedRuns:
         self.places: list[RunPlace] = []
         self._bytes = sum(self._disk.tier.run_bytes(part.count, part.layouts) for part in parts)
         self._respect_reservations()
-        store.arriving_bytes += self._bytes
+        store.importing_bytes += self._bytes
         try:
             for part in parts:
                 self.places.append(self._reserve(part))
@@ -102,6 +102,6 @@ class ImportedRuns:
         self._end()
 
     def _end(self) -> None:
-        self._store.arriving_bytes -= self._bytes
+        self._store.importing_bytes -= self._bytes
         for place in self.places:
             self._disk.tier.release(place)

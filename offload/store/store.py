@@ -48,7 +48,7 @@ class Store:
         layouts: Of the records.
         run_blocks: Blocks of a full run.
         promotes: Runs may be copied back from disk while host memory is free.
-        arriving_bytes: Of runs that are being imported.
+        importing_bytes: Of runs that are being imported.
         checkpoints: What lets sequences go on beside their sealed blocks.
     """
 
@@ -63,7 +63,7 @@ class Store:
         self.layouts = layouts
         self.run_blocks = run_blocks
         self.promotes = True
-        self.arriving_bytes = 0
+        self.importing_bytes = 0
         self._slab = slab
         self._disk = disk
         self._tables: list[BlockTable] = []
@@ -98,7 +98,7 @@ class Store:
         if self._disk is None or self._disk.failure is not None:
             return host
         tier = self._disk.tier
-        free = tier.budget_bytes - self._disk.cache.pinned_bytes - self.arriving_bytes
+        free = tier.budget_bytes - self._disk.cache.pinned_bytes - self.importing_bytes
         return host + max(0, free) // tier.run_bytes(self.run_blocks) * self.run_blocks
 
     @property

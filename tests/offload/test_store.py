@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from spilld.offload.disk.extent_read import ExtentRead, Ticket
+from spilld.offload.disk.extent_read import ExtentRead, ReadState, Ticket
 from spilld.offload.disk.files.extent import RunKey, largest_extent, run_bytes
 from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.disk.prefetch import Prefetcher
@@ -1109,6 +1109,31 @@ def test_integrity_checks_notice(rig: Rig) -> None:
             rig.store.check_integrity([known.table])
         known.table.rows[:] = rows
     rig.check()
+
+
+@pytest.mark.parametrize("layouts", [LAYOUTS, MIXED], ids=["alike", "mixed"])
+def test_a_run_that_was_scanned_whole_comes_back(tmp_path: Path, layouts: StoreLayout) -> None:
+    with rigged(tmp_path, columns=40, layouts=layouts) as rig:
+        known = rig.open(2 * RUN)
+        rig.fill(known, 2 * RUN)
+        for first in (1, 1 + RUN):
+            rig.store.spill(known.table, first, RUN)
+            rig.settled()
+        assert known.table.disk_blocks == 2 * RUN
+        for layers, back in ((range(LAYERS - 1), 0), (range(LAYERS), RUN)):
+            promotion = rig.store.promotion(known.table, known.table.runs)
+            (ref, _) = known.table.runs
+            for layer in layers:
+                (ticket,) = tickets = rig.store.submit([ExtentRead(ref.run, layer)])
+                with rig.store.staged(tickets) as (memory, (offset,)):
+                    promotion.copy(ref, layer, memory, offset)
+                assert ticket.state is ReadState.RELEASED
+            promotion.end()
+            assert known.table.disk_blocks == 2 * RUN - back
+            rig.check()
+        rig.store.make_room(40)
+        assert known.table.disk_blocks == 2 * RUN, "copies go first"
+        rig.check()
 
 
 def lay_out(rig: Rig, count: int) -> list[Known]:
