@@ -17,7 +17,7 @@ from spilld.offload.disk.files.extent import (
     run_bytes,
 )
 from spilld.offload.disk.files.extent_io import ExtentIO, write_error
-from spilld.offload.disk.files.folder import Folder
+from spilld.offload.disk.files.folder import StoreFolder
 from spilld.offload.disk.files.segment import SEGMENT_BYTES, SegmentSpace
 from spilld.offload.disk.files.segment_files import SegmentFiles
 from spilld.offload.disk.index.index import Index
@@ -90,7 +90,7 @@ class DiskTier:
         self.fingerprint = fingerprint
         self.system = system or SystemCalls()
         self._ledger = RunLedger()
-        self._folder = Folder(folder, self.system)
+        self._folder = StoreFolder(folder, self.system)
         self._files = SegmentFiles(
             self._folder, self.system, SegmentSpace(budget_bytes, segment_bytes), floor_bytes
         )

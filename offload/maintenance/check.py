@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spilld.offload.disk.files.extent import verify
-from spilld.offload.disk.files.folder import Folder
+from spilld.offload.disk.files.folder import StoreFolder
 from spilld.offload.disk.index.index import Index
 from spilld.offload.disk.index.index_row import IndexRow, consistent
 from spilld.offload.errors import ExtentCorrupt, FolderUnusable, IndexDamaged
@@ -51,7 +51,7 @@ def check(
     if not folder.is_dir():
         raise FolderUnusable(f"{folder}: there is no store")
     calls = system or SystemCalls()
-    place = Folder(folder, calls)
+    place = StoreFolder(folder, calls)
     try:
         return _check(place, calls, repair, progress)
     except OSError as error:
@@ -60,7 +60,9 @@ def check(
         place.close()
 
 
-def _check(place: Folder, system: SystemCalls, repair: bool, progress: Callable[[int, int], None]) -> Report:
+def _check(
+    place: StoreFolder, system: SystemCalls, repair: bool, progress: Callable[[int, int], None]
+) -> Report:
     report = Report()
     sizes = {number: path.stat().st_size for number, path in place.segments().items()}
     try:
@@ -84,7 +86,7 @@ def _check(place: Folder, system: SystemCalls, repair: bool, progress: Callable[
 
 
 def _damaged(
-    place: Folder,
+    place: StoreFolder,
     system: SystemCalls,
     entries: list[IndexRow],
     report: Report,

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _SEGMENT_NAME = re.compile(r"\d{8}\.segment")
 
 
-class Folder:
+class StoreFolder:
     """A folder of mode 0700 that one process holds by a file lock until close.
 
     direct: O_DIRECT works here.

@@ -11,7 +11,7 @@ from pathlib import Path
 from spilld.offload.errors import TierFull
 from spilld.offload.system import SystemCalls
 
-from .folder import Folder
+from .folder import StoreFolder
 from .segment import Range, SegmentSpace
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,9 @@ class SegmentFiles:
     one that the file system does not shorten stays counted.
     """
 
-    def __init__(self, folder: Folder, system: SystemCalls, space: SegmentSpace, floor_bytes: int) -> None:
+    def __init__(
+        self, folder: StoreFolder, system: SystemCalls, space: SegmentSpace, floor_bytes: int
+    ) -> None:
         """floor_bytes: what the file system must have left after each growth of a file."""
         self.space = space
         self.floor_bytes = floor_bytes
