@@ -1,4 +1,4 @@
-"""The engine as the server sees it: messages go in without waiting, threads do the work."""
+"""Runs the engine in its thread, for the server: messages go in without waiting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from spilld.errors import (
     DeviceUnusable,
     Draining,
     InternalError,
-    InvalidRequest,
     Overloaded,
     SpilldError,
 )
@@ -29,7 +28,6 @@ from spilld.protocol.messages import (
     Generate,
     ImportSession,
     ListSessions,
-    Message,
     Release,
     Reply,
     Resume,
@@ -43,6 +41,7 @@ from spilld.tokenizer.intake import Intake
 from .arrivals import Composed
 from .engine import Engine
 from .outbox import Post
+from .prompt import prompt_tokens
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ SETTLE_S = 0.02
 
 
 HOPELESS = 3
-"""Turns in a row that fail with no request to blame: the engine ends then, and the next may do better."""
+"""Turns in a row that fail with no request to blame, after which the engine ends: the next may do better."""
 
 
 class EngineService:
@@ -69,8 +68,16 @@ class EngineService:
         max_queue: int,
         on_lost: Callable[[], None] = lambda: None,
     ) -> None:
-        """build makes the engine, given where its events go. on_lost: called in its thread when the engine
-        computes nothing any more, and `lost` says why: the device is lost, or no turn succeeds."""
+        """Build the engine.
+
+        Args:
+            build: Makes the engine, given where its events go.
+            post: Sends a reply to a client.
+            welcome: What clients are told of this daemon.
+            max_queue: Requests that may wait and run.
+            on_lost: Called in the engine's thread when it computes nothing any more, and `lost` says why: the
+                device is lost, or no turn succeeds.
+        """
         self.lost: str | None = None
         self._on_lost = on_lost
         self._welcome = welcome
@@ -164,8 +171,7 @@ class EngineService:
         self._inbox.put(partial(self._engine.adjust, config))
 
     def progress(self) -> int:
-        """Turns of the engine's thread, at least one in IDLE_S when there is nothing to do, and what moves in
-        a long one."""
+        """A number that grows: with each turn, at least one in IDLE_S, and within a long one."""
         return self._turns + self._engine.progress
 
     def idle(self) -> bool:
@@ -193,7 +199,7 @@ class EngineService:
     def _prepare(self, client: bytes, request: Generate, arrived: float) -> Callable[[], None] | None:
         """What the engine's thread is to do with a request, None if it was refused."""
         try:
-            prompt = self._tokens(request)
+            prompt = prompt_tokens(request, self._engine.model, self._engine.published.longest)
         except SpilldError as error:
             self._refuse(client, request, error)
         except Exception as error:
@@ -202,28 +208,6 @@ class EngineService:
         else:
             return partial(self._arrive, client, request, prompt, arrived)
         return None
-
-    def _tokens(self, request: Generate) -> list[int]:
-        """Of a text, token ids, or a new chat; what continues a session is the engine's to complete."""
-        model, prompt, most = self._engine.model, request.prompt, self._engine.published.longest
-        new = request.context is None and request.session is None
-        if isinstance(prompt, str):
-            return model.tokenizer.encode(prompt, start=new, special=request.parse_special, most=most)
-        if request.parse_special:
-            raise InvalidRequest(
-                "parse_special is of a text: in messages and token ids nothing is looked for"
-            )
-        messages = [part for part in prompt if isinstance(part, Message)]
-        if not messages:
-            tokens = [part for part in prompt if isinstance(part, int)]
-            if tokens and max(tokens) >= model.geometry.vocab:
-                raise InvalidRequest(
-                    f"tokens: {max(tokens)} is not below the vocabulary of {model.geometry.vocab}"
-                )
-            return tokens
-        if new and not request.keep:
-            return model.tokenizer.chat(messages, answer=request.max_tokens > 0, most=most)
-        return []
 
     def _compose(self, chat: Chat, then: Composed) -> None:
         """What continues a session was not known when it arrived."""

@@ -1,9 +1,9 @@
-"""Tails: the exact K/V that a sequence needs beside its sealed blocks to go on as if it had never stopped.
+"""Window checkpoints: the exact K/V that a sequence needs beside its sealed blocks to be continued.
 
-Exact numbers of a cell were computed from exact numbers of the cell before it, so they cannot be had again
-from sealed blocks; without a tail a sequence is computed anew from its first token. A tail of n tokens holds
-the sinks and positions [boundary(n - 1), n). It serves every sequence that begins with the same cells before
-the one that its last token lies in, and with some of its tokens in that one.
+Exact numbers of a cell were computed from exact numbers of the cell before, so sealed blocks cannot replace
+them; without a checkpoint a sequence is computed again from its first token. A checkpoint of n tokens holds
+the sinks and positions [boundary(n - 1), n) of the KV window. It serves every sequence that begins with the
+same cells before the one of its last token, and shares some tokens in that one.
 """
 
 from __future__ import annotations
@@ -31,30 +31,42 @@ from .visibility import (
 )
 
 CHECKPOINT_BLOCKS = 1 + 2 * BLOCKS_PER_CELL
-"""The most blocks of a tail: the sinks and two cells."""
+"""Most blocks of a checkpoint: the sinks and two cells."""
 
 ANCHOR_CELLS = 12
-"""While a long prompt is computed, a tail is saved every so many cells, for prompts that begin alike."""
+"""A checkpoint is saved every so many cells of a long prompt, for prompts that begin alike."""
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a sequence can go on: `position` tokens are computed, its sealed blocks have these hashes, and
-    all but block 0 lie in `refs`."""
+    """Where a sequence can be continued.
+
+    Attributes:
+        position: Tokens that are computed.
+        checkpoint: Run of the window checkpoint.
+        refs: Where the sealed blocks lie, all but block 0.
+        hashes: Chain hashes of the sealed blocks.
+    """
 
     position: int
-    tail: RunKey
+    checkpoint: RunKey
     refs: list[RunRef]
     hashes: list[bytes]
 
     @property
     def runs(self) -> list[RunKey]:
-        """All that it needs of the disk."""
-        return [*(ref.run for ref in self.refs), self.tail]
+        """Every run that it needs."""
+        return [*(ref.run for ref in self.refs), self.checkpoint]
 
 
 def find_resume_point(store: Store, root: bytes, tokens: Sequence[int]) -> ResumePoint | None:
-    """The longest beginning of a sequence that need not be computed; its last token always must be."""
+    """The longest stored beginning of a sequence; its last token always has to be computed.
+
+    Args:
+        store: Where blocks and checkpoints are looked up.
+        root: First value of the token chain.
+        tokens: All of the sequence.
+    """
     hashes = chain(root, tokens, len(tokens) // BLOCK)
     refs = store.find(hashes)
     stored = refs[-1].blocks.stop if refs else 1
@@ -73,8 +85,17 @@ def find_resume_point(store: Store, root: bytes, tokens: Sequence[int]) -> Resum
 def save_checkpoint(
     store: Store, window: Numbers, sequence: TokenSequence, instead_of: RunKey | None = None
 ) -> RunKey | None:
-    """Begin to write the tail of what is computed of a sequence, a cell at the least. window: what its window
-    holds. As Checkpoints.save."""
+    """Begin to write a checkpoint of a sequence of which at least a cell is computed.
+
+    Args:
+        store: Where it goes.
+        window: What the sequence's KV window holds.
+        sequence: The sequence.
+        instead_of: An earlier checkpoint that is deleted once this one is durable.
+
+    Returns:
+        Its run; None if the disk does not take it.
+    """
     n, sealed = sequence.computed, sequence.table.chain
     cell = (n - 1) // CELL
     above = sequence.hashes(len(sealed), cell * BLOCKS_PER_CELL)
@@ -91,8 +112,8 @@ def save_checkpoint(
 
 
 def restore_checkpoint(store: Store, window: Numbers, resume: ResumePoint) -> None:
-    """Fill a window with what a sequence of resume.position tokens sees exactly. Raises ReadFailed."""
-    for planes, numbers in zip(window, store.checkpoints.read(resume.tail), strict=True):
+    """Fill a KV window with what a sequence of resume.position tokens sees exactly. Raises ReadFailed."""
+    for planes, numbers in zip(window, store.checkpoints.read(resume.checkpoint), strict=True):
         tokens, at = _tokens(numbers, planes), 0
         for a, b in _slots(resume.position):
             planes[:, :, a:b] = tokens[:, :, at : at + b - a]
@@ -100,14 +121,14 @@ def restore_checkpoint(store: Store, window: Numbers, resume: ResumePoint) -> No
 
 
 def _tokens(numbers: Bytes, planes: Numbers) -> Numbers:
-    """Records of a tail as [2, kv_heads, tokens, head_dim]: a view."""
+    """Numbers of a checkpoint as a view [2, kv_heads, tokens, head_dim]."""
     _, kv_heads, _, head_dim = planes.shape
     rows = numbers.reshape(-1).view(planes.dtype).reshape(-1, 2, kv_heads, head_dim)
     return rows.transpose(1, 2, 0, 3)
 
 
 def _slots(n: int) -> list[tuple[int, int]]:
-    """Slots [start, stop) of the sinks and of positions [boundary(n - 1), n), as a tail lists them."""
+    """Window slots [start, stop) of the sinks and of positions [boundary(n - 1), n), in order."""
     newest = [(window_offset(a), window_offset(a) + b - a) for a, b in segments(boundary(n - 1), n)]
     return [(0, SINKS), *newest]
 

@@ -1,4 +1,4 @@
-"""What an exception that nobody expected is to the request in which it came."""
+"""Turns unexpected exceptions into typed errors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ log = logging.getLogger(__name__)
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether it says that the device computes nothing any more, for anybody."""
+    """Whether the device is lost: it computes nothing any more."""
     return isinstance(error, DeviceError) and not isinstance(error, OutOfMemory)
 
 
 def typed(error: Exception, what: str) -> SpilldError:
-    """The error that a client is told. what has failed; a bug's traceback goes to the log."""
+    """The error that a client is told; the traceback of a bug goes to the log.
+
+    Args:
+        error: What was raised.
+        what: What has failed, to begin the message with.
+    """
     match error:
         case SpilldError():
             return error
@@ -38,8 +43,12 @@ def typed(error: Exception, what: str) -> SpilldError:
 
 @contextmanager
 def logged(what: str) -> Iterator[None]:
-    """Work that is nobody's request: what goes wrong is logged, and done again another time. A lost device is
-    raised."""
+    """Log what goes wrong inside, in work that belongs to no request and is tried again later. A lost device
+    is raised.
+
+    Args:
+        what: What has failed, to begin the message with.
+    """
     try:
         yield
     except Exception as error:

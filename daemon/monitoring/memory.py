@@ -1,4 +1,4 @@
-"""What the kernel still has for this process. To ask for more ends in a kill, which nobody can answer."""
+"""Memory that the kernel still has for this process. To take more ends in a kill."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ LIMITS = (
 
 
 def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What can be taken before the machine or one of our control groups has nothing left. None where the
-    kernel does not say."""
+    """Bytes that can be taken before the machine or one of our control groups has nothing left; None where
+    the kernel does not say."""
     free = [
         *_of_the_machine(proc / "meminfo"),
         *(left for group in _groups(proc, groups) for left in _of(group)),
@@ -26,7 +26,7 @@ def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgr
 
 
 def physical_bytes(proc: Path = Path("/proc")) -> int | None:
-    """Memory of the machine. None where the kernel does not say."""
+    """Memory of the machine in bytes; None where the kernel does not say."""
     total = _fields(proc / "meminfo").get("MemTotal:")
     return None if total is None else total * 1024
 
@@ -69,7 +69,11 @@ def _text(file: Path) -> str:
 
 
 class MemoryWatch:
-    """Whether less than a floor is left; `look` says it anew."""
+    """Tells whether less than a floor is left.
+
+    Attributes:
+        short: It was when `look` was called last.
+    """
 
     def __init__(self, floor_bytes: int, available: Callable[[], int | None] = available_bytes) -> None:
         self._floor = floor_bytes
@@ -77,6 +81,7 @@ class MemoryWatch:
         self.short = False
 
     def look(self) -> None:
+        """Ask the kernel again."""
         left = self._available()
         short = left is not None and left < self._floor
         if short and not self.short:

@@ -1,4 +1,4 @@
-"""What Prometheus scrapes: durations as the engine tells them, and its own counters when somebody asks."""
+"""Metrics for Prometheus: durations that the engine observes, and its published stats at every scrape."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SCRAPE_S = 5.0
 Stats = Callable[[], Mapping[str, object]]
 Family = GaugeMetricFamily | CounterMetricFamily
 Row = tuple[str, str, str]
-"""(metric, name in Engine.stats(), help); a label of LABELS in the name stands for each of its values."""
+"""(metric, name in EngineStats.values(), help); a label of LABELS in a name stands for each value."""
 
 LABELS = {"tier": TIERS, "outcome": OUTCOMES}
 
@@ -97,8 +97,8 @@ ROWS = tuple(2.0**power for power in range(13))
 class Metrics:
     """The numbers of one daemon, in a registry of their own.
 
-    Its histograms are the engine's to observe, which takes a few microseconds; everything that `stats` knows
-    is read from there when somebody asks.
+    The engine observes the histograms, which takes a few microseconds each; everything else is read from its
+    published stats when a scrape asks.
     """
 
     def __init__(self) -> None:

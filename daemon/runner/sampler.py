@@ -25,7 +25,7 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Choice:
-    """logprob and top are of the raw logits: before penalty, temperature and truncation."""
+    """A chosen token. logprob and top are of the raw logits: before penalty, temperature and truncation."""
 
     token: int
     logprob: float | None
@@ -33,10 +33,20 @@ class Choice:
 
 
 class Sampler:
-    """How one request chooses its tokens. `seed` is the request's, or drawn once from the system."""
+    """Chooses the tokens of one request.
+
+    Attributes:
+        seed: The request's, or drawn once from the system.
+    """
 
     def __init__(self, sampling: Sampling, logprobs: int | None = None) -> None:
-        """logprobs: None for none, else how many of the likeliest tokens to report beside the chosen one."""
+        """Create a sampler.
+
+        Args:
+            sampling: Temperature, truncation, penalty, seed.
+            logprobs: How many of the likeliest tokens to report beside the chosen one; None for no log
+                probabilities at all.
+        """
         self._sampling = sampling
         self._logprobs = logprobs
         self.seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed
@@ -44,8 +54,13 @@ class Sampler:
     def choose(self, logits: Logits, position: int, history: Sequence[int]) -> Choice:
         """Choose the token that will stand at `position`.
 
-        logits: float32 [vocab], not changed. history: prompt and answer so far, for the repetition penalty.
-        Raises InternalError if the logits have no largest finite value.
+        Args:
+            logits: [vocab] float32, not changed.
+            position: Of the token in its sequence.
+            history: Prompt and answer so far, for the repetition penalty.
+
+        Raises:
+            InternalError: The logits have no largest finite value.
         """
         if not math.isfinite(logits.max()):  # NaN wins a max
             raise InternalError("the model's logits are not finite")
@@ -101,7 +116,7 @@ def gumbel(seed: int, position: int, size: int) -> NDArray[np.float64]:
 
 
 def logprobs(logits: Logits, token: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """(log probability of token, the `count` likeliest ids with theirs, ties by the lower id), in float64."""
+    """Log probability of a token, and the `count` likeliest ids with theirs, ties by the lower id."""
     scores = logits.astype(np.float64)
     scores -= scores.max()
     scores -= math.log(np.exp(scores).sum())

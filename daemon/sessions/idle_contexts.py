@@ -1,4 +1,4 @@
-"""Sequences between requests: what a session has in memory, waiting to be continued."""
+"""Idle sequences: what sessions have in memory between two requests."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from spilld.kv.sequence import Sequence
 
 Key = tuple[str, str]
-"""(tenant, name) of a session, or (tenant, handle) of a kept context, which is a session without a name."""
+"""(tenant, name) of a session, or (tenant, handle) of a kept context, which is an unnamed session."""
 
 
 class Contexts:
-    """Idle sequences, least recently used first. A claimed one is its claimant's until it is kept again.
+    """Idle sequences, least recently used first. A claimed one belongs to its request until it is kept again.
 
-    Losing one loses no session: its tokens are on disk, and its KV as far as the disk had room.
+    To discard one loses no session: its tokens are on disk, and its KV as far as the disk had room.
     """
 
     def __init__(self) -> None:
@@ -27,21 +27,22 @@ class Contexts:
         return iter(self._idle.values())
 
     def keep(self, sequence: Sequence, key: Key) -> None:
+        """Add a sequence, as the most recently used."""
         self._idle[key] = sequence
 
     def claim(self, key: Key) -> Sequence | None:
-        """Take a sequence out, if it is there."""
+        """Remove and return a sequence, None if it is not there."""
         return self._idle.pop(key, None)
 
     def get(self, key: Key) -> Sequence | None:
-        """A sequence, left where it is."""
+        """A sequence, left in place."""
         return self._idle.get(key)
 
     def oldest(self) -> Sequence | None:
-        """Take the least recently used sequence out, if there is one."""
+        """Remove and return the least recently used sequence, None if there is none."""
         return self._idle.pop(next(iter(self._idle))) if self._idle else None
 
 
 def new_handle() -> str:
-    """128 random bits: whoever knows a handle may use it."""
+    """128 random bits in hexadecimal: whoever knows a handle may use it."""
     return secrets.token_hex(16)

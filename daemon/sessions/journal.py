@@ -1,7 +1,7 @@
-"""The journal: requests that outlive their connection and their process, with every event they have had.
+"""Journal of requests and their events, so that they outlive their connection and their process.
 
-It lies in the database of the sessions, so that the end of a request and what it leaves of its session are
-one transaction. What ended stays for a while, for a client that lost its connection just then.
+It is in the database of the sessions: the end of a request and what it leaves of its session are one
+transaction. Ended requests stay for a while, for clients that lost their connection just then.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from spilld.protocol.wire import decode, encode
 log = logging.getLogger(__name__)
 
 HEADER_BYTES = len(MAGIC) + 1
-"""Of a message, which is kept as its two frames in one piece."""
+"""First frame of a message; it is stored as its two frames in one piece."""
 
 JOURNAL_TABLES = """
 CREATE TABLE requests (
@@ -50,10 +50,14 @@ CREATE TABLE events (
 
 @dataclass(frozen=True, kw_only=True)
 class JournalEntry:
-    """All that a request's answer depends on, but the session that it continues.
+    """All that a request's answer depends on, except the session that it continues.
 
-    request names its seed. prompt is in tokens, none where it is messages that go on with a session. handle:
-    of the context that it leaves. fingerprint: of the model. arrived: seconds since 1970.
+    Attributes:
+        request: With its seed.
+        prompt: Token ids; none where it is messages that continue a session.
+        handle: Of the context that it leaves behind, None if it leaves none.
+        fingerprint: Of the model.
+        arrived: Seconds since 1970.
     """
 
     request: Generate
@@ -65,8 +69,14 @@ class JournalEntry:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A request that the last process left, and the events that it had posted. lives: how many processes in a
-    row have begun with no more of it than these, since one ended in order."""
+    """A request that the last process left.
+
+    Attributes:
+        number: Its row.
+        entry: What was asked.
+        events: What was noted of it, without a gap.
+        lives: Processes in a row that began with no more events of it, since one ended in order.
+    """
 
     number: int
     entry: JournalEntry
@@ -75,7 +85,7 @@ class Unfinished:
 
 
 class Journal:
-    """One thread calls everything. What cannot be written is logged: that request ends with the process."""
+    """Not thread-safe. A request that cannot be noted is logged, and ends with the process."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -83,8 +93,8 @@ class Journal:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """What is written inside, of sessions too, happens as a whole or not at all; and with it the ends of
-        requests that could not be noted."""
+        """Write what is written inside, sessions too, as a whole or not at all, together with the last events
+        that could not be noted before."""
         with self._db.transaction():
             for number, event in self._owed:
                 self.note(number, event)
@@ -92,8 +102,8 @@ class Journal:
         self._owed.clear()
 
     def owe(self, number: int, event: Event) -> None:
-        """A last event that could not be noted is with the next transaction: a request that has ended must
-        not be taken up again, behind what it left in its session."""
+        """Note a last event with the next transaction: a request that has ended must not be taken up again
+        after its session has gone on."""
         if number:
             self._owed.append((number, event))
 
@@ -101,8 +111,11 @@ class Journal:
         self._db.close()
 
     def begin(self, entry: JournalEntry) -> int:
-        """Note a request, in place of an ended one of the same id and tenant; its number, 0 if it could not
-        be noted."""
+        """Note a request, in place of an ended one of the same id and tenant.
+
+        Returns:
+            Its number; 0 if it could not be noted.
+        """
         request = entry.request
         prompt = np.asarray(entry.prompt, "<u4").tobytes()
         try:
@@ -118,7 +131,7 @@ class Journal:
         return int(number)
 
     def note(self, number: int, event: Event) -> None:
-        """Note an event, before anybody hears of it. Errors are those of Database."""
+        """Note an event. Raises what Database does."""
         if not number:
             return
         try:
@@ -129,7 +142,7 @@ class Journal:
             self._db.run("UPDATE requests SET ended = ? WHERE number = ?", (time.time(), number))
 
     def find(self, tenant: str, request_id: str) -> int | None:
-        """The number of a request, if it is a tenant's."""
+        """The number of a request of this id and tenant, None if there is none."""
         for number, message in self._db.rows(
             "SELECT number, message FROM requests WHERE id = ?", (request_id,)
         ):
@@ -146,7 +159,7 @@ class Journal:
         return False
 
     def events(self, number: int, start: int = 0) -> list[Event]:
-        """The events of a request from sequence number `start` on, as far as none is missing."""
+        """The events of a request from sequence number `start` on, up to the first that is missing."""
         rows = self._db.rows(
             "SELECT seq, message FROM events WHERE request = ? AND seq >= ? ORDER BY seq", (number, start)
         )
@@ -157,9 +170,11 @@ class Journal:
         return [*events, *(event for event in owed if event.seq == start + len(events))]
 
     def unfinished(self) -> list[Unfinished]:
-        """Requests that the last process left, in order of arrival; one that cannot be read is forgotten.
-        To be asked once, at start: the clock of what had ended then starts anew, for its client may be
-        waiting for this."""
+        """Requests that the last process left, in order of arrival; one that cannot be read is deleted.
+
+        To be called once, at start: the retention of ended requests begins anew, as their clients may have
+        waited for this start.
+        """
         with self._noting("ended requests may be forgotten too early"):
             self._db.run("UPDATE requests SET ended = ? WHERE ended IS NOT NULL", (time.time(),))
         rows: list[tuple[Any, ...]] = []
@@ -179,7 +194,7 @@ class Journal:
         return found
 
     def end_life(self) -> None:
-        """The process ends in order: none of the requests that it leaves has ended it."""
+        """The process ends in order: no request that it leaves is to blame."""
         with self._noting("requests may be set aside too early"):
             self._db.run("UPDATE requests SET lives = 0 WHERE ended IS NULL")
 
@@ -219,7 +234,7 @@ class Journal:
             log.error("%s: %s", otherwise, error)
 
     def sweep(self, retention_s: float) -> None:
-        """Forget what ended longer ago."""
+        """Delete requests that ended more than `retention_s` seconds ago."""
         try:
             with self.transaction():
                 self._delete("ended < ?", time.time() - retention_s)
@@ -234,7 +249,7 @@ class Journal:
 
 
 def _unsaved(event: Event) -> Event:
-    """As it is told as long as it is not on disk."""
+    """As it is sent while it is not on disk."""
     return replace(event, saved=False) if isinstance(event, Done) and event.context is not None else event
 
 

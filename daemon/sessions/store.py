@@ -1,6 +1,5 @@
-"""Sessions on disk: the tokens of named sequences. Their KV is found by the tokens, or computed again.
-
-So a session is small, survives everything that the file does, and a fork of it shares what it has in common.
+"""Session store: the tokens of named sequences, on disk. Their KV is found by the tokens, or computed again,
+so a session is small, and forks share KV.
 """
 
 from __future__ import annotations
@@ -27,11 +26,17 @@ CREATE TABLE sessions (
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """One named sequence. messages is the chat so far, None after a raw prompt.
+    """One named sequence.
 
-    model, identity: the name and the identity of the model whose tokens they are; empty where it is unknown.
-    listed: it has a name that its user chose; else the name is the handle of a kept context. Times are
-    seconds, created and used since 1970; without a ttl it stays until it is deleted.
+    Attributes:
+        tenant: Whose it is.
+        name: Chosen by its user if it is `listed`, else the handle of a kept context.
+        tokens: All token ids.
+        messages: The chat so far, None after a raw prompt.
+        pinned: Its KV is not evicted.
+        ttl_s: Seconds without use after which it is deleted; None for never.
+        created, used: Seconds since 1970.
+        model, identity: Name and identity of the model that the tokens are of; empty before its first use.
     """
 
     tenant: str
@@ -52,10 +57,10 @@ class Session:
 
 
 class SessionStore:
-    """Every session of a state folder. One thread calls everything. Errors are those of Database; unknown
-    names raise ContextNotFound.
+    """Every session of a state folder. Not thread-safe.
 
-    What could not be written is held in memory, where it is what the session is, until it can be.
+    Methods raise what Database does, and ContextNotFound for unknown names. Sessions that are not written yet
+    are held in memory, and found there, until they are.
     """
 
     def __init__(self, db: Database) -> None:
@@ -76,7 +81,7 @@ class SessionStore:
         return session
 
     def put(self, session: Session) -> None:
-        """Keep a session under its name, in place of what was there; it was used now."""
+        """Write a session in place of the one of its name; it was used now."""
         self._write(_used_now(session))
         self._held.pop(session.key, None)
 
@@ -112,7 +117,7 @@ class SessionStore:
         self._db.run(f"INSERT OR REPLACE INTO sessions VALUES ({', '.join('?' * len(values))})", values)
 
     def fork(self, tenant: str, name: str, into: str, tokens: int | None = None) -> None:
-        """A copy under a new name, of the first `tokens` tokens or of all."""
+        """Copy a session under a new name: its first `tokens` tokens, or all."""
         source = self.get(tenant, name)
         self.refuse_taken(tenant, into)
         if tokens is not None and not 0 < tokens <= len(source.tokens):
@@ -143,7 +148,7 @@ class SessionStore:
         )
 
     def keep(self, tenant: str, name: str, *, pinned: bool, ttl_s: float | None) -> None:
-        """Change how long a session stays."""
+        """Change whether a session is pinned, and how long it stays."""
         self._refuse_held(tenant, name)
         changed = self._db.run(
             "UPDATE sessions SET pinned = ?, ttl_s = ?, used = ? WHERE tenant = ? AND name = ?",
@@ -171,7 +176,7 @@ class SessionStore:
         )
 
     def expired(self) -> list[tuple[str, str]]:
-        """(tenant, name) of sessions whose time is over."""
+        """(tenant, name) of sessions whose lifetime is over."""
         now = time.time()
         rows = self._db.rows(
             "SELECT tenant, name FROM sessions WHERE NOT pinned AND used + ttl_s < ?", (now,)

@@ -1,4 +1,4 @@
-"""Files on their way from or to a client: in a folder of their own, named by 128 random bits."""
+"""Files that clients download or upload piece by piece, named by 128 random bits."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .idle_contexts import new_handle
 log = logging.getLogger(__name__)
 
 MOST = 64
-"""Transfers at a time."""
+"""Open transfers at a time."""
 
 IDLE_S = 600.0
-"""A transfer that nobody has asked for in so many seconds is over."""
+"""Seconds without a request after which a transfer ends."""
 
 _NAME = re.compile(r"[0-9a-f]{32}\.transfer")
 
@@ -41,14 +41,14 @@ class _Transfer:
     received: int
     used: float
     busy: bool = False
-    """It is being built or imported: it is neither read, nor written, nor over."""
+    """The daemon builds or imports it: clients cannot read, write or close it, and it does not expire."""
 
 
 class Transfers:
-    """Files of mode 0600 in a folder of mode 0700, emptied at start. From any thread.
+    """Files of mode 0600 in a folder of mode 0700, emptied at start. Thread-safe.
 
-    Together they have at most quota_bytes, counted when they are opened, and leave floor_bytes of the file
-    system free.
+    Together they have at most `quota_bytes`, counted when they are opened, and leave `floor_bytes` of the
+    file system free.
     """
 
     def __init__(

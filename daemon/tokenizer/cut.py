@@ -1,4 +1,4 @@
-"""Tokens of an answer that ends where its text was cut: before a stop string, or where it was cancelled."""
+"""Cuts an answer's tokens where its text was cut: before a stop string, or by a cancel."""
 
 from __future__ import annotations
 
@@ -9,23 +9,30 @@ from .detokenizer import Detokenizer
 from .tokenizer import Tokenizer
 
 LOOK_BACK = 8
-"""Tokens before the cut that may be written anew."""
+"""Tokens before the cut that may be tokenised anew."""
 
 CONTEXT = 16
-"""Tokens before those, from which the text is decoded to see that it is right."""
+"""Tokens before those from which the text is decoded to verify it."""
 
 ANCHOR = "a"
-"""Where a tokenizer treats the beginning of a text in a way of its own, this is the beginning."""
+"""Beginning of the text that is tokenised, where a tokenizer treats the beginning in a way of its own."""
 
 
 def cut(
     tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int], ends: Sequence[int], text: str
 ) -> list[int]:
-    """Tokens that show `text` after `prompt`: the answer's as far as they show nothing else, then, where the
-    text ends inside a token, what is left of that, tokenised anew.
+    """Tokens that show exactly `text` after `prompt`.
 
-    ends: of each token of the answer, the length of the text that it and those before it complete; text is
-    its beginning. Where no tokens show the text exactly, the answer's that end before it.
+    Args:
+        tokenizer: The model's.
+        prompt: Tokens before the answer.
+        answer: Tokens of the answer.
+        ends: Of each token of the answer, the length of the text that it and those before it complete.
+        text: A beginning of the answer's text, in characters.
+
+    Returns:
+        The answer's tokens as far as they show nothing else; where the text ends inside a token, followed by
+        the rest tokenised anew. Where no tokens show the text exactly, the answer's that end before it.
     """
     whole = bisect_right(ends, len(text))
     base = max(0, whole - LOOK_BACK - CONTEXT)
@@ -41,7 +48,7 @@ def cut(
 
 
 def _tokenised(tokenizer: Tokenizer, text: str) -> Iterator[list[int]]:
-    """Ways to write a text that goes on another: which one shows it depends on the tokenizer."""
+    """Ways to tokenise a text that follows another; which one shows it depends on the tokenizer."""
     if not text:
         yield []
         return

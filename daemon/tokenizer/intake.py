@@ -1,4 +1,4 @@
-"""What comes before the engine: texts are tokenised and chats templated, beside each other."""
+"""Prepares requests for the engine: tokenises texts and applies chat templates, in threads."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from spilld.errors import InvalidRequest
 from spilld.protocol.messages import Generate, Message
 
 LONG = 1 << 16
-"""Characters from which on a text is long: it takes more than some milliseconds."""
+"""Characters of a text that takes more than some milliseconds to tokenise."""
 
-LANES = ("short", "long", "chat")
-"""Threads, by what they prepare: nobody's short text waits for a long one, or for a chat template."""
+KINDS = ("short", "long", "chat")
+"""What is prepared, each kind in a thread of its own: short texts wait for no long one and no template."""
 
 Act = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class _Job:
-    lane: str
+class _Preparation:
+    kind: str
     run: Callable[[], Act | None]
     request_id: str | None = None
     on_cancel: Act = lambda: None
@@ -34,10 +34,10 @@ class Intake:
 
     def __init__(self, deliver: Callable[[Act], None]) -> None:
         self._deliver = deliver
-        self._pools = {lane: ThreadPoolExecutor(1, f"spilld-{lane}") for lane in LANES}
+        self._pools = {kind: ThreadPoolExecutor(1, f"spilld-{kind}") for kind in KINDS}
         self._lock = threading.Lock()
-        self._waiting: dict[bytes, deque[_Job]] = {}
-        """Of each client that has any jobs; the first runs, or is next."""
+        self._waiting: dict[bytes, deque[_Preparation]] = {}
+        """Of each client that has any; the first runs, or is next."""
         self._requests: dict[str, tuple[bytes, str]] = {}
         """Client and tenant of each that is to be prepared."""
         self._cancelled: set[str] = set()
@@ -57,7 +57,7 @@ class Intake:
                     f"id is {request.request_id!r}, which is in flight; allowed: 128 random bits"
                 )
             self._requests[request.request_id] = client, request.tenant
-            self._queue(client, _Job(lane(request), run, request.request_id, on_cancel))
+            self._queue(client, _Preparation(kind_of(request), run, request.request_id, on_cancel))
 
     def in_turn(self, client: bytes, act: Act, about: str | None = None) -> None:
         """Deliver something once what the client sent before is delivered, and the request that it is about,
@@ -66,7 +66,7 @@ class Intake:
             if about in self._requests:
                 client, _ = self._requests[about]
             if client in self._waiting:
-                self._queue(client, _Job("short", lambda: act))
+                self._queue(client, _Preparation("short", lambda: act))
             elif not self._stopped:
                 self._deliver(act)
 
@@ -98,37 +98,37 @@ class Intake:
         for pool in self._pools.values():
             pool.shutdown(wait=True)
 
-    def _queue(self, client: bytes, job: _Job) -> None:
+    def _queue(self, client: bytes, preparation: _Preparation) -> None:
         if self._stopped:
             return
-        jobs = self._waiting.setdefault(client, deque())
-        jobs.append(job)
-        if len(jobs) == 1:
-            self._pools[job.lane].submit(self._turn, client, job)
+        queue = self._waiting.setdefault(client, deque())
+        queue.append(preparation)
+        if len(queue) == 1:
+            self._pools[preparation.kind].submit(self._turn, client, preparation)
 
-    def _turn(self, client: bytes, job: _Job) -> None:
-        act = job.on_cancel if job.request_id in self._cancelled else job.run()
+    def _turn(self, client: bytes, preparation: _Preparation) -> None:
+        act = preparation.on_cancel if preparation.request_id in self._cancelled else preparation.run()
         with self._lock:
-            if act is not None and job.request_id in self._cancelled:
-                act = job.on_cancel
+            if act is not None and preparation.request_id in self._cancelled:
+                act = preparation.on_cancel
             if act is not None:
                 self._deliver(act)  # under the lock, so that no cancel comes between
-            self._leave(client, job)
+            self._leave(client, preparation)
 
-    def _leave(self, client: bytes, job: _Job) -> None:
-        jobs = self._waiting[client]
-        jobs.popleft()
-        if job.request_id is not None:
-            self._requests.pop(job.request_id, None)
-            self._cancelled.discard(job.request_id)
-        if not jobs:
+    def _leave(self, client: bytes, preparation: _Preparation) -> None:
+        queue = self._waiting[client]
+        queue.popleft()
+        if preparation.request_id is not None:
+            self._requests.pop(preparation.request_id, None)
+            self._cancelled.discard(preparation.request_id)
+        if not queue:
             del self._waiting[client]
         elif not self._stopped:
-            self._pools[jobs[0].lane].submit(self._turn, client, jobs[0])
+            self._pools[queue[0].kind].submit(self._turn, client, queue[0])
 
 
-def lane(request: Generate) -> str:
-    """Of LANES."""
+def kind_of(request: Generate) -> str:
+    """The kind of preparation that a request needs, of KINDS."""
     prompt = request.prompt
     chat = not isinstance(prompt, str) and any(isinstance(part, Message) for part in prompt[:1])
     if isinstance(prompt, str) or not chat:

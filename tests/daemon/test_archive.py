@@ -481,9 +481,9 @@ def test_stopped_in_the_middle(model: Model, original: Original, tmp_path: Path)
     answers: list[Reply] = []
     with engine(model, tmp_path / "s", keep_state=True) as harness:
         harness.ask(PROMPT, session="s", **FIELDS)
-        courier = harness.engine.archives
-        courier.begin(ExportSession(request_id="e", session="s"), answers.append)
-        courier.begin(
+        archives = harness.engine.archives
+        archives.begin(ExportSession(request_id="e", session="s"), answers.append)
+        archives.begin(
             ImportSession(request_id="i", transfer=sent(harness, content), session="t"), answers.append
         )
     ended = [answer for answer in answers if isinstance(answer, Failed)]

@@ -10,7 +10,7 @@ import pytest
 
 from spilld.errors import InvalidRequest
 from spilld.protocol.messages import Generate, Message, Prompt
-from spilld.tokenizer.intake import LONG, Intake, lane
+from spilld.tokenizer.intake import LONG, Intake, kind_of
 
 A, B = b"a", b"b"
 LONG_TEXT = "x" * LONG
@@ -157,4 +157,4 @@ def test_nothing_comes_after_the_end(book: Book, held: threading.Event) -> None:
     ],
 )
 def test_lanes(prompt: Prompt, expected: str) -> None:
-    assert lane(Generate(request_id="r", prompt=prompt, session="s")) == expected
+    assert kind_of(Generate(request_id="r", prompt=prompt, session="s")) == expected

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from spilld.errors import Cancelled
 from spilld.models.model import Model
 from spilld.offload.store.store import Store
 from spilld.protocol.messages import Done, Token
+from spilld.requests.request_state import NOBODY
 from spilld.requests.requests import Requests
 from spilld.runner.sequence_manager import Sequences
 
@@ -157,3 +159,24 @@ def test_other_threads_read_what_was_published(
             opened.engine.published.longest = 0  # type: ignore[misc]
         with pytest.raises(TypeError):
             opened.engine.published.counters["preemptions"] = 1  # type: ignore[index]
+
+
+def test_an_end_amid_a_tick_is_durable_with_its_session(
+    model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tick writes the sessions that wait in memory, of which this one has not had its turn."""
+    with decoding(model, tmp_path, max_tokens=300) as harness:
+        state = harness.engine.requests.find("r0")
+        assert state is not None
+        state.listen(NOBODY)
+        harness.engine._upkeep.retention_s = 0.0
+        harness.engine._upkeep._ticked = 0.0
+        harness.engine.turn()
+        assert "will not outlive" not in caplog.text
+        assert harness.engine.requests.find("r0") is None
+        with closing(sqlite3.connect(tmp_path / "sessions.sqlite")) as db:
+            assert db.execute("SELECT name FROM sessions").fetchall() == [("r0",)]
+            assert db.execute("SELECT id FROM requests WHERE ended IS NULL ORDER BY id").fetchall() == [
+                (name,) for name in NAMES[1:]
+            ]
+        harness.engine.fail_all(Cancelled("enough"))

@@ -1,6 +1,6 @@
-"""What a session's archive holds: which blocks and tokens of it, from which runs, and into which.
+"""Contents of a session's archive: which blocks and tokens, from which runs of the store and into which.
 
-Nothing here touches a disk. Positions are those of the visibility rule, chains those of tail.py.
+Nothing here touches a disk. Positions are those of the visibility rule.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ AGAIN = "export the session again and copy the file whole"
 
 @dataclass(frozen=True, kw_only=True)
 class SessionContents:
-    """What an archive says of a session beside its tokens."""
+    """What an archive says of a session beside its tokens: the manifest's `about`."""
 
     model: Annotated[str, Text()]
     identity: Annotated[bytes, Blob(16)] = b""
-    """Of the model (Model.identity); empty where nobody noted it."""
+    """Of the model (Model.identity)."""
     messages: Annotated[tuple[Message, ...] | None, Maybe(ListOf(Struct(Message)))]
     ttl_s: Annotated[float | None, Maybe(Real(0, above=True))]
 
 
 class Unreadable(Exception):
-    """A run of the store did not come back; why is its cause."""
+    """A run of the store could not be read; the cause says why."""
 
     def __init__(self, run: RunKey) -> None:
         super().__init__(run.hex())
@@ -71,7 +71,7 @@ class Unreadable(Exception):
 def manifest_of(
     session: Session, resume: ResumePoint | None, store: Store, model: Model
 ) -> tuple[Manifest, dict[RunKey, RunRef]]:
-    """What the archive of a session will hold, and where each of its runs comes from."""
+    """The manifest of a session's archive, and where each of its runs comes from."""
     messages = None if session.messages is None else [vars(message) for message in session.messages]
     ttl_s = session.ttl_s if session.listed else None
     sources = {} if resume is None else _sources(resume)
@@ -91,9 +91,11 @@ def _sources(resume: ResumePoint) -> dict[ArchivedRun, RunRef]:
         ArchivedRun(RunKey(uuid.uuid4().bytes), ref.first, ref.count, ref.blocks.stop): ref
         for ref in resume.refs
     }
-    first, count = _tail_blocks(resume.position)
-    tail = ArchivedRun(RunKey(uuid.uuid4().bytes), first, count, _anchor(resume.position), checkpoint=True)
-    return {**found, tail: RunRef(resume.tail, first, first, count)}
+    first, count = _checkpoint_blocks(resume.position)
+    checkpoint = ArchivedRun(
+        RunKey(uuid.uuid4().bytes), first, count, _anchor(resume.position), checkpoint=True
+    )
+    return {**found, checkpoint: RunRef(resume.checkpoint, first, first, count)}
 
 
 def copy_records(
@@ -104,7 +106,7 @@ def copy_records(
     layer: int,
     into: Bytes,
 ) -> None:
-    """Records of the store for an archive: of a run only the session's blocks, of a tail only its tokens.
+    """Copy records of the store for an archive: of a run the session's blocks, of a checkpoint its tokens.
 
     On an I/O thread. Raises Unreadable.
     """
@@ -118,21 +120,21 @@ def copy_records(
     into[:] = records[at : at + ref.count]
     if run.checkpoint:
         width = into.shape[1] // BLOCK
-        into.reshape(-1)[_tail_tokens(position) * width :] = 0
+        into.reshape(-1)[_checkpoint_tokens(position) * width :] = 0
 
 
-def _tail_tokens(position: int) -> int:
-    """Tokens of a tail: the sinks, and what is exact before `position`."""
+def _checkpoint_tokens(position: int) -> int:
+    """Tokens of a checkpoint: the sinks, and what is exact before `position`."""
     return SINKS + position - boundary(position - 1)
 
 
-def _tail_blocks(position: int) -> tuple[int, int]:
-    """(first, count) of a tail."""
-    return boundary(position - 1) // BLOCK, -(-_tail_tokens(position) // BLOCK)
+def _checkpoint_blocks(position: int) -> tuple[int, int]:
+    """(first, count) of a checkpoint's blocks."""
+    return boundary(position - 1) // BLOCK, -(-_checkpoint_tokens(position) // BLOCK)
 
 
 def _anchor(position: int) -> int:
-    """How many blocks precede the tokens of a tail."""
+    """Blocks before the tokens of a checkpoint."""
     return (position - 1) // CELL * BLOCKS_PER_CELL
 
 
@@ -140,7 +142,7 @@ def _anchor(position: int) -> int:
 
 
 def contents_of(manifest: Manifest) -> SessionContents:
-    """What an archive says of its session, whose runs must serve it. Raises CorruptArchive."""
+    """What an archive says of its session. Raises CorruptArchive if its runs do not fit it."""
     try:
         _check_runs(manifest)
         return read(SessionContents, manifest.about)
@@ -149,7 +151,7 @@ def contents_of(manifest: Manifest) -> SessionContents:
 
 
 def _check_runs(manifest: Manifest) -> None:
-    """Sealed blocks from 1 on without a gap, as far as the tail needs them; then it. Raises ValueError."""
+    """Raise ValueError unless the runs are sealed blocks from 1 on, then a checkpoint that follows them."""
     if not manifest.runs:
         return
     *blocks, last = manifest.runs
@@ -159,9 +161,9 @@ def _check_runs(manifest: Manifest) -> None:
             raise ValueError(f"blocks {run.first}.. come where block {stop} was due")
         stop = run.upto
     sealed = max(1, sealed_by((position - 1) // CELL * CELL))
-    whole = (last.first, last.count) == _tail_blocks(position) and last.upto == _anchor(position)
+    whole = (last.first, last.count) == _checkpoint_blocks(position) and last.upto == _anchor(position)
     if not last.checkpoint or stop != sealed or not whole or not CELL <= position < len(manifest.tokens):
-        raise ValueError(f"{len(blocks)} runs and a tail do not serve {position} tokens")
+        raise ValueError(f"{len(blocks)} runs and a checkpoint do not serve {position} tokens")
 
 
 def split_runs(manifest: Manifest, most: int) -> list[tuple[ArchivedRun, ArchivedRun]]:
@@ -180,7 +182,7 @@ def split_runs(manifest: Manifest, most: int) -> list[tuple[ArchivedRun, Archive
 def incoming_runs(
     manifest: Manifest, spans: Sequence[ArchivedRun], root: bytes, store: Store
 ) -> list[ImportedRun]:
-    """The runs to come, in the chain that begins with `root`: that of the importing tenant."""
+    """The runs to write, in the chain that begins with `root`: that of the importing tenant."""
     tokens = manifest.tokens
     hashes = [root, *chain(root, tokens, len(tokens) // BLOCK)]
     found = []

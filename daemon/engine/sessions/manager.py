@@ -75,12 +75,16 @@ class SessionManager:
         self._to_keep = dict.fromkeys(store.names())
 
     def root(self, tenant: str) -> bytes:
-        """What the token chains of a tenant begin with."""
+        """First value of a tenant's token chains."""
         return root(self._model.fingerprint, self._blocks.layout.format, tenant.encode())
 
     def session(self, request: Generate, handle: str | None) -> Session | None:
-        """What a request continues or will leave behind, under `handle` if it names nothing. Raises
-        ContextNotFound for an unknown context, ForeignSession for one of another model."""
+        """The session that a request continues or will leave behind, under `handle` if it names none.
+
+        Raises:
+            ContextNotFound: The context is unknown.
+            ForeignSession: It is of another model.
+        """
         session = self._session(request, handle)
         if session is not None:
             self.refuse_foreign(session)
@@ -97,8 +101,7 @@ class SessionManager:
         return None
 
     def refuse_foreign(self, session: Session) -> None:
-        """Raises ForeignSession for one whose tokens are another model's. Of which model one is that was
-        written before this was noted, nobody knows: it is taken for this one's."""
+        """Raise ForeignSession if the session's tokens are another model's."""
         if session.identity not in (b"", self._model.identity):
             raise ForeignSession(
                 f"session {session.name!r} is of model {session.model!r}, here is {self._model.name!r}, or "
@@ -106,16 +109,19 @@ class SessionManager:
             )
 
     def prompt(self, request: Generate, tokens: list[int], session: Session) -> list[int]:
-        """Tokens of what a session goes on with. `tokens` are those of a text or of token ids; how a text
-        begins, and what a message is, depends on what the session holds. Raises InvalidRequest."""
+        """The prompt of a text or of token ids as the session needs it: a text that begins a sequence gets
+        what the model's texts begin with."""
         new = request.session is not None and not session.tokens
         if isinstance(request.prompt, str) and new:
             return self._model.tokenizer.begun(tokens)
         return tokens
 
     def chat(self, request: Generate, session: Session, most: int) -> Chat | None:
-        """Makes the prompt of messages, which may have `most` tokens; None where there are none. Raises
-        InvalidRequest."""
+        """What makes a prompt of messages, of at most `most` tokens; None where there are none.
+
+        Raises:
+            InvalidRequest: The session holds a raw prompt.
+        """
         messages = tuple(part for part in request.prompt if isinstance(part, Message))
         if not messages and (request.prompt or not _unanswered(session.messages)):
             return None
@@ -125,8 +131,8 @@ class SessionManager:
         return Chat(self._model.tokenizer, past, messages, request.max_tokens > 0, most)
 
     def tokens_after(self, state: RequestState) -> list[int]:
-        """Tokens that a session holds after a request, which end where the text that was told does. Before
-        anything was told of an answer to messages, no turn of the model's has begun."""
+        """Tokens of the sequence after a request, ending where the text does that was told. Before anything
+        was told of an answer to messages, the model's turn has not begun."""
         if state.session is None:
             return list(state.tokens)
         prompt = state.prompt
@@ -135,7 +141,7 @@ class SessionManager:
         return [*state.before, *prompt, *state.kept()]
 
     def after(self, session: Session, state: RequestState, held: list[int]) -> Session:
-        """What a session is after a request, which has left it these tokens."""
+        """The session after a request that has left it these tokens."""
         return replace(
             session,
             tokens=tuple(held),
@@ -155,11 +161,11 @@ class SessionManager:
         self._to_keep[session.key] = None
 
     def stored(self, session: Session) -> ResumePoint | None:
-        """How far it need not be computed."""
+        """Up to where its KV is on disk."""
         return find_resume_point(self._blocks, self.root(session.tenant), session.tokens)
 
     def change(self, request: ChangeSession) -> Session:
-        """Fork, rename, pin, unpin or expire; the session as it is then."""
+        """Fork, rename, pin, unpin or expire a session; the session afterwards."""
         tenant, name, into = request.tenant, request.session, request.into
         match request.action:
             case "fork":
@@ -178,15 +184,20 @@ class SessionManager:
         return session
 
     def forget(self, key: Key) -> None:
-        """Delete a session. KV that it shares with another has that one's priority again once that one goes
-        on. Raises ContextNotFound."""
+        """Delete a session. KV that it shares with another is evicted like that of requests until the other
+        is used again. Raises ContextNotFound."""
         runs = self._runs(self.store.get(*key))
         self.store.delete(*key)
         self._unpin(key)
         self._blocks.prioritise(runs, 0)
 
     def info(self, session: Session, in_use: tuple[Sequence | None, bool]) -> SessionInfo:
-        """in_use: its sequence if it is in memory, and whether a request runs on it."""
+        """What a client is told of a session.
+
+        Args:
+            session: Any.
+            in_use: Its sequence if that is in memory, and whether a request runs on it.
+        """
         sequence, running = in_use
         return SessionInfo(
             name=session.name,
@@ -202,7 +213,7 @@ class SessionManager:
         )
 
     def kv_bytes(self, sequence: Sequence) -> dict[str, int]:
-        """Where KV lies: exact tokens on the device, records where they are served from."""
+        """Bytes of KV by tier: exact tokens on the device, records where they are served from."""
         exact = sequence.computed - (sequence.table.stop - 1) * BLOCK
         token = self._model.geometry.token_numbers * int(self._model.module.dtype.itemsize)
         return {"device": exact * token, **self._blocks.usage(sequence.table)}
@@ -213,8 +224,8 @@ class SessionManager:
         return {"device": 0, "host": 0, "disk": blocks * self._blocks.column_bytes}
 
     def keep_what_waits(self) -> None:
-        """Of sessions that were written meanwhile: their KV is evicted after that of requests without a
-        session, or not at all if they are pinned. A few at a time: each is looked up block by block."""
+        """Give the KV of changed sessions its priority, once it is on disk: evicted after that of requests
+        without a session, or not at all if pinned. A few at a time: each is looked up block by block."""
         if not self._blocks.writing:
             for key in list(self._to_keep)[:KEPT_AT_ONCE]:
                 del self._to_keep[key]
@@ -232,7 +243,7 @@ class SessionManager:
             self._blocks.pin(runs)
 
     def _runs(self, session: Session) -> list[RunKey]:
-        """Runs on disk with which it goes on."""
+        """Runs on disk that hold its KV."""
         resume = self.stored(session)
         return resume.runs if resume else []
 
@@ -253,7 +264,7 @@ def _unanswered(messages: tuple[Message, ...] | None) -> bool:
 
 
 def _chat(session: Session, state: RequestState) -> tuple[Message, ...] | None:
-    """The chat that a session holds after a request; None once anything but messages went into it."""
+    """The chat after a request; None once anything but messages went into the session."""
     asked = state.request.prompt
     new = tuple(message for message in asked if isinstance(message, Message))
     if len(new) != len(asked) or (session.tokens and session.messages is None):
