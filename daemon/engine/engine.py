@@ -14,7 +14,7 @@ from spilld.cuda_ext.memory.windows import KVWindows
 from spilld.engine.sessions.archive_transfers import ArchiveTransfers
 from spilld.engine.sessions.commands import SessionCommands
 from spilld.engine.sessions.manager import SessionManager
-from spilld.errors import Cancelled, Draining, SpilldError
+from spilld.errors import Cancelled, SpilldError
 from spilld.models.model import Model
 from spilld.monitoring.failures import logged
 from spilld.monitoring.memory import MemoryWatch
@@ -132,7 +132,7 @@ class Engine:
             self._commands.refuse_if_busy,
             lambda: self.longest,
         )
-        self.subscriptions = Subscriptions(requests, journal)
+        self.subscriptions = Subscriptions(requests, journal, outbox)
         self._upkeep = Upkeep(
             *(requests, finisher, self._capacity, self._commands, sessions, journal), retention_s
         )
@@ -146,6 +146,7 @@ class Engine:
         """Admit, run one step, deal with its results; False if there was nothing to run."""
         self._is_published = False
         self._upkeep.expire()
+        self._outbox.flush()
         self._upkeep.tick()
         self._store.settle()
         with logged("archives are not tended"):
@@ -301,13 +302,7 @@ class Engine:
         Returns:
             The ids of the requests that go on at the next start; the others fail.
         """
-        for state in self.requests:
-            if not state.journal_id:
-                why = "the daemon has stopped, and could not save this request"
-                self._finisher.abort(state, Draining(why))
-            elif state.started and state.sequence is not None:
-                with logged("what was computed of a request is not saved, and is computed again"):
-                    self._sequences.save(state.sequence, state.checkpoint)
+        self._finisher.suspend_all()
         self._outbox.flush()
         with logged("sessions that were held in memory are lost"):
             self._upkeep.write_held()

@@ -101,6 +101,16 @@ class Finisher:
             if not running or (state.started and state.sequence is not None):
                 self.abort(state, error)
 
+    def suspend_all(self) -> None:
+        """Save what runs: it goes on in the next process. Requests that the journal does not have fail."""
+        for state in self._requests:
+            if not state.journal_id:
+                why = "the daemon has stopped, and could not save this request"
+                self.abort(state, Draining(why))
+            elif state.started and state.sequence is not None:
+                with logged("what was computed of a request is not saved, and is computed again"):
+                    self._sequences.save(state.sequence, state.checkpoint)
+
     def remove(self, state: RequestState, *, keep: bool) -> None:
         """Forget a request. keep: its session goes on with its sequence, which stays in memory."""
         self._scheduler.remove(state.job)

@@ -8,13 +8,16 @@ from spilld.requests.request_state import NOBODY
 from spilld.requests.requests import Requests
 from spilld.sessions.journal import Journal
 
+from .outbox import Outbox
+
 
 class Subscriptions:
     """Between two steps. Unknown requests are ignored, except by `resume`."""
 
-    def __init__(self, requests: Requests, journal: Journal) -> None:
+    def __init__(self, requests: Requests, journal: Journal, outbox: Outbox) -> None:
         self._requests = requests
         self._journal = journal
+        self._outbox = outbox
 
     def acknowledge(self, request_id: str, next_seq: int, tenant: str | None = None) -> None:
         """A client has all events of a request before next_seq."""
@@ -37,6 +40,7 @@ class Subscriptions:
             RequestNotFound: It never arrived, or ended long ago.
             StorageFailed: Some of them are lost.
         """
+        self._outbox.flush()  # or a new event would be taken for a lost one
         state = self._requests.find(request.request_id)
         number = self._journal.find(request.tenant, request.request_id)
         if number is None:

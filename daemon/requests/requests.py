@@ -10,10 +10,8 @@ from spilld.sessions.idle_contexts import Key
 
 from .request_state import Phase, RequestState
 
-IN_QUEUE = {Phase.WAITING, Phase.RUNNING, Phase.PAUSED}
-"""Phases in which the scheduler has a job of the request."""
-
 RUNNING = {Phase.RUNNING, Phase.PAUSED}
+"""Phases in which the scheduler runs a request."""
 
 
 class Requests:
@@ -38,9 +36,6 @@ class Requests:
 
     def __getitem__(self, job: JobId) -> RequestState:
         return self._by_job[job]
-
-    def __contains__(self, state: RequestState) -> bool:
-        return state.job in self._by_job
 
     def find(self, request_id: str, tenant: str | None = None) -> RequestState | None:
         """The request of this id; of this tenant, where one is given."""
