@@ -32,12 +32,12 @@ SCRAPE_S = 5.0
 
 Stats = Callable[[], Mapping[str, object]]
 Family = GaugeMetricFamily | CounterMetricFamily
-Row = tuple[str, str, str]
+MetricRow = tuple[str, str, str]
 """(metric, name in EngineStats.values(), help); a label of LABELS in a name stands for each value."""
 
 LABELS = {"tier": TIERS, "outcome": OUTCOMES}
 
-GAUGES: tuple[Row, ...] = (
+GAUGES: tuple[MetricRow, ...] = (
     ("tier_capacity_bytes", "{tier}_budget_bytes", "KV that a tier may hold."),
     ("tier_used_bytes", "{tier}_used_bytes", "Of the tier's capacity, what is taken."),
     ("capacity_blocks", "capacity_blocks", "Blocks of 64 tokens that host memory and disk can hold."),
@@ -57,7 +57,7 @@ GAUGES: tuple[Row, ...] = (
     ("contexts_idle", "contexts_idle", "Contexts in memory on which no request runs."),
 )
 
-COUNTERS: tuple[Row, ...] = (
+COUNTERS: tuple[MetricRow, ...] = (
     ("requests", "requests_{outcome}", "Requests that were queued and have ended."),
     ("prompt_tokens", "prompt_tokens", "Tokens of prompts."),
     ("cached_tokens", "cached_tokens", "Tokens of contexts and prompts that needed no prefill."),
@@ -181,7 +181,7 @@ class _FromStats(Collector):
         yield from (family for family in families if family.samples)
 
 
-def _family(kind: type[Family], row: Row, values: Mapping[str, object]) -> Family:
+def _family(kind: type[Family], row: MetricRow, values: Mapping[str, object]) -> Family:
     name, source, text = row
     labels = [label for label in LABELS if f"{{{label}}}" in source]
     family = kind("spilld_" + name, text, labels=labels)

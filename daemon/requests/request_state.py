@@ -21,7 +21,7 @@ from spilld.protocol.messages import (
     Token,
     Usage,
 )
-from spilld.runner.sampler import Choice, Sampler
+from spilld.runner.sampler import SampledToken, Sampler
 from spilld.scheduler.fair_share import Flow
 from spilld.scheduler.scheduler import JobId
 from spilld.sessions.idle_contexts import Key
@@ -252,7 +252,7 @@ class RequestState:
         done, total = sequence.computed - cached, len(sequence.tokens) - cached
         return Progress(request_id=self.request.request_id, seq=self.told, done=done, total=total)
 
-    def token(self, choice: Choice) -> Event:
+    def token(self, choice: SampledToken) -> Event:
         """Take a sampled token; its event. `completion.reason` says afterwards whether it was the last."""
         self._waits_since = time.monotonic()
         return Token(

@@ -24,7 +24,7 @@ Logits = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Choice:
+class SampledToken:
     """A chosen token. logprob and top are of the raw logits: before penalty, temperature and truncation."""
 
     token: int
@@ -51,7 +51,7 @@ class Sampler:
         self._logprobs = logprobs
         self.seed = int.from_bytes(os.urandom(8), "little") if sampling.seed is None else sampling.seed
 
-    def choose(self, logits: Logits, position: int, history: Sequence[int]) -> Choice:
+    def choose(self, logits: Logits, position: int, history: Sequence[int]) -> SampledToken:
         """Choose the token that will stand at `position`.
 
         Args:
@@ -67,8 +67,8 @@ class Sampler:
         scores = self._penalised(logits, history)
         token = int(scores.argmax()) if self._sampling.temperature == 0 else self._sampled(scores, position)
         if self._logprobs is None:
-            return Choice(token, None, ())
-        return Choice(token, *logprobs(logits, token, self._logprobs))
+            return SampledToken(token, None, ())
+        return SampledToken(token, *logprobs(logits, token, self._logprobs))
 
     def _penalised(self, logits: Logits, history: Sequence[int]) -> NDArray[np.float64]:
         """Keskar et al. 2019 (CTRL) section 4.1, with transformers' treatment of negative logits."""
