@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import suppress
 from dataclasses import dataclass, field
+from inspect import getfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from spilld.attention import transformers_hook
+from spilld.attention.transformers_hook import PlannedAttention
 from spilld.errors import UnsupportedModel
 from spilld.kv.geometry import Geometry
 
@@ -22,7 +23,7 @@ _TOKENS = 3
 def probe_once(module: Any, geometry: Geometry, cache: Path) -> None:
     """`probe`, whose half a second a later start is spared: what passed is noted in `cache/probes`, for the
     same config and the same code, ours and transformers'."""
-    ours = b"".join(Path(part).read_bytes() for part in (__file__, transformers_hook.__file__))
+    ours = b"".join(Path(part).read_bytes() for part in (__file__, getfile(PlannedAttention)))
     known = (module.config.to_json_string(), repr(geometry), torch.__version__, transformers.__version__)
     note = cache / "probes" / hashlib.blake2b(repr(known).encode() + ours, digest_size=16).hexdigest()
     if note.exists():
@@ -36,9 +37,14 @@ def probe_once(module: Any, geometry: Geometry, cache: Path) -> None:
 def probe(module: Any, geometry: Geometry) -> None:
     """Run a forward pass over tensors that have shapes only: no weight is read.
 
-    module: of the attention implementation "spilld". Raises UnsupportedModel if attention is not called once
-    for every layer, with heads, windows and softcap as in `geometry` and with nothing that spilld does not
-    compute.
+    Args:
+        module: of the attention implementation "spilld".
+        geometry: what its calls must agree with.
+
+    Raises:
+        UnsupportedModel: attention is not called once for every layer, is called with other heads, sliding
+            windows, scaling or softcap than `geometry` has, or asks for something that spilld does not
+            compute.
     """
     seen = ProbedAttention(geometry)
     with FakeTensorMode() as mode, torch.inference_mode():
