@@ -35,13 +35,13 @@ from spilld.protocol.messages import (
     Welcome,
     is_last,
 )
+from spilld.requests.prompt import prompt_tokens
 from spilld.requests.request_state import NOBODY
 from spilld.tokenizer.intake import Intake
 
 from .arrivals import Composed
 from .engine import Engine
 from .outbox import Post
-from .prompt import prompt_tokens
 
 log = logging.getLogger(__name__)
 

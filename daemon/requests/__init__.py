@@ -1,4 +1,4 @@
 """Requests in the engine: each in one phase, found by number, id and session.
 
-May import: errors, kv, offload, protocol, runner, scheduler, sessions, tokenizer.
+May import: errors, kv, models, offload, protocol, runner, scheduler, sessions, tokenizer.
 """
