@@ -8,7 +8,7 @@ from spilld.attention.cpu import CpuAttention
 from spilld.cuda_ext.memory.cpu_windows import CpuKVWindows
 from spilld.cuda_ext.memory.windows import KVWindowShape
 from spilld.kv.batch import BatchItem
-from spilld.kv.sequence import Sequence
+from spilld.kv.sequence import KVSequence
 from spilld.kv.visibility import (
     BLOCK,
     CELL,
@@ -39,7 +39,7 @@ class Steps:
         )
         windows = CpuKVWindows(shape, shape.nbytes)
         self._store = store
-        self._sequence = Sequence(store.open(), windows.take(), bytes(32))
+        self._sequence = KVSequence(store.open(), windows.take(), bytes(32))
         windows.tensor.zero_()
         store.reserve(self._sequence.table, blocks_of(tokens))
         self._runner = Runner(model, CpuAttention(g, store, windows), store, chunk)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from spilld.kv.batch import Batch, BatchItem
 from spilld.kv.geometry import Geometry
-from spilld.kv.sequence import Sequence
+from spilld.kv.sequence import KVSequence
 from spilld.kv.visible_kv import Blocks, VisibleKV
 from spilld.offload.disk.extent_read import ExtentRead, Ticket
 from spilld.offload.host.promotion import Promotion
@@ -67,7 +66,7 @@ class AttentionPlan:
         for read in self.reads:
             self._by_layer[read.layer, read.item].append(read)
 
-    def reads_of(self, layer: int, item: BatchItem) -> Many[PlannedRead]:
+    def reads_of(self, layer: int, item: BatchItem) -> Sequence[PlannedRead]:
         """Of one layer and item."""
         return self._by_layer.get((layer, item), ())
 
@@ -136,10 +135,10 @@ class Attention(ABC):
         """Of device_bytes."""
         return 0
 
-    def forget(self, sequence: Sequence) -> None:  # noqa: B027 (not every device has something)
+    def forget(self, sequence: KVSequence) -> None:  # noqa: B027 (not every device has something)
         """A sequence ends or is computed anew: what the device has of it, beside its KV window, goes."""
 
-    def check_integrity(self, sequences: Many[Sequence]) -> None:  # noqa: B027
+    def check_integrity(self, sequences: Sequence[KVSequence]) -> None:  # noqa: B027
         """What the device has belongs to these sequences, which are all. AssertionError says otherwise."""
 
     def close(self) -> None:  # noqa: B027

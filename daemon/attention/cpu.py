@@ -15,7 +15,7 @@ import torch
 from spilld.cuda_ext.memory.cpu_windows import CpuKVWindows, element_view
 from spilld.kv.batch import Batch
 from spilld.kv.geometry import Geometry, LayerGeometry
-from spilld.kv.sequence import Sequence
+from spilld.kv.sequence import KVSequence
 from spilld.kv.visibility import (
     BLOCKS_PER_CELL,
     CELL,
@@ -204,7 +204,7 @@ class CpuAttention(Attention):
         self._records.merge(layer, q.numpy(), seen, plan, *result, in_host=seen.in_host)
 
     def _attend_window(
-        self, layer: int, queries: torch.Tensor, tile: Tile, sequence: Sequence, shape: LayerGeometry
+        self, layer: int, queries: torch.Tensor, tile: Tile, sequence: KVSequence, shape: LayerGeometry
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """queries: [kv_heads, group, tile.queries, head_dim]; as attend_tile."""
         keys, values = (
@@ -214,7 +214,7 @@ class CpuAttention(Attention):
         return attend_tile(queries, keys, values, tile.mask, shape.scaling, shape.softcap)
 
     def _append(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor, position: int, sequence: Sequence
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, position: int, sequence: KVSequence
     ) -> None:
         """Put K/V [n, kv_heads, head_dim] of tokens within one cell into the KV window, sealing the cell
         whose half they take."""
@@ -227,7 +227,7 @@ class CpuAttention(Attention):
                 sinks = min(SINKS - position, count)
                 plane[:, position : position + sinks] = numbers[:, :sinks]
 
-    def _seal_before(self, layer: int, position: int, sequence: Sequence) -> None:
+    def _seal_before(self, layer: int, position: int, sequence: KVSequence) -> None:
         """If a cell begins at `position`, pack the one whose half of the window it takes, if there is one,
         into records."""
         if position % CELL or position < 2 * CELL:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -92,7 +92,7 @@ class RecordAttention:
             yield from self._staged(waiting[:size], plan, but)
             waiting = waiting[size:]
 
-    def _staged(self, reads: Many[PlannedRead], plan: AttentionPlan, but: Blocks) -> Iterator[Places]:
+    def _staged(self, reads: Sequence[PlannedRead], plan: AttentionPlan, but: Blocks) -> Iterator[Places]:
         """What some reads of one item and layer bring."""
         item, record_bytes = reads[0].item, self._store.layout.record_bytes
         tickets = [read.ticket for read in reads if read.ticket is not None]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from spilld.cuda_ext.errors import OutOfMemory
 from spilld.engine.sessions.manager import SessionManager
 from spilld.errors import DeadlineExceeded, Overloaded
-from spilld.kv.sequence import Sequence
+from spilld.kv.sequence import KVSequence
 from spilld.kv.visibility import highest_block
 from spilld.monitoring.stats import Counters
 from spilld.offload.store.store import Store
 from spilld.requests.request_state import Phase, RequestState
 from spilld.requests.requests import Requests
-from spilld.runner.sequence_manager import Sequences
+from spilld.runner.sequence_manager import SequenceManager
 from spilld.scheduler.latency import LatencyModel
 from spilld.scheduler.prefill_budget import PrefillBudget
 from spilld.scheduler.scheduler import Scheduler
@@ -30,7 +30,7 @@ class Admission:
         self,
         requests: Requests,
         scheduler: Scheduler,
-        sequences: Sequences,
+        sequences: SequenceManager,
         sessions: SessionManager,
         store: Store,
         finisher: Finisher,
@@ -78,7 +78,7 @@ class Admission:
         elif state.complete(sequence) or (state.completion.reason and not state.appends):
             self._finisher.finish(state)
 
-    def _open(self, state: RequestState) -> Sequence:
+    def _open(self, state: RequestState) -> KVSequence:
         root = self._sessions.root(state.request.tenant)
         try:
             state.sequence = self._sequences.open(root, state.history)
@@ -86,7 +86,7 @@ class Admission:
             raise Overloaded(f"there is no memory for its window: {error}") from error
         return state.sequence
 
-    def _reuse(self, state: RequestState, sequence: Sequence) -> None:
+    def _reuse(self, state: RequestState, sequence: KVSequence) -> None:
         """Take over what an earlier request computed of the same beginning."""
         found = self._sequences.find(sequence)
         self._counters.prefix_hits += found
@@ -97,7 +97,7 @@ class Admission:
         """What a decode step is expected to take once the prompts of all that run are computed."""
         return self._latency.token_s([len(self._requests[job].tokens) for job in self._scheduler.running])
 
-    def _hopeless(self, state: RequestState, sequence: Sequence) -> DeadlineExceeded | None:
+    def _hopeless(self, state: RequestState, sequence: KVSequence) -> DeadlineExceeded | None:
         """Why its deadline cannot be met, by far, if that is known. An idle engine tries: what it knows may
         be of a worse time, and only steps tell."""
         alone = self._prefill.seconds(sequence.computed, len(sequence.tokens) - sequence.computed)

@@ -17,7 +17,7 @@ from spilld.errors import (
     SpilldError,
     StorageFailed,
 )
-from spilld.kv.sequence import Sequence
+from spilld.kv.sequence import KVSequence
 from spilld.kv.visibility import highest_block, longest_with
 from spilld.models.model import Model
 from spilld.monitoring.failures import is_lost, typed
@@ -25,7 +25,7 @@ from spilld.offload.store.store import Store
 from spilld.protocol.messages import Event, Generate
 from spilld.requests.request_state import NOBODY, Phase, RequestState
 from spilld.requests.requests import Requests
-from spilld.runner.sequence_manager import Sequences
+from spilld.runner.sequence_manager import SequenceManager
 from spilld.scheduler.scheduler import Job, Scheduler
 from spilld.sessions.idle_contexts import Contexts, new_handle
 from spilld.sessions.journal import Journal, JournalEntry, Unfinished
@@ -57,7 +57,7 @@ class Arrivals:
         model: Model,
         requests: Requests,
         scheduler: Scheduler,
-        sequences: Sequences,
+        sequences: SequenceManager,
         contexts: Contexts,
         sessions: SessionManager,
         store: Store,
@@ -261,7 +261,7 @@ class Arrivals:
         return f"the model allows {allowed}; {instead}, or serve a model with a longer context"
 
 
-def _is_computed(sequence: Sequence, state: RequestState) -> bool:
+def _is_computed(sequence: KVSequence, state: RequestState) -> bool:
     """Nothing is left of which there would be logits: what is on disk is without the last token."""
     return not (state.prompt or state.appends or sequence.computed < len(sequence.tokens))
 

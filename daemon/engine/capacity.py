@@ -11,7 +11,7 @@ from spilld.offload.store.store import Store
 from spilld.requests.request_state import Phase, RequestState
 from spilld.requests.requests import RUNNING, Requests
 from spilld.runner.runner import Runner
-from spilld.runner.sequence_manager import Sequences
+from spilld.runner.sequence_manager import SequenceManager
 from spilld.scheduler.scheduler import Capacity, JobId, Scheduler
 from spilld.sessions.idle_contexts import Contexts
 
@@ -28,7 +28,7 @@ class CapacityManager:
         self,
         requests: Requests,
         scheduler: Scheduler,
-        sequences: Sequences,
+        sequences: SequenceManager,
         contexts: Contexts,
         store: Store,
         runner: Runner,

@@ -30,7 +30,7 @@ from spilld.protocol.messages import (
 )
 from spilld.requests.requests import RUNNING, Requests
 from spilld.runner.runner import Runner
-from spilld.runner.sequence_manager import Sequences
+from spilld.runner.sequence_manager import SequenceManager
 from spilld.scheduler.latency import LatencyModel
 from spilld.scheduler.prefill_budget import PrefillBudget
 from spilld.scheduler.scheduler import Scheduler
@@ -88,7 +88,7 @@ class Engine:
         self.contexts = contexts = Contexts()
         self.requests = requests = Requests()
         self.sessions = SessionManager(sessions, store, model, context_ttl_s)
-        self._sequences = sequences = Sequences(windows, store, runner)
+        self._sequences = sequences = SequenceManager(windows, store, runner)
         self._commands = SessionCommands(self.sessions, contexts, sequences, requests)
         self._store = store
         self._runner = runner

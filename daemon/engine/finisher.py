@@ -18,7 +18,7 @@ from spilld.offload.store.store import Store
 from spilld.requests.request_state import RequestState
 from spilld.requests.requests import Requests
 from spilld.runner.runner import Runner
-from spilld.runner.sequence_manager import Sequences
+from spilld.runner.sequence_manager import SequenceManager
 from spilld.scheduler.scheduler import Scheduler
 from spilld.sessions.idle_contexts import Contexts
 
@@ -34,7 +34,7 @@ class Finisher:
         self,
         requests: Requests,
         scheduler: Scheduler,
-        sequences: Sequences,
+        sequences: SequenceManager,
         contexts: Contexts,
         sessions: SessionManager,
         store: Store,

@@ -13,7 +13,7 @@ from spilld.cuda_ext.errors import OutOfMemory
 from spilld.errors import Overloaded, SpilldError, StorageFailed
 from spilld.kv.batch import BatchItem
 from spilld.kv.checkpoint import ANCHOR_CELLS
-from spilld.kv.sequence import Sequence as TokenSequence
+from spilld.kv.sequence import KVSequence
 from spilld.kv.visibility import BLOCK, CELL, sealed_by
 from spilld.monitoring.failures import is_lost, typed
 from spilld.monitoring.metrics import Metrics
@@ -25,7 +25,7 @@ from spilld.requests.request_state import RequestState
 from spilld.requests.requests import Requests
 from spilld.runner.runner import Runner
 from spilld.runner.sampler import logprobs
-from spilld.runner.sequence_manager import Sequences
+from spilld.runner.sequence_manager import SequenceManager
 from spilld.scheduler.fair_share import shares
 from spilld.scheduler.latency import LatencyModel
 from spilld.scheduler.prefill_budget import PrefillBudget
@@ -51,7 +51,7 @@ class StepExecutor:
         self,
         requests: Requests,
         scheduler: Scheduler,
-        sequences: Sequences,
+        sequences: SequenceManager,
         store: Store,
         runner: Runner,
         finisher: Finisher,
@@ -184,7 +184,7 @@ class StepExecutor:
         if complete:
             self._sample(state, sequence, logits[-1])
 
-    def _sample(self, state: RequestState, sequence: TokenSequence, logits: Logits) -> None:
+    def _sample(self, state: RequestState, sequence: KVSequence, logits: Logits) -> None:
         choice = state.sampler.choose(logits, len(sequence.tokens), sequence.tokens)
         waits = self._metrics.next_token if state.completion.tokens else self._metrics.first_token
         waits.observe(state.waited_s)
@@ -237,7 +237,7 @@ def _rows(state: RequestState, part: BatchItem) -> range:
     return range(part.count - 1, part.count) if last else range(0)
 
 
-def _is_checkpoint(state: RequestState, sequence: TokenSequence, complete: bool) -> bool:
+def _is_checkpoint(state: RequestState, sequence: KVSequence, complete: bool) -> bool:
     """Whether a restart should lose no more than this: some cells of a prompt, a cell of an answer."""
     cells = 1 if complete else ANCHOR_CELLS
     return sequence.computed % (cells * CELL) == 0 or (complete and not state.completion.tokens)

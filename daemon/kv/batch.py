@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from .sequence import Sequence
+from .sequence import KVSequence
 
 
 @dataclass(eq=False)
@@ -18,7 +18,7 @@ class BatchItem:
     them (hits) and how many it had to wait for (stalls); and failure, why some of its KV could not be had.
     """
 
-    sequence: Sequence
+    sequence: KVSequence
     count: int
     position: int
     start: int = 0

@@ -18,7 +18,7 @@ from spilld.offload.store.store import Store
 from spilld.offload.system import Bytes
 from spilld.offload.table import RunRef
 
-from .sequence import Sequence as TokenSequence
+from .sequence import KVSequence
 from .visibility import (
     BLOCK,
     BLOCKS_PER_CELL,
@@ -83,7 +83,7 @@ def find_resume_point(store: Store, root: bytes, tokens: Sequence[int]) -> Resum
 
 
 def save_checkpoint(
-    store: Store, window: Numbers, sequence: TokenSequence, instead_of: RunKey | None = None
+    store: Store, window: Numbers, sequence: KVSequence, instead_of: RunKey | None = None
 ) -> RunKey | None:
     """Begin to write a checkpoint of a sequence of which at least a cell is computed.
 

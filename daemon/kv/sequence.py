@@ -11,7 +11,7 @@ from .visibility import BLOCK
 
 
 @dataclass
-class Sequence:
+class KVSequence:
     """tokens[:computed] have K/V, in the window and in stored blocks; the rest are still to be fed."""
 
     table: BlockTable

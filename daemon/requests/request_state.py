@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence as Sequence_
+from collections.abc import Sequence
 from enum import Enum
 
 from spilld.errors import SpilldError
 from spilld.kv.batch import BatchItem
-from spilld.kv.sequence import Sequence
+from spilld.kv.sequence import KVSequence
 from spilld.offload.disk.files.extent import RunKey
 from spilld.protocol.messages import (
     Accepted,
@@ -63,7 +63,7 @@ class RequestState:
         checkpoint: Window checkpoint amid its answer, of no use once there is a later one.
         saving: While it is preempted, the window checkpoint that is being written.
         first: Position of its prompt in the sequence.
-        told: Sequence number of its next event.
+        told: KVSequence number of its next event.
         acknowledged: Its client has all events before this one.
         uncounted: Computed tokens that no event has told of.
         suspect: A step that it was part of failed: it is computed alone from then on.
@@ -79,7 +79,7 @@ class RequestState:
         self.turns: list[int] | None = None
         self.session: Session | None = None
         self.history: list[int] = []
-        self.sequence: Sequence | None = None
+        self.sequence: KVSequence | None = None
         self.checkpoint: RunKey | None = None
         self.saving: RunKey | None = None
         self.first = 0
@@ -144,12 +144,12 @@ class RequestState:
         """Tokens at the end that are left to the next request, which needs the logits of the last."""
         return int(self.appends)
 
-    def complete(self, sequence: Sequence) -> bool:
+    def complete(self, sequence: KVSequence) -> bool:
         """Whether everything known is computed."""
         return len(sequence.tokens) - sequence.computed <= self.held_back
 
     @property
-    def running_sequence(self) -> Sequence:
+    def running_sequence(self) -> KVSequence:
         """The sequence of a request that has one."""
         assert self.sequence is not None
         return self.sequence
@@ -190,7 +190,7 @@ class RequestState:
     # Its events.
 
     def prepare(
-        self, before: Sequence_[int], tokenizer: Tokenizer, eos: frozenset[int], told: Sequence_[Event]
+        self, before: Sequence[int], tokenizer: Tokenizer, eos: frozenset[int], told: Sequence[Event]
     ) -> None:
         """Know what its answer follows.
 
@@ -211,7 +211,7 @@ class RequestState:
                 self.completion.push(event.token)
 
     def begin(
-        self, first: int, sequence: Sequence, first_token_s: float | None, token_s: float | None
+        self, first: int, sequence: KVSequence, first_token_s: float | None, token_s: float | None
     ) -> list[Event]:
         """Note its admission.
 
@@ -246,7 +246,7 @@ class RequestState:
         if self.wants_prompt:
             del self.prompt_logprobs[0 if self.first else 1 :]  # nothing predicts a sequence's first token
 
-    def progress(self, sequence: Sequence) -> Event:
+    def progress(self, sequence: KVSequence) -> Event:
         """Computed tokens of the prefill, which a recomputation starts anew."""
         cached = min(self._cached or 0, sequence.computed)
         done, total = sequence.computed - cached, len(sequence.tokens) - cached

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 
 import torch
 
@@ -11,7 +11,7 @@ from spilld.attention.transformers_hook import PlannedAttention
 from spilld.cuda_ext.device.tensors import gpu_errors
 from spilld.cuda_ext.errors import OutOfMemory
 from spilld.kv.batch import Batch, BatchItem
-from spilld.kv.sequence import Sequence
+from spilld.kv.sequence import KVSequence
 from spilld.models.model import Model
 from spilld.models.wide_linear import wide_bytes
 from spilld.offload.store.store import Store
@@ -62,7 +62,7 @@ class Runner:
         wide = wide_bytes(self._model.module.base_model, self._chunk_tokens)
         return chunk + wide + geometry.vocab * (4 + size)
 
-    def run(self, items: Many[BatchItem], keep: Many[Many[int]]) -> list[torch.Tensor]:
+    def run(self, items: Sequence[BatchItem], keep: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Compute the tokens of a batch.
 
         An item whose KV did not come back carries its `failure` afterwards; its logits mean nothing. So does
@@ -112,11 +112,11 @@ class Runner:
         ).logits[0]
         return logits.cpu().float()
 
-    def forget(self, sequence: Sequence) -> None:
+    def forget(self, sequence: KVSequence) -> None:
         """As Attention.forget."""
         self._attention.forget(sequence)
 
-    def check_integrity(self, sequences: Many[Sequence]) -> None:
+    def check_integrity(self, sequences: Sequence[KVSequence]) -> None:
         """As Attention.check_integrity."""
         self._attention.check_integrity(sequences)
 

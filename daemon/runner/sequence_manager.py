@@ -10,7 +10,7 @@ from spilld.cuda_ext.errors import OutOfMemory
 from spilld.cuda_ext.memory.windows import KVWindows
 from spilld.kv.batch import BatchItem
 from spilld.kv.checkpoint import find_resume_point, restore_checkpoint, save_checkpoint
-from spilld.kv.sequence import Sequence
+from spilld.kv.sequence import KVSequence
 from spilld.kv.visibility import (
     CELL,
     boundary,
@@ -33,7 +33,7 @@ SEALS = 2 * CELL
 """The first position that seals a cell."""
 
 
-class Sequences:
+class SequenceManager:
     """Opens them, finds again what was computed before, saves it, gives it up."""
 
     def __init__(self, windows: KVWindows, store: Store, runner: Runner) -> None:
@@ -48,15 +48,15 @@ class Sequences:
         """How many more can be opened."""
         return self._windows.free
 
-    def open(self, root: bytes, tokens: Iterable[int]) -> Sequence:
+    def open(self, root: bytes, tokens: Iterable[int]) -> KVSequence:
         """One of which nothing is computed. root: of its chain. Raises ArenaFull without a window, and
         OutOfMemory."""
         window = self._windows.take()
-        sequence = Sequence(self._store.open(), window, root)
+        sequence = KVSequence(self._store.open(), window, root)
         sequence.tokens.extend(tokens)
         return sequence
 
-    def find(self, sequence: Sequence) -> bool:
+    def find(self, sequence: KVSequence) -> bool:
         """Take over what an earlier request computed of the same beginning, if it is still there: `computed`
         says how much. False if nothing was stored."""
         resume = find_resume_point(self._store, sequence.root, sequence.tokens)
@@ -73,7 +73,7 @@ class Sequences:
         sequence.computed = resume.position
         return True
 
-    def save(self, sequence: Sequence, instead_of: RunKey | None) -> RunKey | None:
+    def save(self, sequence: KVSequence, instead_of: RunKey | None) -> RunKey | None:
         """Between steps: what was computed outlives the sequence, for whoever begins alike. The tail of it,
         if there is one; instead_of goes then."""
         if sequence.computed < CELL or self.lost:
@@ -87,7 +87,7 @@ class Sequences:
             return None
         return save_checkpoint(self._store, window, sequence, instead_of)
 
-    def reaches(self, sequence: Sequence, tokens: list[int]) -> bool:
+    def reaches(self, sequence: KVSequence, tokens: list[int]) -> bool:
         """Whether its window still holds what follows what it has in common with these tokens: numbers of a
         cell replace those of the cell before the last, which its first token seals."""
         position = _goes_on_at(sequence, tokens)
@@ -95,17 +95,17 @@ class Sequences:
         within = boundary(position) == boundary(newest) and not _seals(position)
         return position == sequence.computed or within
 
-    def end(self, sequence: Sequence, tokens: list[int]) -> None:
+    def end(self, sequence: KVSequence, tokens: list[int]) -> None:
         """Between requests it holds these tokens; the first that is another will be computed next, or the
         last: its logits are wanted. To be discarded if it does not reach so far."""
         sequence.computed = _goes_on_at(sequence, tokens)
         sequence.tokens[:] = tokens
 
-    def saved(self, sequence: Sequence, tail_run: RunKey | None) -> bool:
+    def saved(self, sequence: KVSequence, tail_run: RunKey | None) -> bool:
         """Whether `save`, which has returned this tail, could save all that is worth it."""
         return self._store.holds(sequence.table) and (tail_run is not None or sequence.computed < CELL)
 
-    def restart(self, sequence: Sequence, *, damaged: bool) -> None:
+    def restart(self, sequence: KVSequence, *, damaged: bool) -> None:
         """Give up what is computed of a sequence; damaged: what is stored of it, too."""
         self._runner.rest()
         self._runner.forget(sequence)
@@ -116,7 +116,7 @@ class Sequences:
         """Give back memory that no window is in."""
         self._windows.trim()
 
-    def discard(self, sequence: Sequence) -> None:
+    def discard(self, sequence: KVSequence) -> None:
         self._runner.forget(sequence)
         self._store.forget(sequence.table)
         self._windows.give_back(sequence.window)
@@ -153,7 +153,7 @@ class Sequences:
             **self._store.stats(),
         }
 
-    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+    def check_integrity(self, sequences: Iterable[KVSequence]) -> None:
         """These are all: windows, rows and runs belong to them, and to nothing else."""
         mine = list(sequences)
         taken = sorted(sequence.window for sequence in mine)
@@ -163,7 +163,7 @@ class Sequences:
         self._runner.check_integrity(mine)
 
 
-def _goes_on_at(sequence: Sequence, tokens: list[int]) -> int:
+def _goes_on_at(sequence: KVSequence, tokens: list[int]) -> int:
     pairs = enumerate(zip(sequence.tokens, tokens, strict=False))
     common = next((i for i, (a, b) in pairs if a != b), min(len(sequence.tokens), len(tokens)))
     position, last = min(sequence.computed, common), max(0, len(tokens) - 1)

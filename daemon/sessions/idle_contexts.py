@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 
-from spilld.kv.sequence import Sequence
+from spilld.kv.sequence import KVSequence
 
 Key = tuple[str, str]
 """(tenant, name) of a session, or (tenant, handle) of a kept context, which is an unnamed session."""
@@ -18,27 +18,27 @@ class Contexts:
     """
 
     def __init__(self) -> None:
-        self._idle: dict[Key, Sequence] = {}
+        self._idle: dict[Key, KVSequence] = {}
 
     def __len__(self) -> int:
         return len(self._idle)
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[KVSequence]:
         return iter(self._idle.values())
 
-    def keep(self, sequence: Sequence, key: Key) -> None:
+    def keep(self, sequence: KVSequence, key: Key) -> None:
         """Add a sequence, as the most recently used."""
         self._idle[key] = sequence
 
-    def claim(self, key: Key) -> Sequence | None:
+    def claim(self, key: Key) -> KVSequence | None:
         """Remove and return a sequence, None if it is not there."""
         return self._idle.pop(key, None)
 
-    def get(self, key: Key) -> Sequence | None:
+    def get(self, key: Key) -> KVSequence | None:
         """A sequence, left in place."""
         return self._idle.get(key)
 
-    def oldest(self) -> Sequence | None:
+    def oldest(self) -> KVSequence | None:
         """Remove and return the least recently used sequence, None if there is none."""
         return self._idle.pop(next(iter(self._idle))) if self._idle else None
 

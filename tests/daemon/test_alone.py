@@ -34,7 +34,7 @@ from spilld.protocol.messages import (
 )
 from spilld.requests.request_state import RequestState
 from spilld.runner.sampler import Sampler
-from spilld.runner.sequence_manager import Sequences
+from spilld.runner.sequence_manager import SequenceManager
 from spilld.sessions.journal import Journal
 from spilld.sessions.store import SessionStore
 from spilld.tokenizer.detokenizer import Detokenizer
@@ -92,8 +92,8 @@ SEAMS: dict[str, tuple[type, str, Callable[[Harness], Guilty]]] = {
     ),
     "its place in the store": (Store, "grow", lambda h: lambda _self, table, *_: is_bad(h, table)),
     "its reservation": (Store, "reserve", lambda h: lambda _self, table, *_: is_bad(h, table)),
-    "what was stored": (Sequences, "find", lambda h: lambda _self, s: is_bad(h, s.table)),
-    "saving it": (Sequences, "save", lambda h: lambda _self, s, *_: is_bad(h, s.table)),
+    "what was stored": (SequenceManager, "find", lambda h: lambda _self, s: is_bad(h, s.table)),
+    "saving it": (SequenceManager, "save", lambda h: lambda _self, s, *_: is_bad(h, s.table)),
     "its progress": (RequestState, "progress", lambda _: lambda self, *_: self.request.request_id == "bad"),
     "its account": (RequestState, "account", lambda _: lambda self, *_: self.request.request_id == "bad"),
     "attention": (
@@ -444,7 +444,8 @@ def test_ids_outside_the_vocabulary(model: Model, alone: list[int], tmp_path: Pa
 
 @pytest.mark.parametrize("held", ["nothing", "a context", "tokens"])
 @pytest.mark.parametrize(
-    ("kind", "name"), [(Store, "reserve"), (Sequences, "find"), (RequestState, "begin"), (Sequences, "open")]
+    ("kind", "name"),
+    [(Store, "reserve"), (SequenceManager, "find"), (RequestState, "begin"), (SequenceManager, "open")],
 )
 def test_a_bug_in_an_admission_leaves_the_session_as_it_was(
     model: Model, kind: type, name: str, held: str, tmp_path: Path

@@ -19,7 +19,7 @@ from spilld.cuda_ext.memory.cpu_windows import CpuKVWindows, element_view
 from spilld.cuda_ext.memory.windows import KVWindows, KVWindowShape
 from spilld.kv.batch import Batch, BatchItem
 from spilld.kv.geometry import Geometry, LayerGeometry
-from spilld.kv.sequence import Sequence
+from spilld.kv.sequence import KVSequence
 from spilld.kv.visibility import (
     BLOCK,
     SINKS,
@@ -141,7 +141,7 @@ class Setup:
         else:
             self.disk, self.store = beside.disk, beside.store
             self.windows, self.attention = beside.windows, beside.attention
-        self.sequence = Sequence(self.store.open(), self.windows.take(), bytes(32))
+        self.sequence = KVSequence(self.store.open(), self.windows.take(), bytes(32))
         with self.windows.written(self.sequence.window) as numbers:  # what was never written is never seen
             numbers.view(np.uint8)[...] = 0xFF
         self.store.reserve(self.sequence.table, 60)

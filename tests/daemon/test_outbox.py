@@ -19,7 +19,7 @@ from spilld.offload.store.store import Store
 from spilld.protocol.messages import Done, Token
 from spilld.requests.request_state import NOBODY
 from spilld.requests.requests import Requests
-from spilld.runner.sequence_manager import Sequences
+from spilld.runner.sequence_manager import SequenceManager
 
 from .harness import Harness, engine, said, shared, some_tokens, window_bytes
 from .test_service import desk
@@ -137,7 +137,12 @@ def test_other_threads_read_what_was_published(
 
         monkeypatch.setattr(kind, name, look)
 
-    for kind, name in ((Requests, "__iter__"), (Requests, "find"), (Store, "stats"), (Sequences, "stats")):
+    for kind, name in (
+        (Requests, "__iter__"),
+        (Requests, "find"),
+        (Store, "stats"),
+        (SequenceManager, "stats"),
+    ):
         noted(kind, name)
     capacity = Store.__dict__["capacity"]
 

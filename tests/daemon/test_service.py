@@ -17,7 +17,7 @@ from spilld.config.config import Config
 from spilld.engine.engine import Engine
 from spilld.engine.service import EngineService
 from spilld.errors import Draining, Overloaded
-from spilld.kv.sequence import Sequence
+from spilld.kv.sequence import KVSequence
 from spilld.models.model import Model
 from spilld.protocol.messages import (
     Accepted,
@@ -120,7 +120,7 @@ def opened(model: Model, tmp_path: Path) -> Iterator[Desk]:
         assert opened.service.idle(), "every request was counted out"
 
 
-def sequence_of(opened: Desk, answer: Done) -> Sequence:
+def sequence_of(opened: Desk, answer: Done) -> KVSequence:
     sequence = opened.engine.contexts.get(("", str(answer.context)))
     assert sequence is not None
     return sequence

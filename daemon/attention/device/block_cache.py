@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spilld.cuda_ext.memory.record_pool import RecordPool
-from spilld.kv.sequence import Sequence
+from spilld.kv.sequence import KVSequence
 from spilld.kv.visibility import BLOCKS_PER_CELL
 from spilld.kv.visible_kv import Blocks
 
@@ -43,7 +43,7 @@ class DeviceBlockCache:
         """How many more can stay."""
         return self._pool.free - SPARE
 
-    def slots(self, sequence: Sequence, layer: int, blocks: Blocks) -> Slots:
+    def slots(self, sequence: KVSequence, layer: int, blocks: Blocks) -> Slots:
         """Where they lie; -1 for those of which the device has no copy."""
         table = self._slots.get(sequence.window)
         if table is None:
@@ -51,7 +51,7 @@ class DeviceBlockCache:
         known = blocks < table.shape[1]
         return np.where(known, table[layer, np.where(known, blocks, 0)], -1)
 
-    def keep(self, sequence: Sequence, layer: int, blocks: Blocks, slots: Slots) -> None:
+    def keep(self, sequence: KVSequence, layer: int, blocks: Blocks, slots: Slots) -> None:
         """Slots that hold these blocks are theirs from now on."""
         table = self._slots.get(sequence.window, np.empty((self._layers, 0), np.int64))
         if len(blocks) and blocks[-1] >= table.shape[1]:
@@ -61,13 +61,13 @@ class DeviceBlockCache:
         assert (table[layer, blocks] < 0).all(), "a block has two slots"
         table[layer, blocks] = slots
 
-    def drop(self, sequence: Sequence) -> None:
+    def drop(self, sequence: KVSequence) -> None:
         """Nothing of a sequence is kept any more."""
         table = self._slots.pop(sequence.window, None)
         if table is not None:
             self._pool.give_back(table[table >= 0].tolist())
 
-    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+    def check_integrity(self, sequences: Iterable[KVSequence]) -> None:
         """Every taken slot has a block of one of these sequences. AssertionError says otherwise."""
         assert self._slots.keys() <= {sequence.window for sequence in sequences}, (
             "a slot outlives its sequence"

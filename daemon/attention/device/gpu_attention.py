@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -43,7 +42,7 @@ from spilld.cuda_ext.ops import (
 )
 from spilld.kv.batch import Batch, BatchItem
 from spilld.kv.geometry import Geometry
-from spilld.kv.sequence import Sequence
+from spilld.kv.sequence import KVSequence
 from spilld.kv.visibility import (
     BLOCKS_PER_CELL,
     CELL,
@@ -129,10 +128,10 @@ class DeviceAttention(Attention):
         """Taken as long as the daemon runs."""
         return self._landing.nbytes + (self._flash.nbytes if self._flash else 0)
 
-    def forget(self, sequence: Sequence) -> None:
+    def forget(self, sequence: KVSequence) -> None:
         self._cached.drop(sequence)
 
-    def check_integrity(self, sequences: Many[Sequence]) -> None:
+    def check_integrity(self, sequences: Sequence[KVSequence]) -> None:
         self._pool.check_integrity()
         self._cached.check_integrity(sequences)
 
@@ -229,7 +228,7 @@ class DeviceAttention(Attention):
         geometry = self.geometry.layers[call.layer]
         return queries > ROWS and geometry.sliding_window is None and not geometry.softcap
 
-    def _appends(self, planes: int, sources: Many[int], start: int, count: int) -> Iterator[Copy]:
+    def _appends(self, planes: int, sources: Sequence[int], start: int, count: int) -> Iterator[Copy]:
         """K and V of tokens within one cell, [kv_heads, count, head_dim] each, into the window."""
         shape = self._windows.shape
         token = shape.head_dim * shape.dtype.itemsize

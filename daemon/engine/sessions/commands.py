@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from spilld.errors import InvalidRequest
-from spilld.kv.sequence import Sequence
+from spilld.kv.sequence import KVSequence
 from spilld.protocol.messages import (
     ChangeSession,
     ListSessions,
@@ -15,7 +15,7 @@ from spilld.protocol.messages import (
     Sessions,
 )
 from spilld.requests.requests import Requests
-from spilld.runner.sequence_manager import Sequences
+from spilld.runner.sequence_manager import SequenceManager
 from spilld.sessions.idle_contexts import Contexts, Key
 from spilld.sessions.store import Session
 
@@ -28,7 +28,7 @@ class SessionCommands:
     """Carries out what clients ask about sessions, between two steps."""
 
     def __init__(
-        self, sessions: SessionManager, contexts: Contexts, sequences: Sequences, requests: Requests
+        self, sessions: SessionManager, contexts: Contexts, sequences: SequenceManager, requests: Requests
     ) -> None:
         self._sessions = sessions
         self._contexts = contexts
@@ -96,7 +96,7 @@ class SessionCommands:
         if (sequence := self._contexts.claim(key)) is not None:
             self._sequences.discard(sequence)
 
-    def _in_use(self, key: Key) -> tuple[Sequence | None, bool]:
+    def _in_use(self, key: Key) -> tuple[KVSequence | None, bool]:
         """The sequence of a session, if it is in memory, and whether a request runs on it."""
         running = self._requests.on_session(key)
         if running is not None and running.session is not None:

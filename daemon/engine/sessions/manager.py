@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from spilld.errors import ForeignSession, InvalidRequest
 from spilld.kv.checkpoint import ResumePoint, find_resume_point
-from spilld.kv.sequence import Sequence
+from spilld.kv.sequence import KVSequence
 from spilld.kv.visibility import BLOCK
 from spilld.models.model import Model
 from spilld.offload.disk.files.extent import RunKey
@@ -191,7 +191,7 @@ class SessionManager:
         self._unpin(key)
         self._blocks.prioritise(runs, 0)
 
-    def info(self, session: Session, in_use: tuple[Sequence | None, bool]) -> SessionInfo:
+    def info(self, session: Session, in_use: tuple[KVSequence | None, bool]) -> SessionInfo:
         """What a client is told of a session.
 
         Args:
@@ -212,7 +212,7 @@ class SessionManager:
             model=session.model,
         )
 
-    def kv_bytes(self, sequence: Sequence) -> dict[str, int]:
+    def kv_bytes(self, sequence: KVSequence) -> dict[str, int]:
         """Bytes of KV by tier: exact tokens on the device, records where they are served from."""
         exact = sequence.computed - (sequence.table.stop - 1) * BLOCK
         token = self._model.geometry.token_numbers * int(self._model.module.dtype.itemsize)
