@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import builtins
+import collections.abc
 import json
 import re
 import subprocess
@@ -120,6 +122,16 @@ def test_rooms_have_an_order() -> None:
 @pytest.mark.parametrize("name", ROOMS)
 def test_a_room_can_be_overlooked(name: str) -> None:
     assert len(set(ROOMS[name].glob("*.py")) - {ROOMS[name] / "__init__.py"}) <= MOST_FILES
+
+
+def test_no_two_classes_share_a_name() -> None:
+    names: dict[str, list[str]] = {}
+    for module, path in SOURCES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                names.setdefault(node.name, []).append(module)
+    assert {name: where for name, where in names.items() if len(where) > 1} == {}
+    assert not set(names) & {*vars(collections.abc), *vars(builtins)}, "nor do they shadow Python's own"
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -33,7 +33,7 @@ class Copy(NamedTuple):
     nbytes: int
 
 
-class Event(Protocol):
+class DeviceEvent(Protocol):
     """A point in a stream, passed when all work that was given to the stream before is done."""
 
     def before(self, stream: Stream) -> None:
@@ -96,7 +96,7 @@ class Device(Protocol[Image]):
         Raises OutOfMemory, also if torch finds none; some of the operations may happen then.
         """
 
-    def record(self, stream: Stream) -> Event:
+    def record(self, stream: Stream) -> DeviceEvent:
         """An event behind all that was given to the stream. Raises OutOfMemory."""
 
     def reserve(self, nbytes: int) -> int:

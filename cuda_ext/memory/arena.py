@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from spilld.cuda_ext.device.base import Device, Event, Stream
+from spilld.cuda_ext.device.base import Device, DeviceEvent, Stream
 from spilld.cuda_ext.errors import OutOfMemory
 
 from .fences import Fences
@@ -75,7 +75,7 @@ class Arena:
 
     def use(
         self, stream: Stream, *, reads: Iterable[int] = (), writes: Iterable[int] = ()
-    ) -> AbstractContextManager[Event]:
+    ) -> AbstractContextManager[DeviceEvent]:
         """A scope: work given to the stream in it reads these windows, and writes those.
 
         It gives the event behind that work. Raises OutOfMemory before the scope is entered, and ValueError

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from spilld.cuda_ext.device.base import Device, Event, Stream
+from spilld.cuda_ext.device.base import Device, DeviceEvent, Stream
 from spilld.cuda_ext.errors import OutOfMemory
 
 
@@ -19,7 +19,7 @@ class Mark:
 
     def __init__(self, device: Device[Any], stream: Stream) -> None:
         self._device, self._stream = device, stream
-        self._event: Event | None = None
+        self._event: DeviceEvent | None = None
         self._behind = {stream}  # streams whose later work comes after it
 
     def record(self) -> None:
@@ -37,7 +37,7 @@ class Mark:
     def synchronise(self) -> None:
         self._recorded().synchronise()
 
-    def _recorded(self) -> Event:
+    def _recorded(self) -> DeviceEvent:
         if self._event is None:
             self._event = self._device.record(self._stream)
         return self._event
@@ -55,7 +55,7 @@ class Fences:
     @contextmanager
     def use(
         self, stream: Stream, *, reads: Iterable[int] = (), writes: Iterable[int] = ()
-    ) -> Iterator[Event]:
+    ) -> Iterator[DeviceEvent]:
         """Work that is given to the stream in this scope uses these places.
 
         It begins after the last write of what it reads, and after every use of what it writes. Yields the

@@ -10,7 +10,7 @@ from typing import Any
 from spilld.cuda_ext.device.base import (
     Copy,
     Device,
-    Event,
+    DeviceEvent,
     Stream,
 )
 
@@ -69,7 +69,7 @@ class RecordPool:
             del self._filled[slot]
         self._free.extend(slots)
 
-    def fill(self, slots: Sequence[int], sources: Sequence[int]) -> Event:
+    def fill(self, slots: Sequence[int], sources: Sequence[int]) -> DeviceEvent:
         """Copy records in from these addresses of registered host memory, which must stay until the event.
 
         Raises OutOfMemory; the slots then hold nothing, or what they held.
@@ -80,7 +80,7 @@ class RecordPool:
             self._device.copy(Stream.COPY_IN, copies)
         return landed
 
-    def drain(self, slots: Sequence[int], targets: Sequence[int]) -> Event:
+    def drain(self, slots: Sequence[int], targets: Sequence[int]) -> DeviceEvent:
         """Copy records out to these addresses of registered host memory, which are theirs until the event.
 
         Raises OutOfMemory; nothing is copied then.
@@ -94,7 +94,7 @@ class RecordPool:
     @contextmanager
     def use(
         self, stream: Stream, *, reads: Iterable[int] = (), writes: Iterable[int] = ()
-    ) -> Iterator[Event]:
+    ) -> Iterator[DeviceEvent]:
         """Work given to the stream in this scope reads these slots, and overwrites those.
 
         Yields the event behind that work, which means something once the scope is left.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from spilld.cuda_ext.device.base import (
     Copy,
     Device,
-    Event,
+    DeviceEvent,
     Kernel,
     Stream,
 )
@@ -100,7 +100,7 @@ class DeviceContract:
     def host(self, device: Device[Any]) -> Host:
         return Host(device, 64 << 10)
 
-    def bring(self, device: Device[Any], host: Host, at: int, address: int, nbytes: int) -> Event:
+    def bring(self, device: Device[Any], host: Host, at: int, address: int, nbytes: int) -> DeviceEvent:
         device.copy(Stream.COPY_IN, [Copy(address, host.address + at, nbytes)])
         return device.record(Stream.COPY_IN)
 

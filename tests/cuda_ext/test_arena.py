@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from spilld.cuda_ext.device.base import (
     Copy,
     Device,
-    Event,
+    DeviceEvent,
     Stream,
 )
 from spilld.cuda_ext.device.cpu import CpuDevice
@@ -51,7 +51,7 @@ class Windows(RuleBasedStateMachine):
         self.bytes, self.budget = window_bytes, pages * PAGE + 17
         self.arena = Arena(self.device, window_bytes, WINDOWS, self.budget)
         self.windows: dict[int, int | None] = {}  # of taken ones, the place in the host's memory
-        self.looks: list[tuple[Event, int, int]] = []  # when the host has what of which it sent
+        self.looks: list[tuple[DeviceEvent, int, int]] = []  # when the host has what of which it sent
         self.next_look = 32 << 10
 
     @rule()

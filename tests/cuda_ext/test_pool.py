@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from spilld.cuda_ext.device.base import (
     Copy,
     Device,
-    Event,
+    DeviceEvent,
     Stream,
 )
 from spilld.cuda_ext.device.cpu import CpuDevice
@@ -47,7 +47,7 @@ class Records(RuleBasedStateMachine):
         self.sent = fill(self.host)
         self.pool = RecordPool(self.device, SLOTS * RECORD + RECORD - 1, RECORD)
         self.slots: dict[int, int | None] = {}  # of taken ones, the number of the record, or UNKNOWN
-        self.drained: dict[int, tuple[Event, int]] = {}  # of targets, when which record is there
+        self.drained: dict[int, tuple[DeviceEvent, int]] = {}  # of targets, when which record is there
 
     def source(self, number: int) -> int:
         return self.host.address + number * RECORD

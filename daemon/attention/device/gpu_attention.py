@@ -25,7 +25,7 @@ from spilld.cuda_ext.compile.variant import ROWS
 from spilld.cuda_ext.device.base import (
     Copy,
     Device,
-    Event,
+    DeviceEvent,
     Stream,
 )
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
@@ -105,7 +105,7 @@ class DeviceAttention(Attention):
         self._windows, self._landing = windows, landing
         self._pool, self._cached = pool, DeviceBlockCache(pool, len(geometry.layers))
         self._records, self._costs = RecordAttention(geometry, store), costs
-        self._sealed: list[Event] = []
+        self._sealed: list[DeviceEvent] = []
         """Behind records on their way to host memory."""
 
     def plan(self, batch: Batch) -> AttentionPlan:
