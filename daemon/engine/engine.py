@@ -224,7 +224,9 @@ class Engine:
             ContextNotFound: There is no such session.
             InvalidRequest: It is in use, or the change makes no sense.
         """
-        return self._commands.manage(request)
+        reply = self._commands.manage(request)
+        self._publish()
+        return reply
 
     # What may be known.
 
