@@ -58,7 +58,7 @@ def test_one_line_says_that_it_is_ready(model: Model) -> None:
     said = served(model, host_budget="512M", disk_budget="1G")
     (ready,) = [line for line in said.splitlines() if "ready" in line]
     assert re.fullmatch(
-        rf"INFO spilld\.daemon\.startup: ready: {model.folder}, up to 4,096 tokens; KV budgets: "
+        rf"INFO spilld\.monitoring\.startup: ready: {model.folder}, up to 4,096 tokens; KV budgets: "
         r"device [\d.]+ MiB, host 512 MiB, disk 1 GiB; at ADDRESS\. "
         r"Try: spilld ask --address ADDRESS \"Who are you\?\"",
         ready,
