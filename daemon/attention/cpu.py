@@ -65,8 +65,10 @@ class CpuPlan(AttentionPlan):
         super().__init__(batch, geometry, store, lambda *_: True)
         heads, kv_heads, head_dim = geometry.sizes
         self._group = heads // kv_heads
-        self.heads: Floats = np.empty((batch.single, heads + 2 * kv_heads, head_dim), np.float32)
-        self._heads = torch.from_numpy(self.heads)
+        self._room = torch.empty(batch.single, heads + 2 * kv_heads, head_dim)
+        self.heads: Floats = self._room.numpy()
+        self._taken: torch.Tensor | None = None
+        self._in_place = False
         self.lse: Floats = np.empty((batch.single, heads), np.float32)
         self.scans: dict[int | None, DecodeRows] = {}
         self.row_bytes: dict[int | None, list[int]] = {}
@@ -77,10 +79,20 @@ class CpuPlan(AttentionPlan):
             self.row_bytes[sliding_window] = [token_bytes * sum(b - a for a, b in row.ranges) for row in rows]
 
     def take(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Fill `heads` from those of all rows of the batch."""
-        if self.batch.single < self.batch.total:
-            q, k, v = q[: self.batch.single], k[: self.batch.single], v[: self.batch.single]
-        torch.cat((q, k, v), dim=1, out=self._heads)
+        """Have `heads` hold those of the rows of one token, without a copy where they lie like that already.
+
+        Args:
+            q: [total, heads, head_dim] of the whole batch; the same tensors may hold those of every layer.
+            k, v: [total, kv_heads, head_dim], likewise.
+        """
+        if q is not self._taken:
+            self._taken, packed = q, _side_by_side(q, k, v)
+            self._in_place = packed is not None
+            self.heads = self._room.numpy() if packed is None else packed[: self.batch.single]
+        if self._in_place:
+            return
+        single = self.batch.single
+        torch.cat((q[:single], k[:single], v[:single]), dim=1, out=self._room)
 
     def tiles(self, seen: VisibleKV) -> list[Tile]:
         """Of a chunk, in the order of its tokens."""
@@ -91,6 +103,22 @@ class CpuPlan(AttentionPlan):
                 for start, stop in segments(item.position, item.last + 1)
             ]
         return self._tiles[seen]
+
+
+def _side_by_side(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Floats | None:
+    """What q, k and v are the parts of: one array [total, heads + 2 kv_heads, head_dim] float32, or None."""
+    rows, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    whole = (rows, heads + 2 * kv_heads, head_dim)
+    strides = (whole[1] * head_dim, head_dim, 1)
+    places = [(part.untyped_storage().data_ptr(), part.storage_offset()) for part in (q, k, v)]
+    storage, first = places[0]
+    wanted = [(storage, first + before * head_dim) for before in (0, heads, heads + kv_heads)]
+    alike = all(part.dtype == torch.float32 and part.stride() == strides for part in (q, k, v))
+    if not alike or places != wanted:
+        return None
+    found: Floats = q.as_strided(whole, strides).numpy()
+    return found
 
 
 def _row(seen: VisibleKV, record_bytes: int) -> DecodeRow:
