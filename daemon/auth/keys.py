@@ -69,7 +69,8 @@ class ClientKey:
 
 def refuse_if_others_write(path: Path) -> None:
     """ConfigError if others than the daemon's user and root can change a file that says who may come in, or
-    put another in its place."""
+    put another in its place.
+    """
     for place in (path, path.parent):
         status = place.stat()
         if os.geteuid() not in (0, status.st_uid) and status.st_uid != 0:

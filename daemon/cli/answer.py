@@ -58,7 +58,8 @@ class Output:
 
 def show(generation: Generation, output: Output, console: Console) -> Done:
     """Write an answer to `output` as it comes; until then draw how far its prompt is read, if `console` is a
-    terminal."""
+    terminal.
+    """
     shown = 0
     with reading(console) as bar:
         for event in generation:

@@ -45,7 +45,8 @@ def ended_by_signals() -> Iterator[None]:
 @contextmanager
 def _reminded(numbers: frozenset[int], handled: threading.Event) -> Iterator[None]:
     """Send these signals again until they are handled: Python's handlers run between two of its instructions,
-    and one that came just before a system call waits would else wait as long."""
+    and one that came just before a system call waits would else wait as long.
+    """
     come, write = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(write, False)
     before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)

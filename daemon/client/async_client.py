@@ -178,7 +178,8 @@ class AsyncClient:
 
     def _move(self) -> None:
         """What a descriptor of zmq asks for: it tells of a change once, so take until nothing is left, and
-        look again after every send."""
+        look again after every send.
+        """
         if self._socket.move():
             self._loop.call_soon(self._move)
         if self._core.connected or self._core.refused:

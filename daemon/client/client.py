@@ -119,7 +119,8 @@ class Client:
 
     def resume(self, request_id: str, timeout: float | None = None) -> Generation:
         """All events of a generation that was begun earlier, by this client or another: those that were, and
-        those to come. The generation raises RequestNotFound if the daemon does not know it any more."""
+        those to come. The generation raises RequestNotFound if the daemon does not know it any more.
+        """
         return Generation(self, self._start(Resume(request_id=request_id, tenant=self.tenant), timeout))
 
     def hello(self, timeout: float = ASK_S) -> Welcome:

@@ -31,7 +31,8 @@ class GenerationHandle:
     @property
     def begun(self) -> bool:
         """Whether the daemon has begun with it: then the prompt is part of its session or context, also if it
-        is cancelled."""
+        is cancelled.
+        """
         return self._pending.begun
 
     @property

@@ -44,7 +44,8 @@ class Setting:
 
     def parse(self, text: str) -> object:
         """What an option of the command line says, as TOML would have it; the text where it is none of
-        that, for the reader to refuse."""
+        that, for the reader to refuse.
+        """
         kinds: dict[type[FieldReader], Callable[[str], object]] = {Flag: json.loads, Int: int, Real: float}
         try:
             return kinds.get(type(self._inner), str)(text)

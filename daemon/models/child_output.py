@@ -11,7 +11,8 @@ from contextlib import contextmanager
 @contextmanager
 def lines_to(tell: Callable[[str], None]) -> Iterator[int]:
     """A descriptor for a child's stdout or stderr, until the context ends: each line that comes is told, in a
-    thread of its own, the last before the context has ended."""
+    thread of its own, the last before the context has ended.
+    """
     source, sink = os.pipe()
 
     def follow() -> None:

@@ -22,7 +22,8 @@ _TOKENS = 3
 
 def probe_once(module: Any, geometry: Geometry, cache: Path) -> None:
     """`probe`, whose half a second a later start is spared: what passed is noted in `cache/probes`, for the
-    same config and the same code, ours and transformers'."""
+    same config and the same code, ours and transformers'.
+    """
     ours = b"".join(Path(part).read_bytes() for part in (__file__, getfile(PlannedAttention)))
     known = (module.config.to_json_string(), repr(geometry), torch.__version__, transformers.__version__)
     note = cache / "probes" / hashlib.blake2b(repr(known).encode() + ours, digest_size=16).hexdigest()

@@ -26,7 +26,8 @@ def home(instead: str) -> Path:
 
 def default_address(environ: Mapping[str, str] = os.environ) -> str:
     """ipc in $RUNTIME_DIRECTORY (set by systemd), $XDG_RUNTIME_DIR/spilld, /run/spilld for root, or
-    ~/.local/state/spilld: the first that applies."""
+    ~/.local/state/spilld: the first that applies.
+    """
     if given := environ.get("RUNTIME_DIRECTORY"):
         folder = Path(given.split(":")[0])
     elif given := environ.get("XDG_RUNTIME_DIR"):

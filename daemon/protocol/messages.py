@@ -133,7 +133,8 @@ class Generate:
 @dataclass(frozen=True, kw_only=True)
 class Resume:
     """Have the events of a Generate from next_seq on, those that were, then those to come: after a lost
-    connection or a restart of the daemon. Failed (code request_not_found) if it knows of none."""
+    connection or a restart of the daemon. Failed (code request_not_found) if it knows of none.
+    """
 
     request_id: Id
     tenant: Annotated[str, TENANT] = ""
@@ -153,7 +154,8 @@ class Acknowledge:
 @dataclass(frozen=True, kw_only=True)
 class Cancel:
     """End a Generate, of whatever connection: answered by its Failed (code cancelled), or by its Done if that
-    came first."""
+    came first.
+    """
 
     request_id: Id
     tenant: Annotated[str | None, Maybe(TENANT)] = None
@@ -215,7 +217,8 @@ class Stats:
 @dataclass(frozen=True, kw_only=True)
 class Reply:
     """request_id: of the request it answers; empty in a Failed for a message whose id could not be read.
-    seq: 0 for the first reply to a request, then one more for each."""
+    seq: 0 for the first reply to a request, then one more for each.
+    """
 
     request_id: Annotated[str, Text(0, 64)]
     seq: Annotated[int, COUNT] = 0

@@ -167,7 +167,8 @@ def _whole(body: bytes) -> object:
 
 def _walk(body: bytes) -> None:
     """Raises what unpackb raises for a body that is cut short or too deep, before it makes anything of it: in
-    one that is whole, no list claims more items than there are bytes, however lists are nested."""
+    one that is whole, no list claims more items than there are bytes, however lists are nested.
+    """
     walker = msgpack.Unpacker(read_size=max(1, len(body)), max_buffer_size=MAX_FRAME_BYTES)
     walker.feed(body)
     walker.skip()

@@ -86,7 +86,8 @@ class InFlightRequests:
 
     def send(self, client: bytes, message: Reply, *, answer: bool = False) -> bool:
         """False if the client cannot take it: its requests are cancelled if it is slow, and may be
-        resumed if it is gone."""
+        resumed if it is gone.
+        """
         try:
             self._send_frames(client, encode(message), answer)
         except Full:

@@ -55,7 +55,8 @@ class Service(Protocol):
 
     def progress(self) -> int:
         """A number that grows as long as the work goes on, and while there is none; it stays when the engine
-        hangs."""
+        hangs.
+        """
 
     def idle(self) -> bool:
         """True when no request is running or queued, and the last event of each is posted."""

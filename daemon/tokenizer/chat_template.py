@@ -89,7 +89,8 @@ class _Process:
 
     def ask(self, request: bytes, most: int) -> Mapping[str, Any]:
         """Raises OSError where the process has ended or takes too long, ValueError where it speaks nonsense
-        or of more than `most` bytes."""
+        or of more than `most` bytes.
+        """
         deadline = time.monotonic() + WALL_S
         self._link.settimeout(WALL_S)
         self._link.sendall(self._setup + request)

@@ -21,7 +21,8 @@ _PRIVATE = frozenset(map(chr, range(0xE000, 0xF900)))
 
 class Marks:
     """Two characters around each control token in what people wrote, which stay with it whatever a template
-    does with the text."""
+    does with the text.
+    """
 
     def __init__(self, texts: Iterable[str]) -> None:
         """For a rendering of these texts, in which they do not occur."""
@@ -77,7 +78,8 @@ class ControlTokens:
 
     def mark(self, text: str, marks: Marks) -> str:
         """What somebody wrote, with marks around its control tokens, in upper and lower case: a template may
-        change that."""
+        change that.
+        """
         return self._in_any_case.sub(lambda found: marks.begin + found[0] + marks.end, text)
 
     def settle(self, text: str, marks: Marks) -> str:

@@ -30,7 +30,8 @@ class _Preparation:
 
 class Intake:
     """Prepares the requests of a client in order, one at a time, and those of different clients beside each
-    other. `deliver` is given, in that order, what is then to be done in the engine's thread."""
+    other. `deliver` is given, in that order, what is then to be done in the engine's thread.
+    """
 
     def __init__(self, deliver: Callable[[Act], None]) -> None:
         self._deliver = deliver
@@ -48,7 +49,8 @@ class Intake:
     ) -> None:
         """Have `run` prepare a request; what it returns is delivered, if the request was not cancelled
         meanwhile. Nothing once the intake has stopped. InvalidRequest for an id that is here already, of a
-        client that has gone."""
+        client that has gone.
+        """
         with self._lock:
             if self._stopped:
                 return
@@ -61,7 +63,8 @@ class Intake:
 
     def in_turn(self, client: bytes, act: Act, about: str | None = None) -> None:
         """Deliver something once what the client sent before is delivered, and the request that it is about,
-        whosever that is."""
+        whosever that is.
+        """
         with self._lock:
             if about in self._requests:
                 client, _ = self._requests[about]
@@ -78,7 +81,8 @@ class Intake:
 
     def cancel(self, request_id: str, tenant: str | None = None) -> bool:
         """End a request when its turn comes; False if there is none here, or not of this tenant, where one is
-        given."""
+        given.
+        """
         with self._lock:
             if request_id not in self._requests:
                 return False

@@ -56,7 +56,8 @@ class Renderer:
 
     def render(self, turns: Sequence[tuple[str, str]], mode: Mode, most: int) -> str:
         """The prompt that the template makes of (role, content), in which every control token of its own has
-        its stand-in. Raises TooLong beyond `most` characters, and whatever the template raises."""
+        its stand-in. Raises TooLong beyond `most` characters, and whatever the template raises.
+        """
         marks = self._marks = Marks(part for turn in turns for part in turn)
         role, content = (self._control.mark(part, marks) for part in turns[-1]) if turns else ("", "")
         chat = [dict(zip(("role", "content"), turn, strict=True)) for turn in self._marked(turns)]

@@ -128,7 +128,8 @@ class Tokenizer:
 
     def begun(self, tokens: list[int]) -> list[int]:
         """What begins a context with these tokens: they have the start token that the tokenizer adds, if any,
-        in front of them."""
+        in front of them.
+        """
         return tokens if tokens[: len(self._start)] == self._start else self._start + tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -160,7 +161,8 @@ class Tokenizer:
         most: int | None = None,
     ) -> list[int]:
         """Token ids to append to a context that holds `past`: all of it, or, where its last message is the
-        model's, all up to the end of what that says. Raises as chat_continue."""
+        model's, all up to the end of what that says. Raises as chat_continue.
+        """
         if past and past[-1].role == "assistant":
             last = past[-1].content
             return self.chat_continue(past[:-1], last, messages, closed=False, more=answer, most=most)

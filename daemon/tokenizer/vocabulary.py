@@ -113,6 +113,7 @@ def _dropped(model: Any, vocabulary: dict[str, int], *, byte_level: bool) -> byt
 
 def _shown(byte: int) -> str:
     """The character that a byte-level vocabulary has for a byte: itself where that can be seen, else one
-    from U+0100 on."""
+    from U+0100 on.
+    """
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return chr(byte) if byte in seen else chr(0x100 + sum(other not in seen for other in range(byte)))

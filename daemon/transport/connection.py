@@ -154,7 +154,8 @@ class Connection:
 
     def pace(self, now: float) -> float | None:
         """Bytes a second of its message, if that has room which others may want and its peer is late with it
-        for GRACE_S."""
+        for GRACE_S.
+        """
         if not self._reserved or self._begun is None or self.readable or now - self._begun < GRACE_S:
             return None
         return (self._message_bytes + len(self._in) - self._at) / (now - self._begun)

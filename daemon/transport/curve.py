@@ -129,7 +129,8 @@ class Curve:
 
     def _let_in(self, initiate: bytes) -> bytes:
         """initiate: cookie (96), nonce (8), box of: the client's lasting key (32), the nonce (16) and the box
-        (80) of its vouch, its metadata."""
+        (80) of its vouch, its metadata.
+        """
         if not hmac.compare_digest(initiate[:COOKIE_BYTES], self._cookie):
             raise Broken("not our cookie")
         self._had = int.from_bytes(initiate[96:104], "big")

@@ -68,7 +68,8 @@ class Router:
         admits: Callable[[socket.socket], bool],
     ) -> None:
         """send_queue: messages that may wait for a client. most: connections. mechanism: of a new one.
-        admits: whether who has connected may."""
+        admits: whether who has connected may.
+        """
         self._listening = listening
         self._send_queue = send_queue
         self._most = most
@@ -204,7 +205,8 @@ class Router:
 
     def _make_room(self, now: float) -> None:
         """End the slowest message under way: who claims a long one and does not send it must not keep others
-        from theirs."""
+        from theirs.
+        """
         paces = [(pace, c) for c in self._connections.values() if (pace := c.pace(now)) is not None]
         if paces:
             log.warning("messages that come slowly make way for others: there is no room for more")

@@ -49,7 +49,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def check_folder(folder: Path) -> None:
     """Raise UnsupportedModel for a folder that would be refused, or be another model, once it is loaded; or
-    CorruptModel."""
+    CorruptModel.
+    """
     config = read_config(folder)
     if config["model_type"] not in FAMILIES:
         raise UnsupportedModel(

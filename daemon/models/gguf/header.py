@@ -51,7 +51,8 @@ Value = Scalar | tuple[Scalar, ...] | None
 @dataclass(frozen=True)
 class GgufHeader:
     """`values` has the scalar and string keys and short arrays of numbers; other arrays are None there (only
-    their presence is known). tensors: names and GGML types."""
+    their presence is known). tensors: names and GGML types.
+    """
 
     values: dict[str, Value]
     tensors: dict[str, int]
