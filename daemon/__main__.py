@@ -19,7 +19,13 @@ COMMANDS = (serve, ask, chat, sessions, watch, keys, machine)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status. What the user can mend is said in one line, without a traceback."""
+    """Run a command.
+
+    What the user can correct is said in one line, without a traceback.
+
+    Returns:
+        The exit status of the process.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what its encoding does not have is no reason to end
             stream.reconfigure(errors="backslashreplace")
@@ -40,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line, with every command."""
     parser = Parser(
         prog="spilld", description=__doc__, epilog="`spilld COMMAND --help` says what a command takes."
     )
@@ -51,9 +58,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class Parser(argparse.ArgumentParser):
-    """Each command refuses what it does not know itself: with its own usage, not the whole program's."""
+    """A parser whose commands report unknown arguments themselves.
+
+    The usage that is printed is the command's own, not the whole program's.
+    """
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See ArgumentParser.parse_known_args; unknown arguments are an error."""
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -61,9 +72,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class Version(argparse.Action):
-    """Looks the version up only if it is asked for."""
+    """Prints the version, which is looked up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print the version and exit."""
         from importlib.metadata import version
 
         print(f"spilld {version('spilld')}")
@@ -71,7 +83,10 @@ class Version(argparse.Action):
 
 
 def _lose_output() -> None:
-    """Nobody reads it: what is left would fail again when the interpreter ends."""
+    """Redirect standard output to /dev/null, because its reader is gone.
+
+    What is still buffered would otherwise fail again when the interpreter ends.
+    """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

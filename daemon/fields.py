@@ -1,8 +1,8 @@
-"""What a field may hold: readers that check a plain value and give it its Python type.
+"""Readers of fields: each checks a plain value and gives it its Python type.
 
-A dataclass names the reader of a field in its annotation, `top_k: Annotated[int, Int(0)] = 0`, and
-`read(cls, mapping)` builds it. A value that does not fit raises FieldError; the modules that use the
-readers turn it into an error of their own.
+A dataclass names the reader of a field in its annotation, `top_k: Annotated[int, Int(0)] = 0`, and `read(cls,
+mapping)` builds it. A value that does not fit raises FieldError; the modules that use the readers turn it
+into an error of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class FieldError(ValueError):
-    """A value does not fit its field: says which field, what was given and what is allowed."""
+    """A value does not fit its field: which field, what was given and what is allowed."""
 
     def __init__(self, name: str, given: object, allowed: str) -> None:
         super().__init__(f"{name} is {reprlib.repr(given)}; allowed: {allowed}")
@@ -32,7 +32,15 @@ class FieldReader(ABC):
 
     @abstractmethod
     def read(self, value: object, name: str) -> Any:
-        """The value in its Python type; FieldError if it does not fit."""
+        """Check a value and convert it to its Python type.
+
+        Args:
+            value: The plain value.
+            name: What an error calls the field.
+
+        Raises:
+            FieldError: The value does not fit the field.
+        """
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Int(FieldReader):
     high: int = 2**63 - 1
 
     def read(self, value: object, name: str) -> int:
-        """The value, checked. Raises FieldError."""
+        """See FieldReader.read."""
         if type(value) is not int or not self.low <= value <= self.high:
             raise FieldError(name, value, self.allowed)
         return value
@@ -61,7 +69,7 @@ class Ints(FieldReader):
     each: Int
 
     def read(self, value: object, name: str) -> tuple[int, ...]:
-        """The value, checked. Raises FieldError."""
+        """See FieldReader.read."""
         if not isinstance(value, list | tuple):
             raise FieldError(name, value, f"a list; each item {self.each.allowed}")
         if value and (
@@ -81,7 +89,7 @@ class Real(FieldReader):
     above: bool = False  # low itself is excluded
 
     def read(self, value: object, name: str) -> float:
-        """The value, checked. Raises FieldError."""
+        """See FieldReader.read."""
         if type(value) is int or type(value) is float:
             fits = self.low < value if self.above else self.low <= value
             if fits and value <= self.high and math.isfinite(value):
@@ -95,7 +103,7 @@ class LogProb(FieldReader):
     """A float; -inf is a probability of zero."""
 
     def read(self, value: object, name: str) -> float:
-        """The value, checked. Raises FieldError."""
+        """See FieldReader.read."""
         if (type(value) is int or type(value) is float) and value < math.inf:
             return float(value)
         raise FieldError(name, value, "a number or -inf")
@@ -106,7 +114,7 @@ class Flag(FieldReader):
     """True or false."""
 
     def read(self, value: object, name: str) -> bool:
-        """The value, checked. Raises FieldError."""
+        """See FieldReader.read."""
         if not isinstance(value, bool):
             raise FieldError(name, value, "true or false")
         return value
@@ -114,13 +122,13 @@ class Flag(FieldReader):
 
 @dataclass(frozen=True)
 class Text(FieldReader):
-    """A text of so many characters."""
+    """A string with a bounded number of characters; `high` None is no bound."""
 
     low: int = 0
     high: int | None = None
 
     def read(self, value: object, name: str) -> str:
-        """The value, checked. Raises FieldError."""
+        """See FieldReader.read."""
         high = math.inf if self.high is None else self.high
         if not isinstance(value, str) or not self.low <= len(value) <= high:
             allowed = "a string" if self.high is None else f"a string of {self.low} to {self.high} characters"
@@ -135,7 +143,7 @@ class Blob(FieldReader):
     high: int
 
     def read(self, value: object, name: str) -> bytes:
-        """The value, checked. Raises FieldError."""
+        """See FieldReader.read."""
         if not isinstance(value, bytes) or len(value) > self.high:
             raise FieldError(name, value, f"at most {self.high} bytes")
         return value
@@ -143,12 +151,12 @@ class Blob(FieldReader):
 
 @dataclass(frozen=True)
 class OneOf(FieldReader):
-    """One of some words."""
+    """One of several given strings."""
 
     values: tuple[str, ...]
 
     def read(self, value: object, name: str) -> str:
-        """The value, checked. Raises FieldError."""
+        """See FieldReader.read."""
         if not isinstance(value, str) or value not in self.values:
             raise FieldError(name, value, ", ".join(self.values))
         return str(value)
@@ -156,13 +164,13 @@ class OneOf(FieldReader):
 
 @dataclass(frozen=True)
 class ListOf(FieldReader):
-    """A tuple of at most `most` items."""
+    """A tuple of at most `most` items; `most` None is no bound."""
 
     each: FieldReader
     most: int | None = None
 
     def read(self, value: object, name: str) -> tuple[Any, ...]:
-        """The value, checked. Raises FieldError."""
+        """See FieldReader.read."""
         if not isinstance(value, list | tuple) or (self.most is not None and len(value) > self.most):
             raise FieldError(
                 name, value, "a list" + ("" if self.most is None else f" of at most {self.most}")
@@ -177,7 +185,7 @@ class TupleOf(FieldReader):
     each: tuple[FieldReader, ...]
 
     def read(self, value: object, name: str) -> tuple[Any, ...]:
-        """The value, checked. Raises FieldError."""
+        """See FieldReader.read."""
         if not isinstance(value, list | tuple) or len(value) != len(self.each):
             raise FieldError(name, value, f"a list of {len(self.each)}")
         return tuple(
@@ -192,7 +200,7 @@ class MapOf(FieldReader):
     each: FieldReader | None = None
 
     def read(self, value: object, name: str) -> dict[str, Any]:
-        """The value, checked. Raises FieldError."""
+        """See FieldReader.read."""
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise FieldError(name, value, "a map from strings")
         if self.each is None:
@@ -207,7 +215,7 @@ class Maybe(FieldReader):
     reader: FieldReader
 
     def read(self, value: object, name: str) -> Any:
-        """The value, checked. Raises FieldError."""
+        """See FieldReader.read."""
         return None if value is None else self.reader.read(value, name)
 
 
@@ -218,7 +226,7 @@ class Struct(FieldReader):
     cls: type
 
     def read(self, value: object, name: str) -> Any:
-        """The value, checked. Raises FieldError."""
+        """See FieldReader.read."""
         if isinstance(value, self.cls):
             return read(self.cls, vars(value), f"{name}.")
         if not isinstance(value, Mapping):
@@ -228,21 +236,30 @@ class Struct(FieldReader):
 
 @cache
 def readers(cls: type) -> dict[str, FieldReader]:
-    """The reader of each field of a dataclass, in its order."""
+    """Return the reader of each field of a dataclass, in the order of its fields."""
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name].__metadata__[0] for field in dataclasses.fields(cls)}
 
 
 @cache
 def required(cls: type) -> Sequence[str]:
-    """The fields without a default."""
+    """Return the names of the fields without a default."""
     missing = dataclasses.MISSING
     fields = dataclasses.fields(cls)
     return [f.name for f in fields if f.default is missing and f.default_factory is missing]
 
 
 def read(cls: type[T], values: Mapping[str, object], path: str = "") -> T:
-    """Build a dataclass from plain values; other keys are ignored. A FieldError names path + field."""
+    """Build a dataclass from plain values; unknown keys are ignored.
+
+    Args:
+        cls: The dataclass.
+        values: Plain values, by field.
+        path: What an error puts in front of a field's name.
+
+    Raises:
+        FieldError: A value does not fit, or a field without a default is missing.
+    """
     kind: type = cls
     for name in required(kind):
         if name not in values:

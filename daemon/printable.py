@@ -1,4 +1,4 @@
-"""Texts from elsewhere, for a terminal."""
+"""Texts from outside, made safe to print on a terminal."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
-    """Control characters as they are written in a program, such as \\x1b."""
+    r"""Write control characters as escapes, such as \x1b."""
     return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

@@ -1,4 +1,4 @@
-"""A TOML file that people edit: what is wrong in it is named with its line."""
+"""A TOML file that people edit; errors name the line."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ T = TypeVar("T")
 
 
 class TomlFile:
-    """`values` is what tomllib reads in it."""
+    """A parsed TOML file; `values` is what tomllib reads in it."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ConfigError if it cannot be read or is not TOML."""
+        """Read the file.
+
+        Raises:
+            ConfigError: It cannot be read or is not TOML.
+        """
         self.path = path
         try:
             self._text = path.read_text("utf-8")
@@ -32,17 +36,21 @@ class TomlFile:
             raise ConfigError(f"{path} is not TOML: {error}".replace("at end of document", end)) from error
 
     def where(self, *keys: str) -> str:
-        """The file and the line of a key, or else of the table that should have it."""
+        """Return the file and the line of a key, or else of the table that should have it."""
         for count in range(len(keys), 0, -1):
             if (line := line_of(self._text, keys[:count])) is not None:
                 return f"{self.path}, line {line}"
         return str(self.path)
 
     def read(self, cls: type[T], *table: str) -> T:
-        """The file, or a table of it, as a dataclass.
+        """Read the file, or a table of it, as a dataclass.
+
+        Args:
+            cls: The dataclass.
+            table: Keys of the table; none for the whole file.
 
         Raises:
-            ConfigError: For a key that is unknown, wrong or missing.
+            ConfigError: A key is unknown, wrong or missing.
         """
         values: Any = self.values
         for key in table:
@@ -60,10 +68,10 @@ class TomlFile:
 
 
 def line_of(text: str, keys: Sequence[str]) -> int | None:
-    """The line, from 1, where a TOML text begins to define keys[0].keys[1]. ...; None if it does not.
+    """Return the line, from 1, where a TOML text begins to define keys[0].keys[1]. ...; None if it does not.
 
-    tomllib tells no lines. But lines parse, as a text of their own, only where a statement ends: so the
-    statements are told apart by trying, whatever strings and arrays go over several lines.
+    tomllib reports no lines. But lines parse, as a text of their own, only where a statement ends: so
+    statements are separated by trial, even where strings and arrays span several lines.
     """
     lines = text.split("\n")
     wanted, table, begun = tuple(keys), tuple[str, ...](), 0

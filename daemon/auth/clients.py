@@ -31,7 +31,7 @@ MAX_RATE = Real(0, 1e6, above=True)
 
 @dataclass(frozen=True, kw_only=True)
 class AuthorizedClient:
-    """One authorised client."""
+    """A client that may connect: its key, its tenant, its limits."""
 
     key: Annotated[str, Key()]
     tenant: Annotated[str, TENANT]
@@ -39,7 +39,14 @@ class AuthorizedClient:
     max_rate: Annotated[float | None, Maybe(MAX_RATE)] = None
 
     def restrict(self, message: Request) -> Request:
-        """The message, as one of this client's tenant. AccessDenied if it names another."""
+        """Restrict a message to this client's tenant.
+
+        Returns:
+            The message with this client's tenant, if it is of a kind that names one.
+
+        Raises:
+            AccessDenied: The message names another tenant.
+        """
         if not isinstance(message, Tenanted):
             return message
         if message.tenant and message.tenant != self.tenant:
@@ -48,17 +55,24 @@ class AuthorizedClient:
 
 
 class AuthorizedClients:
-    """Who may connect. The file is read again when it has changed; one that is gone lets nobody in."""
+    """The clients that may connect, by their public keys.
+
+    The file is read again when it has changed. While there is no file, no client may connect.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Raises ConfigError if the file cannot be read or something in it is wrong."""
+        """Read the file.
+
+        Raises:
+            ConfigError: The file cannot be read, or something in it is wrong.
+        """
         self._path = path
         self._known = self._stamp(), load_clients(path)
 
     def find(self, key: str) -> AuthorizedClient | None:
-        """The client with this public key; from any thread.
+        """Return the client with this public key, or None. It may be called from any thread.
 
-        A file that has become wrong is logged, and what it was before still holds.
+        If the file has become invalid, that is logged, and its previous contents stay in force.
         """
         if (stamp := self._stamp()) != self._known[0]:
             try:
@@ -69,7 +83,7 @@ class AuthorizedClients:
         return self._known[1].get(key)
 
     def _stamp(self) -> tuple[int, ...]:
-        """Changes with the file; empty if there is none."""
+        """What changes whenever the file does; empty if there is no file."""
         try:
             found = self._path.stat()
         except OSError:
@@ -78,7 +92,11 @@ class AuthorizedClients:
 
 
 def load_clients(path: Path) -> dict[str, AuthorizedClient]:
-    """By public key. Raises ConfigError, also if others can write the file or its folder."""
+    """Read the authorised clients, by public key.
+
+    Raises:
+        ConfigError: The file cannot be read, something in it is wrong, or others can write it or its folder.
+    """
     file = TomlFile(path)
     refuse_if_others_write(path)
     clients: dict[str, AuthorizedClient] = {}
@@ -93,10 +111,10 @@ def load_clients(path: Path) -> dict[str, AuthorizedClient]:
 
 
 def add_client(path: Path, name: str, client: AuthorizedClient) -> None:
-    """Append a client.
+    """Append a client to the file.
 
     Raises:
-        ConfigError: If the name is taken, or the file is wrong or cannot be written.
+        ConfigError: The name is taken, or the file is wrong or cannot be written.
     """
     load_clients(path)
     file = TomlFile(path)

@@ -48,7 +48,7 @@ server = "{server}"
 
 
 def default_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """/etc/spilld/keys for root, else in $XDG_CONFIG_HOME or ~/.config."""
+    """The folder of keys: /etc/spilld/keys for root, else in $XDG_CONFIG_HOME or ~/.config."""
     if os.geteuid() == 0:
         return Path("/etc/spilld/keys")
     base = Path(environ.get("XDG_CONFIG_HOME", ""))
@@ -56,7 +56,14 @@ def default_folder(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def make_server(folder: Path) -> Path:
-    """Make a daemon's key, and an empty list of clients if there is none. ConfigError if there is a key."""
+    """Make a daemon's key, and an empty list of clients if there is none.
+
+    Returns:
+        The path of the key's file.
+
+    Raises:
+        ConfigError: There is a key already, or a file cannot be written.
+    """
     try:
         _make(folder)
     except OSError as error:
@@ -70,10 +77,18 @@ def make_server(folder: Path) -> Path:
 
 
 def make_client(folder: Path, name: str, tenant: str | None = None) -> Path:
-    """Make and authorise a client's key; without a tenant it gets one of its own.
+    """Make a client's key and authorise it.
+
+    Args:
+        folder: The daemon's folder of keys.
+        name: The client's name: 1 to 64 letters, digits, - and _.
+        tenant: The client's tenant; by default a new one of its own.
+
+    Returns:
+        The path of the key's file. On any error there is no such file.
 
     Raises:
-        ConfigError: If there is such a client, or a file cannot be written.
+        ConfigError: There is such a client, the daemon has no key, or a file cannot be written.
     """
     if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) is None:
         raise ConfigError(f"NAME is {name!r}; allowed: 1 to 64 letters, digits, - and _")
@@ -95,7 +110,7 @@ def make_client(folder: Path, name: str, tenant: str | None = None) -> Path:
 
 
 def _make(folder: Path) -> None:
-    """A folder, and those above it, unless they are there."""
+    """Make a folder and those above it, where they are missing."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
         path.mkdir(mode=0o700)
@@ -106,7 +121,7 @@ def _make(folder: Path) -> None:
 
 
 def _pair() -> tuple[str, str]:
-    """Public and secret."""
+    """Make a key pair: public key and secret key, in Z85."""
     public, secret = zmq.curve_keypair()
     return public.decode(), secret.decode()
 

@@ -1,4 +1,7 @@
-"""CURVE keys (ZeroMQ RFC 26): by the daemon's key its clients know it, by theirs it knows them."""
+"""CURVE keys (ZeroMQ RFC 26): the daemon's key, and those of its clients.
+
+Clients recognise the daemon by its public key, and the daemon its clients by theirs.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,13 @@ from spilld.toml_file import TomlFile
 
 @dataclass(frozen=True)
 class Key(FieldReader):
-    """32 bytes in Z85 (ZeroMQ RFC 32). What is wrong is not shown: it may be almost a secret."""
+    """Reads a key: 32 bytes in Z85 (ZeroMQ RFC 32).
+
+    An error does not show the value: it may be close to a secret.
+    """
 
     def read(self, value: object, name: str) -> str:
-        """A public key in Z85. Raises FieldError."""
+        """See FieldReader.read."""
         with suppress(ValueError, KeyError, struct.error):
             if isinstance(value, str) and len(z85.decode(value)) == 32:
                 return value
@@ -38,14 +44,18 @@ class ServerKey:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Raises ConfigError if there is none, or if others than its owner can read or replace it."""
+        """Read the daemon's key from a file.
+
+        Raises:
+            ConfigError: There is none, or others than its owner can read or replace it.
+        """
         file = _secret_file(path)
         refuse_if_others_write(path)
         return file.read(cls)
 
     @property
     def public(self) -> str:
-        """Its public key, in Z85."""
+        """The public key, in Z85."""
         return public_of(self.secret)
 
 
@@ -58,18 +68,26 @@ class ClientKey:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Raises ConfigError if there is none, or if others than its owner can read it."""
+        """Read a client's key from a file.
+
+        Raises:
+            ConfigError: There is none, or others than its owner can read it.
+        """
         return _secret_file(Path(path)).read(cls)
 
     @property
     def public(self) -> str:
-        """Its public key, in Z85."""
+        """The client's public key, in Z85."""
         return public_of(self.secret)
 
 
 def refuse_if_others_write(path: Path) -> None:
-    """ConfigError if others than the daemon's user and root can change a file that says who may come in, or
-    put another in its place.
+    """Refuse a file that decides who may connect if others can change or replace it.
+
+    Others are all users but the daemon's own and root.
+
+    Raises:
+        ConfigError: The file or its folder belongs to another user, or can be written by others.
     """
     for place in (path, path.parent):
         status = place.stat()
@@ -83,7 +101,7 @@ def refuse_if_others_write(path: Path) -> None:
 
 
 def public_of(secret: str) -> str:
-    """The public key of a secret one, both in Z85."""
+    """Return the public key of a secret key, both in Z85."""
     return zmq.curve_public(secret.encode()).decode()
 
 

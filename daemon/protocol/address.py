@@ -1,4 +1,4 @@
-"""Where the daemon listens: an ipc socket, or tcp, beyond the loopback with keys."""
+"""Addresses of the daemon: an ipc socket, or tcp, which beyond the loopback needs keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ LONGEST_PATH = 107
 
 
 def home(instead: str) -> Path:
-    """The user's home directory; ConfigError where it is not known, which names what can be set `instead`."""
+    """Return the user's home directory.
+
+    Args:
+        instead: What can be set where it is not known; the error names it.
+
+    Raises:
+        ConfigError: The home directory is not known.
+    """
     try:
         return Path.home()
     except RuntimeError as error:
@@ -25,8 +32,13 @@ def home(instead: str) -> Path:
 
 
 def default_address(environ: Mapping[str, str] = os.environ) -> str:
-    """ipc in $RUNTIME_DIRECTORY (set by systemd), $XDG_RUNTIME_DIR/spilld, /run/spilld for root, or
-    ~/.local/state/spilld: the first that applies.
+    """Return the address that is used where none is given: an ipc socket in a runtime directory.
+
+    The directory is the first that applies of $RUNTIME_DIRECTORY (set by systemd), $XDG_RUNTIME_DIR/spilld,
+    /run/spilld for root, and ~/.local/state/spilld.
+
+    Raises:
+        ConfigError: The home directory is needed and is not known.
     """
     if given := environ.get("RUNTIME_DIRECTORY"):
         folder = Path(given.split(":")[0])
@@ -40,12 +52,19 @@ def default_address(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def user_address() -> str:
-    """default_address as a client of the same user has it, which systemd does not start."""
+    """Return the default address of a client of the same user, without systemd's $RUNTIME_DIRECTORY."""
     return default_address({name: value for name, value in os.environ.items() if name != "RUNTIME_DIRECTORY"})
 
 
 def check_address(address: str, *, keyed: bool = False) -> str:
-    """The address to bind: ipc:// with a full path or tcp://, on loopback if not keyed; else ConfigError."""
+    """Check an address to listen at: ipc:// with a full path, or tcp://, on the loopback if not keyed.
+
+    Returns:
+        The address to bind, in which localhost is 127.0.0.1.
+
+    Raises:
+        ConfigError: The address is of another form, or not on the loopback although not keyed.
+    """
     if address.startswith("ipc://"):
         path = socket_path(address)
         if not path.is_absolute() or len(os.fsencode(path)) > LONGEST_PATH:
@@ -67,7 +86,11 @@ def check_address(address: str, *, keyed: bool = False) -> str:
 
 
 def check_endpoint(endpoint: str) -> str:
-    """host:port to serve metrics at: ConfigError unless the host is the loopback."""
+    """Check host:port as an endpoint that serves metrics.
+
+    Raises:
+        ConfigError: It is of another form, or the host is not the loopback.
+    """
     parts = re.fullmatch(r"(\[[^]]*\]|[^:]*):(\d{1,5})", endpoint)
     if parts is None or not _is_loopback(parts[1]) or int(parts[2]) > 65535:
         raise ConfigError(
@@ -87,5 +110,5 @@ def _is_loopback(host: str) -> bool:
 
 
 def socket_path(address: str) -> Path:
-    """The path of an ipc address."""
+    """Return the path of an ipc address."""
     return Path(address.removeprefix("ipc://"))

@@ -37,10 +37,10 @@ MAGIC = b"spilld\x00"
 MAX_FRAME_BYTES = 16 * 2**20
 
 HEARTBEAT_MS = 5_000
-"""Both sides ask each other so often whether they are there, within ZMTP."""
+"""How often each side sends the other a ZMTP PING."""
 
 SILENT_MS = 15_000
-"""A peer that has not answered for so long is gone."""
+"""After how long without an answer a peer counts as gone."""
 
 PIECE_BYTES = 4 * 2**20
 """The most that one message carries of an archive."""
@@ -84,7 +84,7 @@ class Checked(FieldReader):
     """Takes the prompt as it is: wire.py has read it under its name on the wire."""
 
     def read(self, value: object, name: str) -> object:
-        """The value as it is."""
+        """Return the value as it is."""
         return value
 
 
@@ -96,8 +96,8 @@ Prompt = tuple[int, ...] | str | tuple[Message, ...]
 class Generate:
     """Continue a prompt. Answered by Accepted, any number of Progress and Token, then Done or Failed.
 
-    Cancelled, overdue or drained after Accepted, it leaves the prompt and what was told of the answer in its
-    session; before Accepted, or failed otherwise, it leaves that as it was.
+    Cancelled, overdue or drained after Accepted, it leaves the prompt and the part of the answer that was
+    sent in its session; before Accepted, or failed otherwise, it leaves that as it was.
 
     request_id names it in later connections too, and without keys lets anybody cancel it: 128 random bits.
     """
@@ -125,15 +125,17 @@ class Generate:
     deadline_s: Annotated[float | None, Maybe(Real(0, above=True))] = None
     """Seconds from acceptance."""
     priority: Annotated[str, OneOf(PRIORITIES)] = "normal"
-    """How urgent it is beside others: each has eight times as much of the engine as the one below."""
+    """How urgent it is beside others: each level gets eight times the engine time of the one below."""
     ahead: Annotated[int | None, Maybe(Int(1))] = None
-    """So many events may be under way that were not acknowledged; then it pauses. None: any number."""
+    """Events that may be sent without being acknowledged; then it pauses. None: any number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """Have the events of a Generate from next_seq on, those that were, then those to come: after a lost
-    connection or a restart of the daemon. Failed (code request_not_found) if it knows of none.
+    """Send the events of a Generate from next_seq on: the past ones, then those to come.
+
+    It is for after a lost connection or a restart of the daemon. Answered by Failed (code request_not_found)
+    if the daemon knows of no such Generate.
     """
 
     request_id: Id
@@ -153,13 +155,14 @@ class Acknowledge:
 
 @dataclass(frozen=True, kw_only=True)
 class Cancel:
-    """End a Generate, of whatever connection: answered by its Failed (code cancelled), or by its Done if that
-    came first.
+    """End a Generate, whatever connection it came from.
+
+    Answered by its Failed (code cancelled), or by its Done if that came first.
     """
 
     request_id: Id
     tenant: Annotated[str | None, Maybe(TENANT)] = None
-    """Whose it must be, else nothing happens; where there are keys, the key's. None: whoever knows the id."""
+    """The tenant of the Generate, else nothing happens; with keys that of the key. None: any tenant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +176,7 @@ class Release:
 
 @dataclass(frozen=True, kw_only=True)
 class ListSessions:
-    """The tenant's sessions. Answered by Sessions."""
+    """List the tenant's sessions. Answered by Sessions."""
 
     request_id: Id
     tenant: Annotated[str, TENANT] = ""
@@ -181,7 +184,7 @@ class ListSessions:
 
 @dataclass(frozen=True, kw_only=True)
 class ChangeSession:
-    """One change of one session.
+    """Change one session in one way.
 
     Answered by Sessions, which holds the session as it is then (the new one for fork and rename, none for
     delete), or by Failed.
@@ -202,22 +205,24 @@ class ChangeSession:
 
 @dataclass(frozen=True, kw_only=True)
 class Hello:
-    """Answered by Welcome."""
+    """Ask what the daemon serves. Answered by Welcome."""
 
     request_id: Id
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """Answered by StatsReply."""
+    """Ask for counters and gauges. Answered by StatsReply."""
 
     request_id: Id
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """request_id: of the request it answers; empty in a Failed for a message whose id could not be read.
-    seq: 0 for the first reply to a request, then one more for each.
+    """A message from the daemon to a client, in answer to a request.
+
+    request_id is that of the request; it is empty in a Failed for a message whose id could not be read. seq
+    is 0 for the first reply to a request, then one more for each.
     """
 
     request_id: Annotated[str, Text(0, 64)]
@@ -252,7 +257,7 @@ class Progress(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Token(Event):
-    """One generated token. text may be empty: half a character, or held back for a stop string."""
+    """One generated token. text may be empty: half a character, or kept back for a stop string."""
 
     token: Annotated[int, TOKEN]
     text: Annotated[str, Text()]
@@ -265,8 +270,8 @@ class Token(Event):
 class Usage:
     """What a request took.
 
-    Tiers are device, host and disk. Fields with a default are newer than others: an older daemon does not
-    fill them.
+    Tiers are device, host and disk. Fields with a default are newer than the others: an older daemon does not
+    send them.
     """
 
     prompt_tokens: Annotated[int, COUNT]
@@ -325,13 +330,13 @@ class Failed(Event):
 
     @classmethod
     def because(cls, error: SpilldError, request_id: str, seq: int = 0) -> Failed:
-        """The reply that says of a request that it failed."""
+        """Make the reply that says that a request failed."""
         return cls(
             request_id=request_id, seq=seq, code=error.code, message=error.message, retryable=error.retryable
         )
 
     def error(self) -> SpilldError:
-        """The typed error that the daemon reports."""
+        """Make the typed error that the daemon reports."""
         error = error_for(self.code, self.message)
         error.request_id = self.request_id
         return error
@@ -348,8 +353,8 @@ class Released(Reply):
 class SessionInfo:
     """A session as it is now. Times are seconds since 1970.
 
-    kv_bytes: where its KV lies, per tier. What lies nowhere (evicted, or never sealed) is computed again when
-    the session goes on.
+    kv_bytes is its KV in each tier, in bytes. KV that is in no tier (evicted, or never sealed) is computed
+    again when the session goes on.
     """
 
     name: Annotated[str, HANDLE]
@@ -368,7 +373,7 @@ class SessionInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Sessions(Reply):
-    """Sessions, by name."""
+    """Sessions, ordered by name."""
 
     sessions: Annotated[tuple[SessionInfo, ...], ListOf(Struct(SessionInfo))]
 
@@ -402,7 +407,7 @@ class StatsReply(Reply):
 
 @dataclass(frozen=True, kw_only=True)
 class TransferRequest:
-    """About an archive, or a piece of one. Each is answered by one reply, or by Failed."""
+    """A request about an archive, or a piece of one. Each is answered by one reply, or by Failed."""
 
     request_id: Id
 
@@ -424,7 +429,7 @@ class OpenTransfer(TransferRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class ReadTransfer(TransferRequest):
-    """Answered by Piece: PIECE_BYTES from offset on, or what is left."""
+    """Read PIECE_BYTES of an archive from offset on, or what is left. Answered by Piece."""
 
     transfer: Annotated[str, TRANSFER]
     offset: Annotated[int, COUNT]
@@ -432,7 +437,7 @@ class ReadTransfer(TransferRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class WriteTransfer(TransferRequest):
-    """The next piece of what is sent; offset is what was sent before. Answered by Transfer."""
+    """Send the next piece of an archive; offset is what was sent before. Answered by Transfer."""
 
     transfer: Annotated[str, TRANSFER]
     offset: Annotated[int, COUNT]
@@ -441,7 +446,7 @@ class WriteTransfer(TransferRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class ImportSession(TransferRequest):
-    """Make a new session of what was sent. Answered by Imported; the transfer ends in any case."""
+    """Make a session of the archive that was sent. Answered by Imported; the transfer ends in any case."""
 
     transfer: Annotated[str, TRANSFER]
     session: Annotated[str, HANDLE]
@@ -474,7 +479,7 @@ class Piece(Reply):
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer(Reply):
-    """A transfer, and how many bytes have come."""
+    """A transfer, and how many bytes of it were sent."""
 
     transfer: Annotated[str, TRANSFER]
     nbytes: Annotated[int, COUNT]
@@ -482,7 +487,7 @@ class Transfer(Reply):
 
 @dataclass(frozen=True, kw_only=True)
 class Imported(Reply):
-    """A session is there. note: why some KV will be computed again though the archive holds it, or empty."""
+    """A session was imported. note: why some KV of the archive will be computed again; empty otherwise."""
 
     session: Annotated[SessionInfo, Struct(SessionInfo)]
     cached_tokens: Annotated[int, COUNT]

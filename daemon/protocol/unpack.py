@@ -1,8 +1,8 @@
-"""A msgpack map from somebody who may mean harm: of no part is more made than that part can need.
+"""Unpacks a msgpack map from an untrusted peer, at a bounded cost.
 
 A frame of 16 MiB can hold 16 million lists, which take long and much memory to make. So the map is walked
-first, which makes nothing of it, and then its parts are unpacked one by one: unknown ones never, those with
-many items up to a number, and all others only where they are small, or one string.
+first, which makes no objects, and then its parts are unpacked one by one: unknown ones never, those with many
+items up to a number of items, and all others only where they are small, or one string.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 import msgpack
 
 MOST_FIELDS = 1000
-"""Of a map, known or not."""
+"""Fields of a map, known or not."""
 
 SMALL_BYTES = 16 << 10
-"""A part of a message that is neither one string nor a list of many items."""
+"""The largest field that is neither one string nor a list of many items."""
 
 KEY_BYTES = 256
 
 MOST_KEYS = 64
-"""Of a map in a list."""
+"""Keys of a map in a list."""
 
 _STRINGS = {*range(0xA0, 0xC0), 0xC4, 0xC5, 0xC6, 0xD9, 0xDA, 0xDB}
 """First bytes of strings and blobs."""
@@ -30,7 +30,14 @@ _LONG_LISTS = {0xDC: 2, 0xDD: 4}
 
 
 class TooMuch(Exception):
-    """A field is larger than it can mean. name: of the field; given: how large; fields: those before it."""
+    """A field is larger than any valid value.
+
+    Args:
+        name: The field.
+        given: How large it is.
+        allowed: How large it may be.
+        fields: The fields that were read before it.
+    """
 
     def __init__(self, name: str, given: str, allowed: str, fields: dict[str, object]) -> None:
         super().__init__(f"{name} has {given}; allowed: {allowed}")
@@ -43,8 +50,20 @@ class _Nested(Exception):
 
 
 def unpack(body: bytes, known: Sequence[str], lists: Mapping[str, int], most: int) -> dict[str, object]:
-    """The known fields of a map; those in `lists` may have up to `most` items, and so many lists and maps for
-    each. TooMuch beyond that, or if another is large; ValueError or msgpack.UnpackException if it is no map.
+    """Unpack the known fields of a map.
+
+    Args:
+        body: The map as msgpack.
+        known: The fields to unpack, in this order.
+        lists: Fields that may have many items, and how many lists and maps each item may be.
+        most: How many items such a field may have.
+
+    Returns:
+        The known fields that are in the map.
+
+    Raises:
+        TooMuch: A field in `lists` has more, or another field is large.
+        ValueError: It is not a map, or malformed; or msgpack.UnpackException.
     """
     parts = {name: part for name, part in _walked(body) if name in known}
     fields: dict[str, object] = {}
@@ -67,7 +86,7 @@ def unpack(body: bytes, known: Sequence[str], lists: Mapping[str, int], most: in
 
 
 def _walked(body: bytes) -> Iterator[tuple[str, memoryview]]:
-    """Name and value of each field."""
+    """Yield the name and the packed value of each field."""
     walker = msgpack.Unpacker(read_size=len(body), max_buffer_size=len(body))
     walker.feed(body)
     count = walker.read_map_header()
@@ -86,7 +105,7 @@ def _walked(body: bytes) -> Iterator[tuple[str, memoryview]]:
 
 
 def _count(part: memoryview) -> int | None:
-    """Items of a list; None for what is no list."""
+    """Return the number of items of a list; None for anything else."""
     if 0x90 <= part[0] < 0xA0:
         return part[0] & 0xF
     width = _LONG_LISTS.get(part[0])

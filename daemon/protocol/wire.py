@@ -41,7 +41,7 @@ from .messages import (
 from .unpack import TooMuch, unpack
 
 SMALL_BYTES = 2048
-"""Whatever lists in so short a body claim, it is soon found out."""
+"""Up to this size a body is unpacked whole: whatever its lists claim, that costs little."""
 
 _NAMES = {cls: name for name, cls in TYPES.items()}
 
@@ -58,13 +58,16 @@ that are not known here."""
 _FIELDS = tuple(
     dict.fromkeys(["id", "type", *_PROMPTS, *(name for cls in REQUESTS.values() for name in readers(cls))])
 )
-"""All that requests may have, the one first that says which it is."""
+"""All fields that requests may have; those that identify the message first."""
 
 
 def encode(message: Request | Reply) -> list[bytes]:
-    """The two frames of a message. A request is checked first: InvalidRequest names the field.
+    """Encode a message as two frames. A request is checked first.
 
-    Raises FrameTooLarge beyond MAX_FRAME_BYTES, ProtocolError if a reply holds what msgpack cannot carry.
+    Raises:
+        InvalidRequest: A field of a request is wrong; the error names it.
+        FrameTooLarge: The message has more than MAX_FRAME_BYTES.
+        ProtocolError: A reply holds what msgpack cannot carry.
     """
     fields: dict[str, object] = {"type": _NAMES[type(message)], "id": message.request_id, **vars(message)}
     del fields["request_id"]
@@ -86,18 +89,28 @@ def encode(message: Request | Reply) -> list[bytes]:
 
 
 def decode(frames: Sequence[bytes]) -> Request | Reply:
-    """The message in two frames. Unknown fields are ignored.
+    """Decode the message in two frames. Unknown fields are ignored.
 
-    Raises InvalidRequest (an unknown type, a field of a request), WrongVersion, FrameTooLarge, or
-    ProtocolError for all else. `request_id` of the error is set where the message named one.
+    `request_id` of the error is set where the message named one.
+
+    Raises:
+        InvalidRequest: The type is unknown, or a field of a request is wrong.
+        WrongVersion: The peer speaks another version of the protocol.
+        FrameTooLarge: A frame has more than MAX_FRAME_BYTES.
+        ProtocolError: Anything else is wrong.
     """
     return _decoded(frames, _whole, TYPES)
 
 
 def decode_request(frames: Sequence[bytes], most: int) -> Request:
-    """As decode, of frames that may mean harm: at a bounded cost, and no reply.
+    """Decode a request from an untrusted peer, at a bounded cost; see decode.
 
-    PromptTooLong for a prompt of over `most` tokens or messages.
+    Args:
+        frames: The two frames.
+        most: How many tokens or messages a prompt may have.
+
+    Raises:
+        PromptTooLong: The prompt has more.
     """
 
     def careful(body: bytes) -> object:
@@ -129,7 +142,7 @@ def _decoded(
 
 
 def _about(error: SpilldError, fields: Mapping[str, object]) -> SpilldError:
-    """The error, which names the message that these fields are of."""
+    """Give an error the id of the message that these fields are of, and return it."""
     request_id = fields.get("id")
     if isinstance(request_id, str) and 1 <= len(request_id) <= 64:
         error.request_id = request_id
@@ -159,15 +172,17 @@ def _body(frames: Sequence[bytes]) -> bytes:
 
 
 def _whole(body: bytes) -> object:
-    """What a peer says who is trusted, or who says little."""
+    """Unpack all of a body, from a trusted peer or of at most SMALL_BYTES."""
     if len(body) > SMALL_BYTES:
         _walk(body)
     return msgpack.unpackb(body)
 
 
 def _walk(body: bytes) -> None:
-    """Raises what unpackb raises for a body that is cut short or too deep, before it makes anything of it: in
-    one that is whole, no list claims more items than there are bytes, however lists are nested.
+    """Walk a body, which raises what unpackb raises if it is cut short or nested too deeply.
+
+    It makes no objects. In a body that is whole no list claims more items than there are bytes, however lists
+    are nested.
     """
     walker = msgpack.Unpacker(read_size=max(1, len(body)), max_buffer_size=MAX_FRAME_BYTES)
     walker.feed(body)
@@ -175,7 +190,7 @@ def _walk(body: bytes) -> None:
 
 
 def _build(fields: Mapping[str, object], types: Mapping[str, type] = TYPES) -> Request | Reply:
-    """The message that a map from the wire stands for."""
+    """Build the message that a map from the wire stands for."""
     name = fields.get("type")
     cls = types.get(name) if isinstance(name, str) else None
     try:
