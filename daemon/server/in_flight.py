@@ -1,4 +1,4 @@
-"""Requests that the service works on for clients, and what of its replies goes to whom."""
+"""Requests that the service works on for clients, and which client gets which replies."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class InFlightRequests:
 
     Args:
         send: Sends frames to a client.
-        on_failed: Told the code of every error that is sent.
+        on_failed: Called with the code of every error that is sent.
     """
 
     def __init__(self, send: Send, on_failed: Callable[[str], None]) -> None:
@@ -56,24 +56,28 @@ class InFlightRequests:
 
     @property
     def owes(self) -> bool:
-        """Whether an error still waits for a client's queue."""
+        """Whether an error still waits for room in a client's queue."""
         return bool(self._owed)
 
     def add(self, client: bytes, request_id: str, request: InFlightRequest) -> None:
-        """A client hears of a request from now on."""
+        """Add a request, whose replies the client gets from now on."""
         self._requests[client, request_id] = request
 
     def open_of(self, account: str | bytes) -> int:
-        """How many requests an account has open."""
+        """Return how many requests an account has open."""
         return sum(request.account == account for request in self._requests.values())
 
     def refuse_repeated(self, request_id: str) -> None:
-        """Raises InvalidRequest for an id that is in flight."""
+        """Refuse a request id that is in flight.
+
+        Raises:
+            InvalidRequest: It is in flight.
+        """
         if any(known == request_id for _, known in self._requests):
             raise InvalidRequest(f"id is {request_id!r}, which is in flight; allowed: 128 random bits")
 
     def deliver(self, client: bytes, reply: Reply) -> None:
-        """Send a reply of the service's; dropped if its request is not in flight."""
+        """Send a reply of the service; it is dropped if its request is not in flight."""
         key = client, reply.request_id
         if (request := self._requests.get(key)) is None:
             return
@@ -85,8 +89,18 @@ class InFlightRequests:
             self._requests.pop(key, None)
 
     def send(self, client: bytes, message: Reply, *, answer: bool = False) -> bool:
-        """False if the client cannot take it: its requests are cancelled if it is slow, and may be
-        resumed if it is gone.
+        """Send a message to a client.
+
+        If the client cannot take it because it reads too slowly, its requests are cancelled; if it is gone,
+        they may be resumed.
+
+        Args:
+            client: The client's name.
+            message: The reply.
+            answer: Whether it answers at once what the client just asked.
+
+        Returns:
+            Whether the message was sent.
         """
         try:
             self._send_frames(client, encode(message), answer)
@@ -101,13 +115,13 @@ class InFlightRequests:
         return True
 
     def send_owed(self) -> None:
-        """Send the errors that clients' queues had no room for, where they have it now."""
+        """Send the errors that clients' queues had no room for, where there is room now."""
         for key, failed in list(self._owed.items()):
             if self.send(key[0], failed):
                 self._owed.pop(key, None)
 
     def forget(self, client: bytes) -> None:
-        """A client is gone."""
+        """Forget a client that is gone; its requests go on without it."""
         for key in [key for key in self._requests if key[0] == client]:
             del self._requests[key]
             self.service.leave(*key)
@@ -119,7 +133,7 @@ class InFlightRequests:
             self._fail(key, error)
 
     def _take_over(self, key: ClientRequest) -> None:
-        """The resume has succeeded: any other client that had the request hears no more of it."""
+        """Drop any other client of a request whose resume has succeeded."""
         self._requests[key].resumed = False
         for other in [other for other in self._requests if other[1] == key[1] and other != key]:
             del self._requests[other]
@@ -133,7 +147,7 @@ class InFlightRequests:
             self.service.cancel(key[1])
 
     def _give_up(self, client: bytes) -> None:
-        """Cancel the requests of a client that reads too slowly; it is told as soon as that can be sent."""
+        """Cancel the requests of a client that reads too slowly; the error is sent as soon as it can be."""
         slow = Overloaded("events came faster than this client read them; read on, or ask for less")
         for key, request in self._requests.items():
             if key[0] == client and request.heard:

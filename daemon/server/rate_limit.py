@@ -1,17 +1,17 @@
-"""How often one may: a token bucket for each name, as one moment in time (GCRA, ITU-T I.371)."""
+"""Rate limits: a token bucket for each name, kept as one moment in time (GCRA, ITU-T I.371)."""
 
 from __future__ import annotations
 
 PRUNE = 1024
-"""How many names are kept at least, before those are forgotten that have a full bucket again."""
+"""How many names are kept before those with a full bucket are removed."""
 
 
 class Throttle:
-    """A bucket holds a second's worth of tokens, at least one, and `rate` more come in a second.
+    """Token buckets that hold a second's worth of tokens, at least one; `rate` more come in a second.
 
     Only the moment at which a bucket will be full again is kept, and that only until then: any number of
     names may come and go. Its rate is kept beside it: a bucket whose rate changes lacks as many tokens as
-    before, or all that it now holds. Times are seconds of any clock that does not go back.
+    before, or as many as it can hold now. Times are seconds of any clock that does not go back.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Throttle:
         self._prune_at = PRUNE
 
     def take(self, name: str | bytes, rate: float, now: float) -> bool:
-        """Take a token from the bucket of a name; False, and nothing is taken, if there is none."""
+        """Take a token from the bucket of a name; False, and nothing is taken, if it is empty."""
         full_at, was = self._full_at.get(name, (now, rate))
         most = max(1.0, rate)
         lacks = min(max(0.0, full_at - now) * was, most)
@@ -31,7 +31,7 @@ class Throttle:
         return taken
 
     def __len__(self) -> int:
-        """The names that are kept."""
+        """How many names are kept."""
         return len(self._full_at)
 
     def _prune(self, now: float) -> None:

@@ -1,8 +1,8 @@
-"""The ROUTER side: requests in, events out. It knows clients and request ids, nothing of models.
+"""The ROUTER side: requests in, events out. It knows clients and request ids, not models.
 
 The loop runs in one thread and blocks only in its poll. The service works in threads of its own and hands
-events to `Server.post`, which wakes the poll through a pipe. Signals wake it so, too: one that comes just
-before the poll would else wait until it ends.
+events to `Server.post`, which wakes the poll through a pipe. Signals wake it the same way: one that comes
+just before the poll would otherwise wait until it ends.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ POLL_S = 0.1
 """The longest poll while something has to be looked at again: a drain, a client that reads too slowly."""
 
 BATCH = 64
-"""Requests handled, or events sent, before the others have their turn."""
+"""Requests handled, or events sent, before the other kind has its turn."""
 
 AFFORDABLE = 65536
-"""Items that a prompt may have whatever the model takes: the service says so then."""
+"""Items of a prompt that are always decoded: the service then refuses what the model cannot take."""
 
 
 class Server:
     """Serves one address. `post`, `drain`, `reload` and `stop` may be called from any thread.
 
-    `notifier` tells systemd how the daemon is. drain_seconds and limits may be changed while it runs.
+    `notifier` tells systemd the daemon's state. drain_seconds and limits may be changed while it runs.
 
-    with Server(address) as server:  # listens from here on: an address in use fails before a model is loaded
-        server.run(Engine(post=server.post))
+        with Server(address) as server:  # listens from here on, so that a used address fails first
+            server.run(Engine(post=server.post))
     """
 
     def __init__(
@@ -84,12 +84,21 @@ class Server:
         max_rate: float = 1000.0,
         max_connections: int = 1000,
     ) -> None:
-        """send_queue: messages that may wait for a client before it counts as too slow. open_to_group: the
-        socket is its owner's group's, too. on_failed: told the code of every error that is sent. keys: a
-        folder that `spilld keys` made; clients must then have one of them. max_open, max_rate: requests that
-        a client may have open, messages that it may send in a second. max_connections: of all clients.
+        """Prepare a server; it listens when its context is entered.
 
-        ConfigError if something in the folder of keys is wrong.
+        Args:
+            address: Where to listen; `address` is then the one that it has.
+            drain_seconds: How long a drain waits for running requests.
+            send_queue: Messages that may wait for a client before it counts as too slow.
+            open_to_group: Whether an ipc socket is open to its owner's group, too.
+            on_failed: Called with the code of every error that is sent.
+            keys: A folder that `spilld keys` made; clients must then have one of its keys.
+            max_open: Requests that a client may have open.
+            max_rate: Messages that a client may send in a second.
+            max_connections: Connections of all clients together.
+
+        Raises:
+            ConfigError: Something in the folder of keys is wrong.
         """
         self.address = address
         self._authentication = None if keys is None else CurveAuthentication(keys)
@@ -111,7 +120,7 @@ class Server:
             weakref.finalize(self, os.close, end)
 
     def post(self, client: bytes, event: Reply) -> None:
-        """Send an event to a client; from any thread. Dropped if its request is no longer running."""
+        """Send an event to a client, from any thread; it is dropped if its request is no longer in flight."""
         if not self._closed:
             self._posted.append((client, event))
             self._wake()
@@ -122,12 +131,12 @@ class Server:
         self._wake()
 
     def reload(self) -> None:
-        """Have settings read again, soon; nothing once a drain has begun."""
+        """Read settings again, soon; nothing happens once a drain has begun."""
         self._reload_asked = True
         self._wake()
 
     def stop(self) -> None:
-        """`run` fails what is running and returns."""
+        """Make `run` fail what is running and return."""
         self._stop_asked = True
         self._wake()
 
@@ -136,7 +145,11 @@ class Server:
             os.write(self._wake_fd, b"\0")
 
     def __enter__(self) -> Self:
-        """Listen; requests wait until `run`. ConfigError if the address cannot be had."""
+        """Start to listen; requests wait until `run`.
+
+        Raises:
+            ConfigError: The address cannot be used.
+        """
         listening = listen(
             self.address,
             self._send_queue,
@@ -153,10 +166,15 @@ class Server:
         self._open.close()
 
     def run(self, service: Service, on_reload: Callable[[], None] | None = None) -> None:
-        """Serve until a drain or a stop is over, asked for by method or by signal (SIGTERM or SIGINT: the
-        first drains, the second stops; only in the main thread).
+        """Serve until a drain or a stop has ended.
 
-        on_reload reads settings again, in this thread; without it there are none, and SIGHUP is as before.
+        Either is asked for by method, or by SIGTERM or SIGINT: the first signal drains, the second stops.
+        Signals are handled only in the main thread.
+
+        Args:
+            service: The engine.
+            on_reload: Reads settings again, in this thread; without it there are none, and SIGHUP is left as
+                it was.
         """
         self._service = self._in_flight.service = service
         self._most_items = max(AFFORDABLE, service.welcome().max_context)
@@ -238,7 +256,7 @@ class Server:
             self._take(received.client, received.key, received.frames)
 
     def _take(self, client: bytes, key: str, frames: Sequence[bytes]) -> None:
-        """One message of a client."""
+        """Handle one message of a client."""
         request_id, seq = "", 0
         try:
             message = decode_request(frames, self._most_items)
@@ -292,7 +310,12 @@ class Server:
         self._in_flight.add(client, request.request_id, InFlightRequest(account.name))
 
     def _refuse(self, request_id: str, account: Account) -> None:
-        """InvalidRequest for an id that is in flight, Overloaded if the account has too many open."""
+        """Refuse a request whose id is in flight, or that is one too many of its account.
+
+        Raises:
+            InvalidRequest: The id is in flight.
+            Overloaded: The account has too many requests open.
+        """
         self._in_flight.refuse_repeated(request_id)
         self.limits.admit(account, self._in_flight.open_of(account.name))
 

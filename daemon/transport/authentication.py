@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 
 
 class CurveAuthentication:
-    """Knows the daemon's key and the authorised clients.
+    """Authenticates clients by the daemon's key and the list of authorised clients.
 
     Args:
         folder: What `spilld keys` made.
 
     Raises:
-        ConfigError: It lacks something, or something in it is wrong.
+        ConfigError: The folder lacks something, something in it is wrong, or there is no libsodium.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,21 +34,21 @@ class CurveAuthentication:
         self.mechanism()  # without libsodium there is none
 
     def mechanism(self) -> Curve:
-        """Of a new connection."""
+        """Make the mechanism of a new connection."""
         return Curve(self._public, self._secret, self.is_authorized)
 
     def is_authorized(self, key: str) -> bool:
-        """Whether who has a public key may connect."""
+        """Whether the holder of a public key (in Z85) may connect."""
         known = self._clients.find(key) is not None
         if not known:
             log.warning("a client was refused, its public key is not authorised: %s", key)
         return known
 
     def client(self, key: str) -> AuthorizedClient:
-        """Who has a public key.
+        """Return the client with a public key.
 
         Raises:
-            AccessDenied: If it was authorised once, and is not now.
+            AccessDenied: The key was authorised once, and is not now.
         """
         client = self._clients.find(key)
         if client is None:

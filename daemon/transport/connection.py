@@ -1,8 +1,8 @@
 """One client's connection: frames in, frames out, within bounds.
 
-What it holds: of what has come at most READ_BYTES beyond the message that is not whole yet, and of what is to
-be sent as many messages and bytes as `send_queue` and OUT_BYTES say. It is read only as far as somebody takes
-messages, and not while many answers wait to be sent: who asks and does not read is not read from.
+Of received bytes it holds at most READ_BYTES beyond the message that is incomplete, and of messages to be
+sent as many, and as many bytes, as `send_queue` and OUT_BYTES say. It is read only as fast as messages are
+taken, and not while many answers wait to be sent: a client that asks and does not read is not read from.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .zmtp import (
 )
 
 READ_BYTES = 64 << 10
-"""Read at once, before others have their turn."""
+"""How much is read at once, before other connections have their turn."""
 
 HANDSHAKE_BYTES = 4096
 """The longest frame of a handshake."""
@@ -39,10 +39,10 @@ LONGEST = 2 * MAX_FRAME_BYTES
 answered."""
 
 MOST_FRAMES = 64
-"""Of a message, likewise. One of another number than two is still answered."""
+"""Frames of a message, likewise. A message of another number than two is still answered."""
 
 OUT_BYTES = 2 * MAX_FRAME_BYTES
-"""May wait to be sent, or one message."""
+"""How much may wait to be sent; one message may be larger."""
 
 BEHIND_BYTES = 256 << 10
 """While more answers wait to be sent nothing is read. Events of what runs are bounded otherwise, and a cancel
@@ -51,12 +51,12 @@ must get through beside them."""
 HANDSHAKE_S = 10.0
 
 MESSAGE_S = 60.0
-"""How long a message may take, and SLOWEST bytes a second."""
+"""How long a message may take, and one second more for each SLOWEST bytes."""
 
 SLOWEST = 64 << 10
 
 GRACE_S = 1.0
-"""How long a message may take however many wait for its room."""
+"""How long a message may take however many others wait for room."""
 
 
 class Gone(Exception):
@@ -64,17 +64,17 @@ class Gone(Exception):
 
 
 class Full(Exception):
-    """As much waits to be sent as may."""
+    """As much waits to be sent as is allowed."""
 
 
 class ReceiveBudget:
-    """Bytes that all connections share for what is under way."""
+    """Bytes that all connections share for messages that are being received."""
 
     def __init__(self, nbytes: int) -> None:
         self._left = nbytes
 
     def take(self, nbytes: int) -> bool:
-        """False, and nothing is taken, if there are not so many."""
+        """Take bytes; False, and nothing is taken, if there are fewer left."""
         if nbytes > self._left:
             return False
         self._left -= nbytes
@@ -86,12 +86,23 @@ class ReceiveBudget:
 
 
 class Connection:
-    """Every method raises Gone or Broken when it is over; the caller then closes it."""
+    """One client's connection.
+
+    When it has ended or has to end, its methods raise Gone or Broken; the caller then closes it.
+    """
 
     def __init__(
         self, peer: socket.socket, client: bytes, mechanism: Mechanism, send_queue: int, room: ReceiveBudget
     ) -> None:
-        """client: its name. room: for the messages that are under way to here, of all connections."""
+        """Take over a connected socket and queue the greeting.
+
+        Args:
+            peer: The socket, which does not block.
+            client: The connection's name.
+            mechanism: A new one.
+            send_queue: Messages that may wait to be sent.
+            room: Shared by all connections, for messages that are being received.
+        """
         self.client = client
         self.mechanism = mechanism
         self.readable = self.writable = True  # as far as is known; the kernel tells of changes only
@@ -105,7 +116,7 @@ class Connection:
         self._greeted = self._pings = False
         self._in = bytearray()
         self._at = 0
-        """Where the next frame begins in it."""
+        """Where the next frame begins in `_in`."""
         self._message: list[bytes] = []
         self._message_bytes = 0
         self._reserved = 0
@@ -127,13 +138,13 @@ class Connection:
 
     @property
     def behind(self) -> bool:
-        """Whether it has to read before it is read from."""
+        """Whether the client has to read before it is read from."""
         return self._answer_bytes > BEHIND_BYTES
 
     # in
 
     def receive(self) -> list[bytes] | None:
-        """The next message, if it can be had with one read at most; `eager` says whether to ask again."""
+        """Return the next message if it takes at most one read; `eager` says whether to ask again."""
         if (message := self._parse()) is None and self.readable and self._has_room():
             self._read()
             message = self._parse()
@@ -141,7 +152,7 @@ class Connection:
         return message
 
     def _has_room(self) -> bool:
-        """Whether there is room for the message that has begun, which from now on it has."""
+        """Take room for the message that has begun; whether there was enough."""
         found = frame_at(self._in, self._at) if self._greeted else None
         lacks = 0 if found is None else self._message_bytes + found[2] - found[1] - self._reserved
         if lacks <= READ_BYTES:
@@ -152,9 +163,11 @@ class Connection:
             self._reserved += lacks
         return not self.lacks_room
 
-    def pace(self, now: float) -> float | None:
-        """Bytes a second of its message, if that has room which others may want and its peer is late with it
-        for GRACE_S.
+    def receive_rate(self, now: float) -> float | None:
+        """Return the rate at which the current message arrives, in bytes a second, if it blocks others.
+
+        None unless the message has taken room that others may need, and the peer has kept it waiting for
+        GRACE_S.
         """
         if not self._reserved or self._begun is None or self.readable or now - self._begun < GRACE_S:
             return None
@@ -205,7 +218,7 @@ class Connection:
         return None
 
     def _take(self, flags: int, body: bytes) -> list[bytes] | None:
-        """A frame has come; the message, if it was the last of one."""
+        """Take a frame that has come; the message, if it was the last of one."""
         if not self.mechanism.ready:
             if not flags & COMMAND or flags & MORE or self.mechanism.refused:
                 raise Broken("a message before the handshake")
@@ -235,7 +248,15 @@ class Connection:
     # out
 
     def send(self, frames: Sequence[bytes], *, answer: bool) -> None:
-        """Have a message sent. answer: at once to what was asked. Full if as much waits as may."""
+        """Queue a message to be sent, and send what can be sent at once.
+
+        Args:
+            frames: The message.
+            answer: Whether it answers at once what the client just asked.
+
+        Raises:
+            Full: As much waits as is allowed.
+        """
         nbytes = sum(map(len, frames))
         waits = len(self._out) >= self._send_queue or self._out_bytes + nbytes > OUT_BYTES
         if self._out and waits:
@@ -279,7 +300,11 @@ class Connection:
     # time
 
     def look(self, now: float) -> None:
-        """To be called once in a while."""
+        """Check timeouts and send a heartbeat if one is due; to be called about once a second.
+
+        Raises:
+            Gone: The handshake, a message or a heartbeat is overdue.
+        """
         if not self.ready and now - self._since > HANDSHAKE_S:
             raise Gone("no handshake")
         allowed_s = MESSAGE_S + (self._message_bytes + len(self._in)) / SLOWEST
@@ -296,7 +321,7 @@ class Connection:
             self._put(self.mechanism.seal(COMMAND, command(b"PING", bytes(2))))
 
     def close(self) -> None:
-        """Close it, and give back what it had of the budget."""
+        """Close the socket, and give back what was taken of the budget."""
         self._room.give(self._reserved)
         self._reserved = 0
         self._peer.close()

@@ -1,4 +1,4 @@
-"""CURVE (ZeroMQ RFC 26), the side that listens: who has the key of a client that is admitted gets in.
+"""CURVE (ZeroMQ RFC 26), the server's side: holders of authorised keys may connect.
 
 The cryptography is libsodium's, the one that libzmq has loaded. All keys are 32 bytes.
 """
@@ -39,7 +39,11 @@ DENIED = b"400"
 
 @cache
 def _sodium(maps: Path = Path("/proc/self/maps")) -> ctypes.CDLL:
-    """Raises ConfigError if there is none."""
+    """Find libsodium.
+
+    Raises:
+        ConfigError: There is none.
+    """
     loaded = [line.split()[-1] for line in maps.read_text().splitlines() if "/libsodium" in line]
     for name in (*loaded[:1], "libsodium.so.26", "libsodium.so.23"):
         try:
@@ -55,21 +59,29 @@ class Box:
     """crypto_box (Curve25519, XSalsa20, Poly1305) between a secret key and a public one."""
 
     def __init__(self, secret: bytes, public: bytes) -> None:
-        """Broken if the public key is none."""
+        """Compute the shared key.
+
+        Raises:
+            Broken: The public key is not valid.
+        """
         self._sodium = _sodium()
         self._shared = ctypes.create_string_buffer(32)
         if self._sodium.crypto_box_beforenm(self._shared, public, secret):
             raise Broken("not a public key")
 
     def close(self, text: bytes, nonce: bytes) -> bytes:
-        """The text, encrypted and authenticated (a box, in NaCl's words)."""
+        """Encrypt and authenticate a text (a box, in NaCl's words)."""
         sealed = ctypes.create_string_buffer(len(text) + MAC_BYTES)
         length = ctypes.c_ulonglong(len(text))
         self._sodium.crypto_box_easy_afternm(sealed, text, length, nonce, self._shared)
         return sealed.raw
 
     def open(self, sealed: bytes, nonce: bytes) -> bytes:
-        """Broken if it is not from whom it should be."""
+        """Decrypt a box.
+
+        Raises:
+            Broken: It is cut short, or was not made with these keys and this nonce.
+        """
         if len(sealed) < MAC_BYTES:
             raise Broken("a box cut short")
         text = ctypes.create_string_buffer(max(1, len(sealed) - MAC_BYTES))
@@ -80,25 +92,31 @@ class Box:
 
 
 def key_pair() -> tuple[bytes, bytes]:
-    """Public and secret."""
+    """Make a key pair: public key and secret key."""
     public, secret = ctypes.create_string_buffer(32), ctypes.create_string_buffer(32)
     _sodium().crypto_box_keypair(public, secret)
     return public.raw, secret.raw
 
 
 class Curve:
-    """One connection."""
+    """The CURVE mechanism of one connection."""
 
     name = b"CURVE"
 
     def __init__(self, public: bytes, secret: bytes, admits: Callable[[str], bool]) -> None:
-        """public, secret: the daemon's. admits: told a client's public key in Z85.
+        """Prepare a handshake.
 
-        ConfigError without libsodium.
+        Args:
+            public: The daemon's public key.
+            secret: The daemon's secret key.
+            admits: Whether a client with this public key, in Z85, may connect.
+
+        Raises:
+            ConfigError: There is no libsodium.
         """
         self.key = ""
         self.ready = self.refused = False
-        self._lasting_public, self._lasting = public, secret
+        self._long_term_public, self._long_term_secret = public, secret
         self._admits = admits
         self._public, self._secret = key_pair()
         self._cookie = os.urandom(COOKIE_BYTES)
@@ -106,20 +124,23 @@ class Curve:
         self._sent, self._had = 1, 0  # counters of the nonces
 
     def handshake(self, body: bytes) -> bytes:
-        """Take a command of the client's handshake; the answer to send."""
+        """See Mechanism.handshake."""
         name, data = parse_command(body)
         if name == b"HELLO" and not self._client:
             return self._welcome(data)
         if name == b"INITIATE" and self._client:
-            return self._let_in(data)
+            return self._initiate(data)
         raise Broken("not the command that is due")
 
     def _welcome(self, hello: bytes) -> bytes:
-        """hello: version (2 bytes), padding (72), client's key for now (32), nonce (8), box of 64 zeros."""
+        """Answer a HELLO.
+
+        It is version (2 bytes), padding (72), client's short-term key (32), nonce (8), box of 64 zeros.
+        """
         if len(hello) != 194 or hello[:2] != b"\1\0":
             raise Broken("not a HELLO")
         client = hello[74:106]
-        box = Box(self._lasting, client)
+        box = Box(self._long_term_secret, client)
         if box.open(hello[114:], b"CurveZMQHELLO---" + hello[106:114]) != bytes(64):
             raise Broken("not a HELLO")
         self._client = client
@@ -127,9 +148,11 @@ class Curve:
         sealed = box.close(self._public + self._cookie, b"WELCOME-" + nonce)
         return command(b"WELCOME", nonce + sealed)
 
-    def _let_in(self, initiate: bytes) -> bytes:
-        """initiate: cookie (96), nonce (8), box of: the client's lasting key (32), the nonce (16) and the box
-        (80) of its vouch, its metadata.
+    def _initiate(self, initiate: bytes) -> bytes:
+        """Answer an INITIATE: READY, or ERROR where the client is not authorised.
+
+        It is cookie (96 bytes), nonce (8), box of: the client's long-term key (32), the nonce (16) and the
+        box (80) of its vouch, its metadata.
         """
         if not hmac.compare_digest(initiate[:COOKIE_BYTES], self._cookie):
             raise Broken("not our cookie")
@@ -138,7 +161,7 @@ class Curve:
         text = self._box.open(initiate[104:], b"CurveZMQINITIATE" + initiate[96:104])
         if len(text) < 128:
             raise Broken("not an INITIATE")
-        self._vouched(text[:32], text[32:48], text[48:128])
+        self._check_vouch(text[:32], text[32:48], text[48:128])
         check_sender(text[128:])
         key = z85.encode(text[:32]).decode()
         if not self._admits(key):
@@ -148,10 +171,10 @@ class Curve:
         nonce = self._next_nonce()
         return command(b"READY", nonce + self._box.close(ROUTER, b"CurveZMQREADY---" + nonce))
 
-    def _vouched(self, lasting: bytes, nonce: bytes, vouch: bytes) -> None:
-        """Its holder says: the key for this connection is mine, and I mean you."""
-        text = Box(self._secret, lasting).open(vouch, b"VOUCH---" + nonce)
-        if not hmac.compare_digest(text, self._client + self._lasting_public):
+    def _check_vouch(self, long_term: bytes, nonce: bytes, vouch: bytes) -> None:
+        """Check the vouch: the holder of the long-term key uses this short-term key, with this daemon."""
+        text = Box(self._secret, long_term).open(vouch, b"VOUCH---" + nonce)
+        if not hmac.compare_digest(text, self._client + self._long_term_public):
             raise Broken("another's vouch")
 
     def _next_nonce(self) -> bytes:
@@ -160,14 +183,14 @@ class Curve:
         return nonce
 
     def seal(self, flags: int, body: bytes) -> bytes:
-        """A frame, encrypted, as it is sent."""
+        """See Mechanism.seal."""
         nonce = self._next_nonce()
         inner_flags = flags & MORE | (SEALED_COMMAND if flags & COMMAND else 0)
         sealed = self._box.close(bytes((inner_flags,)) + body, b"CurveZMQMESSAGES" + nonce)
         return head(0, len(sealed) + 16) + b"\7MESSAGE" + nonce + sealed
 
     def open(self, flags: int, body: bytes) -> tuple[int, bytes]:
-        """The flags and the body of a frame that came encrypted. Raises Broken."""
+        """See Mechanism.open."""
         if body[:8] != b"\7MESSAGE" or len(body) < 16 + MAC_BYTES + 1:
             raise Broken("not a MESSAGE")
         nonce = int.from_bytes(body[8:16], "big")

@@ -12,7 +12,7 @@ RESERVED = 256
 
 
 def raise_limit() -> None:
-    """Allow as many as the hard limit says: the soft one (often 1024) is for programs that use select(2)."""
+    """Raise the soft limit of open files to the hard one: it (often 1024) is for users of select(2)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == hard:
         return
@@ -23,7 +23,10 @@ def raise_limit() -> None:
 
 
 def connections(wanted: int) -> int:
-    """As many as wanted, or, if fewer, as leave RESERVED descriptors, or half of them, to the rest."""
+    """Return how many connections there may be: as many as wanted, or as descriptors allow.
+
+    RESERVED descriptors, or half of them if that is fewer, are left to the rest of the daemon.
+    """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit == resource.RLIM_INFINITY:
         return wanted

@@ -1,4 +1,4 @@
-"""Reads what comes before the daemon is ready: connections are answered, and requests kept for then."""
+"""Reads what comes before the daemon is ready: connections are answered, requests are kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Self
 from .router import Received, Router
 
 MOST = 256
-"""Messages that are kept. What comes then waits with its sender."""
+"""Messages that are kept. Further ones wait at their senders."""
 
 MOST_BYTES = 64 << 20
 
@@ -21,7 +21,7 @@ LOOK_MS = 100
 
 
 class StartupReader:
-    """A thread that has the router until `stop`."""
+    """A thread that uses the router until `stop`."""
 
     def __init__(self, router: Router) -> None:
         self._router = router
@@ -39,7 +39,11 @@ class StartupReader:
         self.stop()
 
     def stop(self) -> list[Received]:
-        """What has come; from now on the router is the caller's. Empty when called again."""
+        """Stop the thread; from then on the router is the caller's.
+
+        Returns:
+            The messages that have come; none when called again.
+        """
         self._stopped = True
         os.eventfd_write(self._wake, 1)
         self._thread.join()

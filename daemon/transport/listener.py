@@ -1,4 +1,4 @@
-"""The listening socket, with authentication or without, and for ipc a file that only we may replace."""
+"""The listening socket, and for ipc a socket file that only this daemon may replace."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TCP_OPTIONS = (
     ((socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), HEARTBEAT_MS // 1000),
     ((socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), SILENT_MS),
 )
-"""A machine without power is noticed whatever its client knows of heartbeats."""
+"""They detect a machine that lost its power, whether or not its client sends heartbeats."""
 
 
 @contextmanager
@@ -49,11 +49,24 @@ def listen(
     open_to_group: bool = False,
     max_connections: int = 1000,
 ) -> Iterator[tuple[Router, str]]:
-    """A router that keeps at most send_queue messages for a client, and the address that it has; without
-    authentication all may connect who can reach the address. ConfigError if it cannot be had.
+    """Listen at an address while the context lasts.
 
-    An ipc socket is its owner's alone, or its group's, too: by the modes of its file, and by what the kernel
-    says of who connects.
+    An ipc socket is open to its owner alone, or to its group, too: by the modes of its file, and by what the
+    kernel says of the peer that connects. Without authentication every client that can reach the address may
+    connect.
+
+    Args:
+        address: Where to listen.
+        send_queue: Messages that may wait for a client.
+        authentication: Of clients, by keys; None for none.
+        open_to_group: Whether an ipc socket is open to its group, too.
+        max_connections: How many connections there may be; fewer where descriptors are short.
+
+    Returns:
+        The router, and the address with the port that it has.
+
+    Raises:
+        ConfigError: The address cannot be used.
     """
     ipc = check_address(address, keyed=authentication is not None).startswith("ipc://")
     if authentication is None and not ipc:
@@ -91,7 +104,7 @@ def _bind_path(path: Path, *, open_to_group: bool) -> socket.socket:
 
 
 def _bind_tcp(address: str) -> tuple[socket.socket, str]:
-    """The socket and its address, with the port that it has."""
+    """Return the socket, and its address with the port that it has."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     number = 0 if port == "*" else int(port)
     host = "0.0.0.0" if host == "*" else host.strip("[]")
@@ -120,7 +133,7 @@ def _anybody(_peer: socket.socket) -> bool:
 
 @dataclass(frozen=True)
 class _Peers:
-    """The daemon's user, root, and members of a group, whatever the modes of the file become."""
+    """Who may connect: the daemon's user, root, and members of a group, whatever the file's modes become."""
 
     users: frozenset[int]
     group: int | None
@@ -144,13 +157,13 @@ class _Peers:
 
 
 def _groups(peer: socket.socket) -> Sequence[int]:
-    """The supplementary groups of who connects."""
+    """Return the supplementary groups of a peer."""
     found = peer.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)
     return struct.unpack(f"{len(found) // 4}I", found)
 
 
 def _sees_all_users(users: Path = Path("/proc/self/uid_map")) -> bool:
-    """Whether the kernel shows this process every user as who it is."""
+    """Whether the kernel shows this process every user by its real id."""
     try:
         return users.read_text().split() == ["0", "0", "4294967295"]
     except OSError:
@@ -158,24 +171,29 @@ def _sees_all_users(users: Path = Path("/proc/self/uid_map")) -> bool:
 
 
 def _group(folder: Path) -> int:
-    """Of a file that is made there."""
+    """Return the group of a file that is made in a folder."""
     status = folder.stat()
     return status.st_gid if status.st_mode & stat.S_ISGID else os.getegid()
 
 
 class SocketFile:
-    """The right to bind one ipc path, held as a context.
+    """The right to bind one ipc path, as a context.
 
-    What a daemon that was killed has left there is replaced, so two daemons could steal each other's clients:
-    a lock file beside it is held as long as the socket lives. It is never removed, because another daemon
-    may be waiting with it open.
+    The file that a killed daemon has left there is replaced, so two daemons could take each other's clients:
+    a lock file beside it is locked as long as the socket exists. It is never removed, because another daemon
+    may have it open and wait for it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __enter__(self) -> Self:
-        """ConfigError if somebody listens there, if something else lies there, or if the folder refuses."""
+        """Take the lock.
+
+        Raises:
+            ConfigError: Another process listens there, something else than a socket is there, or the folder
+                cannot be used.
+        """
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

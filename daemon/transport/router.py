@@ -1,6 +1,6 @@
-"""Many connections as one socket: messages come from all in turn, and go to one by its name.
+"""Many connections as one socket: messages are received from all in turn, and sent to one by its name.
 
-Nothing blocks but `close`. One thread calls every method, or one after the other does.
+Nothing blocks but `close`. All methods are called by one thread at a time.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ LOOK_S = 1.0
 IDLE_S = 60.0
 
 LINGER_S = 0.5
-"""How long the last words to slow clients may take when the daemon ends."""
+"""How long sending what waits for slow clients may take when the daemon ends."""
 
 ACCEPT = 64
-"""Connections taken at once."""
+"""Connections accepted at once."""
 
 IN_BYTES = 256 << 20
-"""Large messages that are under way, of all connections."""
+"""Bytes of large messages that are being received, of all connections."""
 
 _EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 
 
 @dataclass(frozen=True)
 class Received:
-    """A message. key: the public key of who sent it; empty where there are none."""
+    """A message. key: the public key of its sender; empty without keys."""
 
     client: bytes
     key: str
@@ -57,7 +57,7 @@ class Received:
 
 
 class Router:
-    """Takes what connects to a socket that listens."""
+    """Accepts connections at a listening socket, and moves their messages."""
 
     def __init__(
         self,
@@ -67,8 +67,14 @@ class Router:
         mechanism: Callable[[], Mechanism],
         admits: Callable[[socket.socket], bool],
     ) -> None:
-        """send_queue: messages that may wait for a client. most: connections. mechanism: of a new one.
-        admits: whether who has connected may.
+        """Take over a listening socket; the caller closes it as well.
+
+        Args:
+            listening: The socket.
+            send_queue: Messages that may wait for a client.
+            most: Connections that there may be.
+            mechanism: Makes the mechanism of a new connection.
+            admits: Whether the peer of a new connection may connect.
         """
         self._listening = listening
         self._send_queue = send_queue
@@ -91,17 +97,17 @@ class Router:
         self._epoll.register(listening, select.EPOLLIN)
 
     def fileno(self) -> int:
-        """Readable when `turn` has something to do."""
+        """The descriptor of an epoll, which is readable when `turn` has something to do."""
         return self._epoll.fileno()
 
     def wait_s(self) -> float:
-        """How long nothing is to be done if nothing comes."""
+        """Return for how many seconds `turn` has nothing to do if the descriptor does not become readable."""
         if self._due or not (self._connections or self._paused):
             return 0.0 if self._due else IDLE_S
         return max(0.0, self._look_at - time.monotonic())
 
     def turn(self) -> None:
-        """Find out who is to be read from, send what waits, and let in who comes."""
+        """Find out which connections are to be read, send what waits, and accept new connections."""
         for file, events in self._epoll.poll(0):
             if file == self._listening.fileno():
                 self._accept()
@@ -117,7 +123,7 @@ class Router:
                 self._queue(connection)  # there may be room for it now
 
     def receive(self) -> Received | None:
-        """The next message; one of each client before the second of any."""
+        """Return the next message, one of each client before the second of any; None if there is none."""
         for _ in range(len(self._due)):
             connection = self._due.popleft()
             self._queued.discard(connection)
@@ -134,7 +140,17 @@ class Router:
         return None
 
     def send(self, client: bytes, frames: Sequence[bytes], *, answer: bool = False) -> None:
-        """answer: at once to what was asked. Raises Full, or Gone if there is no such client any more."""
+        """Send a message to a client.
+
+        Args:
+            client: The client's name.
+            frames: The message.
+            answer: Whether it answers at once what the client just asked.
+
+        Raises:
+            Full: As much waits for the client as is allowed.
+            Gone: There is no such client any more.
+        """
         connection = self._clients.get(client)
         if connection is None:
             raise Gone
@@ -145,12 +161,12 @@ class Router:
             raise
 
     def departed(self) -> list[bytes]:
-        """Who has gone since the last call."""
+        """Return the clients that have gone since the last call."""
         gone, self._departed = self._departed, []
         return gone
 
     def close(self) -> None:
-        """Let in nobody more, send what waits as long as LINGER_S allows, and end all connections."""
+        """Accept no more, send what waits for at most LINGER_S seconds, and end all connections."""
         self._epoll.close()
         self._listening.close()
         self._linger(time.monotonic() + LINGER_S)
@@ -179,7 +195,7 @@ class Router:
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:  # no descriptor, no memory: who waits is still there later
-                log.warning("nobody can connect now: %s", error)
+                log.warning("no client can connect now: %s", error)
                 self._pause(True)
                 return
             if len(self._connections) >= self._most and not self._make_way():
@@ -191,12 +207,12 @@ class Router:
                 self._take_in(peer)
 
     def _pause(self, paused: bool) -> None:
-        """Let nobody in, or somebody again."""
+        """Stop to accept connections, or start again."""
         self._paused = paused
         self._epoll.modify(self._listening, 0 if paused else select.EPOLLIN)
 
     def _make_way(self) -> bool:
-        """End the oldest connection that has not shaken hands."""
+        """End the oldest connection whose handshake is not done; whether there was one."""
         for connection in self._connections.values():
             if not connection.ready:
                 self._close(connection)
@@ -204,16 +220,21 @@ class Router:
         return False
 
     def _make_room(self, now: float) -> None:
-        """End the slowest message under way: who claims a long one and does not send it must not keep others
-        from theirs.
+        """End the connection whose message arrives most slowly.
+
+        A peer that announces a long message and does not send it must not block the others.
         """
-        paces = [(pace, c) for c in self._connections.values() if (pace := c.pace(now)) is not None]
-        if paces:
+        found = ((c.receive_rate(now), c) for c in self._connections.values())
+        rates = [(rate, connection) for rate, connection in found if rate is not None]
+        if rates:
             log.warning("messages that come slowly make way for others: there is no room for more")
-            self._close(min(paces, key=lambda found: found[0])[1])
+            self._close(min(rates, key=lambda each: each[0])[1])
 
     def _count_in(self, connection: Connection) -> None:
-        """It has shaken hands. One key has at most half of all connections, so that others can come, too."""
+        """Count a connection whose handshake is done.
+
+        One key has at most half of all connections, so that others can connect, too.
+        """
         key = connection.mechanism.key
         if not key or connection.client not in self._clients:
             return

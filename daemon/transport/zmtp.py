@@ -1,13 +1,12 @@
-"""ZMTP 3.1 (ZeroMQ RFC 37) as bytes, without sockets: the greeting, frames, commands, and the mechanism NULL.
+"""ZMTP 3.1 (ZeroMQ RFC 37) as bytes, without sockets: greeting, frames, commands, the mechanism NULL.
 
-Why the daemon has its own end of it: libzmq (4.3.5, and its master of July 2026) aborts the process when
+Why the daemon has its own implementation: libzmq (4.3.5, and its master of July 2026) aborts the process when
 a peer fills the receive queue (RCVHWM) and goes away. `in_event_internal` of stream_engine_base.cpp takes the
 hang-up of a peer whose input is stopped for `_io_error`, and keeps the engine until the queue is drained;
 then the next PING that it decodes, or its own heartbeat timer, comes to `out_event`, which asserts
-`!_io_error`.
-Without heartbeats a PING of the peer's is enough; without a high-water mark input is never stopped, and
-nothing bounds the memory, as nothing ever bounds the frames of one message. Descriptors that run out abort
-it, too. Here whatever a peer does ends that peer's connection, and no more.
+`!_io_error`. Without heartbeats a PING of the peer's is enough; without a high-water mark input is never
+stopped, and nothing bounds the memory, as nothing ever bounds the frames of one message. When descriptors run
+out, it aborts, too. Here whatever a peer does ends that peer's connection, and no more.
 """
 
 from __future__ import annotations
@@ -26,17 +25,21 @@ SENDERS = (b"DEALER", b"ROUTER", b"REQ")
 
 
 class Broken(Exception):
-    """The peer does not keep to the protocol; its connection ends."""
+    """The peer violates the protocol; its connection ends."""
 
 
 def greeting(mechanism: bytes) -> bytes:
-    """Of this side, which is the server where the mechanism asks."""
+    """Make this side's greeting, which is the server's where the mechanism has such."""
     as_server = bytes((mechanism != Null.name,))
     return b"\xff" + bytes(8) + b"\x7f\x03\x01" + mechanism.ljust(20, b"\0") + as_server + bytes(31)
 
 
 def pings(given: bytes, mechanism: bytes) -> bool:
-    """Whether the peer with this greeting knows PING (3.1). Broken if it wants another mechanism."""
+    """Whether the peer with this greeting knows PING (ZMTP 3.1).
+
+    Raises:
+        Broken: It is not ZMTP 3, or wants another mechanism.
+    """
     if given[0] != 0xFF or given[9] & 1 == 0 or given[10] < 3:
         raise Broken("not ZMTP 3")
     if given[12:32].rstrip(b"\0") != mechanism:
@@ -45,14 +48,22 @@ def pings(given: bytes, mechanism: bytes) -> bool:
 
 
 def head(flags: int, length: int) -> bytes:
-    """What comes before the body of a frame."""
+    """Make the header of a frame."""
     if length > 255:
         return struct.pack(">BQ", flags | LONG, length)
     return bytes((flags, length))
 
 
 def frame_at(buffer: bytearray, start: int) -> tuple[int, int, int] | None:
-    """Flags of the frame that begins there, start and end of its body; None if its head is not whole."""
+    """Find the frame that begins at `start`.
+
+    Returns:
+        Its flags, and start and end of its body; None if its header is incomplete. The end may lie beyond the
+        buffer.
+
+    Raises:
+        Broken: The flags are unknown.
+    """
     if len(buffer) - start < 2:
         return None
     flags = buffer[start]
@@ -66,19 +77,23 @@ def frame_at(buffer: bytearray, start: int) -> tuple[int, int, int] | None:
 
 
 def command(name: bytes, data: bytes = b"") -> bytes:
-    """A ZMTP command's body."""
+    """Make the body of a ZMTP command."""
     return bytes((len(name),)) + name + data
 
 
 def parse_command(body: bytes) -> tuple[bytes, bytes]:
-    """Name and data."""
+    """Split the body of a command into name and data.
+
+    Raises:
+        Broken: It is not a command.
+    """
     if not body or len(body) < 1 + body[0]:
         raise Broken("not a command")
     return body[1 : 1 + body[0]], body[1 + body[0] :]
 
 
 def metadata(**properties: bytes) -> bytes:
-    """Of READY; the _ in a name stands for -."""
+    """Make the metadata of READY; the _ in a name stands for -."""
     return b"".join(
         bytes((len(name),)) + name.replace("_", "-").encode() + struct.pack(">I", len(value)) + value
         for name, value in properties.items()
@@ -86,11 +101,15 @@ def metadata(**properties: bytes) -> bytes:
 
 
 ROUTER = metadata(Socket_Type=b"ROUTER", Identity=b"")
-"""What this side says of itself."""
+"""The metadata of this side."""
 
 
 def check_sender(data: bytes) -> None:
-    """The metadata of one who may talk to a ROUTER."""
+    """Check the metadata of a peer: its socket must be of a type that may talk to a ROUTER.
+
+    Raises:
+        Broken: It is not, or the metadata is malformed.
+    """
     kinds = [value for name, value in _properties(data) if name == b"socket-type"]
     if len(kinds) != 1 or kinds[0] not in SENDERS:
         raise Broken("not a DEALER")
@@ -118,20 +137,34 @@ class Mechanism(Protocol):
     ready: bool
     """Whether the handshake is over."""
     refused: bool
-    """Whether it is over, and what it answered last is why the peer may not come in."""
+    """Whether the handshake has failed; its last answer says why."""
 
     def handshake(self, body: bytes) -> bytes:
-        """The command that answers a command. Raises Broken."""
+        """Take a command of the peer's handshake.
+
+        Returns:
+            The command to answer with.
+
+        Raises:
+            Broken: It is not the command that is due, or not valid.
+        """
 
     def seal(self, flags: int, body: bytes) -> bytes:
-        """A frame as it goes over the wire."""
+        """Make a frame as it is sent."""
 
     def open(self, flags: int, body: bytes) -> tuple[int, bytes]:
-        """Flags and body of a frame that came. Raises Broken."""
+        """Read a frame that was received.
+
+        Returns:
+            Its flags and its body.
+
+        Raises:
+            Broken: It was not sealed by the peer.
+        """
 
 
 class Null:
-    """No security: who can connect is in."""
+    """The mechanism NULL: no security."""
 
     name = b"NULL"
     key = ""
@@ -141,7 +174,7 @@ class Null:
         self.ready = False
 
     def handshake(self, body: bytes) -> bytes:
-        """Take the client's READY; the answer to send."""
+        """See Mechanism.handshake."""
         name, data = parse_command(body)
         if name != b"READY":
             raise Broken("not READY")
@@ -150,9 +183,9 @@ class Null:
         return command(b"READY", ROUTER)
 
     def seal(self, flags: int, body: bytes) -> bytes:
-        """A frame as it is sent."""
+        """See Mechanism.seal."""
         return head(flags, len(body)) + body
 
     def open(self, flags: int, body: bytes) -> tuple[int, bytes]:
-        """A frame's flags and body, as they are."""
+        """See Mechanism.open."""
         return flags, body
