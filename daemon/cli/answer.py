@@ -1,4 +1,4 @@
-"""An answer as it comes: progress while its prompt is read, then its text."""
+"""Shows an answer as it arrives: progress while its prompt is read, then its text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNSAVED = (
 
 
 class Output:
-    """Where an answer goes: byte for byte as it is, in UTF-8; or, on a terminal, printable."""
+    """Where an answer is written: byte for byte in UTF-8; on a terminal without control characters."""
 
     def __init__(self, stream: TextIO) -> None:
         self.terminal = stream.isatty()
@@ -31,11 +31,11 @@ class Output:
         self._last = "\n"
 
     def write(self, text: str) -> None:
-        """At once.
+        """Write a text at once.
 
         Raises:
-            BrokenPipeError: Where nobody reads any more.
-            SpilldError: Where there is no room.
+            BrokenPipeError: The reader is gone.
+            SpilldError: It cannot be written, as on a full disk.
         """
         try:
             if self.terminal:
@@ -57,8 +57,15 @@ class Output:
 
 
 def show(generation: Generation, output: Output, console: Console) -> Done:
-    """Write an answer to `output` as it comes; until then draw how far its prompt is read, if `console` is a
-    terminal.
+    """Write an answer to `output` as it arrives.
+
+    Until then a bar shows how much of its prompt is read, if `console` is a terminal.
+
+    Returns:
+        The last event.
+
+    Raises:
+        SpilldError: What ended the generation instead, or the answer cannot be written.
     """
     shown = 0
     with reading(console) as bar:
@@ -77,7 +84,7 @@ def show(generation: Generation, output: Output, console: Console) -> Done:
 
 @contextmanager
 def reading(console: Console) -> Iterator[Bar]:
-    """A bar of the tokens of a prompt; it leaves nothing behind."""
+    """Draw a bar of the tokens of a prompt; it is removed when the context ends."""
     columns = (
         TextColumn("reading"),
         BarColumn(),

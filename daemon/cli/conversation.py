@@ -40,9 +40,9 @@ HELP = (
 
 
 class Conversation:
-    """Messages and answers, in a session, or without its name in a context that goes with the conversation.
+    """Messages and answers, in a session or, without one, in a context that is released at the end.
 
-    What the daemon holds of it is asked of the daemon: only what it does not hold is sent.
+    The daemon is asked what it holds of the conversation: only what it does not hold is sent.
     """
 
     def __init__(self, client: Client, session: str | None, system: str | None, options: Options) -> None:
@@ -55,14 +55,17 @@ class Conversation:
         self._console = Console(stderr=True)
 
     def session_info(self) -> SessionInfo | None:
-        """Its session, if there is one by now."""
+        """Return its session, if that exists already."""
         return next((info for info in self._client.sessions() if info.name == self._session), None)
 
     def say(self, line: str) -> None:
         """Send a message and show the answer.
 
-        Ctrl-C stops it. A message that cannot be answered is no part of the conversation: it is said why.
-        Raises Unreachable.
+        Ctrl-C stops it. A message that cannot be answered is not part of the conversation: the reason is
+        shown.
+
+        Raises:
+            Unreachable: No daemon answers.
         """
         message = Message(role="user", content=line)
         new = [message] if self._goes_on() else [*self._said, message]
@@ -78,7 +81,7 @@ class Conversation:
             self.note(f"{error.message}. This message is left out; the conversation goes on.")
 
     def close(self) -> None:
-        """Give its context back, if the daemon is there to take it."""
+        """Release its context, if the daemon can be reached."""
         if self._context is not None:
             with suppress(Unreachable, ContextNotFound):
                 self._client.release(self._context)
@@ -112,7 +115,7 @@ class Conversation:
             self.note(f"(cut at {done.usage.generated_tokens} tokens: --max-tokens)")
 
     def _stop(self, generation: Generation) -> Done | None:
-        """Cancel it, and wait for what the daemon says of that: None unless it was done before."""
+        """Cancel it, and wait for the daemon's reply: None unless it was done before."""
         generation.cancel()
         with suppress(Cancelled):
             for _ in generation:
@@ -121,7 +124,7 @@ class Conversation:
         return None
 
     def note(self, what: str) -> None:
-        """Say it beside the conversation."""
+        """Print a remark beside the conversation."""
         self._console.print(f"[dim]{escape(printable(what))}[/]", highlight=False)
 
 
@@ -134,10 +137,19 @@ def chat(
     system: str | None,
     options: Options,
 ) -> None:
-    """Talk until the input ends. reach waits for a daemon that is gone, and raises Unreachable.
+    """Talk until the input ends.
+
+    Args:
+        client: A connected client.
+        welcome: What its daemon serves.
+        reach: Waits for a daemon that is gone; raises Unreachable.
+        session: The session's name; None for a context that is not kept.
+        system: The system message; None for none.
+        options: Options of `generate` for every answer.
 
     Raises:
-        InvalidRequest: Before the first message if there can be none.
+        InvalidRequest: The model or the session takes no messages; raised before the first.
+        Unreachable: No daemon answers, and standard input or output is not a terminal.
     """
     if welcome.chat is False:
         raise InvalidRequest(
@@ -176,10 +188,10 @@ def chat(
 
 
 def _messages(prompt: str) -> Iterator[str]:
-    """What is typed or pasted, until a farewell.
+    """Yield what is typed or pasted, until a farewell or the end of the input.
 
     Raises:
-        SpilldError: For what is not UTF-8.
+        SpilldError: The input is not UTF-8.
     """
     if prompt:
         with suppress(ImportError):
@@ -212,7 +224,7 @@ def _messages(prompt: str) -> Iterator[str]:
 
 
 def _quoted(typed: str, prompt: str) -> str:
-    """A message between quotes that begins with `typed`; where the input ends, it does, too."""
+    """Read a message between quotes that begins with `typed`; it ends where the input ends, too."""
     text = typed.removeprefix(QUOTES)
     while not text.rstrip().endswith(QUOTES):
         try:

@@ -39,7 +39,7 @@ SHAPES = (
 
 
 def kernels(layout: Layout) -> Iterator[Variant]:
-    """All that a model with records of this layout launches."""
+    """Yield all kernels that a model with records of this layout launches."""
     yield variant.attend_records(layout.constants)
     yield variant.attend_window(8 * layout.element.nbytes, layout.head_dim)
     yield variant.merge(layout.head_dim, layout.kv_heads)
@@ -50,12 +50,19 @@ def kernels(layout: Layout) -> Iterator[Variant]:
 
 
 def known() -> Iterator[Layout]:
+    """Yield the record layouts of known models in bfloat16, in every sealed format."""
     for shape, form in product(SHAPES, SEALED):
         yield Layout(form, Element.BFLOAT16, *shape)
 
 
 def ship(layouts: Iterable[Layout], architectures: Iterable[str]) -> list[Path]:
-    """Compile the kernels of these layouts, for the wheel to take along; what else was there for it goes."""
+    """Compile the kernels of these layouts into the folder that the wheel takes along.
+
+    Other files there are removed.
+
+    Returns:
+        The paths of the compiled kernels.
+    """
     note = build.SHIPPED / build.COMPILER
     build.SHIPPED.mkdir(exist_ok=True)
     if not note.exists() or note.read_text() != build.compiler():
@@ -78,6 +85,7 @@ def _shipped(kernel: Variant, architecture: str) -> Path:
 
 
 def main() -> None:
+    """Compile all known kernels, and print how many there are."""
     paths = ship(known(), build.ARCHITECTURES)
     size = sum(path.stat().st_size for path in paths)
     print(f"{len(paths)} kernels, {size / 1e6:.1f} MB, in {build.SHIPPED}")

@@ -1,4 +1,4 @@
-"""spilld doctor: what this machine has of what spilld can use, how fast it is, and what to change."""
+"""spilld doctor: what this machine has that spilld can use, how fast it is, and what to change."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 class Finding(NamedTuple):
-    """One thing that was found."""
+    """One fact about this machine."""
 
     what: str
     found: str
@@ -56,9 +56,9 @@ class Finding(NamedTuple):
 
 
 def examine(config: Config) -> Iterator[Finding]:
-    """One after another, as they are found: measuring takes seconds.
+    """Yield findings one after another, as they are found: measuring takes seconds.
 
-    What decides how fast it is comes first, what only a GPU takes last.
+    What decides the speed comes first, what concerns only a GPU last.
     """
     gpu_found = list(gpu(CudaDevice)) if gpu_matters(config) else [Finding("GPU", "none: the CPU computes")]
     yield (host := memory(len(os.sched_getaffinity(0))))
@@ -74,7 +74,7 @@ def examine(config: Config) -> Iterator[Finding]:
 
 
 def gpu_matters(config: Config) -> bool:
-    """Whether there is an NVIDIA driver, or it is configured that there be a GPU."""
+    """Whether there is an NVIDIA driver, or a GPU is configured."""
     try:
         find_driver()
     except DriverMissing:
@@ -83,9 +83,12 @@ def gpu_matters(config: Config) -> bool:
 
 
 def choices(host: float, disk: float, link: float) -> Finding:
-    """What follows for KV outside the window, at best: estimates from these rates, bytes/s; 0: there is none.
+    """Estimate what the measured rates mean for KV outside the window, at best.
 
-    host: of copies in memory, as many bytes as are read and written; attention reads only.
+    Args:
+        host: Rate of copies in memory, in bytes/s, read and written ones together; attention only reads.
+        disk: Rate of reads from disk, in bytes/s; 0 if there is none.
+        link: Rate from host memory to the GPU, in bytes/s; 0 if there is none.
     """
     what = "KV outside the window"
     found = f"each token reads it: {1e3 * GIB / host:.0f} ms for each GiB in host memory"
@@ -101,7 +104,7 @@ def choices(host: float, disk: float, link: float) -> Finding:
 
 
 def compiler() -> Finding:
-    """Whether kernels can be compiled here: one is, for each architecture."""
+    """Find out whether kernels can be compiled here, by compiling one for each architecture."""
     try:
         with tempfile.TemporaryDirectory(prefix="spilld-doctor-") as cache:
             for architecture in ARCHITECTURES:
@@ -112,7 +115,7 @@ def compiler() -> Finding:
 
 
 def gpu(find: Callable[[], Device[Any]]) -> Iterator[Finding]:
-    """The GPU and its link to host memory."""
+    """Yield the GPU's name, and the rates between it and host memory."""
     try:
         device = find()
     except (BuildError, DeviceError) as error:
@@ -129,7 +132,11 @@ def gpu(find: Callable[[], Device[Any]]) -> Iterator[Finding]:
 
 
 def copy_rates(device: Device[Any]) -> tuple[float, float]:
-    """Bytes a second from registered host memory to the device, and back; the second round of two."""
+    """Measure copies from registered host memory to the device, and back.
+
+    Returns:
+        Bytes a second in each direction, of the second of two rounds.
+    """
     host = page_aligned(COPIED)
     host[:] = 1
     here, there = host.ctypes.data, device.allocate(COPIED)
@@ -147,7 +154,7 @@ def copy_rates(device: Device[Any]) -> tuple[float, float]:
 
 
 def weights(config: Config, placement: Placement) -> Finding:
-    """Where they lie, and on a GPU how much of its memory they take."""
+    """Say where the weights are, and on a GPU how much of its memory they take."""
     if placement.device == "cpu":
         return Finding("weights", "in host memory: the CPU multiplies", placement.missing)
     size = Element(config.dtype).nbytes
@@ -162,7 +169,12 @@ def weights(config: Config, placement: Placement) -> Finding:
 
 
 def locked_memory(host_budget: int, limit: int) -> Finding:
-    """limit: of memory that a process may lock, bytes; -1: none."""
+    """Say whether the host budget may be locked in memory.
+
+    Args:
+        host_budget: The budget, in bytes.
+        limit: How much memory a process may lock, in bytes; -1 for no limit.
+    """
     if limit == resource.RLIM_INFINITY or limit >= host_budget:
         return Finding("locked memory", "host_budget may be pinned")
     advice = "for a GPU: LimitMEMLOCK=infinity in the unit, or ulimit -l unlimited in the shell"
@@ -172,14 +184,18 @@ def locked_memory(host_budget: int, limit: int) -> Finding:
 
 
 def huge_pages(enabled: str) -> Finding:
-    """enabled: what the kernel says, such as "always [madvise] never"."""
+    """Say whether huge pages are on.
+
+    Args:
+        enabled: What the kernel says, such as "always [madvise] never".
+    """
     if "[always]" in enabled or "[madvise]" in enabled:
         return Finding("huge pages", "on")
     return Finding("huge pages", "off", f"as root: echo madvise > {HUGE_PAGES}")
 
 
 def memory(threads: int) -> Finding:
-    """Copies between parts of memory larger than caches, one thread a core."""
+    """Measure copies between parts of memory that are larger than caches, with so many threads."""
     source, target = np.ones((threads, COPIED), np.uint8), np.zeros((threads, COPIED), np.uint8)
     with ThreadPoolExecutor(threads) as pool:
         seconds = []
@@ -192,7 +208,7 @@ def memory(threads: int) -> Finding:
 
 
 def disk(state: Path) -> Iterator[Finding]:
-    """The file system of the state folder, or of the nearest folder above that there is."""
+    """Measure the file system of the state folder, or of the nearest existing folder above it."""
     folder = next(path for path in (state, *state.parents) if path.is_dir())
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix="spilld-doctor-") as name:
@@ -202,7 +218,10 @@ def disk(state: Path) -> Iterator[Finding]:
 
 
 def _measure(path: Path, folder: Path) -> Finding:
-    """What was never read before is slower on some disks: reads are of the second time."""
+    """Write a file and read it twice; the second time counts.
+
+    On some disks the first read of new data is slower.
+    """
     system, buffer = SystemCalls(), page_aligned(PIECE)
     buffer[:] = np.random.default_rng().integers(0, 256, PIECE, np.uint8)  # what compresses tells nothing
     advice, direct = "", os.O_DIRECT

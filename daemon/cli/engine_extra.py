@@ -1,4 +1,4 @@
-"""What `pip install spilld` leaves out: the packages of the engine, an extra."""
+"""The extra `engine`: packages that `pip install spilld` leaves out."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from spilld.models.frameworks import import_frameworks
 
 @contextmanager
 def engine_imports() -> Iterator[None]:
-    """Import in here what needs them. ConfigError that says what to install where they are not.
+    """Import in this context what needs the extra.
 
-    What modules make stays: garbage is not looked for there, now, which would take a second, or later.
+    What is imported stays: the garbage collector ignores these objects, now and later, which saves a second.
+
+    Raises:
+        ConfigError: A package is not installed; the error says what to install.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -33,7 +36,11 @@ def engine_imports() -> Iterator[None]:
 
 
 def check_engine_installed() -> None:
-    """The same ConfigError, at once: nothing is imported."""
+    """Check at once, without imports, that the extra is installed.
+
+    Raises:
+        ConfigError: It is not; the error says what to install.
+    """
     if find_spec("torch") is None:
         raise _missing("torch")
 

@@ -1,4 +1,4 @@
-"""What can be said against a configuration before seconds go by with imports and a model."""
+"""Checks of a configuration before imports and loading a model take seconds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ log = logging.getLogger(__name__)
 
 
 def check(config: Config) -> None:
-    """Raises the ConfigError that a start would end in; logs what will be less than configured."""
+    """Check a configuration; log what will be less than configured.
+
+    Raises:
+        ConfigError: The daemon could not start with it.
+    """
     with suppress(OSError):  # of what cannot be looked at, who reads it says more
         source = sources_of(config.model)[0]
         if source.is_dir():
@@ -41,7 +45,7 @@ def _check_memory(host_budget: int, physical: int | None) -> None:
 
 
 def _compare_disk(config: Config) -> None:
-    """A warning only: there may be more room later."""
+    """Warn if the disk is too small; no more, because there may be more room later."""
     folder = next(path for path in (config.state, *config.state.parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
     stored = sum(file.stat().st_size for file in (config.state / "kv").glob("*.segment"))

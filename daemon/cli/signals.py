@@ -1,4 +1,4 @@
-"""Commands that are told to end: they take back what they asked for, then end as shells expect."""
+"""Makes commands that get a signal cancel what they asked for, and end as shells expect."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ AGAIN_S = 0.1
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit in here, with status 128 + n, so that what is open is closed.
+    """Have SIGTERM and SIGHUP raise SystemExit in this context, so that what is open is closed.
 
-    One that is ignored stays so (nohup). Only in the main thread; elsewhere nothing changes.
+    The status is 128 plus the signal's number. A signal that is ignored stays ignored (nohup). This is for
+    the main thread; in others nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -44,8 +45,10 @@ def ended_by_signals() -> Iterator[None]:
 
 @contextmanager
 def _reminded(numbers: frozenset[int], handled: threading.Event) -> Iterator[None]:
-    """Send these signals again until they are handled: Python's handlers run between two of its instructions,
-    and one that came just before a system call waits would else wait as long.
+    """Send these signals again until they are handled.
+
+    Python's handlers run between two of its instructions; one for a signal that came just before a system
+    call blocks would otherwise wait as long as that call.
     """
     come, write = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(write, False)

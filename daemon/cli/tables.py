@@ -1,4 +1,4 @@
-"""What people see of sessions, archives, the store and the counters."""
+"""Prints sessions, archives, the check of the store and the counters for people."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .engine_extra import engine_imports
 
 
 def sessions(client: Client) -> None:
-    """The sessions, and where their KV lies."""
+    """Print the sessions, and where their KV is."""
     table = Table("session", "model", "tokens", "device", "host", "disk", "used", "")
     for info in client.sessions():
         sizes = [size(info.kv_bytes.get(tier, 0)) for tier in ("device", "host", "disk")]
@@ -38,7 +38,7 @@ def sessions(client: Client) -> None:
 
 
 def export_session(client: Client, name: str, file: Path) -> None:
-    """Write a session to a new file, and say what is in it."""
+    """Write a session to a new file, and print what is in it."""
     exported = client.export_session(name, file)
     Console().print(
         f"{file}: {exported.tokens:,} tokens, the KV of {exported.cached_tokens:,}, {size(exported.nbytes)}",
@@ -48,7 +48,7 @@ def export_session(client: Client, name: str, file: Path) -> None:
 
 
 def import_session(client: Client, name: str, file: Path) -> None:
-    """Make a session of a file, and say what must be computed again."""
+    """Make a session from a file, and print how much must be computed again."""
     imported = client.import_session(file, name)
     said = f"{name}: {imported.session.tokens:,} tokens, {imported.cached_tokens:,} need not be computed"
     note = f"; {imported.note}" if imported.note else ""
@@ -56,7 +56,19 @@ def import_session(client: Client, name: str, file: Path) -> None:
 
 
 def check(folder: Path, repair: bool, as_json: bool) -> bool:
-    """Verify the store in a folder and say what was found; whether it is clean. Raises ConfigError."""
+    """Verify the store in a folder, and print what was found.
+
+    Args:
+        folder: The store's folder.
+        repair: Whether what is damaged is removed.
+        as_json: Whether to print one JSON object.
+
+    Returns:
+        Whether the store is clean.
+
+    Raises:
+        ConfigError: The folder cannot be used, or the engine's packages are not installed.
+    """
     with engine_imports():
         from spilld.offload.maintenance.check import check as verify
 
@@ -87,7 +99,7 @@ def check(folder: Path, repair: bool, as_json: bool) -> bool:
 
 
 def stats(client: Client, welcome: Welcome, as_json: bool) -> None:
-    """The daemon's counters; sizes for people, or exact as JSON."""
+    """Print the daemon's counters: with sizes for people, or exact as JSON."""
     values = {"model": welcome.model, **client.stats()}
     if as_json:
         print(json.dumps(values))
@@ -96,7 +108,7 @@ def stats(client: Client, welcome: Welcome, as_json: bool) -> None:
 
 
 def stats_table(values: Mapping[str, object]) -> Table:
-    """Counters and gauges, one a row."""
+    """Make a table of counters and gauges, one a row."""
     table = Table(show_header=False, box=None)
     for name, value in values.items():
         table.add_row(name.replace("_", " "), escape(size(value) if name.endswith("_bytes") else str(value)))
@@ -104,5 +116,5 @@ def stats_table(values: Mapping[str, object]) -> Table:
 
 
 def size(value: object) -> str:
-    """Bytes for people: MiB with two decimals."""
+    """Write bytes for people: MiB with two decimals."""
     return f"{value / 2**20:,.2f} MiB" if isinstance(value, int) else str(value)

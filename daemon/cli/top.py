@@ -1,4 +1,4 @@
-"""What the daemon does now, looked at again and again: `spilld top`."""
+"""Shows what the daemon does, again and again: `spilld top`."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ TRAFFIC = {
 
 @dataclass(frozen=True)
 class StatsSample:
-    """What the daemon's stats were at a time, in seconds."""
+    """The daemon's stats at a time, in seconds."""
 
     values: Mapping[str, object]
     at: float
 
     def number(self, name: str) -> float:
-        """0 where a daemon, an older one perhaps, says nothing."""
+        """Return a value; 0 where the daemon, perhaps an older one, does not give it."""
         value = self.values.get(name)
         return value if isinstance(value, int | float) else 0
 
     def rate(self, name: str, before: StatsSample) -> float:
-        """How much more a second since an earlier look; 0 if the daemon was restarted in between."""
+        """Return the increase a second since an earlier sample; 0 if the daemon was restarted in between."""
         return max(0.0, self.number(name) - before.number(name)) / (self.at - before.at)
 
 
 def top(client: Client, model: str, every_s: float, once: bool) -> None:
-    """Draw what is seen every so many seconds until Ctrl-C, or once. Rates are those since the last look."""
+    """Draw samples every so many seconds until Ctrl-C, or once. Rates are those since the last sample."""
     with Live(console=Console(), auto_refresh=False) as live, suppress(KeyboardInterrupt):
         for before, now in pairwise(_samples(client, every_s)):
             live.update(frame(model, before, now), refresh=True)
@@ -58,7 +58,7 @@ def _samples(client: Client, every_s: float) -> Iterator[StatsSample]:
 
 
 def frame(model: str, before: StatsSample, now: StatsSample) -> RenderableType:
-    """What is drawn: the model, what is being done, the tiers."""
+    """Make what is drawn: the model, its activity, the tiers."""
     return Group(Text(model, "bold"), _activity(before, now), Text(), _tiers(before, now))
 
 

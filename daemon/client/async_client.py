@@ -88,60 +88,60 @@ class AsyncClient:
         self._close()
 
     def generate(self, prompt: Promptable, **options: Unpack[Options]) -> AsyncGeneration:
-        """As Client.generate; the request leaves at once, nothing needs to be awaited for that."""
+        """See Client.generate; the request is sent at once, without awaiting anything."""
         request = generate_request(self._core.next_id(), self.tenant, prompt, options)
         return AsyncGeneration(self, self._start(request, options.get("timeout")))
 
     def resume(self, request_id: str, timeout: float | None = None) -> AsyncGeneration:
-        """As Client.resume."""
+        """See Client.resume."""
         return AsyncGeneration(self, self._start(Resume(request_id=request_id, tenant=self.tenant), timeout))
 
     async def hello(self, timeout: float = ASK_S) -> Welcome:
-        """As Client.hello."""
+        """See Client.hello."""
         return await self._run(self._operations.hello(timeout))
 
     async def stats(self) -> dict[str, object]:
-        """As Client.stats."""
+        """See Client.stats."""
         return await self._run(self._operations.stats())
 
     async def release(self, context: str) -> None:
-        """As Client.release."""
+        """See Client.release."""
         await self._run(self._operations.release(context))
 
     async def sessions(self) -> tuple[SessionInfo, ...]:
-        """As Client.sessions."""
+        """See Client.sessions."""
         return await self._run(self._operations.sessions())
 
     async def fork(self, session: str, into: str, tokens: int | None = None) -> SessionInfo:
-        """As Client.fork."""
+        """See Client.fork."""
         return await self._run(self._operations.fork(session, into, tokens))
 
     async def rename(self, session: str, into: str) -> SessionInfo:
-        """As Client.rename."""
+        """See Client.rename."""
         return await self._run(self._operations.rename(session, into))
 
     async def pin(self, session: str) -> SessionInfo:
-        """As Client.pin."""
+        """See Client.pin."""
         return await self._run(self._operations.pin(session))
 
     async def unpin(self, session: str) -> SessionInfo:
-        """As Client.unpin."""
+        """See Client.unpin."""
         return await self._run(self._operations.unpin(session))
 
     async def expire(self, session: str, ttl_s: float | None) -> SessionInfo:
-        """As Client.expire."""
+        """See Client.expire."""
         return await self._run(self._operations.expire(session, ttl_s))
 
     async def delete(self, session: str) -> None:
-        """As Client.delete."""
+        """See Client.delete."""
         await self._run(self._operations.delete(session))
 
     async def export_session(self, session: str, file: str | os.PathLike[str]) -> Exported:
-        """As Client.export_session; each piece blocks the event loop while the file takes it."""
+        """See Client.export_session; writing each piece to the file blocks the event loop."""
         return await self._run(self._operations.export_session(session, Path(file)))
 
     async def import_session(self, file: str | os.PathLike[str], session: str) -> Imported:
-        """As Client.import_session; each piece blocks the event loop while it is read."""
+        """See Client.import_session; reading each piece of the file blocks the event loop."""
         return await self._run(self._operations.import_session(Path(file), session))
 
     def _start(self, request: Request, timeout: float | None) -> PendingRequest:
@@ -151,7 +151,7 @@ class AsyncClient:
         return pending
 
     async def _run(self, operation: Operation[T]) -> T:
-        """Ask what it asks; an error ends it."""
+        """Send what an operation asks and give it the replies; an error ends it."""
         reply: Reply | None = None
         with contextlib.closing(operation):
             while True:
@@ -177,8 +177,9 @@ class AsyncClient:
                 self._move()
 
     def _move(self) -> None:
-        """What a descriptor of zmq asks for: it tells of a change once, so take until nothing is left, and
-        look again after every send.
+        """Move messages when a descriptor of zmq is readable.
+
+        It reports a change once, so messages are taken until none is left, and again after every send.
         """
         if self._socket.move():
             self._loop.call_soon(self._move)
@@ -218,7 +219,7 @@ class AsyncGeneration(GenerationHandle):
         return expect(reply, Event)
 
     async def tokens(self) -> AsyncIterator[str]:
-        """As Generation.tokens."""
+        """See Generation.tokens."""
         shown = 0
         async for event in self:
             if piece := added_text(event, shown):
@@ -226,17 +227,17 @@ class AsyncGeneration(GenerationHandle):
                 yield piece
 
     async def text(self) -> str:
-        """Wait for the end; the whole text."""
+        """Wait for the end, and return the whole text."""
         async for _ in self:
             pass
         return self.result.text
 
     def cancel(self) -> None:
-        """As Generation.cancel."""
+        """See Generation.cancel."""
         self._client._ask_to_cancel(self._pending)
 
     async def aclose(self) -> None:
-        """As Generation.close."""
+        """See Generation.close."""
         self._client._cancel(self._pending)
 
     async def __aenter__(self) -> Self:

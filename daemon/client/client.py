@@ -55,13 +55,13 @@ class Client:
         keys: For a daemon that has keys, the file that `spilld keys --client` made; the tenant is then that
             of the key.
         connect_timeout: Seconds to wait for the daemon.
-        reconnect_s: How long generations wait for a daemon that went away.
+        reconnect_s: Seconds that generations wait for a daemon that went away.
         on_lost: Called with reconnect_s as soon as the daemon is gone.
 
     Raises:
         Unreachable: No daemon is there.
         ConfigError: The address or the key file cannot be used.
-        AccessDenied: The daemon does not take the key, or wants one.
+        AccessDenied: The daemon does not accept the key, or requires one.
     """
 
     def __init__(
@@ -93,9 +93,12 @@ class Client:
     def reach(self, timeout: float) -> None:
         """Wait until the daemon is there, first or again.
 
+        Args:
+            timeout: How long, in seconds.
+
         Raises:
-            Unreachable: It is not within timeout seconds.
-            AccessDenied: It does not let this client in.
+            Unreachable: It is not there within timeout seconds.
+            AccessDenied: It does not admit this client.
         """
         reach_by = time.monotonic() + timeout
         self._socket.move()
@@ -118,13 +121,19 @@ class Client:
         return Generation(self, self._start(request, options.get("timeout")))
 
     def resume(self, request_id: str, timeout: float | None = None) -> Generation:
-        """All events of a generation that was begun earlier, by this client or another: those that were, and
-        those to come. The generation raises RequestNotFound if the daemon does not know it any more.
+        """Return all events of an earlier generation, past and future, of this client or another.
+
+        Args:
+            request_id: The generation's id.
+            timeout: After how many seconds the generation is cancelled; None for never.
+
+        Returns:
+            The generation, which raises RequestNotFound if the daemon does not know it any more.
         """
         return Generation(self, self._start(Resume(request_id=request_id, tenant=self.tenant), timeout))
 
     def hello(self, timeout: float = ASK_S) -> Welcome:
-        """What the daemon serves. A daemon that is starting listens, and answers once it serves.
+        """Return what the daemon serves. A daemon that is starting listens, and answers once it serves.
 
         Raises:
             DeadlineExceeded: It does not answer within timeout seconds.
@@ -132,23 +141,23 @@ class Client:
         return self._run(self._operations.hello(timeout))
 
     def stats(self) -> dict[str, object]:
-        """Counters and gauges by name; PROTOCOL.md lists them."""
+        """Return counters and gauges by name; PROTOCOL.md lists them."""
         return self._run(self._operations.stats())
 
     def release(self, context: str) -> None:
-        """Give a context handle back."""
+        """Release a context handle."""
         self._run(self._operations.release(context))
 
     def sessions(self) -> tuple[SessionInfo, ...]:
-        """The tenant's sessions, by name."""
+        """Return the tenant's sessions, ordered by name."""
         return self._run(self._operations.sessions())
 
     def fork(self, session: str, into: str, tokens: int | None = None) -> SessionInfo:
-        """Make a session of the first `tokens` tokens of another, or all; what both have is stored once."""
+        """Make a session of the first `tokens` tokens of another, or all; shared tokens are stored once."""
         return self._run(self._operations.fork(session, into, tokens))
 
     def rename(self, session: str, into: str) -> SessionInfo:
-        """Give a session another name; a kept context becomes a session so."""
+        """Give a session another name; renaming a kept context makes it a session."""
         return self._run(self._operations.rename(session, into))
 
     def pin(self, session: str) -> SessionInfo:
@@ -172,11 +181,17 @@ class Client:
         return self._run(self._operations.export_session(session, Path(file)))
 
     def import_session(self, file: str | os.PathLike[str], session: str) -> Imported:
-        """Make a session with a new name from a file. Raises CorruptArchive or ForeignArchive."""
+        """Make a session with a new name from a file.
+
+        Raises:
+            CorruptArchive: The file cannot be read, or is not a whole archive.
+            ForeignArchive: It is of another model, or of a newer spilld.
+            InvalidRequest: The name is taken.
+        """
         return self._run(self._operations.import_session(Path(file), session))
 
     def close(self) -> None:
-        """Cancel what is still in flight."""
+        """Cancel what is still in flight, and close the connection."""
         self._core.close()
         self._socket.close()
 
@@ -193,7 +208,7 @@ class Client:
         return pending
 
     def _run(self, operation: Operation[T]) -> T:
-        """Ask what it asks; an error ends it."""
+        """Send what an operation asks and give it the replies; an error ends it."""
         reply: Reply | None = None
         with contextlib.closing(operation):
             while True:
@@ -228,10 +243,10 @@ class Client:
 
 
 class Generation(GenerationHandle):
-    """The events of one request: iterate over it, or take `text()` or `tokens()`.
+    """The events of one request: iterate over it, or use `text()` or `tokens()`.
 
-    It is cancelled when it is closed, used up as a context, or dropped, before its end: iterations then end,
-    and it has no result, as Cancelled says. Failures are raised by the iteration.
+    It is cancelled when it is closed or dropped, or its context is left, before its end: iterations then end,
+    and `result` raises Cancelled. Failures are raised by the iteration.
     """
 
     def __init__(self, client: Client, pending: PendingRequest) -> None:
@@ -248,7 +263,10 @@ class Generation(GenerationHandle):
         return expect(reply, Event)
 
     def tokens(self) -> Iterator[str]:
-        """The text, piece by piece; the last may be what was kept back for a stop string that never came."""
+        """Yield the text, piece by piece.
+
+        The last may be what was kept back for a stop string that never came.
+        """
         shown = 0
         for event in self:
             if piece := added_text(event, shown):
@@ -256,21 +274,21 @@ class Generation(GenerationHandle):
                 yield piece
 
     def text(self) -> str:
-        """Wait for the end; the whole text."""
+        """Wait for the end, and return the whole text."""
         for _ in self:
             pass
         return self.result.text
 
     def cancel(self) -> None:
-        """Have the daemon end it.
+        """Ask the daemon to end the request.
 
-        Its events go on, up to Cancelled, which the iteration raises, or to its Done if that was first.
+        Its events go on, up to Cancelled, which the iteration raises, or to its Done if that came first.
         `close` does not wait for either.
         """
         self._client._ask_to_cancel(self._pending)
 
     def close(self) -> None:
-        """Cancel it, if it has not ended, and take no more of it."""
+        """Cancel it, if it has not ended, and drop the events that are left."""
         self._client._cancel(self._pending)
 
     def __enter__(self) -> Self:

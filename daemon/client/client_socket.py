@@ -1,4 +1,4 @@
-"""The client's socket: moves frames between a DEALER and the core, and sees the daemon come and go."""
+"""The client's socket: moves frames between a DEALER and the core, and watches the connection."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FULL = "it closed the connection at once: it may have max_connections of them, o
 
 
 class ClientSocket:
-    """The DEALER of one client, and the monitor that tells of its connection.
+    """The DEALER of one client, and the monitor that reports on its connection.
 
     Args:
         core: What frames come from and go to.
@@ -83,7 +83,11 @@ class ClientSocket:
                 self._sending = False
 
     def move(self) -> bool:
-        """Send and take what can be without waiting; True if more may be there to take."""
+        """Send and receive what is possible without waiting.
+
+        Returns:
+            Whether there may be more to receive.
+        """
         if self._core.closed:
             return False
         self._watch()
@@ -104,7 +108,10 @@ class ClientSocket:
                 self._turned_away(event)
 
     def _turned_away(self, event: int) -> None:
-        """libzmq connects again only where the other side closed without a word."""
+        """Report why the handshake failed.
+
+        Only where the other side closed without an error does libzmq connect again.
+        """
         why = WRONG_SERVER if self._keyed else NO_KEY
         final = event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -123,7 +130,7 @@ class ClientSocket:
         return True
 
     def close(self) -> None:
-        """Send what the outbox holds, the last cancels, and close."""
+        """Send what the outbox holds, such as the last cancels, and close."""
         if not self.socket.closed:
             self.flush()
             self.socket.disable_monitor()

@@ -35,16 +35,16 @@ from spilld.protocol.wire import decode, encode
 from .pending_request import PendingRequest
 
 FRESH_S = 1.0
-"""How long it counts that an attempt to connect was ended: others follow within a fifth of that."""
+"""How long a failed attempt to connect counts as current: others follow within a fifth of that."""
 
-LAST_WORDS_S = 0.1
-"""How long what a daemon sent before it went away may still be under way inside libzmq."""
+DRAIN_S = 0.1
+"""How long replies of a daemon that went away may still be queued in libzmq."""
 
 ACKNOWLEDGED = 64
-"""So many events are acknowledged at a time."""
+"""How many events are acknowledged at a time."""
 
 KEPT = 16384
-"""Events of a request that nobody takes are kept here; then it pauses at the daemon."""
+"""How many events of a request are kept until they are taken; then it pauses at the daemon."""
 
 
 class ClientCore:
@@ -65,18 +65,30 @@ class ClientCore:
         self._on_lost = on_lost
         self.connected = False
         self.refused = False
-        """It will not be connected any more."""
-        self._turned_away = "", 0.0  # why, and until when that is worth telling
+        """Whether the daemon does not admit this client; no further attempt is made."""
+        self._turned_away = "", 0.0  # why, and until when that counts as current
         self.closed = False
         self.outbox: deque[list[bytes]] = deque()
         self._pending: dict[str, PendingRequest] = {}
 
     def next_id(self) -> str:
-        """128 random bits: whoever knows the id of a request may cancel it."""
+        """Make a request id: 128 random bits, because whoever knows it may cancel the request."""
         return secrets.token_hex(16)
 
     def start(self, request: Request, now: float, timeout: float | None = None) -> PendingRequest:
-        """Send a request. Raises InvalidRequest or FrameTooLarge before anything is sent."""
+        """Send a request.
+
+        Args:
+            request: The request.
+            now: The time.
+            timeout: After how many seconds it is cancelled; None for never.
+
+        Raises:
+            InvalidRequest: A field is wrong; nothing is sent.
+            FrameTooLarge: The request is too large; nothing is sent.
+            Unreachable: This client is closed.
+            AccessDenied: The daemon does not admit this client.
+        """
         if self.closed:
             raise Unreachable("this client is closed")
         if self.refused:
@@ -89,7 +101,7 @@ class ClientCore:
         return pending
 
     def take(self, pending: PendingRequest, now: float) -> Reply | None:
-        """The next reply; None if there is none yet, or none any more (see `PendingRequest.open`).
+        """Return the next reply; None if there is none yet, or none any more (see `PendingRequest.open`).
 
         Raises:
             SpilldError: What ended the request.
@@ -105,7 +117,7 @@ class ClientCore:
         return None
 
     def _acknowledge(self, pending: PendingRequest) -> None:
-        """Have the daemon go on with a request, if it may have paused it and its events can be kept."""
+        """Acknowledge events, so that the daemon goes on, if that is due and further events can be kept."""
         due = pending.lasts and pending.next_seq - pending.acknowledged >= ACKNOWLEDGED
         if due and pending.open and len(pending.replies) < KEPT:
             pending.acknowledged = pending.next_seq
@@ -114,7 +126,7 @@ class ClientCore:
     def _overdue(self, pending: PendingRequest, now: float) -> SpilldError | None:
         if pending.deadline is not None and now >= pending.deadline:
             pending.replies.clear()
-            return DeadlineExceeded("the timeout of this pending has passed; it was cancelled")
+            return DeadlineExceeded("the timeout of this request has passed; it was cancelled")
         give_up = self._give_up(pending)
         if give_up is None or now < give_up:
             return None
@@ -123,23 +135,23 @@ class ClientCore:
         return self.unreachable(now)
 
     def _give_up(self, pending: PendingRequest) -> float | None:
-        """When the missing connection ends a request."""
+        """When the missing connection ends a request; None for never."""
         if pending.lost_by is not None or self.connected:
             return pending.lost_by
         return pending.connect_by
 
     def wait_s(self, pending: PendingRequest, now: float) -> float | None:
-        """How long `take` can be left alone if no frame arrives; None: for ever."""
+        """Return after how many seconds `take` must be called if no frame arrives; None for never."""
         times = [moment for moment in (pending.deadline, self._give_up(pending)) if moment is not None]
         return max(0.0, min(times) - now) if times else None
 
     def ask_to_cancel(self, pending: PendingRequest) -> None:
-        """Tell the daemon to stop a request that has not ended: it ends with what the daemon says then."""
+        """Ask the daemon to stop a request that has not ended: the daemon's reply ends it."""
         if pending.open:
             self.outbox.append(encode(Cancel(request_id=pending.request_id)))
 
     def cancel(self, pending: PendingRequest, error: SpilldError | None = None) -> None:
-        """Tell the daemon to stop a request that has not ended; it ends here at once. From any thread."""
+        """Ask the daemon to stop a request that has not ended; it ends here at once. From any thread."""
         if pending.open:
             self.ask_to_cancel(pending)
             self._end(pending, error)
@@ -205,7 +217,7 @@ class ClientCore:
         pending.changed()
 
     def connection_made(self) -> None:
-        """The daemon is there, first or again: what lasts is resumed."""
+        """Note that the daemon is there, first or again: generations are resumed."""
         self.connected, self._turned_away = True, ("", 0.0)
         for pending in self._pending.values():
             if pending.lost_by is not None and pending.lasts:
@@ -218,18 +230,24 @@ class ClientCore:
         self.outbox.append(encode(resume))
 
     def connection_lost(self, now: float) -> None:
-        """The daemon is gone; it may come back, and then knows the generations that it had."""
+        """Note that the daemon is gone; if it comes back, it still knows the generations that it had."""
         if not self.connected:  # an attempt to connect has failed, no more
             return
         self.connected = False
         for pending in list(self._pending.values()):
-            pending.lost_by = now + (max(self.reconnect_s, LAST_WORDS_S) if pending.lasts else LAST_WORDS_S)
+            pending.lost_by = now + (max(self.reconnect_s, DRAIN_S) if pending.lasts else DRAIN_S)
             pending.changed()
         if self._on_lost is not None and any(pending.lasts for pending in self._pending.values()):
             self._on_lost(self.reconnect_s)
 
     def turned_away(self, why: str, now: float, *, final: bool) -> None:
-        """Somebody listens, but ended the attempt to connect. final: libzmq makes no other."""
+        """Note that the daemon ended the attempt to connect.
+
+        Args:
+            why: The reason, for an error.
+            now: The time.
+            final: Whether libzmq does not try again.
+        """
         self._turned_away = why, math.inf if final else now + FRESH_S
         if final:
             self.refused = True
@@ -254,7 +272,12 @@ class ClientCore:
         )
 
     def unreachable(self, now: float, waited_s: float | None = None) -> SpilldError:
-        """Why there is no connection. waited_s: for it, if not connect_timeout."""
+        """Make the error that says why there is no connection.
+
+        Args:
+            now: The time.
+            waited_s: How many seconds were waited for it, if not connect_timeout.
+        """
         why, until = self._turned_away
         waited = self.connect_timeout if waited_s is None else waited_s
         if now < until:

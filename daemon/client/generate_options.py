@@ -1,4 +1,4 @@
-"""From what a caller gives to `generate` to the request that is sent."""
+"""Makes the request that is sent of what a caller gives to `generate`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,11 @@ class Options(TypedDict, total=False):
 
 
 def generate_request(request_id: str, tenant: str, prompt: Promptable, options: Options) -> Generate:
-    """The request for what a caller gave to `generate`."""
+    """Make the request of what a caller gave to `generate`.
+
+    Raises:
+        InvalidRequest: The prompt is of another type.
+    """
     rest: dict[str, Any] = dict(options)
     sampling = {name: rest.pop(name) for name in readers(Sampling) if name in rest}
     stop = rest.pop("stop", ())

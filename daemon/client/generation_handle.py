@@ -1,4 +1,4 @@
-"""What both clients' generations say of themselves."""
+"""What the generations of both clients have in common."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class GenerationHandle:
 
     @property
     def id(self) -> str:
-        """With it, `resume` finds this generation again."""
+        """The request's id, by which `resume` finds this generation again."""
         return self._pending.request_id
 
     @property
@@ -30,19 +30,20 @@ class GenerationHandle:
 
     @property
     def begun(self) -> bool:
-        """Whether the daemon has begun with it: then the prompt is part of its session or context, also if it
-        is cancelled.
+        """Whether the daemon has begun with it.
+
+        Then the prompt is part of its session or context, even if it is cancelled.
         """
         return self._pending.begun
 
     @property
     def text_so_far(self) -> str:
-        """What has come of the text, read or not."""
+        """The text that has arrived, read or not."""
         return "".join(self._pending.pieces)
 
 
 def added_text(event: Event, shown: int) -> str:
-    """The text that an event adds to the `shown` characters before it.
+    """Return the text that an event adds to the `shown` characters before it.
 
     The last event may add what was kept back for a stop string that never came.
     """

@@ -1,4 +1,4 @@
-"""What both clients can have the daemon do besides generating."""
+"""What both clients can ask of the daemon besides generating."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Operations:
     """Makes the operations of one client.
 
     Args:
-        tenant: Whose sessions they concern.
+        tenant: The tenant whose sessions they concern.
         next_id: Makes a request id.
     """
 
@@ -44,20 +44,20 @@ class Operations:
         self._next_id = next_id
 
     def hello(self, timeout: float) -> Operation[Welcome]:
-        """What the daemon serves."""
+        """Ask what the daemon serves; see Client.hello."""
         return (yield from ask(Hello(request_id=self._next_id()), Welcome, timeout))
 
     def stats(self) -> Operation[dict[str, object]]:
-        """Counters and gauges by name."""
+        """Ask for counters and gauges by name."""
         return (yield from ask(Stats(request_id=self._next_id()), StatsReply, ASK_S)).values
 
     def release(self, context: str) -> Operation[None]:
-        """Give a context handle back."""
+        """Release a context handle."""
         request = Release(request_id=self._next_id(), tenant=self._tenant, context=context)
         yield from ask(request, Released, CHANGE_S)
 
     def sessions(self) -> Operation[tuple[SessionInfo, ...]]:
-        """The tenant's sessions, by name."""
+        """List the tenant's sessions, ordered by name."""
         request = ListSessions(request_id=self._next_id(), tenant=self._tenant)
         return (yield from ask(request, Sessions, CHANGE_S)).sessions
 

@@ -1,4 +1,4 @@
-"""A request of this client that is in flight, and its replies that nobody has taken yet."""
+"""A request of this client that is in flight, and its replies that were not taken yet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spilld.protocol.messages import (
 
 
 class PendingRequest:
-    """One request and what has come back of it. Times are `time.monotonic()` seconds."""
+    """One request and its replies. Times are `time.monotonic()` seconds."""
 
     def __init__(self, request: Request, *, deadline: float | None, connect_by: float) -> None:
         self.request = request
@@ -38,16 +38,16 @@ class PendingRequest:
 
     @property
     def request_id(self) -> str:
-        """The id of its request."""
+        """The request's id."""
         return self.request.request_id
 
     @property
     def lasts(self) -> bool:
-        """Whether it outlives the connection: the daemon keeps what comes of it."""
+        """Whether it outlives the connection: the daemon keeps its events."""
         return isinstance(self.request, Generate | Resume)
 
     def result(self) -> Done:
-        """The last event.
+        """Return the last event.
 
         Raises:
             SpilldError: What ended the request instead.
@@ -60,7 +60,7 @@ class PendingRequest:
         raise self.error or RuntimeError("there is no result yet: read the generation to its end first")
 
     def note(self, reply: Reply) -> None:
-        """Keep what is to be known of a reply before, or whether or not, it is taken."""
+        """Keep the state that a reply brings, whether or not the reply is taken."""
         match reply:
             case Accepted():
                 self.begun = True
@@ -70,6 +70,6 @@ class PendingRequest:
                 self.done, self.pieces = reply, [text]
 
     def changed(self) -> None:
-        """Tell who waits for it that something has come, or that it has ended."""
+        """Call `on_change`, because a reply has come or the request has ended."""
         if self.on_change is not None:
             self.on_change()

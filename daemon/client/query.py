@@ -1,4 +1,4 @@
-"""What a client asks the daemon for, without a socket: requests come out of an operation, replies go in."""
+"""What a client asks the daemon, without a socket: operations yield requests and are sent replies."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Operation = Generator[Query, Any, T]
 
 
 def expect(reply: Reply | None, kind: type[R]) -> R:
-    """The reply, as of this type.
+    """Check the type of a reply.
 
     Raises:
-        ProtocolError: If it is of another.
+        ProtocolError: It is of another type, or None.
     """
     if not isinstance(reply, kind):
         raise ProtocolError(f"the daemon answered with {type(reply).__name__}, not {kind.__name__}")
@@ -36,5 +36,5 @@ def expect(reply: Reply | None, kind: type[R]) -> R:
 
 
 def ask(request: Request, kind: type[R], timeout_s: float) -> Operation[R]:
-    """The operation of one query: its reply."""
+    """Make the operation of one query, whose result is the reply."""
     return expect((yield Query(request, kind, timeout_s)), kind)

@@ -1,6 +1,6 @@
 """Downloads and uploads the archive of a session, piece by piece.
 
-The client has the file, the daemon never sees its path.
+The client has the file; the daemon never gets its path.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def upload(path: Path, session: str, tenant: str, next_id: NextId) -> Operation[
 
 
 def _put(file: BinaryIO, data: bytes, path: Path) -> None:
-    """Write a piece; none: all of it shall be on disk."""
+    """Write a piece; an empty one syncs the file to disk."""
     try:
         file.write(data)
         if not data:

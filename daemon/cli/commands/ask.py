@@ -74,7 +74,7 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Ask, and show the answer."""
+    """Ask the question, and show the answer."""
     text, question = _asked(options.words)
     with connected(options) as (client, welcome):
         from rich.console import Console
@@ -108,7 +108,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _asked(words: list[str]) -> tuple[str | None, str]:
-    """The text, if there is one, and the question. Raises InvalidRequest, or SpilldError for a file."""
+    """Return the text, if there is one, and the question.
+
+    Raises:
+        InvalidRequest: There is no question, or it is not given as one argument.
+        SpilldError: A file cannot be read.
+    """
     if len(words) > 2:
         raise InvalidRequest('a question of several words needs quotes: spilld ask "Who are you?"')
     if not words or words == ["-"]:
@@ -125,7 +130,12 @@ def _asked(words: list[str]) -> tuple[str | None, str]:
 
 
 def _read(file: str, what: str) -> str:
-    """A text file, or standard input, which whoever types it is told. what: the text is, in a word."""
+    """Read a text file, or standard input, for which a terminal shows a prompt.
+
+    Args:
+        file: The path, or - for standard input.
+        what: What the text is, in a word.
+    """
     name = "standard input" if file == "-" else file
     if file == "-" and sys.stdin.isatty():
         print(f"spilld: type the {what}, then Ctrl-D", file=sys.stderr, flush=True)
@@ -142,14 +152,14 @@ def _read(file: str, what: str) -> str:
 
 
 def _session_info(client: Client, options: argparse.Namespace) -> SessionInfo | None:
-    """The session that is asked, if there is one by now."""
+    """Return the session that is asked, if it exists already."""
     if options.session is None:
         return None
     return next((info for info in client.sessions() if info.name == options.session), None)
 
 
 def _is_chat(known: SessionInfo | None, welcome: Welcome, options: argparse.Namespace) -> bool:
-    """Whether to ask by a message: if the session holds some, or, for what is new, the model takes them."""
+    """Whether to ask by a message: if the session holds messages or, if it is new, the model takes them."""
     if known is not None:
         if known.chat and options.raw:
             raise InvalidRequest(

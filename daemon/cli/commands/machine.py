@@ -1,4 +1,4 @@
-"""spilld check, doctor and demo: what needs the engine, and no daemon."""
+"""spilld check, doctor and demo: commands that need the engine, and no daemon."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
 
 
 def check(options: argparse.Namespace) -> int:
-    """Verify what is stored; 1 if something is wrong."""
+    """Verify what is stored; the exit status is 1 if something is damaged."""
     from spilld.cli.tables import check
 
     config = Config.load(options.config, {"state": options.state})
@@ -50,7 +50,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def doctor(options: argparse.Namespace) -> None:
-    """Say what this machine has and how fast it is."""
+    """Print what this machine has and how fast it is."""
     with engine_imports():
         from spilld.cli.doctor import examine
 
@@ -61,7 +61,7 @@ def doctor(options: argparse.Namespace) -> None:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Run the main job, and show it."""
+    """Run the demo; its exit status."""
     with engine_imports():
         from spilld.demo.demo import demo
 

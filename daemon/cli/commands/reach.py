@@ -23,7 +23,7 @@ PATIENCE_S = 2.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where the daemon is and who asks."""
+    """Add the options that say where the daemon is and who the client is."""
     group = parser.add_argument_group("the daemon")
     group.add_argument("--address", help="where it listens (default: its socket in your runtime directory)")
     group.add_argument(
@@ -47,12 +47,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def connected(options: argparse.Namespace) -> Iterator[tuple[Client, Welcome]]:
-    """A client, and what its daemon serves.
+    """Connect to a daemon: a client, and what the daemon serves.
 
-    What it asked is cancelled when the context ends, by a signal, too.
+    What the client asked is cancelled when the context ends, by a signal, too.
 
     Raises:
-        Unreachable: If no daemon serves within --wait seconds.
+        Unreachable: No daemon serves within --wait seconds.
     """
     with ended_by_signals():
         began = time.monotonic()
@@ -87,7 +87,11 @@ def _connect(options: argparse.Namespace) -> Client:
 
 
 def reach(client: Client, wait: float) -> None:
-    """Wait for a daemon that was there before, and say so. Raises Unreachable after `wait` seconds."""
+    """Wait for a daemon that was there before, and say so.
+
+    Raises:
+        Unreachable: It is not back within `wait` seconds.
+    """
     try:
         client.reach(0.0)
     except Unreachable:
@@ -100,7 +104,13 @@ def _lost(wait: float) -> None:
 
 
 def _greet(client: Client, give_up: float, waiting: str) -> Welcome:
-    """A daemon listens while it starts, and answers once it serves. waiting: said then, if anything."""
+    """Wait for the daemon's answer: it listens while it starts, and answers once it serves.
+
+    Args:
+        client: A connected client.
+        give_up: When to give up, in seconds of time.monotonic().
+        waiting: What is printed when the answer takes longer; empty for nothing.
+    """
     try:
         return client.hello(PATIENCE_S)
     except DeadlineExceeded:

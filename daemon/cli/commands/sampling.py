@@ -1,4 +1,4 @@
-"""How an answer is chosen, and how long it may be: options of every command that asks for one."""
+"""Options of every command that asks for an answer: how it is sampled, how long it may be."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 
 
 def add_sampling(parser: argparse.ArgumentParser, temperature: float) -> None:
-    """temperature: the command's default."""
+    """Add the options to a parser.
+
+    Args:
+        parser: The command's.
+        temperature: The command's default.
+    """
     parser.add_argument(
         "--max-tokens", type=int, default=512, metavar="N", help="the longest answer (default: %(default)s)"
     )
@@ -41,7 +46,7 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float) -> None:
 
 
 def sampling(given: argparse.Namespace) -> Options:
-    """The options of `generate` that were given."""
+    """Return the given options as those of `generate`."""
     return {
         "max_tokens": given.max_tokens,
         "temperature": given.temperature,

@@ -40,7 +40,10 @@ def add(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Errors go to the log where machines read it, else, as of every command, they are said in one line."""
+    """Run the daemon; the exit status.
+
+    Errors go to the log if that is for machines; otherwise they are printed in one line, as by every command.
+    """
     faulthandler.enable(2)  # systemd ends a daemon that hangs by SIGABRT: the log then says where it was
     values = given(options)
 

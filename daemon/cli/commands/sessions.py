@@ -67,7 +67,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _change(client: Client, options: argparse.Namespace) -> None:
-    """Do what is asked, if anything. Raises ContextNotFound."""
+    """Do what is asked, if anything.
+
+    Raises:
+        ContextNotFound: There is no such session.
+    """
     from spilld.cli.tables import export_session, import_session
 
     if options.action in ("export", "import"):

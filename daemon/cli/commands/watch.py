@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
 
 
 def stats(options: argparse.Namespace) -> None:
-    """Show how full the tiers are."""
+    """Show the daemon's counters, and how full its tiers are."""
     with connected(options) as (client, welcome):
         from spilld.cli.tables import stats
 
@@ -36,7 +36,7 @@ def stats(options: argparse.Namespace) -> None:
 
 
 def top(options: argparse.Namespace) -> None:
-    """Show it live."""
+    """Show the same live."""
     if not options.every > 0:
         raise InvalidRequest(f"--every is {options.every:g}; allowed: seconds above 0")
     with connected(options) as (client, welcome):
