@@ -37,7 +37,7 @@ from .pending_request import PendingRequest
 FRESH_S = 1.0
 """How long a failed attempt to connect counts as current: others follow within a fifth of that."""
 
-DRAIN_S = 0.1
+QUEUED_S = 0.1
 """How long replies of a daemon that went away may still be queued in libzmq."""
 
 ACKNOWLEDGED = 64
@@ -235,7 +235,7 @@ class ClientCore:
             return
         self.connected = False
         for pending in list(self._pending.values()):
-            pending.lost_by = now + (max(self.reconnect_s, DRAIN_S) if pending.lasts else DRAIN_S)
+            pending.lost_by = now + (max(self.reconnect_s, QUEUED_S) if pending.lasts else QUEUED_S)
             pending.changed()
         if self._on_lost is not None and any(pending.lasts for pending in self._pending.values()):
             self._on_lost(self.reconnect_s)

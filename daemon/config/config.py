@@ -1,7 +1,7 @@
 """The configuration: defaults, a TOML file, and what the command line overrides.
 
 Each setting says here, and nowhere else, what it holds and what it is for: `spilld serve --help` and
-systemd/spilld.toml (settings.py) are made of it.
+systemd/spilld.toml (settings.py) are made from it.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ WEIGHTS = ("auto", "bf16", "int8", "int4")
 is no copy: what `dtype` says. With device "cuda" and a torch that finds the GPU, auto is bf16, on the GPU."""
 
 DEVICES = ("cpu", "cuda")
-"""What has windows, the hottest records and, if torch can, the weights that are not packed."""
+"""Where windows, cached records and, if torch can, the weights that are not packed lie."""
 
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def _folder(service_variable: str, user_variable: str, fallback: str) -> Path:
-    """What systemd made for the service, else the XDG directory of the user."""
+    """Return the directory that systemd made for the service, else the user's XDG directory."""
     if given := os.environ.get(service_variable):
         return Path(given.split(":")[0])
     base = Path(os.environ.get(user_variable, ""))
@@ -83,7 +83,7 @@ class SettingHelp:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Sizes in bytes, times in seconds."""
+    """All settings. Sizes are in bytes, times in seconds."""
 
     model: Annotated[
         str,
@@ -330,9 +330,15 @@ class Config:
 
     @classmethod
     def load(cls, path: Path | None = None, overrides: Mapping[str, object] | None = None) -> Config:
-        """The defaults, changed by a TOML file, changed by `overrides`; an override of None is one not given.
+        """Load the defaults, changed by a TOML file, changed by `overrides`.
 
-        Raises ConfigError that names the key, its value, what is allowed, and the line if it is in the file.
+        Args:
+            path: The file; None for none.
+            overrides: Values by setting; None is a value that is not given.
+
+        Raises:
+            ConfigError: A setting is unknown or a value does not fit. It names the key, its value, what is
+                allowed, and the line if it is in the file.
         """
         file = TomlFile(path) if path is not None else None
         given = {name: value for name, value in (overrides or {}).items() if value is not None}

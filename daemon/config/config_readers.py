@@ -1,4 +1,4 @@
-"""How the values of settings are read: sizes, folders, addresses."""
+"""Readers of the values of settings: sizes, folders, addresses."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _LARGEST = 2**63 - 1
 class Bytes(FieldReader):
     """A number of bytes: a whole number, or a string such as "8G", "512 MiB" or "1.5TB".
 
-    K, M, G and T are powers of 1024, as KiB to TiB are, and as systemd and llama.cpp have it; with a B alone,
-    KB to TB, powers of 1000. Small letters do as well.
+    K, M, G and T are powers of 1024, as KiB to TiB are, and as in systemd and llama.cpp; with a B alone, KB
+    to TB, they are powers of 1000. Small letters are accepted as well.
     """
 
     def read(self, value: object, name: str) -> int:
-        """The value in the setting's type. Raises FieldError or ConfigError."""
+        """See FieldReader.read."""
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if type(value) is int and 0 <= value <= _LARGEST:
@@ -44,7 +44,7 @@ class FolderPath(FieldReader):
     """A full path; ~ is the home directory."""
 
     def read(self, value: object, name: str) -> Path:
-        """The value in the setting's type. Raises FieldError or ConfigError."""
+        """See FieldReader.read."""
         path = Path(os.path.expanduser(value) if isinstance(value, str | Path) else "")  # noqa: PTH111 (never raises)
         if path.is_absolute():
             return path
@@ -53,10 +53,10 @@ class FolderPath(FieldReader):
 
 @dataclass(frozen=True)
 class ListenAddress(FieldReader):
-    """ipc:// and a path, or tcp:// and an endpoint."""
+    """An address to listen at: ipc:// and a path, or tcp:// and an endpoint."""
 
     def read(self, value: object, name: str) -> str:
-        """The value in the setting's type. Raises FieldError or ConfigError."""
+        """See FieldReader.read. Raises ConfigError for another form of address."""
         return check_address(Text(1).read(value, name), keyed=True)
 
 
@@ -65,5 +65,5 @@ class MetricsEndpoint(FieldReader):
     """HOST:PORT on the loopback."""
 
     def read(self, value: object, name: str) -> str:
-        """The value in the setting's type. Raises FieldError or ConfigError."""
+        """See FieldReader.read. Raises ConfigError for anything but a loopback endpoint."""
         return check_endpoint(Text(1).read(value, name))

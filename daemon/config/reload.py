@@ -26,13 +26,20 @@ SAFE = (
 
 
 class Reload:
-    """Call it to read the configuration again: what changed is applied if it is SAFE, and named in the log.
+    """Reads the configuration again when it is called.
 
-    One that cannot be read changes nothing; the error is logged.
+    What changed is applied if it is in SAFE, and named in the log. A configuration that cannot be read
+    changes nothing; the error is logged.
     """
 
     def __init__(self, config: Config, read: Callable[[], Config], apply: Callable[[Config], None]) -> None:
-        """config: what the daemon runs with. apply is given it anew, with what is SAFE changed."""
+        """Prepare to reload.
+
+        Args:
+            config: What the daemon runs with.
+            read: Reads the configuration; raises ConfigError.
+            apply: Called with the running configuration, in which settings of SAFE have their new values.
+        """
         self._config = config
         self._read = read
         self._apply = apply

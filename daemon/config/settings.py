@@ -1,4 +1,4 @@
-"""Every setting of Config: as an option of the command line, and as a line of a file."""
+"""Every setting of Config, as an option of the command line and as a line of a file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of Config. default: None if it is unset, or depends on who runs the daemon."""
+    """One field of Config. default: None if it is unset, or depends on the daemon's user."""
 
     name: str
     reader: FieldReader
@@ -43,8 +43,9 @@ class Setting:
     default: object
 
     def parse(self, text: str) -> object:
-        """What an option of the command line says, as TOML would have it; the text where it is none of
-        that, for the reader to refuse.
+        """Convert the text of an option to the type that TOML would have.
+
+        A text that cannot be converted is returned as it is, for the reader to refuse.
         """
         kinds: dict[type[FieldReader], Callable[[str], object]] = {Flag: json.loads, Int: int, Real: float}
         try:
@@ -53,7 +54,7 @@ class Setting:
             return text
 
     def toml(self, value: object) -> str:
-        """A value as it is written in a file."""
+        """Write a value as it is in a file."""
         if isinstance(self._inner, Bytes) and type(value) is int:
             return size_text(value)
         return json.dumps(value)
@@ -72,7 +73,7 @@ class Setting:
 
     @property
     def help(self) -> str:
-        """A sentence, and the default."""
+        """The first sentence, and the default."""
         if self.default is not None:
             return f"{self.about.sentence} (default: {self.toml(self.default).strip(chr(34))})"
         _, found, unset = self.about.text.partition("Unset: ")
@@ -80,7 +81,7 @@ class Setting:
 
     @property
     def lines(self) -> Iterator[str]:
-        """It in the file: what it is for, then the default, or an example that is commented out."""
+        """The lines in the file: its help, then the default, or an example that is commented out."""
         yield from _comment(self.about.text)
         if self.default is not None:
             yield f"{self.name} = {self.toml(self.default)}"
@@ -93,7 +94,7 @@ class Setting:
 
 
 def settings() -> list[Setting]:
-    """In the order of Config."""
+    """Return all settings, in the order of Config."""
     hints = get_type_hints(Config, include_extras=True)
     found = []
     for each in fields(Config):
@@ -103,7 +104,7 @@ def settings() -> list[Setting]:
 
 
 def file_text() -> str:
-    """A file that shows every setting with its default: systemd/spilld.toml is it."""
+    """Write a file that shows every setting with its default, such as systemd/spilld.toml."""
     safe = f"{', '.join(SAFE[:-1])} and {SAFE[-1]}"
     head = [line for part in HEAD for line in _comment(part.format(safe=safe))]
     parts = [head, *(list(setting.lines) for setting in settings())]
@@ -111,7 +112,7 @@ def file_text() -> str:
 
 
 def size_text(nbytes: int) -> str:
-    """A number of bytes in TOML: in the largest binary unit of which it is a whole number."""
+    """Write a number of bytes for TOML: in the largest binary unit of which it is a multiple."""
     for unit, size in reversed(BINARY.items()):
         if nbytes and nbytes % size == 0:
             return f'"{nbytes // size}{unit}iB"'
@@ -130,6 +131,6 @@ def _comment(text: str) -> list[str]:
 
 
 def given(options: Any) -> dict[str, object]:
-    """What parsed options say of each setting, as overrides of Config.load."""
+    """Return the settings that are among parsed options, as overrides for Config.load."""
     texts = {setting: getattr(options, setting.name) for setting in settings()}
     return {each.name: None if text is None else each.parse(text) for each, text in texts.items()}

@@ -1,7 +1,7 @@
-"""The main job, shown: a document whose KV does not fit in fast memory, and two questions about it.
+"""The demo: a document whose KV does not fit in fast memory, and two questions about it.
 
-The demo runs a daemon of its own in a temporary folder, with at most 20 % of the KV in the device
-budget and 25 % in the host budget, so that the rest must lie on disk.
+It runs a daemon of its own in a temporary folder, with at most 20 % of the KV in the device budget and 25 %
+in the host budget, so that the rest must be on disk.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SLACK_BYTES = 200 * 2**20
 
 @dataclass
 class Outcome:
-    """What --json prints."""
+    """The results, which --json prints."""
 
     context_tokens: int
     needle_found: bool
@@ -74,25 +74,37 @@ class Shape:
 
     @classmethod
     def of(cls, folder: Path) -> Shape:
-        """The shape of a model folder's KV."""
+        """Read the shape of the KV from a model folder."""
         config = json.loads((folder / "config.json").read_text("utf-8"))
         heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         return cls(config["num_hidden_layers"], config["num_key_value_heads"], head_dim)
 
     def window_bytes(self, element: Element, tokens: int = WINDOW_TOKENS) -> int:
-        """What a window of so many tokens takes."""
+        """Return the size of a window of so many tokens, in bytes."""
         return tokens * 2 * self.layers * self.kv_heads * self.head_dim * element.nbytes
 
     def kv_bytes(self, tokens: int, form: Format, element: Element) -> int:
-        """Device and records of a context: exact numbers for sinks and window, records for the rest."""
+        """Return the size of a context: exact numbers for sinks and window, records for the rest."""
         stored = max(0, boundary(tokens - 1) - SINKS) // BLOCK
         column = self.layers * Layout(form, element, self.kv_heads, self.head_dim).record_bytes
         return self.window_bytes(element, tokens - stored * BLOCK) + stored * column
 
 
 def demo(tokens: int, as_json: bool, verify: bool) -> int:
-    """Run it; 0 if the pass key was found (and, with verify, the tokens equal transformers')."""
+    """Run the demo.
+
+    Args:
+        tokens: Length of the document.
+        as_json: Whether to print the outcome as one JSON object at the end.
+        verify: Whether to compare with plain transformers.
+
+    Returns:
+        The exit status: 0 if the pass key was found and, with verify, the tokens equal those of transformers.
+
+    Raises:
+        InvalidRequest: `tokens` is too small or too large.
+    """
     console = Console(stderr=as_json)
     cache = Config().cache
     console.print(
@@ -112,7 +124,11 @@ def demo(tokens: int, as_json: bool, verify: bool) -> int:
 
 
 def document(folder: Path, tokens: int) -> list[int]:
-    """Token ids of Python's own documentation, a pass key in the middle, a question at the end."""
+    """Make token ids of Python's own documentation, a pass key in the middle, a question at the end.
+
+    Raises:
+        InvalidRequest: The documentation is shorter, or `tokens` leave no room for the question.
+    """
     from spilld.tokenizer.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(folder)
@@ -166,7 +182,11 @@ def main_job(folder: Path, prompt: Sequence[int], console: Console) -> Outcome:
 
 
 def budgets(folder: Path, tokens: int, form: Format, element: Element) -> dict[str, Any]:
-    """Settings of a daemon whose device holds one window and whose host memory 25 % of the KV."""
+    """Make settings of a daemon whose device has room for one window, and host memory for 25 % of the KV.
+
+    Raises:
+        InvalidRequest: A window is more than 20 % of the KV.
+    """
     shape = Shape.of(folder)
     needed, window = shape.kv_bytes(tokens, form, element), shape.window_bytes(element)
     if window > 0.20 * needed:
@@ -182,7 +202,7 @@ def budgets(folder: Path, tokens: int, form: Format, element: Element) -> dict[s
 
 
 def second_question(client: Client, first: Done, console: Console) -> tuple[Done, float]:
-    """The answer, and the seconds until its first token."""
+    """Ask the second question: the answer, and the seconds until its first token."""
     asked = time.monotonic()
     ttft = 0.0
     stream = client.generate(SECOND, context=first.context, max_tokens=ANSWER_TOKENS, stop=["."])
@@ -195,13 +215,13 @@ def second_question(client: Client, first: Done, console: Console) -> tuple[Done
 
 
 def decode_ms(*answers: Done) -> float:
-    """Mean time of a decode step; the first token of each answer came with the prefill."""
+    """Return the mean time of a decode step; the first token of each answer came with the prefill."""
     steps = sum(answer.usage.generated_tokens - 1 for answer in answers)
     return sum(answer.usage.decode_ms for answer in answers) / max(1, steps)
 
 
 def matches(folder: Path, prompt: Sequence[int], console: Console) -> bool:
-    """Whether the answer and 64 tokens more, over the same split of tiers, are plain transformers' own."""
+    """Whether the answer and 64 tokens more equal those of plain transformers, with the same budgets."""
     count = ANSWER_TOKENS + VERIFIED_TOKENS
     settings = budgets(folder, len(prompt), Format.EXACT, Element.FLOAT32)
     with spawned(settings) as process, Client(process.address) as client:
@@ -216,7 +236,7 @@ def matches(folder: Path, prompt: Sequence[int], console: Console) -> bool:
 
 
 def tiers_table(outcome: Outcome, settings: dict[str, Any]) -> Table:
-    """KV bytes per tier after the first answer."""
+    """Make a table of KV bytes per tier after the first answer."""
     table = Table("tier", "KV", "share", "budget", title="where the KV lies")
     total = sum(outcome.kv_bytes.values())
     for tier, count in outcome.kv_bytes.items():
@@ -228,7 +248,7 @@ def tiers_table(outcome: Outcome, settings: dict[str, Any]) -> Table:
 def memory_parts(
     settings: dict[str, Any], folder: Path, workspace_bytes: int, staging_bytes: int
 ) -> dict[str, int]:
-    """What the daemon may use: the sum bounds its peak memory."""
+    """Return what the daemon may use, in bytes: the sum bounds its peak memory."""
     return {
         "interpreter with torch, transformers, numba": import_rss_bytes(),
         "weights, and those that are packed": sum(
@@ -243,7 +263,7 @@ def memory_parts(
 
 
 def memory_table(outcome: Outcome, parts: dict[str, int]) -> Table:
-    """What the daemon's memory is made of."""
+    """Make a table of the parts of the daemon's memory."""
     table = Table("memory", "bytes", title="the daemon's peak memory")
     for name, count in parts.items():
         table.add_row(name, size(count), end_section=name == "slack")

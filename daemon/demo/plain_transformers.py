@@ -1,8 +1,9 @@
-"""The reference model: plain transformers in a process of its own, what spilld is compared with.
+"""The reference for comparisons: plain transformers in a process of its own.
 
-    python -m spilld.demo.plain_transformers FOLDER DTYPE COUNT < tokens.json
+    python -m spilld.demo.plain_transformers FOLDER DTYPE COUNT THREADS < tokens.json
 
-prints one JSON object: the COUNT greedy tokens after the prompt (end-of-text ignored), and the times.
+prints one JSON object: the COUNT greedy tokens after the prompt (end-of-text ignored), and the times. THREADS
+0 is torch's default.
 """
 
 from __future__ import annotations
@@ -28,7 +29,18 @@ class Greedy:
 
 
 def greedy(folder: Path, dtype: str, prompt: Sequence[int], count: int, threads: int | None = None) -> Greedy:
-    """Run it in a child. Raises CalledProcessError."""
+    """Generate greedily in a child process.
+
+    Args:
+        folder: The model folder.
+        dtype: "float32" or "bfloat16".
+        prompt: Token ids.
+        count: How many tokens to generate.
+        threads: Of torch; None for its default.
+
+    Raises:
+        CalledProcessError: The child failed.
+    """
     command = [sys.executable, "-m", __name__, str(folder), dtype, str(count), str(threads or 0)]
     child = subprocess.run(
         command, input=json.dumps(list(prompt)), capture_output=True, text=True, check=True
@@ -37,7 +49,7 @@ def greedy(folder: Path, dtype: str, prompt: Sequence[int], count: int, threads:
 
 
 def greedy_tokens(module: Any, prompt: Sequence[int]) -> Iterator[int]:
-    """The tokens that a transformers model goes on with, over its own cache, without end."""
+    """Yield the greedy tokens after a prompt, over transformers' own cache, without end."""
     import torch
 
     cache, tokens = None, torch.tensor([list(prompt)])

@@ -17,22 +17,29 @@ from spilld.client.client import Client
 from spilld.errors import DeadlineExceeded, InternalError, Unreachable
 
 START_S = 600.0
-"""For a first start on a busy machine, which compiles kernels. One that ends is not waited for."""
+"""Seconds for a first start on a busy machine, which compiles kernels; less if the process ends."""
 STOP_S = 30.0
 
 
 class Process(Protocol):
-    """As subprocess.Popen."""
+    """A child process, as subprocess.Popen has it."""
 
     @property
     def pid(self) -> int:
         """Its process id."""
 
     def poll(self) -> int | None:
-        """Its exit status; None while it runs."""
+        """Return its exit status; None while it runs."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end. Raises subprocess.TimeoutExpired."""
+        """Wait for its end.
+
+        Args:
+            timeout: How long, in seconds; None for ever.
+
+        Raises:
+            TimeoutExpired: It has not ended by then; subprocess.TimeoutExpired.
+        """
 
     def send_signal(self, sig: int) -> None:
         """Send it a signal, if it runs."""
@@ -43,7 +50,7 @@ Start = Callable[[Sequence[str], Path], Process]
 
 
 def command(arguments: Sequence[str], log: Path) -> Process:
-    """As a command of its own."""
+    """Run `spilld` as a command of its own, with its output in a log."""
     with log.open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "spilld", *arguments],
@@ -79,10 +86,15 @@ class Spawned:
 def spawned(
     settings: Mapping[str, object], key: Path | None = None, start: Start = command
 ) -> Iterator[Spawned]:
-    """A running daemon with these settings (names as in Config); it has ended when the context has. key: a
-    client's key file, where the daemon has keys.
+    """Run a daemon with these settings; it has ended when the context has.
 
-    Raises InternalError with the end of its log if it does not start.
+    Args:
+        settings: Values by the names of Config.
+        key: A client's key file, where the daemon has keys.
+        start: Starts the process.
+
+    Raises:
+        InternalError: It does not start; the error has the end of its log.
     """
     with tempfile.TemporaryDirectory(prefix="spilld-") as folder:
         options = {"state": f"{folder}/state", "listen": f"ipc://{folder}/socket", **settings}
@@ -119,7 +131,7 @@ def _end(process: Process) -> None:
 
 
 def import_rss_bytes() -> int:
-    """Peak memory of an interpreter that has imported torch, transformers and numba as the daemon does."""
+    """Measure the peak memory, in bytes, of an interpreter with the imports of the daemon."""
     code = (
         "from spilld.models.frameworks import import_frameworks; import_frameworks(); "
         "import numba, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"

@@ -1,4 +1,4 @@
-"""A model folder's chat template, rendered by a process that is ended where it takes too much."""
+"""A model folder's chat template, rendered by a process that is killed if it takes too much."""
 
 from __future__ import annotations
 
@@ -25,37 +25,44 @@ from .template_process import (
 )
 
 WALL_S = 30.0
-"""A rendering has ended by then on any machine, or never will: CPU_S ends it before."""
+"""Seconds after which a rendering is killed; CPU_S normally ends it before."""
 
 
 class ChatTemplate:
-    """Any thread may render; one at a time does.
+    """Renders a chat template in a child process, for any thread, one rendering at a time.
 
-    The process starts with the first rendering or with `start`, and anew after it had to be ended.
+    The process starts with the first rendering or with `start`, and again after it had to be killed.
     """
 
     def __init__(self, source: str, variables: Mapping[str, str], control: Mapping[str, str]) -> None:
-        """As Renderer."""
+        """Keep the arguments of Renderer, for when the process starts."""
         self._setup = pack({"source": source, "variables": variables, "control": control})
         self._lock = threading.Lock()
         self._running: _Process | None = None
 
     def start(self) -> None:
-        """Have the process begin, without waiting for it."""
+        """Start the process, without waiting for it."""
         with self._lock:
             self._process()
 
     def close(self) -> None:
-        """End the process, whatever it does: a rendering under way raises Draining."""
+        """Kill the process: a rendering that runs raises Draining."""
         if (running := self._running) is not None:
             running.kill()
 
     def render(self, turns: Sequence[tuple[str, str]], mode: Mode, most: int) -> str:
-        """The prompt that the template makes of (role, content), with the stand-in of each control token that
-        the template itself writes.
+        """Make the prompt of a conversation, with stand-ins for control tokens that the template writes.
 
-        Raises PromptTooLong beyond `most` characters, or InvalidRequest where the template refuses the
-        messages, fails, or takes more than it may.
+        Args:
+            turns: (role, content) of each message.
+            mode: Where the prompt ends.
+            most: How many characters it may have.
+
+        Raises:
+            PromptTooLong: The prompt has more than `most` characters.
+            InvalidRequest: The template refuses the messages, fails, or takes more time or memory than it
+                may.
+            Draining: The process was killed by `close`.
         """
         request = pack({"turns": turns, "mode": mode, "most": most})
         with self._lock:
@@ -88,8 +95,11 @@ class _Process:
         self._finalizer = weakref.finalize(self, _end, self._process, self._link)
 
     def ask(self, request: bytes, most: int) -> Mapping[str, Any]:
-        """Raises OSError where the process has ended or takes too long, ValueError where it speaks nonsense
-        or of more than `most` bytes.
+        """Send a request and wait for its answer.
+
+        Raises:
+            OSError: The process has ended or takes too long.
+            ValueError: Its answer is malformed or has more than `most` bytes.
         """
         deadline = time.monotonic() + WALL_S
         self._link.settimeout(WALL_S)
@@ -112,7 +122,7 @@ class _Process:
         self._process.kill()
 
     def end(self) -> int:
-        """Its exit code."""
+        """Kill the process and return its exit code."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(0.2)  # what ended it may be the kernel, just now
         self._finalizer()

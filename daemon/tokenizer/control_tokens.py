@@ -1,8 +1,7 @@
-"""Control tokens in texts: those that a chat template writes begin and end turns, those that people write are
-text like any other.
+"""Control tokens in texts: those that a chat template writes count, those in messages are plain text.
 
-In a text on its way to the tokenizer each control token has a stand-in, a string that nobody can know; what
-looks like a control token there is none.
+In a text on its way to the tokenizer each control token has a stand-in, a string that no client can know;
+what looks like a control token there is plain text.
 """
 
 from __future__ import annotations
@@ -20,29 +19,27 @@ _PRIVATE = frozenset(map(chr, range(0xE000, 0xF900)))
 
 
 class Marks:
-    """Two characters around each control token in what people wrote, which stay with it whatever a template
-    does with the text.
-    """
+    """Two characters around each control token in messages, kept by whatever a template does to the text."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        """For a rendering of these texts, in which they do not occur."""
+        """Choose marks for a rendering of these texts, in which they do not occur."""
         used = set[str]().union(*texts)
         self.begin, self.end, self.tag = random.sample(sorted(_PRIVATE - used), 3)
 
     def on_left(self, text: str, index: int) -> bool:
-        """Whether the mark ends at this index of a text."""
+        """Whether the begin mark ends at this index of a text."""
         return text.endswith((self.begin, _escaped(self.begin)), 0, index)
 
     def on_right(self, text: str, index: int) -> bool:
-        """Whether the mark begins at this index of a text."""
+        """Whether the end mark begins at this index of a text."""
         return text.startswith((self.end, _escaped(self.end)), index)
 
     def remove_tag(self, text: str) -> str:
-        """With the space behind it, where a template wrote the message twice."""
+        """Remove each tag with the space behind it, where a template wrote the message twice."""
         return text.replace(self.tag + " ", "").replace(_escaped(self.tag) + " ", "")
 
     def remove(self, text: str) -> str:
-        """Also where a template wrote a text as JSON or as Python does."""
+        """Remove the marks, also where a template wrote a text as JSON or as a Python literal."""
         for mark in (self.begin, self.end):
             text = text.replace(mark, "").replace(_escaped(mark), "")
         return text
@@ -53,10 +50,14 @@ def _escaped(mark: str) -> str:
 
 
 class ControlTokens:
-    """The control tokens of a vocabulary."""
+    """The control tokens of a vocabulary, each with its stand-in."""
 
     def __init__(self, stand_ins: Mapping[str, str]) -> None:
-        """stand_ins: of each control token."""
+        """Compile the patterns that find control tokens.
+
+        Args:
+            stand_ins: The stand-in of each control token.
+        """
         self._stand_ins = stand_ins
         self._longest = max(map(len, stand_ins), default=0)
         expression = _any_of(stand_ins)
@@ -64,7 +65,7 @@ class ControlTokens:
         self._in_any_case = re.compile(expression, re.IGNORECASE)
 
     def parse(self, text: str) -> str:
-        """The text with the stand-in of every control token in it."""
+        """Replace every control token in a text by its stand-in."""
         parts, at = [], 0
         while at < len(text):
             found = self._pattern.search(text, at, at + PIECE + self._longest)
@@ -77,13 +78,18 @@ class ControlTokens:
         return "".join(parts)
 
     def mark(self, text: str, marks: Marks) -> str:
-        """What somebody wrote, with marks around its control tokens, in upper and lower case: a template may
-        change that.
+        """Put marks around the control tokens in a message, in upper and lower case.
+
+        A template may change the case.
         """
         return self._in_any_case.sub(lambda found: marks.begin + found[0] + marks.end, text)
 
     def settle(self, text: str, marks: Marks) -> str:
-        """What a template made of marked texts, with stand-ins for the control tokens that it wrote."""
+        """Turn a rendering of marked texts into a prompt.
+
+        The control tokens that the template wrote become stand-ins; those with marks stay text, without the
+        marks.
+        """
 
         def settled(found: re.Match[str]) -> str:
             written = marks.on_left(text, found.start()) or marks.on_right(text, found.end())
@@ -93,7 +99,7 @@ class ControlTokens:
 
 
 def _any_of(names: Iterable[str]) -> str:
-    """A regular expression for the longest of these names. As a trie: there may be thousands."""
+    """Make a regular expression for the longest of these names, as a trie: there may be thousands."""
     trie: dict[str, Any] = {}
     for name in names:
         node = trie

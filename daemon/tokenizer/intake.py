@@ -15,7 +15,7 @@ LONG = 1 << 16
 """Characters of a text that takes more than some milliseconds to tokenise."""
 
 KINDS = ("short", "long", "chat")
-"""What is prepared, each kind in a thread of its own: short texts wait for no long one and no template."""
+"""Kinds of preparation, each with a thread of its own: short texts do not wait for long ones or templates."""
 
 Act = Callable[[], None]
 
@@ -29,8 +29,11 @@ class _Preparation:
 
 
 class Intake:
-    """Prepares the requests of a client in order, one at a time, and those of different clients beside each
-    other. `deliver` is given, in that order, what is then to be done in the engine's thread.
+    """Prepares the requests of a client in order, one at a time, and those of several clients concurrently.
+
+    Args:
+        deliver: Given, in that order, the acts to be done in the engine's thread. It is called from several
+            threads, under the intake's lock, and must not block.
     """
 
     def __init__(self, deliver: Callable[[Act], None]) -> None:
@@ -38,18 +41,25 @@ class Intake:
         self._pools = {kind: ThreadPoolExecutor(1, f"spilld-{kind}") for kind in KINDS}
         self._lock = threading.Lock()
         self._waiting: dict[bytes, deque[_Preparation]] = {}
-        """Of each client that has any; the first runs, or is next."""
+        """Preparations of each client that has any; the first runs, or is next."""
         self._requests: dict[str, tuple[bytes, str]] = {}
-        """Client and tenant of each that is to be prepared."""
+        """Client and tenant of each request that is to be prepared."""
         self._cancelled: set[str] = set()
         self._stopped = False
 
     def prepare(
         self, client: bytes, request: Generate, run: Callable[[], Act | None], on_cancel: Act
     ) -> None:
-        """Have `run` prepare a request; what it returns is delivered, if the request was not cancelled
-        meanwhile. Nothing once the intake has stopped. InvalidRequest for an id that is here already, of a
-        client that has gone.
+        """Queue the preparation of a request. Nothing happens once the intake has stopped.
+
+        Args:
+            client: Whose request it is.
+            request: The request.
+            run: Prepares it; what it returns, if anything, is delivered.
+            on_cancel: Delivered instead if the request was cancelled meanwhile.
+
+        Raises:
+            InvalidRequest: A request with this id is being prepared, for a client that has gone.
         """
         with self._lock:
             if self._stopped:
@@ -62,8 +72,13 @@ class Intake:
             self._queue(client, _Preparation(kind_of(request), run, request.request_id, on_cancel))
 
     def in_turn(self, client: bytes, act: Act, about: str | None = None) -> None:
-        """Deliver something once what the client sent before is delivered, and the request that it is about,
-        whosever that is.
+        """Deliver an act once all that the client sent before is delivered.
+
+        Args:
+            client: The client.
+            act: The act.
+            about: The id of a request that it is about, which may be another client's; it is then delivered
+                after that request, too.
         """
         with self._lock:
             if about in self._requests:
@@ -74,14 +89,20 @@ class Intake:
                 self._deliver(act)
 
     def compose(self, run: Act) -> None:
-        """Have the prompt of a chat made whose request was delivered already."""
+        """Prepare the prompt of a chat whose request was delivered already."""
         with self._lock:
             if not self._stopped:
                 self._pools["chat"].submit(run)
 
     def cancel(self, request_id: str, tenant: str | None = None) -> bool:
-        """End a request when its turn comes; False if there is none here, or not of this tenant, where one is
-        given.
+        """Cancel a request: on_cancel is delivered in its turn.
+
+        Args:
+            request_id: The request's id.
+            tenant: The tenant that it must have; None for any.
+
+        Returns:
+            Whether there is such a request here.
         """
         with self._lock:
             if request_id not in self._requests:
@@ -93,7 +114,7 @@ class Intake:
             return True
 
     def stop(self, interrupt: Act = lambda: None) -> None:
-        """What waits never runs; what runs is interrupted and waited for."""
+        """Stop: what waits never runs; what runs is interrupted and waited for."""
         with self._lock:
             self._stopped = True
         for pool in self._pools.values():
@@ -132,7 +153,7 @@ class Intake:
 
 
 def kind_of(request: Generate) -> str:
-    """The kind of preparation that a request needs, of KINDS."""
+    """Return the kind of preparation that a request needs, one of KINDS."""
     prompt = request.prompt
     chat = not isinstance(prompt, str) and any(isinstance(part, Message) for part in prompt[:1])
     if isinstance(prompt, str) or not chat:

@@ -10,7 +10,8 @@ from spilld.errors import InvalidRequest
 class StopStrings:
     """Cuts a stream of text before the stop string that is complete first.
 
-    Where the text is split into pushes does not matter. Of two stops complete at once the longer counts.
+    Where the text is split into pushes does not matter. Of two stop strings complete at once the longer
+    counts.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -20,7 +21,11 @@ class StopStrings:
         self._kept = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """(text that can be shown now, the stop string hit). Nothing may be pushed after a hit."""
+        """Add text. Nothing may be pushed after a hit.
+
+        Returns:
+            The text that can be shown now, and the stop string that was hit, if any.
+        """
         kept = self._kept + text
         hits = [(kept.index(stop) + len(stop), stop) for stop in self._stops if stop in kept]
         if hits:
@@ -32,11 +37,11 @@ class StopStrings:
         return kept[: len(kept) - keep], None
 
     def finish(self) -> str:
-        """The text kept back that turned out to be no stop string."""
+        """Return the text kept back that turned out not to be a stop string."""
         kept, self._kept = self._kept, ""
         return kept
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of text that begins stop."""
+    """Return the length of the longest suffix of text that is a prefix of stop."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

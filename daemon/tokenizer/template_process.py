@@ -1,8 +1,8 @@
-"""Renders a model folder's chat template, which nobody vouches for: a process of its own, with limits of time
-and memory, that `ChatTemplate` talks to over its standard input.
+"""Renders a model folder's chat template, which is not trusted, in a process with limits.
 
-A message is 8 bytes of length, big-endian, and a msgpack map. The first is the arguments of Renderer; every
-other is answered by a map with `text`, or `error` and `message`.
+Its time and memory are limited. `ChatTemplate` talks to it over its standard input. A message is 8 bytes of
+length, big-endian, and a msgpack map. The first is the arguments of Renderer; every other is answered by a
+map with `text`, or `error` and `message`.
 """
 
 from __future__ import annotations
@@ -37,17 +37,21 @@ Mode = Literal["answer", "turns", "continue"]
 
 
 class TooLong(Exception):
-    """The template makes more than is wanted."""
+    """The template makes more text than is allowed."""
 
 
 class Renderer:
     """A chat template with the values that do not change.
 
     It renders what transformers' `apply_chat_template` does.
+
+    Args:
+        source: The template.
+        variables: Values that it may use, such as bos_token.
+        control: The stand-in of each control token.
     """
 
     def __init__(self, source: str, variables: Mapping[str, str], control: Mapping[str, str]) -> None:
-        """control: the stand-in of each control token."""
         self._source = source
         self._variables = variables
         self._control = ControlTokens(control)
@@ -55,8 +59,16 @@ class Renderer:
         self._marks = Marks(())
 
     def render(self, turns: Sequence[tuple[str, str]], mode: Mode, most: int) -> str:
-        """The prompt that the template makes of (role, content), in which every control token of its own has
-        its stand-in. Raises TooLong beyond `most` characters, and whatever the template raises.
+        """Make the prompt of a conversation, in which every control token of the template has its stand-in.
+
+        Args:
+            turns: (role, content) of each message.
+            mode: Where the prompt ends.
+            most: How many characters it may have.
+
+        Raises:
+            TooLong: The prompt has more.
+            Exception: Whatever the template raises.
         """
         marks = self._marks = Marks(part for turn in turns for part in turn)
         role, content = (self._control.mark(part, marks) for part in turns[-1]) if turns else ("", "")
@@ -83,7 +95,7 @@ class Renderer:
         return "".join(parts)
 
     def _environment(self) -> jinja2.Environment:
-        """As that of transformers' chat templates."""
+        """Make an environment like that of transformers' chat templates."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
@@ -98,7 +110,7 @@ class Renderer:
 
 
 def _cut(text: str, content: str, marks: Marks) -> str:
-    """What comes before the last tag.
+    """Return what comes before the last tag.
 
     Templates that strip a message keep the tag, without the space behind it.
     """
@@ -110,7 +122,7 @@ def _cut(text: str, content: str, marks: Marks) -> str:
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}: what of a chat is the model's, which nobody asks here."""
+    """{% generation %} ... {% endgeneration %}: marks the model's part of a chat; here it has no effect."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja declares it)
 
@@ -124,7 +136,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Dict:
-    """dict() without the attributes of the type."""
+    """A dict() without the attributes of the type."""
 
     def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
         return dict(*args, **values)
@@ -170,7 +182,7 @@ def _to_json(
 
 
 def answer(renderer: Renderer, request: Mapping[str, Any]) -> dict[str, str]:
-    """What the process answers to a request."""
+    """Make the process's answer to a request."""
     try:
         return {"text": renderer.render(request["turns"], request["mode"], request["most"])}
     except TooLong:
@@ -186,18 +198,22 @@ def answer(renderer: Renderer, request: Mapping[str, Any]) -> dict[str, str]:
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
-    """A message with its length in front."""
+    """Pack a message, with its length in front."""
     body: bytes = msgpack.packb(message, unicode_errors="surrogatepass")
     return len(body).to_bytes(HEADER_BYTES, "big") + body
 
 
 def unpack(body: bytes) -> Any:
-    """The message of a body."""
+    """Unpack the body of a message."""
     return msgpack.unpackb(body, unicode_errors="surrogatepass")
 
 
 def receive(link: socket.socket, most: int) -> bytes | None:
-    """The body of the next message; None at the end. Raises ValueError beyond `most` bytes."""
+    """Receive the body of the next message; None at the end.
+
+    Raises:
+        ValueError: It has more than `most` bytes.
+    """
     header = _exactly(link, HEADER_BYTES)
     if header is None:
         return None

@@ -29,7 +29,7 @@ LONGEST_PROMPT = 1 << 25
 """Characters that a chat template may make, whatever the model takes."""
 
 UNSEEN = 4
-"""A chat template, which may leave out what it is given, is given so many times what the model could take."""
+"""A template may leave text out, so it is given up to this many times what the model can take."""
 
 CHANGED = (
     "this model's chat template changes earlier turns, so a context cannot be continued: "
@@ -42,6 +42,11 @@ class Tokenizer:
 
     tokenizer.json is read as it is: transformers' wrapper costs three times the memory and time. Any thread
     may use it; others run while it tokenises.
+
+    Args:
+        backend: The tokenizer; it is changed, and belongs to this object.
+        template: The chat template; None for none.
+        variables: bos_token and the like, for the template.
     """
 
     def __init__(
@@ -50,7 +55,6 @@ class Tokenizer:
         template: str | None = None,
         variables: dict[str, str] | None = None,
     ) -> None:
-        """variables: bos_token and the like, for the template."""
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
@@ -74,7 +78,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Raises CorruptModel if the folder has no usable tokenizer."""
+        """Load the tokenizer of a model folder.
+
+        Raises:
+            CorruptModel: The folder has no usable tokenizer.
+        """
         try:
             settings = read_settings(folder)
             return cls(read_backend(folder), read_template(folder, settings), special_names(settings))
@@ -89,7 +97,7 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """Ids the tokenizer knows; the model may have more."""
+        """How many ids the tokenizer knows; the model may have more."""
         return self._size
 
     @property
@@ -98,26 +106,32 @@ class Tokenizer:
         return self._template is not None
 
     def start(self) -> None:
-        """Have the chat template ready, so that the first chat need not wait for it."""
+        """Start what renders the chat template, so that the first chat need not wait for it."""
         if self._template is not None:
             self._template.start()
 
     def close(self) -> None:
-        """End what renders the chat template, whatever it does."""
+        """Kill the process that renders the chat template."""
         if self._template is not None:
             self._template.close()
 
     def encode(
         self, text: str, *, start: bool = True, special: bool = False, most: int | None = None
     ) -> list[int]:
-        """Token ids of a text.
+        """Return the token ids of a text.
 
-        A start token is added iff the tokenizer itself adds one and `start` is true (false: the text
-        continues a context).
+        Args:
+            text: The text.
+            start: Whether to add a start token if the tokenizer itself adds one; false where the text
+                continues a context.
+            special: Whether control tokens that are written in the text are meant as such, a start token too;
+                else they are text.
+            most: How many tokens are allowed; None for any number. It is checked before the text is
+                tokenised, by a bound.
 
-        special: control tokens that are written in the text are meant as such, a start token too; else they
-        are text. Raises InvalidRequest, or PromptTooLong where it has surely more than `most` tokens, before
-        it is tokenised.
+        Raises:
+            InvalidRequest: The text is not valid Unicode, or becomes a control token.
+            PromptTooLong: The text has certainly more than `most` tokens.
         """
         self._refuse_too_long(text, most, special=special)
         if not special:
@@ -127,28 +141,37 @@ class Tokenizer:
         return ids[count:] if ids[count : 2 * count] == self._start else ids
 
     def begun(self, tokens: list[int]) -> list[int]:
-        """What begins a context with these tokens: they have the start token that the tokenizer adds, if any,
-        in front of them.
+        """Return tokens that begin a context: with the tokenizer's start token, if any, in front.
+
+        It is added only where it is not there yet.
         """
         return tokens if tokens[: len(self._start)] == self._start else self._start + tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without special ones."""
+        """Return the text of tokens, without special ones."""
         known = [token for token in tokens if token not in self._meant]
         text: str = self._backend.decode(known, skip_special_tokens=True)
         return text
 
     def is_silent(self, token: int) -> bool:
-        """Whether a token never shows in text: special, or an id the tokenizer does not know."""
+        """Whether a token never shows in text: a special one, or an id the tokenizer does not know."""
         shown = self._backend.id_to_token(token) is not None and token not in self._meant
         return token in self._special or not shown
 
     def chat(self, messages: Sequence[Message], *, answer: bool = True, most: int | None = None) -> list[int]:
-        """Token ids of a conversation up to where the model's answer begins; without `answer` up to the end
-        of the last message's turn. If that is the assistant's, up to the end of what it says: it may go on.
+        """Return the token ids of a conversation.
 
-        Control tokens in messages are text. Raises InvalidRequest if the model has no chat template or its
-        template refuses these messages, or PromptTooLong as `encode` does.
+        If the last message is the assistant's, they end where its content does, so that it may go on. Control
+        tokens in messages are text.
+
+        Args:
+            messages: The conversation.
+            answer: Whether to end where the model's answer begins; else with the last message's turn.
+            most: How many tokens are allowed; None for any number.
+
+        Raises:
+            InvalidRequest: The model has no chat template, or its template refuses these messages.
+            PromptTooLong: As in `encode`.
         """
         return self._template_ids(self._render(messages, answer, most), most)
 
@@ -160,8 +183,19 @@ class Tokenizer:
         answer: bool = True,
         most: int | None = None,
     ) -> list[int]:
-        """Token ids to append to a context that holds `past`: all of it, or, where its last message is the
-        model's, all up to the end of what that says. Raises as chat_continue.
+        """Return token ids to append to a context that holds `past`.
+
+        The context holds all of it, or, where its last message is the model's, all up to the end of that
+        message's content.
+
+        Args:
+            past: The messages of the context.
+            messages: Those to append.
+            answer: Whether the model is to answer.
+            most: How many tokens are allowed; None for any number.
+
+        Raises:
+            SpilldError: As in `chat_continue`.
         """
         if past and past[-1].role == "assistant":
             last = past[-1].content
@@ -182,11 +216,21 @@ class Tokenizer:
         more: bool = True,
         most: int | None = None,
     ) -> list[int]:
-        """Token ids to append to a context that holds `previous` and the model's `answer` to it.
+        """Return token ids to append to a context that holds `previous` and the model's `answer` to it.
 
-        closed: the context's last token already ends the answer's turn; otherwise the first ids returned do.
-        more: the model is to answer again. Raises InvalidRequest if the template renders the past otherwise
-        once the conversation goes on, and what `chat` raises.
+        Args:
+            previous: The messages before the answer.
+            answer: The model's answer.
+            messages: Those to append.
+            closed: Whether the context's last token already ends the answer's turn; otherwise the first ids
+                returned do.
+            more: Whether the model is to answer again.
+            most: How many tokens are allowed; None for any number.
+
+        Raises:
+            InvalidRequest: The template renders the past differently once the conversation goes on; and as in
+                `chat`.
+            PromptTooLong: As in `encode`.
         """
         if not messages:
             return []
@@ -197,21 +241,21 @@ class Tokenizer:
             rest, answer = rest.lstrip(), answer.strip()
         if not whole.startswith(opened) or not rest.startswith(answer):
             raise InvalidRequest(CHANGED)
-        tail = self._template_ids(rest[len(answer) :], most)
-        return self._without_turn_end(tail) if closed else tail
+        ids = self._template_ids(rest[len(answer) :], most)
+        return self._without_turn_end(ids) if closed else ids
 
-    def _without_turn_end(self, tail: list[int]) -> list[int]:
-        end = next((index for index, token in enumerate(tail) if token in self._special), None)
-        if end is None or self.decode(tail[:end]).strip():
-            return tail
-        return tail[end + 1 :]
+    def _without_turn_end(self, ids: list[int]) -> list[int]:
+        end = next((index for index, token in enumerate(ids) if token in self._special), None)
+        if end is None or self.decode(ids[:end]).strip():
+            return ids
+        return ids[end + 1 :]
 
     def _template_ids(self, text: str, most: int | None) -> list[int]:
         self._refuse_too_long(text, most, special=True)
         return self._text_ids(text, start=False)
 
     def _render(self, messages: Sequence[Message], answer: bool, most: int | None) -> str:
-        """With stand-ins for the template's control tokens."""
+        """Render messages, with stand-ins for the template's control tokens."""
         if self._template is None:
             raise InvalidRequest("this model has no chat template: send a raw prompt instead of messages")
         mode: Mode = "answer" if answer else "turns"
@@ -228,7 +272,7 @@ class Tokenizer:
         return self._template.render(turns, mode, room)
 
     def _room(self, most: int | None) -> int:
-        """Characters of a prompt that may have `most` tokens."""
+        """Return how many characters a prompt of `most` tokens can have."""
         bound = self._bounds[True]
         return LONGEST_PROMPT if most is None or bound is None else min(most * bound.longest, LONGEST_PROMPT)
 
@@ -238,7 +282,7 @@ class Tokenizer:
             raise PromptTooLong(f"a text of {len(text)} characters has more than {most} tokens of this model")
 
     def _text_ids(self, text: str, *, start: bool) -> list[int]:
-        """Token ids of a text in which control tokens are written by their stand-ins only."""
+        """Return the token ids of a text in which control tokens are written by their stand-ins only."""
         ids = self._ids(text, start=start)
         made = self._control.intersection(ids[len(self._start) if start else 0 :])
         if made:
@@ -258,7 +302,7 @@ class Tokenizer:
 
 
 def _make_special(backend: tokenizers.Tokenizer, variables: dict[str, str]) -> None:
-    """As transformers does, with the tokens that a tokenizer's settings name."""
+    """Make the tokens that a tokenizer's settings name special ones, as transformers does."""
     named = {variables[key] for key in NAMED if key in variables}
     known = {entry.content for entry in backend.get_added_tokens_decoder().values() if entry.special}
     missing = sorted(name for name in named - known if backend.token_to_id(name) is not None)
@@ -268,7 +312,7 @@ def _make_special(backend: tokenizers.Tokenizer, variables: dict[str, str]) -> N
 def _add_stand_ins(
     backend: tokenizers.Tokenizer, special: dict[int, tokenizers.AddedToken]
 ) -> dict[int, str]:
-    """What stands for each special token, which the tokenizer then does not look for in texts any more."""
+    """Add a stand-in for each special token, which the tokenizer then does not look for in texts any more."""
     secret = secrets.token_hex(8)
     stand_ins = {token: f"\U000f0000{secret}{token}\U000f0001" for token in special}
     backend.encode_special_tokens = True

@@ -1,4 +1,4 @@
-"""What a model folder says of its tokenizer and chat template."""
+"""The files of a model folder that define its tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tokenizers
 
 
 def read_backend(folder: Path) -> tokenizers.Tokenizer:
-    """Its tokenizer.json as it is, else what transformers makes of older files."""
+    """Read tokenizer.json as it is, else what transformers makes of older files."""
     if (folder / "tokenizer.json").is_file():
         return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     from transformers import AutoTokenizer
@@ -21,7 +21,13 @@ def read_backend(folder: Path) -> tokenizers.Tokenizer:
 
 
 def read_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """chat_template.jinja, or tokenizer_config.json's entry: a text, or named ones (`default`)."""
+    """Read the chat template; None if there is none.
+
+    It is chat_template.jinja, or tokenizer_config.json's entry: a text, or `default` of several named ones.
+
+    Raises:
+        ValueError: The entry is of another form.
+    """
     if (file := folder / "chat_template.jinja").is_file():
         return file.read_text(encoding="utf-8")
     template = settings.get("chat_template")
@@ -36,7 +42,11 @@ def read_template(folder: Path, settings: dict[str, Any]) -> str | None:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, empty if there is none. Raises ValueError."""
+    """Read tokenizer_config.json; empty if there is none.
+
+    Raises:
+        ValueError: It is not JSON, or not a map.
+    """
     file = folder / "tokenizer_config.json"
     content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if not isinstance(content, dict):
@@ -45,7 +55,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def special_names(settings: dict[str, Any]) -> dict[str, str]:
-    """bos_token and the like, by their names."""
+    """Return the special tokens that the settings name, such as bos_token."""
     return {
         key: value["content"] if isinstance(value, dict) else value
         for key, value in settings.items()

@@ -1,4 +1,4 @@
-"""What a tokenizer's vocabulary says before a text is tokenised: how few tokens it can become."""
+"""Lower bounds for how many tokens a text has, from the vocabulary, before it is tokenised."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ class Bound:
     dropped: bytes
 
     def exceeded(self, text: str, most: int) -> bool:
-        """Whether a text has surely more than `most` tokens."""
+        """Whether a text has certainly more than `most` tokens."""
         room = most * self.longest
         if 4 * len(text) <= room:
             return False
         return len(text.encode(errors="replace").translate(None, self.dropped)) > room
 
     def with_token(self, *texts: str) -> Bound:
-        """Each of these texts is one token, too."""
+        """Return the bound of a vocabulary in which each of these texts is one token, too."""
         return replace(self, longest=max(self.longest, *(len(text.encode()) for text in texts), 1))
 
 
 def bounds(backend: tokenizers.Tokenizer) -> dict[bool, Bound | None]:
-    """The bound where special tokens are looked for in a text, and where they are not.
+    """Return the bound where special tokens are looked for in a text, and where they are not.
 
-    None where nobody can say: a tokenizer that leaves out spaces, or has one token for all that is unknown.
+    It is None where there is no bound: the tokenizer leaves out spaces, or has one token for everything that
+    is unknown.
     """
     added = backend.get_added_tokens_decoder().values()
     found = _bound(backend, max((len(entry.content.encode()) for entry in added), default=1))
@@ -64,7 +65,7 @@ def _bound(backend: tokenizers.Tokenizer, longest_added: int) -> Bound | None:
 
 
 def _state(part: Any) -> dict[str, Any] | None:
-    """A step of a tokenizer as its file has it."""
+    """Return a step of a tokenizer as its file has it."""
     state: dict[str, Any] | None = None if part is None else json.loads(part.__getstate__())
     return state
 
@@ -78,7 +79,7 @@ def _flat(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
 
 
 def _shrinks(normalizer: dict[str, Any] | None) -> int | None:
-    """How many times shorter a text can become, None without a bound."""
+    """Return how many times shorter a text can become; None without a bound."""
     shrinks = 1
     for step in _flat(normalizer, "normalizers"):
         match step:
@@ -101,7 +102,7 @@ def _splits(step: dict[str, Any]) -> bool:
 
 
 def _dropped(model: Any, vocabulary: dict[str, int], *, byte_level: bool) -> bytes | None:
-    """The bytes that become no token; None if what is unknown becomes one token, whatever its length."""
+    """Return the bytes that become no token; None if unknown text becomes one token, whatever its length."""
     if not isinstance(model, models.BPE):
         return None
     if byte_level and model.unk_token is None:
@@ -112,8 +113,9 @@ def _dropped(model: Any, vocabulary: dict[str, int], *, byte_level: bool) -> byt
 
 
 def _shown(byte: int) -> str:
-    """The character that a byte-level vocabulary has for a byte: itself where that can be seen, else one
-    from U+0100 on.
+    """Return the character that a byte-level vocabulary has for a byte.
+
+    It is the byte itself where that is visible, else one from U+0100 on.
     """
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return chr(byte) if byte in seen else chr(0x100 + sum(other not in seen for other in range(byte)))
