@@ -31,7 +31,7 @@ start: what is cast cannot leave memory while the daemon runs."""
 
 
 def default_cache() -> Path:
-    """$XDG_CACHE_HOME/spilld, by default ~/.cache/spilld."""
+    """Return $XDG_CACHE_HOME/spilld, by default ~/.cache/spilld."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spilld"
 
 
@@ -40,13 +40,22 @@ def _print(line: str) -> None:
 
 
 def resolve(name: str, cache: Path, dtype: str, tell: Callable[[str], None] = _print) -> Path:
-    """The folder to load `name` from in `dtype` ("float32" or "bfloat16").
+    """Return the folder to load a model from, after converting it if that is needed.
 
-    `name` is a known name, a .gguf file, or a folder with config.json and safetensors. What is not stored
-    in `dtype` is converted once into `cache/models` (up to minutes; `tell` is given lines of progress, by
-    default for stderr); a folder that fits, but for few tensors that are cast whenever it is loaded, is used
-    in place. Raises UnknownModel, CorruptModel, UnsupportedModel, or ConfigError if the cache cannot be
-    written.
+    A folder that fits, but for few tensors that are cast whenever it is loaded, is used in place. What is not
+    stored in `dtype` otherwise is converted once into `cache/models`, which takes up to minutes.
+
+    Args:
+        name: A known name, a .gguf file, or a folder with config.json and safetensors.
+        cache: The cache folder.
+        dtype: "float32" or "bfloat16".
+        tell: Called with lines of progress; by default they are printed to stderr.
+
+    Raises:
+        UnknownModel: There is no such model.
+        CorruptModel: Its files are damaged.
+        UnsupportedModel: It is of a kind that is not served.
+        ConfigError: The cache cannot be written.
     """
     sources = sources_of(name)
     if sources[0].is_dir():
@@ -57,10 +66,12 @@ def resolve(name: str, cache: Path, dtype: str, tell: Callable[[str], None] = _p
 
 
 def identify(name: str, cache: Path) -> bytes:
-    """16 bytes that are others for other weights or another tokenizer, and the same in every dtype.
+    """Return 16 bytes that identify weights and tokenizer, the same in every dtype.
 
-    Tokens mean something only to the model whose identity this is; KV is tied to more (Model.fingerprint).
-    Raises as `resolve` does.
+    Tokens have a meaning only for the model with this identity; KV is tied to more (Model.fingerprint).
+
+    Raises:
+        SpilldError: As in `resolve`.
     """
     sources = sources_of(name)
     if not sources[0].is_dir():
@@ -70,16 +81,18 @@ def identify(name: str, cache: Path) -> bytes:
 
 
 def _short(name: str, sources: list[Path]) -> str:
-    """What a converted model is called."""
+    """Return what a converted model is called."""
     if name in PACKAGED:
         return name
     return sources[0].name if sources[0].is_dir() else sources[0].stem
 
 
 def parameters(name: str) -> int | None:
-    """How many numbers `name` has, by headers alone; None of a GGUF file.
+    """Return how many parameters a model has, from headers alone; None for a GGUF file.
 
-    Raises CorruptModel or UnsupportedModel.
+    Raises:
+        CorruptModel: A weight file is damaged.
+        UnsupportedModel: The weights are in a form that is not read.
     """
     path = Path(name).expanduser()
     return read_weight_files(path).parameters if name not in PACKAGED and path.is_dir() else None

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def lines_to(tell: Callable[[str], None]) -> Iterator[int]:
-    """A descriptor for a child's stdout or stderr, until the context ends: each line that comes is told, in a
-    thread of its own, the last before the context has ended.
+    """Make a descriptor for a child's stdout or stderr, whose lines are passed on until the context ends.
+
+    `tell` is called with each line as it comes, in a thread of its own; with the last before the context has
+    ended.
     """
     source, sink = os.pipe()
 

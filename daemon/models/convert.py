@@ -48,8 +48,16 @@ def main(arguments: list[str] | None = None) -> int:
 def convert(sources: list[Path], target: Path, dtype: str) -> None:
     """Write `target` from one model folder, one GGUF file, or the byte-wise parts of one GGUF file.
 
-    Does nothing if `target` is there once the lock is held. Raises CorruptModel or UnsupportedModel;
-    `target` is absent then.
+    Nothing is done if `target` exists once the lock is taken. On any error `target` is absent.
+
+    Args:
+        sources: The folder, the file, or the parts in order.
+        target: The folder to write.
+        dtype: "float32" or "bfloat16".
+
+    Raises:
+        CorruptModel: The source is damaged.
+        UnsupportedModel: It is of a kind that is not served.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with _lock(target.with_name(target.name + ".lock")):
@@ -134,7 +142,7 @@ def _check_complete(name: str, module: Any, report: dict[str, Any], header: Gguf
 
 
 def _end_ids(eos: int | list[int] | None, header: GgufHeader) -> list[int]:
-    """GGUF may name a turn end and a message end beside the end of text; generation stops at each."""
+    """Return all end tokens: GGUF may name an end of turn and one of message beside the end of text."""
     ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
     for key in ("eot_token_id", "eom_token_id"):
         if isinstance(value := header.values.get(f"tokenizer.ggml.{key}"), int):
@@ -182,7 +190,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _sync(folder: Path) -> None:
-    """Make every file durable before the rename, so that a power cut leaves no hollow folder behind."""
+    """Make every file durable before the rename, so that a power cut leaves no incomplete folder behind."""
     for path in [*folder.iterdir(), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:

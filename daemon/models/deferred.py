@@ -42,7 +42,7 @@ class DeferredPackage(ModuleType):
 
 
 def defer(name: str, **known: object) -> None:
-    """Put off running a package that is not imported yet.
+    """Defer running a package that is not imported yet.
 
     Args:
         name: The package's full name; its parent is imported.
@@ -64,9 +64,9 @@ def defer(name: str, **known: object) -> None:
 
 
 def restore(name: str) -> None:
-    """Have the next import of a deferred package be an ordinary one, unless it has run.
+    """Make the next import of a deferred package an ordinary one, unless it has run.
 
-    For a package whose submodules depend on the order in which its `__init__` imports them.
+    This is for a package whose submodules depend on the order in which its `__init__` imports them.
     """
     package = sys.modules[name]
     if isinstance(package, DeferredPackage) and not package._ran:

@@ -1,4 +1,4 @@
-"""Imports torch and transformers for serving: without what only training, compiling and clusters use.
+"""Imports torch and transformers for serving, without what only training, compiling and clusters use.
 
 `import transformers` reads all of its models' sources, and its model base class imports torch's compiler,
 torch's tensors of clusters, and sympy: 2 of the 4.4 s of processor time that both take.
@@ -16,7 +16,7 @@ from .deferred import defer, restore
 
 
 def import_frameworks() -> None:
-    """Import torch and transformers' model base class. What is put off runs when it is first used.
+    """Import torch and transformers' model base class. Deferred parts run when they are first used.
 
     Raises:
         ModuleNotFoundError: torch or transformers is not installed.
@@ -41,7 +41,7 @@ def import_frameworks() -> None:
 
 
 def _mark(function: Callable[..., Any] | None = None, *_: object, **__: object) -> Any:
-    """torch._dynamo's decorators, which tell the compiler how to treat a function; nothing is compiled."""
+    """Stand in for torch._dynamo's decorators, which only mark functions for the compiler."""
     return function or (lambda decorated: decorated)
 
 

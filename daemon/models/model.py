@@ -57,12 +57,12 @@ _VOLATILE = (
 
 @dataclass(frozen=True)
 class Model:
-    """`module` is in evaluation mode and needs no gradient; its weights are mapped from `folder`, or lie on a
-    GPU.
+    """A model that can be served.
 
-    `packed` is what steps read instead of the module, if they do; names as in packing.py.
-    `fingerprint` is 32 bytes: KV computed under another one must not be served. `identity` is 16: tokens of
-    a model with another one mean something else, or nothing (catalog.identify).
+    `module` is in evaluation mode and needs no gradient; its weights are mapped from `folder`, or are on a
+    GPU. `packed` is what steps read instead of the module, if they do; names as in packing.py. `fingerprint`
+    is 32 bytes: KV computed under another one must not be served. `identity` is 16 bytes: tokens of a model
+    with another one mean something else, or nothing (catalog.identify).
     """
 
     name: str
@@ -89,12 +89,23 @@ def load(
 ) -> Model:
     """Load a folder that `resolve` returned.
 
-    attention names a registered transformers attention. max_context (by default all the model was made for)
-    decides longrope's factors once. cache keeps digests, and packed weights. weights as in Config. device, as
-    in Placement, has the module; only the CPU's may be packed. identity is that of what the folder was
-    converted from, by default the folder's own. Raises CorruptModel, UnsupportedModel, DeviceUnusable if the
-    GPU does not take the weights, or ConfigError if max_context is more than the model's positions or the
-    cache cannot be written.
+    Args:
+        folder: The folder.
+        dtype: "float32" or "bfloat16".
+        attention: The name of a registered transformers attention.
+        name: What the model is called; by default as the folder.
+        max_context: The longest context, by default all that the model was made for; it decides longrope's
+            factors once.
+        cache: The folder for digests and packed weights; by default default_cache().
+        weights: As in Config.
+        device: As in Placement; the module is moved there. Only the CPU's weights may be packed.
+        identity: That of what the folder was converted from; by default the folder's own.
+
+    Raises:
+        CorruptModel: The folder is damaged, or changed while it was loaded.
+        UnsupportedModel: The model is of a kind that is not served.
+        DeviceUnusable: The GPU does not take the weights.
+        ConfigError: max_context is more than the model's positions, or the cache cannot be written.
     """
     check_folder(folder)
     cache = cache or default_cache()
@@ -141,9 +152,13 @@ def _move(module: Any, device: str) -> None:
 
 
 def load_module(folder: Path, dtype: str, attention: str) -> Any:
-    """The transformers model of a folder, no tensor missing. Raises CorruptModel or UnsupportedModel.
+    """Load the transformers model of a folder, with no tensor missing.
 
     Weights already stored in `dtype` are mapped; others are cast, which needs memory for both.
+
+    Raises:
+        CorruptModel: The folder is damaged, or a tensor is missing, unknown or of another shape.
+        UnsupportedModel: The model is of a kind that is not served.
     """
     check_folder(folder)
     read_weight_files(folder)
@@ -168,14 +183,22 @@ def load_module(folder: Path, dtype: str, attention: str) -> Any:
 
 
 def _model_class(folder: Path) -> Any:
-    """The class of transformers that computes a checked folder's model; no other family is imported."""
+    """Return the class of transformers for a checked folder's model; no other family is imported."""
     family = read_config(folder)["model_type"]
     package = model_type_to_module_name(family)
     return getattr(import_module(f"transformers.models.{package}.modeling_{package}"), FAMILIES[family])
 
 
 def _fingerprint(folder: Path, dtype: str, module: Any, contents: bytes, steps: bytes) -> bytes:
-    """contents, steps: digests of the folder's weights, and of those that steps read instead, if they do."""
+    """Return the model's fingerprint, 32 bytes.
+
+    Args:
+        folder: The model folder.
+        dtype: What the model computes in.
+        module: The loaded module, with fixed RoPE.
+        contents: The digest of the folder's weights.
+        steps: The digest of those that steps read instead; empty if they read the module's.
+    """
     config = {key: value for key, value in read_config(folder).items() if key not in _VOLATILE}
     hasher = hashlib.blake2b(digest_size=32, person=b"spilld model v1")
     for part in (
@@ -191,7 +214,7 @@ def _fingerprint(folder: Path, dtype: str, module: Any, contents: bytes, steps: 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and load report: what they would say is raised."""
+    """Suppress transformers' progress bars and load report, whose contents are raised as errors."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

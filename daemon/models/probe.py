@@ -1,4 +1,4 @@
-"""What a module asks of attention, found before anything is served: its code is run without its numbers."""
+"""Checks what a module asks of attention before it serves, by running its code without its numbers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ _TOKENS = 3
 
 
 def probe_once(module: Any, geometry: Geometry, cache: Path) -> None:
-    """`probe`, whose half a second a later start is spared: what passed is noted in `cache/probes`, for the
-    same config and the same code, ours and transformers'.
+    """Run `probe`, unless it has passed before; that saves half a second at each start.
+
+    A pass is noted in `cache/probes`, for the same config and the same code, ours and transformers'.
+
+    Raises:
+        UnsupportedModel: As in `probe`.
     """
     ours = b"".join(Path(part).read_bytes() for part in (__file__, getfile(PlannedAttention)))
     known = (module.config.to_json_string(), repr(geometry), torch.__version__, transformers.__version__)
@@ -39,11 +43,11 @@ def probe(module: Any, geometry: Geometry) -> None:
     """Run a forward pass over tensors that have shapes only: no weight is read.
 
     Args:
-        module: of the attention implementation "spilld".
-        geometry: what its calls must agree with.
+        module: A model with the attention implementation "spilld".
+        geometry: What its calls must agree with.
 
     Raises:
-        UnsupportedModel: attention is not called once for every layer, is called with other heads, sliding
+        UnsupportedModel: Attention is not called once for every layer, is called with other heads, sliding
             windows, scaling or softcap than `geometry` has, or asks for something that spilld does not
             compute.
     """
@@ -63,11 +67,12 @@ def probe(module: Any, geometry: Geometry) -> None:
 
 @dataclass
 class ProbedAttention:
-    """A ModuleAttention that computes nothing: what is to be checked of a call is checked before that."""
+    """A ModuleAttention that computes nothing: each call is checked before it gets here."""
 
     geometry: Geometry
     layers: list[int] = field(default_factory=list)
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Note the layer and return the queries; shapes as in ModuleAttention.forward."""
         self.layers.append(layer)
         return q

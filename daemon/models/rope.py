@@ -1,7 +1,7 @@
-"""RoPE that does not depend on who else is in the batch.
+"""RoPE that does not depend on the other sequences in the batch.
 
 transformers recomputes the frequencies of `dynamic` and `longrope` from the largest position in the batch
-(modeling_rope_utils.dynamic_rope_update), so a long neighbour would change a short sequence's keys.
+(modeling_rope_utils.dynamic_rope_update), so a long sequence would change the keys of a short one beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def fix_rope(module: torch.nn.Module, max_context: int) -> None:
     """Make every RoPE frequency constant for sequences of up to max_context tokens.
 
     longrope takes its long factors iff max_context exceeds the original context, for short sequences too.
-    Raises UnsupportedModel for `dynamic` (NTK), whose frequencies have no one right value.
+
+    Raises:
+        UnsupportedModel: The type is `dynamic` (NTK), whose frequencies have no one right value.
     """
     for rotary in module.modules():
         kinds = getattr(rotary, "rope_type", None)
@@ -37,7 +39,7 @@ def fix_rope(module: torch.nn.Module, max_context: int) -> None:
 
 
 def rope_bytes(module: torch.nn.Module) -> bytes:
-    """Every frequency and attention scaling in use, for the fingerprint."""
+    """Return every frequency and attention scaling in use as bytes, for the fingerprint."""
     parts: list[bytes] = []
     for name, rotary in module.named_modules():
         if not hasattr(rotary, "rope_type"):

@@ -1,4 +1,4 @@
-"""Makes a model's skeleton, its modules with tensors that have no values yet, without sympy.
+"""Makes a model's skeleton, its modules with tensors without values, without importing sympy.
 
 transformers makes it on torch's meta device. Where that has no kernel, torch runs decompositions in Python,
 which import sympy and symbolic shapes: half a second of processor time for a few calls.
@@ -16,7 +16,7 @@ _META = torch.device("meta")
 
 
 class SkeletonMode(TorchFunctionMode):
-    """Replaces what models and transformers do on the meta device and would take a decomposition."""
+    """Replaces calls on the meta device that would run a decomposition."""
 
     def __torch_function__(
         self,
@@ -35,9 +35,9 @@ class SkeletonMode(TorchFunctionMode):
 
 
 def _is_constant(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Whether it makes what buffers such as RoPE frequencies are computed from.
+    """Whether a call makes what buffers such as RoPE frequencies are computed from.
 
     transformers makes these again, on the model's device, once the weights are there. `torch.tensor([])` is
-    how it asks which device is the default: that must lie there.
+    how it asks which device is the default: its result must be there.
     """
     return func is torch.arange or (func is torch.tensor and args[:1] != ([],))

@@ -27,13 +27,18 @@ class WideLinear(Module):
     """A linear layer, computed in float32 from bfloat16 weights and inputs for more than FEW rows."""
 
     def __init__(self, narrow: Linear, scratch: torch.Tensor) -> None:
-        """scratch: float32 [SCRATCH_BYTES / 4], shared by all layers of a model."""
+        """Share the weights of a linear layer.
+
+        Args:
+            narrow: The layer in bfloat16.
+            scratch: [SCRATCH_BYTES / 4] float32, shared by all layers of a model.
+        """
         super().__init__()
         self.weight, self.bias = narrow.weight, narrow.bias
         self._scratch = scratch
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x bfloat16 [..., in] to bfloat16 [..., out]."""
+        """Multiply: x [..., inputs] bfloat16 to [..., outputs] bfloat16."""
         outputs, inputs = self.weight.shape
         rows = x.reshape(-1, inputs)
         if len(rows) <= FEW:
@@ -64,6 +69,6 @@ def widen(module: Module) -> None:
 
 
 def wide_bytes(module: Module, rows: int) -> int:
-    """Memory that the layers under a module take for so many rows beyond what they would take in bfloat16."""
+    """Return the bytes that the layers under a module take for so many rows, beyond those of bfloat16."""
     widths = [sum(layer.weight.shape) for layer in module.modules() if isinstance(layer, WideLinear)]
     return SCRATCH_BYTES + 4 * rows * max(widths) if widths else 0

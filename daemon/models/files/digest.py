@@ -1,8 +1,8 @@
 """Digests of files by all their bytes, each file read once.
 
-What is stored for a model is tied to these: a size and a modification time may be the same for other weights
-(reproducible images, `rsync -t`). 128 bits of xxh3 tell apart what differs by accident. They do not withstand
-somebody who looks for a collision, and need not: who may write a model's weights decides what it answers.
+What is stored for a model is tied to these: size and modification time may be the same for other weights
+(reproducible images, `rsync -t`). 128 bits of xxh3 distinguish what differs by accident. They do not
+withstand a deliberate collision, and need not: whoever may write a model's weights decides what it answers.
 """
 
 from __future__ import annotations
@@ -41,11 +41,19 @@ _ATTEMPTS = 3
 
 
 def digest(files: Iterable[Path], cache: Path) -> bytes:
-    """16 bytes over the files' contents in the given order: xxh3_128 of their xxh3_128s.
+    """Return 16 bytes over the files' contents in the given order: xxh3_128 of their xxh3_128s.
 
     A file is read (never mapped, so it does not count as this process's memory) once; the result is kept in
-    `cache/digests` for as long as the file's device, inode, time of change (which nobody can set) and size
-    stay. Raises ConfigError if that cannot be written, CorruptModel if a file does not stop changing.
+    `cache/digests` for as long as the file's device, inode, time of change (which no program can set) and
+    size stay the same.
+
+    Args:
+        files: The files.
+        cache: The cache folder.
+
+    Raises:
+        ConfigError: The cache cannot be written.
+        CorruptModel: A file does not stop changing.
     """
     return xxhash.xxh3_128_digest(b"".join(_file_digest(file.resolve(), cache) for file in files))
 
@@ -77,7 +85,7 @@ def _file_digest(file: Path, cache: Path) -> bytes:
 
 
 def _state(file: Path) -> list[int]:
-    """What is another whenever the contents are."""
+    """Return what differs whenever the contents do."""
     status = file.stat()
     return [status.st_dev, status.st_ino, status.st_ctime_ns, status.st_size]
 
@@ -119,7 +127,7 @@ def _noted(note: Path, state: list[int]) -> bytes | None:
 
 
 def _file_system(file: Path) -> int:
-    """f_type of statfs(2), which Python does not give; 0 where the C library has none."""
+    """Return f_type of statfs(2), which Python does not give; 0 where the C library has none."""
     found = ctypes.create_string_buffer(256)
     try:
         failed = ctypes.CDLL(None).statfs(os.fsencode(file), found)

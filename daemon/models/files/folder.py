@@ -1,4 +1,4 @@
-"""What a model folder says about itself, before anything of it is loaded: whether it can be served."""
+"""What a model folder says of its model, before anything is loaded: whether it can be served."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ _OF_FILES = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Its config.json. Raises CorruptModel."""
+    """Read a folder's config.json.
+
+    Raises:
+        CorruptModel: It is missing, is not JSON, or names no model_type.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -48,8 +52,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UnsupportedModel for a folder that would be refused, or be another model, once it is loaded; or
-    CorruptModel.
+    """Check that a folder's model can be served, from its small files.
+
+    Raises:
+        UnsupportedModel: It could not be served, or would be another model once it is loaded.
+        CorruptModel: Its config.json is damaged.
     """
     config = read_config(folder)
     if config["model_type"] not in FAMILIES:
@@ -72,7 +79,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _quantised_by(folder: Path, config: dict[str, Any]) -> str | None:
-    """The method's name, or None for plain weights."""
+    """Return the name of the quantisation method; None for plain weights."""
     for key in ("quantization_config", "compression_config", "quantization"):  # the last is MLX's
         if not (found := config.get(key)):
             continue
@@ -85,7 +92,10 @@ def _quantised_by(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _check_code(folder: Path, config: dict[str, Any]) -> None:
-    """Code of a folder's own is never run; it may be there if it has come into transformers meanwhile."""
+    """Refuse a model that needs code of its own folder, which is never run.
+
+    Such code may be there if the family has been added to transformers meanwhile.
+    """
     ours = FAMILIES[config["model_type"]]
     named = config.get("architectures") or [ours]
     code = config.get("auto_map") or {}

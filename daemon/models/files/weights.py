@@ -1,4 +1,4 @@
-"""Weight files: what a folder's safetensors hold."""
+"""The weight files of a model folder: what its safetensors hold."""
 
 from __future__ import annotations
 
@@ -23,21 +23,23 @@ _NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The safetensors of one folder: files in name order, bytes by dtype, how many numbers."""
+    """The safetensors of one folder: files in name order, bytes by dtype, number of parameters."""
 
     files: tuple[Path, ...]
     nbytes: Mapping[str, int]
     parameters: int
 
     def share(self, dtype: str) -> float:
-        """Of all bytes, those of tensors in this dtype."""
+        """Return the share of tensors in this dtype among all bytes, from 0 to 1."""
         return self.nbytes.get(dtype, 0) / max(1, sum(self.nbytes.values()))
 
 
 def read_weight_files(folder: Path) -> WeightFiles:
     """Read every safetensors header and check that each file is exactly as long as its header says.
 
-    Raises CorruptModel (damaged or cut off) or UnsupportedModel (no safetensors, or quantised weights).
+    Raises:
+        CorruptModel: A file is damaged or cut off.
+        UnsupportedModel: There are no safetensors, or the weights are quantised.
     """
     files = tuple(sorted(folder.glob("*.safetensors")))
     if not files:
@@ -70,7 +72,7 @@ def _what_it_has(folder: Path) -> str:
 
 
 def _tensors(file: Path) -> list[tuple[str, int, int]]:
-    """Of each its dtype, its bytes, and how many numbers it has."""
+    """Return dtype, bytes and number of elements of each tensor in a file."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -97,13 +99,13 @@ def _tensor(entry: Mapping[str, Any]) -> tuple[str, int, int]:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """A model folder's own files in name order, without weights in formats that are not read."""
+    """Return a model folder's own files in name order, without weights in formats that are not read."""
     files = sorted(file for file in folder.iterdir() if file.is_file())
     return [file for file in files if file.suffix not in (".bin", ".pt", ".pth", ".gguf", ".onnx")]
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files that say which text is which token: tokenizer.json, or what stands for it."""
+    """Return the files that define the tokenizer: tokenizer.json, or what replaces it."""
     if (whole := folder / "tokenizer.json").is_file():
         return [whole]
     return [file for file in model_files(folder) if file.name in _SLOW_TOKENIZERS]

@@ -1,7 +1,8 @@
-"""The header of a GGUF file: enough to refuse what transformers would load wrongly, without its 11 s reader.
+"""The header of a GGUF file: enough to refuse what transformers would load wrongly.
 
-Layout: github.com/ggml-org/ggml docs/gguf.md, versions 2 and 3, little endian. Whatever a header claims,
-reading it takes seconds and little memory: counts and lengths are bounded before they are believed.
+gguf's own reader takes 11 s. Layout: github.com/ggml-org/ggml docs/gguf.md, versions 2 and 3, little endian.
+Whatever a header claims, reading it takes seconds and little memory: counts and lengths are bounded before
+they are used.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ Value = Scalar | tuple[Scalar, ...] | None
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """`values` has the scalar and string keys and short arrays of numbers; other arrays are None there (only
-    their presence is known). tensors: names and GGML types.
+    """The header of a GGUF file.
+
+    `values` has the scalar and string keys and short arrays of numbers; other arrays are None there (only
+    their presence is known). `tensors` has names and GGML types.
     """
 
     values: dict[str, Value]
@@ -63,20 +66,22 @@ class GgufHeader:
         return str(self.values["general.architecture"])
 
     def model_keys(self) -> list[str]:
-        """Those under the architecture's own prefix, without it."""
+        """Return the keys under the architecture's own prefix, without it."""
         prefix = f"{self.architecture}."
         return [key.removeprefix(prefix) for key in self.values if key.startswith(prefix)]
 
     def of_model(self, key: str) -> Value:
-        """The value under the architecture's own prefix, or None."""
+        """Return the value of a key under the architecture's own prefix, or None."""
         return self.values.get(f"{self.architecture}.{key}")
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read and check the header and that every tensor lies inside the file.
+    """Read the header, and check that every tensor lies within the file.
 
-    Raises CorruptModel (no GGUF, damaged or truncated) or UnsupportedModel (version, tensor type, or one part
-    of a file that was split).
+    Raises:
+        CorruptModel: The file is no GGUF file, damaged or truncated.
+        UnsupportedModel: Its version or a tensor's type is unknown, or it is one part of a file that was
+            split.
     """
     size = path.stat().st_size
     if size < 24:
@@ -163,7 +168,7 @@ class _Cursor:
         return tuple(self._number(code) for _ in range(count))
 
     def _tensor(self) -> tuple[str, int, int]:
-        """(name, GGML type, end relative to the start of the data section)"""
+        """Return name, GGML type, and end relative to the start of the data section."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         name = self._string()
@@ -185,7 +190,10 @@ def _bounded(what: str, count: int, most: int) -> int:
 
 
 def _refuse_a_part(path: Path, values: dict[str, Value]) -> None:
-    """Of a file that gguf-split has cut: only the first part has the metadata, and none has all tensors."""
+    """Refuse a part of a file that gguf-split has cut.
+
+    Only the first part has the metadata, and none has all tensors.
+    """
     count, number = values.get("split.count"), values.get("split.no")
     if not isinstance(count, int) or not isinstance(number, int) or count < 2:
         return

@@ -1,8 +1,8 @@
-"""What a GGUF file's metadata says of its model, against what transformers' reader makes of it.
+"""What a GGUF file's metadata says of its model, compared with what transformers' reader makes of it.
 
-That reader takes the keys that it knows and leaves out the others in silence. Here every key under the name
-of the architecture has a meaning: what it says is in the module's config, or does not matter, or the file is
-refused. Where the reader leaves something out that its config can express, it is put there.
+That reader takes the keys that it knows and silently leaves out the others. Here every key under the name of
+the architecture has a meaning: what it says is in the module's config, or does not matter, or the file is
+refused. Where the reader leaves out something that its config can express, it is added.
 """
 
 from __future__ import annotations
@@ -80,7 +80,16 @@ _ROPE = frozenset({"rope.scaling.type", "rope.scaling.factor", "rope.scale_linea
 
 
 def check_header(header: GgufHeader, name: str) -> None:
-    """Raise UnsupportedModel for a file that would be another model once it is loaded, or CorruptModel."""
+    """Check that a file's model can be served, and stays the same model when it is loaded.
+
+    Args:
+        header: The file's header.
+        name: What errors call the file.
+
+    Raises:
+        UnsupportedModel: It cannot, or would be another model once it is loaded.
+        CorruptModel: The header lacks a key.
+    """
     if header.architecture not in GGUF_ARCHITECTURES:
         raise UnsupportedModel(
             f"{name}: GGUF architecture {header.architecture!r} is not supported; "
@@ -118,10 +127,13 @@ def _check_key(header: GgufHeader, key: str, name: str) -> None:
 
 
 def linear_factor(header: GgufHeader, name: str) -> float:
-    """By how much positions are divided before RoPE, 1.0 for not at all. llama.cpp takes a factor without a
-    type for a linear one, and the older rope.scale_linear where there is none.
+    """Return by what factor positions are divided before RoPE; 1.0 for not at all.
 
-    Raises UnsupportedModel for other types.
+    llama.cpp takes a factor without a type for a linear one, and the older rope.scale_linear where there is
+    none.
+
+    Raises:
+        UnsupportedModel: The scaling is of another type.
     """
     kind = header.of_model("rope.scaling.type")
     if kind == "none":
@@ -138,7 +150,7 @@ def linear_factor(header: GgufHeader, name: str) -> float:
 
 
 def complete(config: Any, header: GgufHeader, name: str) -> None:
-    """Put into transformers' config what its reader leaves out."""
+    """Add to transformers' config what its reader leaves out."""
     if (length := header.of_model("attention.key_length")) is not None:
         config.head_dim = length
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -149,7 +161,11 @@ def complete(config: Any, header: GgufHeader, name: str) -> None:
 
 
 def check_config(config: Any, header: GgufHeader, name: str) -> None:
-    """Raise UnsupportedModel unless the config that a module was made with is what the file says."""
+    """Check that the config that a module was made with is what the file says.
+
+    Raises:
+        UnsupportedModel: It is not.
+    """
     for key, ours in _IN_CONFIG.items():
         theirs = _effective(header, key)
         if theirs is not None and not _same(theirs, found := ours(config)):
@@ -159,7 +175,7 @@ def check_config(config: Any, header: GgufHeader, name: str) -> None:
 
 
 def _effective(header: GgufHeader, key: str) -> Value:
-    """What llama.cpp takes: the value, or that of other keys in its place."""
+    """Return what llama.cpp uses: the value, or that of other keys in its place."""
     value = header.of_model(key)
     if key == "attention.sliding_window_pattern" and isinstance(value, int) and not isinstance(value, bool):
         layers = int(header.of_model("block_count") or 0)  # type: ignore[arg-type]
@@ -184,7 +200,7 @@ def _head_dim(config: Any) -> int:
 
 
 def _rope(config: Any, kind: str) -> dict[str, Any]:
-    """The RoPE parameters of a kind of layers, or of all."""
+    """Return the RoPE parameters of a kind of layers, or of all."""
     found: dict[str, Any] = config.rope_parameters
     return found.get(kind) or found
 

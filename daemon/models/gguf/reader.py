@@ -1,7 +1,7 @@
-"""gguf's reader of GGUF files, for a process that reads one file several times.
+"""gguf's reader of GGUF files, made fast for a process that reads one file several times.
 
 transformers parses a file for its configuration, again for its weights, and again for its tokenizer, and maps
-names anew for each module: with 262,144 words in the vocabulary most of a conversion's time.
+names again for each module: with 262,144 words in the vocabulary that is most of a conversion's time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TELL_S = 3.0
 
 
 class SlicedGGUFReader(gguf.GGUFReader):  # type: ignore[misc]
-    """Gives slices of the file that are plain arrays: hundreds of thousands of memmaps take long to make."""
+    """Slices the file into plain arrays: making hundreds of thousands of memmaps takes long."""
 
     @property
     def data(self) -> npt.NDArray[np.uint8]:
@@ -37,7 +37,7 @@ class SlicedGGUFReader(gguf.GGUFReader):  # type: ignore[misc]
 
 @contextmanager
 def parsed_once() -> Iterator[None]:
-    """A scope in which this process parses each file once, whoever reads it. It must not change meanwhile."""
+    """Make this process parse each GGUF file once in this context. The files must not change meanwhile."""
     reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
     gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(SlicedGGUFReader), functools.cache(name_map)
     try:
@@ -48,7 +48,7 @@ def parsed_once() -> Iterator[None]:
 
 @contextmanager
 def counted(tell: Callable[[str], None]) -> Iterator[None]:
-    """A scope in which transformers' reading of a GGUF file tells how far it is, in place of its bar."""
+    """Report how far transformers' reading of a GGUF file is in this context, in place of its bar."""
     bar = modeling_gguf_pytorch_utils.tqdm
 
     def count(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Which modules steps over packed weights stand for.
+"""Which modules steps over packed weights can replace.
 
 decoder.py computes what these classes of transformers do, and nothing else. Another family may have the same
 names and shapes and be another function of them: factors on embeddings, residuals or logits (Granite), layers
@@ -48,7 +48,11 @@ _READ = re.compile(
 
 
 def check_packable(module: Any) -> None:
-    """Raise UnsupportedModel unless steps over packed weights compute what this module does."""
+    """Check that steps over packed weights compute what this module does.
+
+    Raises:
+        UnsupportedModel: They do not.
+    """
     for name, part in module.named_modules():
         if (kind := f"{type(part).__module__}.{type(part).__qualname__}") not in _KNOWN:
             raise UnsupportedModel(

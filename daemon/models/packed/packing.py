@@ -1,7 +1,7 @@
-"""Packed weights of a model for its steps, made once and mapped from then on.
+"""Packed weights of a model for its steps, made once and then mapped.
 
 A quantised GGUF file's own codes are kept where they fit (Q4_0, Q4_1, Q8_0): nothing is rounded twice. What
-it stores in other ways becomes int8. Matrices that read the same input lie together: `layers.N.qkv`,
+it stores in other ways becomes int8. Matrices that read the same input are stacked: `layers.N.qkv`,
 `layers.N.out`, `layers.N.gate_up`, `layers.N.down`, and `head`, which is int8 also beside int4.
 """
 
@@ -71,11 +71,10 @@ class PackedSource:
 
 
 def matrices(module: Any) -> dict[str, list[PackedSource]]:
-    """What is packed under which name.
+    """Return the linear layers to pack, by the names of the packed matrices.
 
     Raises:
-        UnsupportedModel: If a layer does not fit, or if steps over packed weights would compute another
-            model.
+        UnsupportedModel: A layer does not fit, or steps over packed weights would compute another model.
     """
     check_packable(module)
     config = module.config
@@ -115,22 +114,31 @@ def matrices(module: Any) -> dict[str, list[PackedSource]]:
 
 
 def attention_inputs(attention: Any) -> list[Any]:
-    """The linear layers whose outputs are Q, K and V, in this order; one that has all in Phi3."""
+    """Return the linear layers whose outputs are Q, K and V, in this order; one that has all in Phi3."""
     if hasattr(attention, "qkv_proj"):
         return [attention.qkv_proj]
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
 def activation(config: Any) -> str:
-    """The MLP's, by its name in config.json."""
+    """Return the name of the MLP's activation in config.json."""
     return str(getattr(config, "hidden_activation", None) or config.hidden_act)
 
 
 def packed_file(module: Any, folder: Path, weights: str, cache: Path) -> Path | None:
-    """The file of what steps read of a model, for a `weights` of Config; None if it is the module itself.
+    """Return the file of packed weights that steps read; None if they read the module's own.
 
-    int8 and int4 are made from the folder's weights once and kept in the cache. Raises UnsupportedModel, or
-    ConfigError if the cache cannot be written.
+    int8 and int4 are made from the folder's weights once and kept in the cache.
+
+    Args:
+        module: The loaded module.
+        folder: Its folder.
+        weights: As in Config.
+        cache: The cache folder.
+
+    Raises:
+        UnsupportedModel: The weights cannot be packed.
+        ConfigError: The cache cannot be written.
     """
     if weights == "bf16":
         return None
@@ -145,9 +153,16 @@ def packed_file(module: Any, folder: Path, weights: str, cache: Path) -> Path | 
 
 
 def pack_gguf(module: Any, gguf: Path, target: Path) -> None:
-    """Write what steps read of a GGUF file, whose weights the module has too, to a file.
+    """Write packed weights of a GGUF file, which `module` was loaded from, to a file.
 
-    Raises UnsupportedModel if it does not fit, or has no quantised weights.
+    Args:
+        module: The loaded module; codes that are not its weights are quantised again.
+        gguf: The GGUF file.
+        target: The file to write; on any error it is as it was.
+
+    Raises:
+        UnsupportedModel: They do not fit, or are not quantised.
+        ConfigError: The file cannot be written.
     """
     from gguf import GGUFReader
 
@@ -170,8 +185,14 @@ def pack_gguf(module: Any, gguf: Path, target: Path) -> None:
 def pack_module(module: Any, form: Form, target: Path) -> None:
     """Write the weights of a module, quantised, to a file.
 
+    Args:
+        module: The loaded module.
+        form: How they are quantised; the head is int8 in any case.
+        target: The file to write; on any error it is as it was.
+
     Raises:
-        UnsupportedModel: If they do not fit.
+        UnsupportedModel: They do not fit.
+        ConfigError: The file cannot be written.
     """
     packs = {}
     for name, parts in matrices(module).items():
@@ -180,7 +201,11 @@ def pack_module(module: Any, form: Form, target: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Packed]:
-    """What one of them wrote, mapped. Raises CorruptModel."""
+    """Map packed weights that `pack_gguf` or `pack_module` wrote.
+
+    Raises:
+        CorruptModel: The file is damaged.
+    """
     forms = {form.words: form for form in Form}
     try:
         tensors = {name: tensor.numpy() for name, tensor in load_file(path).items()}
@@ -197,7 +222,7 @@ def _quantised(part: PackedSource, form: Form) -> Packed:
 
 
 def _kept(part: PackedSource, tensors: Mapping[str, Any]) -> Packed | None:
-    """The codes of the GGUF file, if they are of a known kind and are the module's weights."""
+    """Return the codes of the GGUF file, if they are of a known kind and are the module's weights."""
     tensor = tensors.get(part.gguf)
     if tensor is None or tensor.tensor_type.name not in QUANTISED:
         return None
@@ -212,7 +237,13 @@ def _kept(part: PackedSource, tensors: Mapping[str, Any]) -> Packed | None:
 
 
 def _codes(kind: str, data: NDArray[np.uint8], heads: int) -> Packed:
-    """data: [outputs, bytes], blocks of 32 inputs as ggml-common.h has them."""
+    """Pack the codes of a GGUF tensor.
+
+    Args:
+        kind: Its GGUF type, one of QUANTISED.
+        data: [outputs, bytes] uint8, blocks of 32 inputs as in ggml-common.h.
+        heads: Heads whose halves are interleaved; 0 for none.
+    """
     outputs = len(data)
     width = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind]
     blocks = data.reshape(outputs, -1, width)
@@ -231,7 +262,7 @@ def _codes(kind: str, data: NDArray[np.uint8], heads: int) -> Packed:
 
 
 def _write(packs: Mapping[str, Packed], target: Path) -> None:
-    """Whole, by rename, or not at all."""
+    """Write a file as a whole, by rename, or not at all."""
     writing = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
