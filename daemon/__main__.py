@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status of the process.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what its encoding does not have is no reason to end
+        if isinstance(stream, io.TextIOWrapper):  # characters that its encoding lacks are escaped
             stream.reconfigure(errors="backslashreplace")
     options = make_parser().parse_args(argv)
     try:

@@ -2,7 +2,7 @@
 
 [alice]
 key = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"  # her public key
-tenant = "hers"                                     # whose sessions and KV she has
+tenant = "hers"                                     # the tenant of her sessions and KV
 max_open = 4                                        # limits of her own, or those of the configuration
 max_rate = 50
 """
@@ -124,7 +124,7 @@ def add_client(path: Path, name: str, client: AuthorizedClient) -> None:
         )
     tenant = json.dumps(client.tenant, ensure_ascii=False)
     try:
-        # root may add to a list in another's folder, who could make it a link to any file
+        # root may append in a folder of another user, who could replace the file by a link
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         with os.fdopen(descriptor, "a", encoding="utf-8") as end:
             end.write(f'\n[{name}]\nkey = "{client.key}"\ntenant = {tenant}\n')

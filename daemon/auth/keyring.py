@@ -2,7 +2,7 @@
 
 server.key      the daemon's secret key
 clients.toml    who may connect
-NAME.key        what the client NAME needs to connect; it is taken to where the client is
+NAME.key        what the client NAME needs to connect; to be copied to where the client runs
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .clients import AuthorizedClient, add_client
 from .keys import ServerKey
 
 SERVICE_USER = "spilld"
-"""As whom the system unit runs (systemd/spilld.sysusers). A folder that root makes is this user's."""
+"""The user of the system unit (systemd/spilld.sysusers). A folder that root makes is this user's."""
 
 SERVER = "server.key"
 CLIENTS = "clients.toml"

@@ -72,7 +72,7 @@ class Conversation:
         try:
             try:
                 self._answer(message, new)
-            except ContextNotFound:  # it expired meanwhile: everything is still here, so send it all
+            except ContextNotFound:  # it has expired: all messages are still here, so send them again
                 self._context = None
                 self._answer(message, [*self._said, message])
         except Unreachable:

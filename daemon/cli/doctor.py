@@ -50,9 +50,9 @@ class Finding(NamedTuple):
     what: str
     found: str
     advice: str = ""
-    """What to change; nothing where all is well."""
+    """What to change; empty where nothing is."""
     bytes_s: float = 0.0
-    """What was measured of it, where that decides how the tiers are used."""
+    """The measured rate, where that decides how the tiers are used."""
 
 
 def examine(config: Config) -> Iterator[Finding]:
@@ -223,7 +223,7 @@ def _measure(path: Path, folder: Path) -> Finding:
     On some disks the first read of new data is slower.
     """
     system, buffer = SystemCalls(), page_aligned(PIECE)
-    buffer[:] = np.random.default_rng().integers(0, 256, PIECE, np.uint8)  # what compresses tells nothing
+    buffer[:] = np.random.default_rng().integers(0, 256, PIECE, np.uint8)  # random: disks may compress
     advice, direct = "", os.O_DIRECT
     try:
         file = system.open(path, os.O_RDWR | os.O_CREAT | direct)

@@ -23,7 +23,7 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: The daemon could not start with it.
     """
-    with suppress(OSError):  # of what cannot be looked at, who reads it says more
+    with suppress(OSError):  # what cannot be read is reported when it is loaded
         source = sources_of(config.model)[0]
         if source.is_dir():
             check_folder(source)

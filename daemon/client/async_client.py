@@ -145,7 +145,7 @@ class AsyncClient:
         return await self._run(self._operations.import_session(Path(file), session))
 
     def _start(self, request: Request, timeout: float | None) -> PendingRequest:
-        self._move()  # learn first whether the connection still stands
+        self._move()  # notice first whether the connection is lost
         pending = self._core.start(request, time.monotonic(), timeout)
         self._move()
         return pending
@@ -173,7 +173,7 @@ class AsyncClient:
                         await changed.wait()
             return reply
         finally:
-            if self._core.outbox:  # what taking it has to say: go on, or that it took too long
+            if self._core.outbox:  # taking a reply may queue an acknowledgement or a cancel
                 self._move()
 
     def _move(self) -> None:

@@ -202,7 +202,7 @@ class Client:
         self.close()
 
     def _start(self, request: Request, timeout: float | None) -> PendingRequest:
-        self._socket.move()  # learn first whether the connection still stands
+        self._socket.move()  # notice first whether the connection is lost
         pending = self._core.start(request, time.monotonic(), timeout)
         self._socket.flush()
         return pending
@@ -225,7 +225,7 @@ class Client:
                 self._wait(self._core.wait_s(pending, time.monotonic()))
             return reply
         finally:
-            self._socket.flush()  # what taking it has to say: go on, or that it took too long
+            self._socket.flush()  # taking a reply may queue an acknowledgement or a cancel
 
     def _wait(self, seconds: float | None) -> None:
         self._socket.flush()
@@ -239,7 +239,7 @@ class Client:
     def _cancel(self, pending: PendingRequest) -> None:
         self._core.cancel(pending)
         if threading.get_ident() == self._thread:
-            self._socket.flush()  # from another thread (a finaliser) it leaves with the next call
+            self._socket.flush()  # from another thread (a finaliser) it is sent with the next call
 
 
 class Generation(GenerationHandle):

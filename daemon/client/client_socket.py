@@ -18,7 +18,7 @@ BATCH = 256
 """Messages taken at once, so that an event loop gets its turn."""
 
 LINGER_MS = 200
-"""How long a cancel may take to leave once the socket is closed."""
+"""How long sending a cancel may take once the socket is closed."""
 
 SEEN = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -65,7 +65,7 @@ class ClientSocket:
             self.socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public.encode())
             self.socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret.encode())
         self.monitor: zmq.Socket[bytes] = self.socket.get_monitor_socket(SEEN)
-        self.monitor.setsockopt(zmq.RCVHWM, 0)  # where it is full, libzmq stops, for all sockets
+        self.monitor.setsockopt(zmq.RCVHWM, 0)  # if it were full, libzmq would block, for all sockets
         try:
             self.socket.connect(core.address)
         except zmq.ZMQError as error:
@@ -93,9 +93,9 @@ class ClientSocket:
         self._watch()
         self.flush()
         more = self._take()
-        answers = bool(self._core.outbox)  # to go on, or a cancel
+        answers = bool(self._core.outbox)  # acknowledgements, or a cancel
         self.flush()
-        return more or answers  # Hazard: a send takes the descriptor's word of what came meanwhile
+        return more or answers  # Hazard: a send clears the descriptor's edge for what came meanwhile
 
     def _watch(self) -> None:
         while self.monitor.poll(0):

@@ -231,7 +231,7 @@ class ClientCore:
 
     def connection_lost(self, now: float) -> None:
         """Note that the daemon is gone; if it comes back, it still knows the generations that it had."""
-        if not self.connected:  # an attempt to connect has failed, no more
+        if not self.connected:  # only an attempt to connect has failed
             return
         self.connected = False
         for pending in list(self._pending.values()):

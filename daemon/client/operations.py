@@ -25,10 +25,10 @@ from .query import Operation, ask
 from .transfer import download, upload
 
 ASK_S = 10.0
-"""How long hello and stats wait: the daemon answers them between two polls."""
+"""Seconds that hello and stats wait: the daemon answers them between two polls."""
 
 CHANGE_S = 120.0
-"""How long all that concerns sessions waits: the daemon does it between two steps."""
+"""Seconds that operations on sessions wait: the daemon does them between two steps."""
 
 
 class Operations:

@@ -30,10 +30,10 @@ from spilld.protocol.messages import (
 from .query import Operation, ask
 
 PIECE_S = 60.0
-"""How long a piece waits: the daemon has others to serve, and a disk to wait for."""
+"""Seconds that a piece waits: the daemon serves other clients, too, and waits for its disk."""
 
 BUILD_S = 3600.0
-"""How long export and import wait: the daemon reads or writes all of it, between other work."""
+"""Seconds that export and import wait: the daemon reads or writes all of it, beside other work."""
 
 NextId = Callable[[], str]
 

@@ -40,7 +40,8 @@ GIB = 2**30
 
 WEIGHTS = ("auto", "bf16", "int8", "int4")
 """What steps read. auto: the codes of a quantised GGUF file in bfloat16, else bf16, which
-is no copy: what `dtype` says. With device "cuda" and a torch that finds the GPU, auto is bf16, on the GPU."""
+is the module's own weights in `dtype`. With device "cuda" and a torch that finds the GPU, auto is bf16, on
+the GPU."""
 
 DEVICES = ("cpu", "cuda")
 """Where windows, cached records and, if torch can, the weights that are not packed lie."""
@@ -117,7 +118,7 @@ class Config:
         str,
         OneOf(DEVICES),
         SettingHelp(
-            'Where windows and the hottest records lie: "cpu", or "cuda", the first NVIDIA GPU. It takes the '
+            'Where windows and cached records lie: "cpu", or "cuda", the first NVIDIA GPU. It takes the '
             "extra `cuda` and a device_budget. Nothing of it has run on a real GPU (cuda_ext/README.md)."
         ),
     ] = "cpu"
@@ -125,9 +126,9 @@ class Config:
         int | None,
         Maybe(Bytes()),
         SettingHelp(
-            "KV in device memory: windows; on a GPU also hot records and what attention takes. Weights on a "
-            "GPU, and what torch takes for a step, come on top (`spilld doctor` says how much the weights). "
-            "Unset: room for a few windows.",
+            "KV in device memory: windows; on a GPU also cached records and what attention takes. Weights on "
+            "a GPU, and what torch takes for a step, come on top (`spilld doctor` says how much the weights "
+            "take). Unset: room for a few windows.",
             example="1GiB",
         ),
     ] = None

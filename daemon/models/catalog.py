@@ -39,7 +39,7 @@ def _print(line: str) -> None:
     print(f"spilld: {line}", file=sys.stderr, flush=True)
 
 
-def resolve(name: str, cache: Path, dtype: str, tell: Callable[[str], None] = _print) -> Path:
+def resolve(name: str, cache: Path, dtype: str, report: Callable[[str], None] = _print) -> Path:
     """Return the folder to load a model from, after converting it if that is needed.
 
     A folder that fits, but for few tensors that are cast whenever it is loaded, is used in place. What is not
@@ -49,7 +49,7 @@ def resolve(name: str, cache: Path, dtype: str, tell: Callable[[str], None] = _p
         name: A known name, a .gguf file, or a folder with config.json and safetensors.
         cache: The cache folder.
         dtype: "float32" or "bfloat16".
-        tell: Called with lines of progress; by default they are printed to stderr.
+        report: Called with lines of progress; by default they are printed to stderr.
 
     Raises:
         UnknownModel: There is no such model.
@@ -62,7 +62,7 @@ def resolve(name: str, cache: Path, dtype: str, tell: Callable[[str], None] = _p
         check_folder(sources[0])
         if read_weight_files(sources[0]).share(dtype) >= _IN_PLACE:
             return sources[0]
-    return _converted(_short(name, sources), sources, cache, dtype, tell)
+    return _converted(_short(name, sources), sources, cache, dtype, report)
 
 
 def identify(name: str, cache: Path) -> bytes:
@@ -98,7 +98,9 @@ def parameters(name: str) -> int | None:
     return read_weight_files(path).parameters if name not in PACKAGED and path.is_dir() else None
 
 
-def _converted(name: str, sources: list[Path], cache: Path, dtype: str, tell: Callable[[str], None]) -> Path:
+def _converted(
+    name: str, sources: list[Path], cache: Path, dtype: str, report: Callable[[str], None]
+) -> Path:
     files = model_files(sources[0]) if sources[0].is_dir() else sources
     if len(sources) == 1 and sources[0].is_file() and not is_noted(sources[0], cache):
         check_header(read_header(sources[0]), name)  # refused at once, before all of it is read
@@ -106,7 +108,7 @@ def _converted(name: str, sources: list[Path], cache: Path, dtype: str, tell: Ca
     target = cache / "models" / f"{re.sub('[^A-Za-z0-9._-]', '_', name)}-{dtype}-{key}-v{CONVERSION}"
     if not target.is_dir():
         _make_room(target.parent)
-        _run_converter(name, sources, target, dtype, tell)
+        _run_converter(name, sources, target, dtype, report)
     return target
 
 
@@ -118,10 +120,10 @@ def _make_room(folder: Path) -> None:
 
 
 def _run_converter(
-    name: str, sources: list[Path], target: Path, dtype: str, tell: Callable[[str], None]
+    name: str, sources: list[Path], target: Path, dtype: str, report: Callable[[str], None]
 ) -> None:
-    tell(f"preparing {name} in {dtype}, once, in {target}")
-    with lines_to(lambda line: tell(line.removeprefix("spilld: "))) as errors:
+    report(f"preparing {name} in {dtype}, once, in {target}")
+    with lines_to(lambda line: report(line.removeprefix("spilld: "))) as errors:
         done = subprocess.run(
             [sys.executable, "-m", "spilld.models.convert", "--dtype", dtype, "--target", target, *sources],
             stdin=subprocess.DEVNULL,

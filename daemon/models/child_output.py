@@ -9,18 +9,18 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def lines_to(tell: Callable[[str], None]) -> Iterator[int]:
+def lines_to(report: Callable[[str], None]) -> Iterator[int]:
     """Make a descriptor for a child's stdout or stderr, whose lines are passed on until the context ends.
 
-    `tell` is called with each line as it comes, in a thread of its own; with the last before the context has
-    ended.
+    `report` is called with each line as it comes, in a thread of its own; with the last before the context
+    has ended.
     """
     source, sink = os.pipe()
 
     def follow() -> None:
         with open(source, encoding="utf-8", errors="replace") as lines:  # noqa: PTH123 (a descriptor)
             for line in lines:
-                tell(line.rstrip("\n"))
+                report(line.rstrip("\n"))
 
     thread = threading.Thread(target=follow, name="spilld-child")
     thread.start()

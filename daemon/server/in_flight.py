@@ -22,7 +22,7 @@ Send = Callable[[bytes, list[bytes], bool], None]
 """Sends frames to a client, as an answer to what it just asked or not. Raises Full or Gone."""
 
 ClientRequest = tuple[bytes, str]
-"""A client and the id of a request that it hears of."""
+"""A client and the id of a request whose events it gets."""
 
 
 @dataclass
@@ -31,8 +31,8 @@ class InFlightRequest:
 
     account: str | bytes
     next_seq: int = 0
-    heard: bool = True  # its client still waits for events; else only the last is waited for, here
-    resumed: bool = False  # another client may have had it, until the first event shows that this one does
+    heard: bool = True  # its client still gets events; else only its last event is awaited here
+    resumed: bool = False  # another client may still have it, until the first event confirms the resume
 
 
 class InFlightRequests:

@@ -124,7 +124,7 @@ class _Process:
     def end(self) -> int:
         """Kill the process and return its exit code."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(0.2)  # what ended it may be the kernel, just now
+            self._process.wait(0.2)  # the kernel may be killing it just now
         self._finalizer()
         return self._process.returncode
 

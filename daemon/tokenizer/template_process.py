@@ -234,7 +234,7 @@ def _exactly(link: socket.socket, count: int) -> bytes | None:
 
 def main() -> None:
     """Render what is asked for until the daemon is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for the daemon
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is for the daemon
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     renderer = None

@@ -293,7 +293,7 @@ class Tokenizer:
         return [self._meant.get(token, token) for token in ids]
 
     def _ids(self, text: str, *, start: bool) -> list[int]:
-        try:  # of a batch: `encode` lets no other thread run, and remembers where in the text each token is
+        try:  # a batch of one: `encode` holds the GIL, and computes offsets of tokens
             (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=start)
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequest("the text is not valid Unicode (a lone surrogate?)") from error

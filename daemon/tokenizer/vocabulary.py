@@ -10,10 +10,10 @@ import tokenizers
 from tokenizers import models
 
 COMPOSED = 4
-"""Unicode's normal forms turn at most so many bytes into one: the Kelvin sign three into a K."""
+"""The most bytes that Unicode's normal forms turn into one: the Kelvin sign, three, becomes a K."""
 
 OF_TEXT = frozenset({*range(256)} - {0xC0, 0xC1, *range(0xF5, 0x100)})
-"""Bytes that UTF-8 has."""
+"""Bytes that occur in UTF-8."""
 
 _SPLITTERS = ("ByteLevel", "Metaspace", "Digits", "UnicodeScripts")
 """Steps before the model that leave every character where it is, in some form."""

@@ -31,7 +31,7 @@ class CurveAuthentication:
         key = ServerKey.load(folder / SERVER)
         self._public, self._secret = z85.decode(key.public), z85.decode(key.secret)
         self._clients = AuthorizedClients(folder / CLIENTS)
-        self.mechanism()  # without libsodium there is none
+        self.mechanism()  # raises ConfigError without libsodium
 
     def mechanism(self) -> Curve:
         """Make the mechanism of a new connection."""

@@ -105,7 +105,7 @@ class Connection:
         """
         self.client = client
         self.mechanism = mechanism
-        self.readable = self.writable = True  # as far as is known; the kernel tells of changes only
+        self.readable = self.writable = True  # as far as known: epoll reports changes only
         self._since = self._heard = self._pinged = time.monotonic()
         self.eager = True
         self.lacks_room = False
@@ -242,7 +242,7 @@ class Connection:
 
     def _obey(self, body: bytes) -> None:
         name, data = parse_command(body)
-        if name == b"PING":  # data: how long it waits (2 bytes), and what it wants back
+        if name == b"PING":  # data: its timeout (2 bytes) and a context, which PONG returns
             self._put(self.mechanism.seal(COMMAND, command(b"PONG", data[2:18])), answer=True)
 
     # out
@@ -280,7 +280,7 @@ class Connection:
             except BlockingIOError:
                 self.writable = False
                 return
-            except OSError:  # what it said before, such as a cancel, is still to be read
+            except OSError:  # what it sent before, such as a cancel, is still to be read
                 self._deaf = True
                 continue
             self._out_at += sent
@@ -310,7 +310,7 @@ class Connection:
         allowed_s = MESSAGE_S + (self._message_bytes + len(self._in)) / SLOWEST
         if self._begun is not None and not self.behind and now - self._begun > allowed_s:
             raise Gone("a message that takes too long")
-        if self.readable:  # what has come was not read yet: it is not the peer that is late
+        if self.readable:  # input was not read yet, so the peer may not be late
             self._heard = now
         if not self._pings or not self.ready:
             return

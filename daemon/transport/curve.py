@@ -120,7 +120,7 @@ class Curve:
         self._admits = admits
         self._public, self._secret = key_pair()
         self._cookie = os.urandom(COOKIE_BYTES)
-        self._client = b""  # its key for this connection, once it has said HELLO
+        self._client = b""  # its short-term key, once it has sent HELLO
         self._sent, self._had = 1, 0  # counters of the nonces
 
     def handshake(self, body: bytes) -> bytes:

@@ -194,7 +194,7 @@ class Router:
                 peer, _address = self._listening.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
-            except OSError as error:  # no descriptor, no memory: who waits is still there later
+            except OSError as error:  # no descriptor or memory: waiting peers stay in the backlog
                 log.warning("no client can connect now: %s", error)
                 self._pause(True)
                 return

@@ -21,7 +21,7 @@ MORE, LONG, COMMAND = 1, 2, 4
 GREETING_BYTES = 64
 
 SENDERS = (b"DEALER", b"ROUTER", b"REQ")
-"""Who may talk to a ROUTER."""
+"""Socket types that may talk to a ROUTER."""
 
 
 class Broken(Exception):

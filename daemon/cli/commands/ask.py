@@ -176,8 +176,8 @@ def _is_chat(known: SessionInfo | None, welcome: Welcome, options: argparse.Name
 def _messages(text: str | None, question: str, system: str | None) -> list[Message]:
     from spilld.protocol.messages import Message
 
-    told = [] if system is None else [Message(role="system", content=system)]
-    return [*told, Message(role="user", content=question if text is None else f"{text}\n\n{question}")]
+    first = [] if system is None else [Message(role="system", content=system)]
+    return [*first, Message(role="user", content=question if text is None else f"{text}\n\n{question}")]
 
 
 def _raw(text: str | None, question: str, session: bool) -> str:

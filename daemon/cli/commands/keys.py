@@ -1,4 +1,4 @@
-"""spilld keys: who may connect."""
+"""spilld keys: makes the keys of the daemon and its clients."""
 
 from __future__ import annotations
 

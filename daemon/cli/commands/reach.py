@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from spilld.protocol.messages import Welcome
 
 PATIENCE_S = 2.0
-"""A running daemon answers sooner; after that a command says what it waits for."""
+"""A running daemon answers sooner; after that a command prints what it waits for."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -57,10 +57,10 @@ def connected(options: argparse.Namespace) -> Iterator[tuple[Client, Welcome]]:
     with ended_by_signals():
         began = time.monotonic()
         with _connect(options) as client:
-            told = time.monotonic() - began >= PATIENCE_S
+            reported = time.monotonic() - began >= PATIENCE_S
             yield (
                 client,
-                _greet(client, began + options.wait, "" if told else f"waiting for {options.wait:g} s"),
+                _greet(client, began + options.wait, "" if reported else f"waiting for {options.wait:g} s"),
             )
 
 

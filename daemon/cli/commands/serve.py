@@ -44,21 +44,21 @@ def run(options: argparse.Namespace) -> int:
 
     Errors go to the log if that is for machines; otherwise they are printed in one line, as by every command.
     """
-    faulthandler.enable(2)  # systemd ends a daemon that hangs by SIGABRT: the log then says where it was
+    faulthandler.enable(2)  # systemd sends SIGABRT to a daemon that hangs; the log then has its stacks
     values = given(options)
 
     def read() -> Config:
         return Config.load(options.config, values)
 
     logs.set_up("json" if options.log_format == "json" else "text", "info")
-    # What comes while it loads is a reload, too, once the server takes it.
+    # A SIGHUP while the model loads stays pending, and is a reload once the server runs.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP} if options.config else set())
     try:
         config = read()
         logs.set_up(config.log_format, config.log_level)
         check_engine_installed()
         check(config)
-        # Torch's threads would else spin between its loops, where those of our kernels compute.
+        # Otherwise torch's threads would spin between its loops, on the cores that our kernels use.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         with engine_imports():
             from spilld.assembly import serve

@@ -1,4 +1,4 @@
-"""spilld sessions: what is kept under names."""
+"""spilld sessions: lists and changes sessions."""
 
 from __future__ import annotations
 

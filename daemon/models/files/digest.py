@@ -26,16 +26,16 @@ log = logging.getLogger(__name__)
 
 _CHUNK = 4 << 20
 _SETTLED_NS = 2_000_000_000
-"""A file that changed more recently is read again next time: one more write may leave its time as it is."""
+"""A file that changed more recently is read again next time: a further write may not change its time."""
 
-_SAID_FROM = 1 << 30
-"""Bytes of a file from which on reading it is said."""
+_LOGGED_FROM = 1 << 30
+"""Files of at least so many bytes are logged while they are read."""
 
-_SAID_EVERY_S = 10.0
+_LOGGED_EVERY_S = 10.0
 _KNOW_NO_CHANGE = frozenset(
     {0x73717368, 0xE0F5E1E2, 0x9660, 0x28CD3D45, 0x7275, 0x65735546}
 )  # squashfs, erofs, iso9660, cramfs, romfs, FUSE
-"""File systems (statfs(2), f_type) whose time of change is only what an image's maker says."""
+"""File systems (statfs(2), f_type) whose times of change are not set by the kernel of this machine."""
 
 _ATTEMPTS = 3
 
@@ -93,14 +93,14 @@ def _state(file: Path) -> list[int]:
 def _read(file: Path) -> bytes:
     hasher, buffer = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK))
     with file.open("rb", buffering=0) as stream:
-        size, read, said = os.fstat(stream.fileno()).st_size, 0, time.monotonic()
-        if size >= _SAID_FROM:
+        size, read, logged = os.fstat(stream.fileno()).st_size, 0, time.monotonic()
+        if size >= _LOGGED_FROM:
             log.info("reading %s (%.1f GiB), once, to know it again", file.name, size / 2**30)
         while count := stream.readinto(buffer):
             hasher.update(buffer[:count])
             read += count
-            if size >= _SAID_FROM and time.monotonic() - said > _SAID_EVERY_S:
-                said = time.monotonic()
+            if size >= _LOGGED_FROM and time.monotonic() - logged > _LOGGED_EVERY_S:
+                logged = time.monotonic()
                 log.info("%s: %d %% read", file.name, 100 * read // size)
     return hasher.digest()
 
@@ -122,7 +122,7 @@ def _noted(note: Path, state: list[int]) -> bytes | None:
         return bytes.fromhex(noted["xxh3_128"]) if noted["state"] == state else None
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError):  # a torn or foreign note: read the file again
+    except (ValueError, KeyError, TypeError):  # a damaged or foreign note: read the file again
         return None
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from transformers import modeling_gguf_pytorch_utils
 
-TELL_S = 3.0
-"""How often it is told how far reading is."""
+REPORT_S = 3.0
+"""Seconds between two reports of how far reading is."""
 
 
 class SlicedGGUFReader(gguf.GGUFReader):  # type: ignore[misc]
@@ -47,17 +47,17 @@ def parsed_once() -> Iterator[None]:
 
 
 @contextmanager
-def counted(tell: Callable[[str], None]) -> Iterator[None]:
+def counted(report: Callable[[str], None]) -> Iterator[None]:
     """Report how far transformers' reading of a GGUF file is in this context, in place of its bar."""
     bar = modeling_gguf_pytorch_utils.tqdm
 
     def count(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
         nbytes, read, began = sum(int(tensor.n_bytes) for tensor in tensors), 0, time.monotonic()
-        told = began
+        reported = began
         for number, tensor in enumerate(tensors):
-            if read and (now := time.monotonic()) - told >= TELL_S:
-                told, left = now, (now - began) / read * (nbytes - read)
-                tell(
+            if read and (now := time.monotonic()) - reported >= REPORT_S:
+                reported, left = now, (now - began) / read * (nbytes - read)
+                report(
                     f"read {number} of {len(tensors)} tensors, {read >> 20} of {nbytes >> 20} MiB; about "
                     f"{left:.0f} s left"
                 )

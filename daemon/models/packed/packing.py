@@ -42,7 +42,7 @@ from .packable import check_packable
 log = logging.getLogger(__name__)
 
 WEIGHTS = Path("packed") / "weights.safetensors"
-"""Where they lie in a folder that was made from a GGUF file."""
+"""The file of packed weights in a folder that was made from a GGUF file."""
 
 PACKING = 1
 """Part of the name of a file in the cache: raise it when the same weights are packed otherwise."""
@@ -51,10 +51,10 @@ QUANTISED = ("Q4_0", "Q4_1", "Q8_0")
 """GGUF types whose codes are kept."""
 
 PLAIN = ("F32", "F16", "BF16")
-"""Those that are no codes."""
+"""GGUF types that are not quantised."""
 
 ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
-"""Those with a kernel: whether it is GELU, by the name in config.json."""
+"""Activations that have a kernel, by the name in config.json; whether each is GELU."""
 
 _ROUNDING = 2.0**-8
 """bfloat16 keeps 8 bits: what a matrix may differ by from the same one in the model's folder."""
