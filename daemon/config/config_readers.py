@@ -56,7 +56,12 @@ class ListenAddress(FieldReader):
     """An address to listen at: ipc:// and a path, or tcp:// and an endpoint."""
 
     def read(self, value: object, name: str) -> str:
-        """See FieldReader.read. Raises ConfigError for another form of address."""
+        """See FieldReader.read.
+
+        Raises:
+            FieldError: The value is not a text.
+            ConfigError: The address is of another form.
+        """
         return check_address(Text(1).read(value, name), keyed=True)
 
 
@@ -65,5 +70,10 @@ class MetricsEndpoint(FieldReader):
     """HOST:PORT on the loopback."""
 
     def read(self, value: object, name: str) -> str:
-        """See FieldReader.read. Raises ConfigError for anything but a loopback endpoint."""
+        """See FieldReader.read.
+
+        Raises:
+            FieldError: The value is not a text.
+            ConfigError: It is not an endpoint of the loopback.
+        """
         return check_endpoint(Text(1).read(value, name))

@@ -258,7 +258,7 @@ class TestGguf:
 
     def test_reading_tells_how_far_it_is(self, smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """As transformers' loop over the tensors does it."""
-        monkeypatch.setattr("spilld.models.gguf.reader.TELL_S", 0.0)
+        monkeypatch.setattr("spilld.models.gguf.reader.REPORT_S", 0.0)
         told: list[str] = []
         with counted(told.append):
             tensors = gguf.GGUFReader(smollm2_gguf).tensors
@@ -435,8 +435,8 @@ class TestDigest:
     ) -> None:
         """In the log: a line beside it that is no JSON would end who parses that."""
         file = settled(tmp_path / "a.gguf", b"x" * 1000, monkeypatch)
-        monkeypatch.setattr(digests, "_SAID_FROM", 1000)
-        monkeypatch.setattr(digests, "_SAID_EVERY_S", 0.0)
+        monkeypatch.setattr(digests, "_LOGGED_FROM", 1000)
+        monkeypatch.setattr(digests, "_LOGGED_EVERY_S", 0.0)
         with caplog.at_level("INFO"):
             digest([file], tmp_path)
         assert caplog.messages == [
