@@ -158,7 +158,8 @@ def use_threads(count: int | None) -> None:
 def load_model(config: Config, tell: Callable[[str], None] = log.info) -> Model:
     """The configured model, converted first if need be, of which `tell` is given lines of progress.
 
-    Raises ModelError or DeviceUnusable."""
+    Raises ModelError or DeviceUnusable.
+    """
     device, missing = place(config)
     if missing:
         log.warning(missing)

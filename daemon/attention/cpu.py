@@ -245,7 +245,8 @@ class CpuAttention(Attention):
         self, layer: int, k: torch.Tensor, v: torch.Tensor, position: int, sequence: KVSequence
     ) -> None:
         """Put K/V [n, kv_heads, head_dim] of tokens within one cell into the KV window, sealing the cell
-        whose half they take."""
+        whose half they take.
+        """
         at, count = window_offset(position), len(k)
         self._seal_before(layer, position, sequence)
         for plane, new in zip(self._windows[sequence.window, layer], (k, v), strict=True):
@@ -257,7 +258,8 @@ class CpuAttention(Attention):
 
     def _seal_before(self, layer: int, position: int, sequence: KVSequence) -> None:
         """If a cell begins at `position`, pack the one whose half of the window it takes, if there is one,
-        into records."""
+        into records.
+        """
         if position % CELL or position < 2 * CELL:
             return
         cell = position // CELL - 2

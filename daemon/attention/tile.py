@@ -52,7 +52,7 @@ def attend_tile(
 def _softcapped(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float, softcap: float
 ) -> Partial:
-    """torch's flash kernel has no softcap: the same tile with the logits in memory."""
+    """Torch's flash kernel has no softcap: the same tile with the logits in memory."""
     logits = torch.matmul(q, k.transpose(1, 2)).mul_(scaling / softcap).tanh_().mul_(softcap)
     logits += mask
     lse = logits.logsumexp(-1)

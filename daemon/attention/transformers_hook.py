@@ -39,7 +39,7 @@ class ModuleAttention(Protocol):
         """What the calls must agree with."""
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [total, heads, head_dim], k, v [total, kv_heads, head_dim] to [total, heads, head_dim]."""
+        """Q [total, heads, head_dim], k, v [total, kv_heads, head_dim] to [total, heads, head_dim]."""
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,8 @@ class Admission:
 
     def _hopeless(self, state: RequestState, sequence: KVSequence) -> DeadlineExceeded | None:
         """Why its deadline cannot be met, by far, if that is known. An idle engine tries: what it knows may
-        be of a worse time, and only steps tell."""
+        be of a worse time, and only steps tell.
+        """
         alone = self._prefill.seconds(sequence.computed, len(sequence.tokens) - sequence.computed)
         idle = len(self._scheduler.running) == 1
         if idle or not self._prefill.measured or alone <= HOPELESS * state.left_s:

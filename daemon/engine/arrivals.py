@@ -116,7 +116,8 @@ class Arrivals:
 
     def restore(self, left: Unfinished) -> None:
         """Take up a request of the last process, or end it for good. Nobody listens to it until its client
-        resumes it."""
+        resumes it.
+        """
         state = self._new(NOBODY, left.entry)
         state.journal_id, state.told = left.number, len(left.events)
         may_begin = self._requests.add(state)

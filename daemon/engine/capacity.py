@@ -56,7 +56,8 @@ class CapacityManager:
 
     def admit(self) -> list[RequestState]:
         """Requests to start now. Others make room for one that finds none; while memory is short, none is
-        started beside what runs."""
+        started beside what runs.
+        """
         if not self._scheduler.waiting or (self.memory.short and self._scheduler.plan()):
             return []
         while self._scheduler.starved(self.free) and self._make_room():

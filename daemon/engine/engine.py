@@ -242,7 +242,8 @@ class Engine:
     @property
     def progress(self) -> int:
         """Grows as long as a step goes on: with layers attended to, bytes read and written. From any thread:
-        each is one number that one thread counts."""
+        each is one number that one thread counts.
+        """
         return self._runner.attended + self._store.disk_read_bytes + self._store.disk_written_bytes
 
     def _publish(self) -> None:
@@ -276,7 +277,8 @@ class Engine:
 
     def adjust(self, config: Config) -> None:
         """Take the settings that may change between two steps. What is under way keeps what it began with: a
-        context its lifetime."""
+        context its lifetime.
+        """
         self._prefill.gap_s = config.max_gap_ms / 1e3
         self.sessions.context_ttl_s = config.context_ttl_s
         self._upkeep.retention_s = config.retention_s
@@ -295,7 +297,8 @@ class Engine:
 
     def lose(self) -> None:
         """The device is lost, in a step whose KV nobody has: nothing may be saved any more, nothing computed.
-        What runs is computed again by the next process."""
+        What runs is computed again by the next process.
+        """
         self._sequences.lost = True
 
     def suspend(self) -> frozenset[str]:

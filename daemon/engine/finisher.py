@@ -121,7 +121,8 @@ class Finisher:
 
     def _leave(self, state: RequestState, held: list[int]) -> bool:
         """Save what was computed of a request that ends; its sequence holds these tokens from now on. False
-        if it cannot be continued."""
+        if it cannot be continued.
+        """
         if (sequence := state.sequence) is None:
             return False
         goes_on = self._sequences.reaches(sequence, held)

@@ -74,7 +74,8 @@ class Outbox:
 
     def flush(self) -> None:
         """Note all events and send them. What cannot be noted is sent all the same: its request, or the end
-        of its request, will not outlive this process unless a later transaction succeeds."""
+        of its request, will not outlive this process unless a later transaction succeeds.
+        """
         if not self._pending:
             return
         unnoted = self._note(list(self._pending))
@@ -87,7 +88,8 @@ class Outbox:
 
     def _note(self, batch: Sequence[Noted]) -> set[JobId]:
         """Note everything together; if that fails, each request by itself, so that one that cannot be noted
-        is no other's loss. The jobs of those that could not."""
+        is no other's loss. The jobs of those that could not.
+        """
         if self._try_to_note(batch) is None:
             return set()
         parts: dict[JobId, list[Noted]] = {}

@@ -58,7 +58,8 @@ HOPELESS = 3
 
 class EngineService:
     """Implements server.Service. The intake turns text into tokens, the engine's thread does the rest, so
-    that neither a long text nor a long step makes the server wait."""
+    that neither a long text nor a long step makes the server wait.
+    """
 
     def __init__(
         self,
@@ -179,7 +180,8 @@ class EngineService:
 
     def stop(self) -> frozenset[str]:
         """End the threads, after the step that is under way. The ids of the requests that are saved: they go
-        on in the next process."""
+        on in the next process.
+        """
         self._draining = self._stopping = True
         self._intake.stop(self._engine.model.tokenizer.close)
         self._inbox.put(lambda: None)

@@ -198,7 +198,8 @@ class StepExecutor:
 
     def _suspect(self, states: Sequence[RequestState], error: SpilldError) -> None:
         """A step failed. Of several requests each goes on alone, and so fails alone if it was the cause. What
-        was to be sealed is in doubt and is computed again; all else a step writes once more."""
+        was to be sealed is in doubt and is computed again; all else a step writes once more.
+        """
         if len(states) == 1:
             self._finisher.abort(states[0], error)
             return

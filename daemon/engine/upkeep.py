@@ -70,7 +70,8 @@ class Upkeep:
 
     def write_held(self) -> None:
         """Write sessions that could not be written, with the ends of their requests, if that can be done
-        now."""
+        now.
+        """
         with self._journal.transaction():
             self._sessions.write_held()
         self._sessions.let_go()

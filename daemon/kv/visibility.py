@@ -67,7 +67,8 @@ def window_offset(position: int) -> int:
 
 def window_offsets(position: int) -> tuple[int, ...]:
     """Where in the KV window a new token goes: the sinks have two places while their cell is one of the
-    newest."""
+    newest.
+    """
     offset = window_offset(position)
     return (offset, position) if position < SINKS else (offset,)
 

@@ -17,7 +17,8 @@ LIMITS = (
 
 def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Bytes that can be taken before the machine or one of our control groups has nothing left; None where
-    the kernel does not say."""
+    the kernel does not say.
+    """
     free = [
         *_of_the_machine(proc / "meminfo"),
         *(left for group in _groups(proc, groups) for left in _of(group)),

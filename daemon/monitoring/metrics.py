@@ -133,7 +133,8 @@ class Metrics:
     @contextmanager
     def served(self, address: str | None) -> Iterator[str]:
         """Answer scrapes at host:port meanwhile, in threads of their own, and say under which URL; None: do
-        not. Raises ConfigError if the address cannot be had."""
+        not. Raises ConfigError if the address cannot be had.
+        """
         if address is None:
             yield ""
             return

@@ -26,7 +26,8 @@ class _RepeatCount:
 
 class RepeatFilter(logging.Filter):
     """On a handler: of warnings and errors that differ only in what was filled in, BURST are written in a
-    minute. The next minute's first says how many were not."""
+    minute. The next minute's first says how many were not.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()

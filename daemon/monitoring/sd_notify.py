@@ -46,7 +46,8 @@ class Notifier:
 
     def alive(self, progress: int) -> None:
         """Give a sign of life if one is due, and if `progress` is another than at the last: an engine that
-        hangs is not reported alive by a thread that does not."""
+        hangs is not reported alive by a thread that does not.
+        """
         if self.watchdog_s is None or (now := time.monotonic()) < self._next_sign:
             return
         if progress == self._progress:

@@ -100,7 +100,7 @@ class Decoder:
         return logits
 
     def _angles(self, positions: list[int]) -> dict[str, tuple[Floats, Floats]]:
-        """cos and sin [rows, rotary] for each kind of layer, as _rope names it."""
+        """Cos and sin [rows, rotary] for each kind of layer, as _rope names it."""
         like, places = torch.empty(0), torch.tensor([positions])
         found = {}
         for rope in set(self._ropes):

@@ -104,7 +104,8 @@ def _key(words: list[str]) -> str:
 
 def compile_all(layout: Layout, heads: int) -> Iterator[None]:
     """Run every kernel of the layout on one block, for each number of queries that reads records directly:
-    COMMON_PARTS of work, each done when it yields."""
+    COMMON_PARTS of work, each done when it yields.
+    """
     dtype = getattr(torch, layout.element)
     k, v = torch.zeros(2, layout.kv_heads, BLOCK, layout.head_dim, dtype=dtype)
     records, rows = page_aligned(layout.record_bytes).reshape(1, -1), np.zeros(1, np.int64)

@@ -12,7 +12,8 @@ from spilld.offload.store.store import Store
 
 class ReadAhead:
     """Submits what a plan reads. The reads of the next step are queued behind a decode step's, for its next
-    scan is almost always the same: the disk goes on while the sampler works."""
+    scan is almost always the same: the disk goes on while the sampler works.
+    """
 
     def __init__(self, geometry: Geometry, store: Store) -> None:
         self._geometry = geometry
@@ -34,7 +35,8 @@ class ReadAhead:
     def _promote(self, plan: AttentionPlan) -> None:
         """Let decode scans bring back what host memory has room for, a run each: fresh memory is slow, and a
         first token shall not wait for it. Where layers slide no scan passes all layers of a run, nor where
-        the device has blocks of it."""
+        the device has blocks of it.
+        """
         if any(self._geometry.sliding_windows):
             return
         passed = Counter((read.item, read.ref) for read in plan.reads)

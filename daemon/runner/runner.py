@@ -41,7 +41,8 @@ class Runner:
     @property
     def workspace_bytes(self) -> int:
         """What a prefill chunk takes besides windows and records: queries and results of attention, in
-        float32, and what the layers take."""
+        float32, and what the layers take.
+        """
         if self._decoder is None:
             return self._module_bytes
         heads, _, head_dim = self._model.geometry.sizes
@@ -51,7 +52,8 @@ class Runner:
     @property
     def _module_bytes(self) -> int:
         """By formula, the largest set of the module's activations alive at once (attention, or the MLP), what
-        linear layers widen, and one row of logits."""
+        linear layers widen, and one row of logits.
+        """
         config, geometry = self._model.module.config, self._model.geometry
         heads, kv_heads, head_dim = geometry.sizes
         width, size = heads * head_dim, int(self._model.module.dtype.itemsize)

@@ -50,7 +50,8 @@ class SequenceManager:
 
     def open(self, root: bytes, tokens: Iterable[int]) -> KVSequence:
         """One of which nothing is computed. root: of its chain. Raises ArenaFull without a window, and
-        OutOfMemory."""
+        OutOfMemory.
+        """
         window = self._windows.take()
         sequence = KVSequence(self._store.open(), window, root)
         sequence.tokens.extend(tokens)
@@ -58,7 +59,8 @@ class SequenceManager:
 
     def find(self, sequence: KVSequence) -> bool:
         """Take over what an earlier request computed of the same beginning, if it is still there: `computed`
-        says how much. False if nothing was stored."""
+        says how much. False if nothing was stored.
+        """
         resume = find_resume_point(self._store, sequence.root, sequence.tokens)
         if resume is None:
             return False
@@ -75,7 +77,8 @@ class SequenceManager:
 
     def save(self, sequence: KVSequence, instead_of: RunKey | None) -> RunKey | None:
         """Between steps: what was computed outlives the sequence, for whoever begins alike. The tail of it,
-        if there is one; instead_of goes then."""
+        if there is one; instead_of goes then.
+        """
         if sequence.computed < CELL or self.lost:
             return None
         self._store.settle()
@@ -89,7 +92,8 @@ class SequenceManager:
 
     def reaches(self, sequence: KVSequence, tokens: list[int]) -> bool:
         """Whether its window still holds what follows what it has in common with these tokens: numbers of a
-        cell replace those of the cell before the last, which its first token seals."""
+        cell replace those of the cell before the last, which its first token seals.
+        """
         position = _goes_on_at(sequence, tokens)
         newest = max(0, sequence.computed - 1)
         within = boundary(position) == boundary(newest) and not _seals(position)
@@ -97,7 +101,8 @@ class SequenceManager:
 
     def end(self, sequence: KVSequence, tokens: list[int]) -> None:
         """Between requests it holds these tokens; the first that is another will be computed next, or the
-        last: its logits are wanted. To be discarded if it does not reach so far."""
+        last: its logits are wanted. To be discarded if it does not reach so far.
+        """
         sequence.computed = _goes_on_at(sequence, tokens)
         sequence.tokens[:] = tokens
 

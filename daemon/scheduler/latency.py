@@ -57,7 +57,8 @@ class LatencyModel:
 
     def token_s(self, lengths: Sequence[int]) -> float | None:
         """Expected seconds between tokens when sequences of these lengths decode together; None before any
-        step was measured."""
+        step was measured.
+        """
         if not self._seen:
             return None
         records = sum(self._records(length) for length in lengths) * self._record_bytes

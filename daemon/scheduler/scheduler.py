@@ -135,7 +135,8 @@ class Scheduler:
 
     def to_preempt(self) -> JobId | None:
         """The running job to preempt for the next one, which finds no capacity: a paused one, else the newest
-        of the flow that has used most, if it is far enough ahead. None if the next one is to wait."""
+        of the flow that has used most, if it is far enough ahead. None if the next one is to wait.
+        """
         candidates = [job for job in self._running.values() if job.has_gained]
         if (ahead := self.next) is None or not candidates:
             return None
@@ -150,7 +151,8 @@ class Scheduler:
 
     def first_token_s(self, job: JobId) -> float | None:
         """Expected seconds until the first token of a running job: for its own prompt and those computed
-        before it. None before any step was measured."""
+        before it. None before any step was measured.
+        """
         if not self._prefill.measured:
             return None
         turn = self._turn(self._running[job])

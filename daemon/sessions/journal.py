@@ -94,7 +94,8 @@ class Journal:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Write what is written inside, sessions too, as a whole or not at all, together with the last events
-        that could not be noted before."""
+        that could not be noted before.
+        """
         with self._db.transaction():
             for number, event in self._owed:
                 self.note(number, event)
@@ -103,7 +104,8 @@ class Journal:
 
     def owe(self, number: int, event: Event) -> None:
         """Note a last event with the next transaction: a request that has ended must not be taken up again
-        after its session has gone on."""
+        after its session has gone on.
+        """
         if number:
             self._owed.append((number, event))
 

@@ -91,7 +91,8 @@ class SessionStore:
 
     def write_held(self, sessions: Iterable[Session] | None = None) -> None:
         """Write sessions that are held in memory, these or all, in a transaction after which `let_go` is
-        due."""
+        due.
+        """
         for held in self._chosen(sessions):
             self._write(held)
 

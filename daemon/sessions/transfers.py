@@ -101,7 +101,8 @@ class Transfers:
 
     def write(self, name: str, offset: int, data: bytes) -> int:
         """Append a piece; the bytes received so far. Raises TransferNotFound, InvalidRequest or
-        StorageFailed, which ends the transfer."""
+        StorageFailed, which ends the transfer.
+        """
         with self._lock:
             transfer = self._find(name)
             if offset != transfer.received or offset + len(data) > transfer.nbytes:
@@ -120,7 +121,8 @@ class Transfers:
 
     def claim(self, name: str) -> BinaryIO:
         """A whole file, its caller's alone until `close`, at its start. Raises TransferNotFound or
-        InvalidRequest."""
+        InvalidRequest.
+        """
         with self._lock:
             transfer = self._whole(name)
             transfer.busy = True

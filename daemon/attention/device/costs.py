@@ -31,7 +31,8 @@ def measure(
     device: Device[Any], ops: Ops, flash: Flash | None, layout: Layout, records: int = MEASURED
 ) -> Costs:
     """Time both with one query and with ROWS of them, and flash attention. Raises OutOfMemory and
-    RegistrationRefused."""
+    RegistrationRefused.
+    """
     trial = _Trial(device, ops, flash, layout, records)
     try:
         one, many = (_rates(trial, records, queries) for queries in (1, ROWS))

@@ -187,7 +187,8 @@ class DeviceAttention(Attention):
         self, q: Floats, k: Numbers, v: Numbers, call: ItemCall, start: int, there: OnDevice
     ) -> tuple[Floats, Floats]:
         """Queries of one cell, the first at position `start`, over their KV window, which takes their K and
-        V, and the records on the device: out and lse, there once landing has settled."""
+        V, and the records on the device: out and lse, there once landing has settled.
+        """
         item, ops, landing, shape = call.item, self._ops, self._landing, self._windows.shape
         window, planes = item.sequence.window, self._windows.address(item.sequence.window, call.layer)
         count, geometry = len(q), self.geometry.layers[call.layer]
@@ -242,7 +243,8 @@ class DeviceAttention(Attention):
 
     def _seal_before(self, start: int, call: ItemCall) -> None:
         """If a cell begins at `start`, pack the one whose half of the window it takes, if there is one, into
-        records: for host memory, and to stay here as long as there is room."""
+        records: for host memory, and to stay here as long as there is room.
+        """
         if start % CELL or start < 2 * CELL:
             return
         sequence, cell = call.item.sequence, start // CELL - 2
@@ -269,7 +271,8 @@ class DeviceAttention(Attention):
     @contextmanager
     def _passing(self, call: ItemCall) -> Iterator[OnDevice]:
         """Fetch as many cold records as that is sooner than attending to them where they lie; as many as
-        there is room for stay, those it gives only as long as the scope lasts."""
+        there is room for stay, those it gives only as long as the scope lasts.
+        """
         item, here = call.item, call.seen.in_host
         sealed = here[here < sealed_by(item.position - 1)] if item.position else here[:0]
         cold = sealed[self._cached.slots(item.sequence, call.layer, sealed) < 0]

@@ -78,7 +78,8 @@ def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
 
 def has_flash(device: Device[Any], shape: KVWindowShape, geometry: Geometry) -> bool:
     """Whether torch finds the GPU, and its flash attention takes such numbers, is for a layer of the model,
-    and runs there."""
+    and runs there.
+    """
     of_use = any(layer.sliding_window is None and not layer.softcap for layer in geometry.layers)
     if not torch.cuda.is_available() or shape.dtype is torch.float32 or not of_use:
         return False

@@ -110,7 +110,8 @@ class SessionManager:
 
     def prompt(self, request: Generate, tokens: list[int], session: Session) -> list[int]:
         """The prompt of a text or of token ids as the session needs it: a text that begins a sequence gets
-        what the model's texts begin with."""
+        what the model's texts begin with.
+        """
         new = request.session is not None and not session.tokens
         if isinstance(request.prompt, str) and new:
             return self._model.tokenizer.begun(tokens)
@@ -132,7 +133,8 @@ class SessionManager:
 
     def tokens_after(self, state: RequestState) -> list[int]:
         """Tokens of the sequence after a request, ending where the text does that was told. Before anything
-        was told of an answer to messages, the model's turn has not begun."""
+        was told of an answer to messages, the model's turn has not begun.
+        """
         if state.session is None:
             return list(state.tokens)
         prompt = state.prompt
@@ -185,7 +187,8 @@ class SessionManager:
 
     def forget(self, key: Key) -> None:
         """Delete a session. KV that it shares with another is evicted like that of requests until the other
-        is used again. Raises ContextNotFound."""
+        is used again. Raises ContextNotFound.
+        """
         runs = self._runs(self.store.get(*key))
         self.store.delete(*key)
         self._unpin(key)
@@ -225,7 +228,8 @@ class SessionManager:
 
     def keep_what_waits(self) -> None:
         """Give the KV of changed sessions its priority, once it is on disk: evicted after that of requests
-        without a session, or not at all if pinned. A few at a time: each is looked up block by block."""
+        without a session, or not at all if pinned. A few at a time: each is looked up block by block.
+        """
         if not self._blocks.writing:
             for key in list(self._to_keep)[:KEPT_AT_ONCE]:
                 del self._to_keep[key]
