@@ -82,22 +82,28 @@ log = logging.getLogger(__name__)
 COMPILING = "compiling kernels, the first time only"
 
 STATE_SCHEMA = 3
-"""Of the database of sessions and requests."""
+"""Version of the schema of the database of sessions and requests."""
 
 STAGING_BUFFERS = 16
 """Extents on their way from disk or being attended to: how far reads run ahead."""
 
 READERS = 4
-"""Threads that read: a disk gives its rate only to several reads at a time."""
+"""Threads that read: a disk reaches its full rate only with several reads at a time."""
 
 LEAST_TRANSFERS = 64 << 20
-"""Bytes that archives on their way may take where there is no disk budget: tokens need room, too."""
+"""Bytes that transfers of archives may take without a disk budget: tokens need room, too."""
 
 
 def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
-    """Run the daemon until it is told to stop; `again` reads its settings anew, on SIGHUP.
+    """Run the daemon until it is stopped.
 
-    Raises ConfigError if it cannot start like this.
+    Args:
+        config: The settings.
+        again: Reads the settings anew, on SIGHUP.
+
+    Raises:
+        ConfigError: The daemon cannot start with these settings.
+        InternalError: The engine has stopped computing: the device is lost, or no step succeeds.
     """
     raise_limit()
     use_threads(config.threads)
@@ -149,16 +155,22 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
 
 
 def use_threads(count: int | None) -> None:
-    """How many threads torch and the kernels have; None: one for each core."""
+    """Set how many threads torch and the kernels have; None: one for each core."""
     threads.use(count)
     if count is not None:
         torch.set_num_threads(count)
 
 
 def load_model(config: Config, tell: Callable[[str], None] = log.info) -> Model:
-    """The configured model, converted first if need be, of which `tell` is given lines of progress.
+    """Load the configured model, and convert it first if need be.
 
-    Raises ModelError or DeviceUnusable.
+    Args:
+        config: The settings.
+        tell: Called with lines of progress of a conversion.
+
+    Raises:
+        ModelError: The model cannot be found, read or served.
+        DeviceUnusable: The device cannot take the weights.
     """
     device, missing = place(config)
     if missing:
@@ -181,7 +193,7 @@ def load_model(config: Config, tell: Callable[[str], None] = log.info) -> Model:
 
 
 def welcome(config: Config, model: Model) -> Welcome:
-    """What the daemon says of itself to a client that says hello."""
+    """Return what the daemon tells a client that says hello."""
     return Welcome(
         request_id="",
         version=version("spilld"),
@@ -202,9 +214,20 @@ def build_engine(
     metrics: Metrics | None = None,
     tier: Tier | None = None,
 ) -> Engine:
-    """The tiers within their budgets and the engine over them. tier: the device's, instead of the configured.
+    """Build the tiers within their budgets, and the engine over them.
 
-    Raises BudgetError, StateFolderError or DeviceUnusable.
+    Args:
+        config: The settings.
+        model: The model that is served.
+        post: Sends a reply to a client.
+        planner: Decides which blocks leave host memory.
+        metrics: Observes durations; None for metrics of the engine's own.
+        tier: Builds the device tier, in place of the configured one.
+
+    Raises:
+        BudgetError: A budget is too small, or host memory is refused.
+        StateFolderError: The state folder cannot be used.
+        DeviceUnusable: The device cannot be used.
     """
     metrics = metrics or Metrics()
     with ExitStack() as unless_made:
@@ -246,7 +269,7 @@ def build_engine(
 
 
 def _balance(model: Model) -> float:
-    """The depth at which a token's attention takes as many operations as its products in the layers."""
+    """Return the position at which a token's attention takes as many operations as its products."""
     geometry = model.geometry
     weights = sum(parameter.numel() for parameter in model.module.base_model.layers.parameters())
     full = [layer for layer in geometry.layers if layer.sliding_window is None]
@@ -255,7 +278,7 @@ def _balance(model: Model) -> float:
 
 
 def _state_database(path: Path) -> Database:
-    """Sessions and requests."""
+    """Open the database of sessions and requests."""
     return Database.open(path, STATE_SCHEMA, SESSIONS_TABLE + JOURNAL_TABLES)
 
 
@@ -269,13 +292,20 @@ def _device_tier(make: Tier, config: Config, store: Store, geometry: Geometry) -
 
 
 def record_layout(config: Config, geometry: Geometry) -> Layout:
-    """How a block's keys and values are stored, by the configured format and dtype."""
+    """Return how a block's keys and values are stored, by the configured format and dtype."""
     sizes = geometry.sizes
     return Layout(Format(config.format), Element(config.dtype), sizes.kv_heads, sizes.head_dim)
 
 
 def build_store(config: Config, model: Model, planner: Planner, metrics: Metrics) -> Store:
-    """The host and disk tiers. Raises BudgetTooSmall, MemoryRefused, FolderInUse or FolderUnusable."""
+    """Build the host and disk tiers.
+
+    Raises:
+        BudgetTooSmall: A budget is too small.
+        MemoryRefused: The system refuses the host memory.
+        FolderInUse: Another process uses the folder.
+        FolderUnusable: The folder cannot be used.
+    """
     geometry = model.geometry
     layouts = StoreLayout.uniform(record_layout(config, geometry), len(geometry.layers))
     columns = columns_within(config.host_budget, layouts.record_bytes)

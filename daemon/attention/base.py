@@ -36,22 +36,23 @@ class PlannedRead:
 
     @property
     def read(self) -> ExtentRead:
+        """The extent to read."""
         return ExtentRead(self.ref.run, self.layer)
 
 
 Wanted = Callable[[BatchItem, int, Blocks], bool]
-"""Whether attention of an item in a layer wants some of these blocks, which lie on disk, from there."""
+"""Whether attention of an item in a layer needs some of these blocks from disk, where they lie."""
 
 
 class AttentionPlan:
     """Metadata of all rows of a step, made before its first layer.
 
     Attributes:
-        batch: the rows.
-        visible: by sliding window, what each item sees.
-        reads: extents to be read from disk, in the order in which `forward` takes them: by layer, item, age.
-            Whoever runs the step gives each its ticket.
-        promotions: runs that are copied to host memory as `forward` passes them.
+        batch: The rows.
+        visible: By sliding window, what each item sees.
+        reads: Extents to be read from disk, in the order in which `forward` takes them: by layer, item, age.
+            The runner gives each its ticket.
+        promotions: Runs that are copied to host memory as `forward` passes them.
     """
 
     def __init__(self, batch: Batch, geometry: Geometry, store: Store, wanted: Wanted) -> None:
@@ -67,11 +68,11 @@ class AttentionPlan:
             self._by_layer[read.layer, read.item].append(read)
 
     def reads_of(self, layer: int, item: BatchItem) -> Sequence[PlannedRead]:
-        """Of one layer and item."""
+        """Return the reads of one layer and item."""
         return self._by_layer.get((layer, item), ())
 
     def tickets(self, item: BatchItem | None = None) -> Iterator[Ticket]:
-        """Of all reads, or of those of one item."""
+        """Yield the tickets of all reads, or of those of one item."""
         for read in self.reads:
             if read.ticket is not None and item in (None, read.item):
                 yield read.ticket
@@ -95,7 +96,7 @@ class Attention(ABC):
         self.geometry = geometry
         self.store = store
         self.calls = 0
-        """How many times a layer has attended so far."""
+        """Number of times that a layer has attended so far."""
 
     @abstractmethod
     def plan(self, batch: Batch) -> AttentionPlan:
@@ -110,36 +111,41 @@ class Attention(ABC):
     ) -> torch.Tensor:
         """Append K and V of the rows to their sequences, and attend over everything that they see.
 
-        An item whose KV cannot be had has its `failure` from then on. What goes wrong otherwise is raised.
+        An item whose KV cannot be read has its `failure` from then on. Any other error is raised.
 
         Args:
-            layer: its number.
+            layer: Number of the layer.
             q: [total, heads, head_dim], queries of the batch's rows, of any floating dtype, on any device.
-            k, v: [total, kv_heads, head_dim], likewise, on the same device.
-            plan: of this step.
+            k: [total, kv_heads, head_dim], keys, likewise, on the same device.
+            v: [total, kv_heads, head_dim], values, likewise, on the same device.
+            plan: The plan of this step.
 
         Returns:
             [total, heads, head_dim] float32 on the device of q; zeros for items that have failed.
 
         Raises:
-            LaunchFailed: the device is lost.
+            LaunchFailed: The device is lost.
         """
 
     @property
     def device_bytes(self) -> int:
-        """Device memory beside the KV windows: how much there is."""
+        """Bytes of device memory that there are beside the KV windows."""
         return 0
 
     @property
     def device_used_bytes(self) -> int:
-        """Of device_bytes."""
+        """Used bytes of `device_bytes`."""
         return 0
 
     def forget(self, sequence: KVSequence) -> None:  # noqa: B027 (not every device has something)
-        """A sequence ends or is computed anew: what the device has of it, beside its KV window, goes."""
+        """Drop what the device has of a sequence beside its KV window, as it ends or is computed again."""
 
     def check_integrity(self, sequences: Sequence[KVSequence]) -> None:  # noqa: B027
-        """What the device has belongs to these sequences, which are all. AssertionError says otherwise."""
+        """Check that what the device has belongs to these sequences, which are all.
+
+        Raises:
+            AssertionError: It does not.
+        """
 
     def close(self) -> None:  # noqa: B027
         """Give back what is not the process's own memory; KV windows are gone, too."""

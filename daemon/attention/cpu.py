@@ -1,8 +1,8 @@
 """Attention where the CPU is the device: one parallel loop over decode rows, tiles over chunks of prompts.
 
-Rows of one token go together through one loop (scan.py), over their KV windows and their records in host
-memory. A chunk's queries see its KV window tile by tile, as cells are sealed on the way, then records
-(offload/kernels/attention/partial.py). What comes from disk merges into either.
+Rows of one token go together through one loop (offload/kernels/attention/rows.py), over their KV windows and
+their records in host memory. A chunk's queries see its KV window tile by tile, as cells are sealed on the
+way, then records (offload/kernels/attention/partial.py). What comes from disk merges into either.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Tile(NamedTuple):
     """Queries of a chunk that lie in one cell, and what they see of their KV window.
 
     start is the position of the first; ranges are offsets in the window, oldest first; mask is as
-    additive_mask gives it.
+    additive_mask returns it.
     """
 
     start: int
@@ -51,14 +51,14 @@ class Tile(NamedTuple):
 
 
 class CpuPlan(AttentionPlan):
-    """Beside what every plan has, the rows as their kernel takes them, and the chunks as tiles.
+    """A plan with the rows as their kernel takes them, and the chunks as tiles.
 
     Attributes:
-        scans: by sliding window, the batch's rows of one token.
-        row_bytes: by sliding window, bytes of exact K and V that each of them sees in a layer.
-        heads: float32 [single, heads + 2 kv_heads, head_dim], room for a layer's queries, keys and values
+        scans: By sliding window, the batch's rows of one token.
+        row_bytes: By sliding window, bytes of exact K and V that each of them sees in a layer.
+        heads: [single, heads + 2 kv_heads, head_dim] float32, room for a layer's queries, keys and values
             of those rows.
-        lse: float32 [single, heads], room for a layer's.
+        lse: [single, heads] float32, room for a layer's.
     """
 
     def __init__(self, batch: Batch, geometry: Geometry, store: Store, token_bytes: int) -> None:
@@ -95,7 +95,7 @@ class CpuPlan(AttentionPlan):
         torch.cat((q[:single], k[:single], v[:single]), dim=1, out=self._room)
 
     def tiles(self, seen: VisibleKV) -> list[Tile]:
-        """Of a chunk, in the order of its tokens."""
+        """Return the tiles of a chunk, in the order of its tokens."""
         if seen not in self._tiles:
             item = seen.item
             self._tiles[seen] = [
@@ -135,7 +135,7 @@ def _row(seen: VisibleKV, record_bytes: int) -> DecodeRow:
 
 
 def _tile(start: int, stop: int, sliding_window: int | None, group: int) -> Tile:
-    """Queries at [start, stop) see what the first does, and each other."""
+    """Return the tile of queries at [start, stop), which see what the first does, and each other."""
     ranges = [slice(a, b) for a, b in window_ranges(start, sliding_window)]
     ranges[-1] = slice(ranges[-1].start, ranges[-1].stop + stop - start - 1)
     seen = [*exact_ranges(start, sliding_window), (start + 1, stop)]
@@ -163,11 +163,13 @@ class CpuAttention(Attention):
         self._records = RecordAttention(geometry, store)
 
     def plan(self, batch: Batch) -> CpuPlan:
+        """See Attention.plan."""
         return CpuPlan(batch, self.geometry, self.store, self._token_bytes)
 
     def forward(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
     ) -> torch.Tensor:
+        """See Attention.forward."""
         assert isinstance(plan, CpuPlan)
         self.calls += 1
         shape, count = self.geometry.layers[layer], plan.batch.single
@@ -187,7 +189,10 @@ class CpuAttention(Attention):
         return torch.from_numpy(out)
 
     def _attend_rows(self, layer: int, visible: list[VisibleKV], plan: CpuPlan, out: Floats) -> None:
-        """The rows of items of one token, whose heads the plan has; one that has failed is nobody's."""
+        """Attend from the items of one token, whose heads the plan has.
+
+        Results of items that have failed are overwritten by the caller.
+        """
         shape = self.geometry.layers[layer]
         for seen in visible:
             self._seal_before(layer, seen.item.position, seen.item.sequence)
@@ -214,7 +219,7 @@ class CpuAttention(Attention):
         plan: CpuPlan,
         out: Floats,
     ) -> None:
-        """The rows of an item of many tokens."""
+        """Attend from the rows of an item of many tokens."""
         shape, item = self.geometry.layers[layer], seen.item
         heads = (shape.kv_heads, shape.heads // shape.kv_heads)
         q = q.float()
@@ -234,7 +239,7 @@ class CpuAttention(Attention):
     def _attend_window(
         self, layer: int, queries: torch.Tensor, tile: Tile, sequence: KVSequence, shape: LayerGeometry
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """queries: [kv_heads, group, tile.queries, head_dim]; as attend_tile."""
+        """Attend over a tile, as attend_tile, with queries [kv_heads, group, tile.queries, head_dim]."""
         keys, values = (
             torch.cat([plane[:, part] for part in tile.ranges], dim=1).float()
             for plane in self._windows[sequence.window, layer]
@@ -244,8 +249,9 @@ class CpuAttention(Attention):
     def _append(
         self, layer: int, k: torch.Tensor, v: torch.Tensor, position: int, sequence: KVSequence
     ) -> None:
-        """Put K/V [n, kv_heads, head_dim] of tokens within one cell into the KV window, sealing the cell
-        whose half they take.
+        """Put K/V [n, kv_heads, head_dim] of tokens within one cell into the KV window.
+
+        The cell whose half they take is sealed before.
         """
         at, count = window_offset(position), len(k)
         self._seal_before(layer, position, sequence)
@@ -257,9 +263,7 @@ class CpuAttention(Attention):
                 plane[:, position : position + sinks] = numbers[:, :sinks]
 
     def _seal_before(self, layer: int, position: int, sequence: KVSequence) -> None:
-        """If a cell begins at `position`, pack the one whose half of the window it takes, if there is one,
-        into records.
-        """
+        """If a cell begins at `position`, seal the cell whose half of the window it takes, if any."""
         if position % CELL or position < 2 * CELL:
             return
         cell = position // CELL - 2

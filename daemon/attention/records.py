@@ -1,4 +1,4 @@
-"""Attention over records by the CPU: in host memory where they lie, extents as they come from disk."""
+"""Attention over records by the CPU: in host memory where they lie, in extents as they come from disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NO_BLOCKS: Blocks = np.empty(0, np.int64)
 
 
 class RecordAttention:
-    """Merges into attention over a KV window what queries see in stored form."""
+    """Merges what queries see in stored form into attention over a KV window."""
 
     def __init__(self, geometry: Geometry, store: Store) -> None:
         self._geometry = geometry
@@ -36,7 +36,7 @@ class RecordAttention:
 
     @contextmanager
     def failing(self, plan: AttentionPlan, item: BatchItem) -> Iterator[None]:
-        """A read that fails, or a device without memory for what must be done, ends the item."""
+        """End the item if a read fails, or if the device has no memory, within the context."""
         try:
             yield
         except (ReadFailed, OutOfMemory) as failure:
@@ -60,14 +60,17 @@ class RecordAttention:
         """Merge the partials over blocks in host memory, and over those that come from disk.
 
         Args:
-            q: [count, heads, head_dim], the queries of an item.
-            seen: what they see in this layer.
-            out, lse: [count, heads, head_dim] and [count, heads], what is there of their attention.
-            in_host: blocks in host memory.
-            but: blocks on disk that are in `out` already.
+            layer: Number of the layer.
+            q: [count, heads, head_dim] float32, the queries of an item.
+            seen: What they see in this layer.
+            plan: The plan of this step.
+            out: [count, heads, head_dim] float32, their attention so far, which is updated.
+            lse: [count, heads] float32, its log-sum-exp, which is updated.
+            in_host: Blocks in host memory.
+            but: Blocks on disk that are in `out` already.
 
         Raises:
-            ReadFailed: of the disk; what was merged before is in `out`.
+            ReadFailed: The disk failed; what was merged before is in `out`.
         """
         shape = self._geometry.layers[layer]
         other, other_lse = np.empty(q.shape, np.float32), np.empty(lse.shape, np.float32)
@@ -80,7 +83,7 @@ class RecordAttention:
     def _records(
         self, layer: int, seen: VisibleKV, plan: AttentionPlan, in_host: Blocks, but: Blocks
     ) -> Iterator[Places]:
-        """Host memory first, then extents as they come."""
+        """Yield host memory first, then extents as they come."""
         item, record_bytes = seen.item, self._store.layout.record_bytes
         if len(in_host):
             item.read_bytes["host"] += len(in_host) * record_bytes
@@ -92,10 +95,10 @@ class RecordAttention:
             waiting = waiting[size:]
 
     def _staged(self, reads: Sequence[PlannedRead], plan: AttentionPlan, but: Blocks) -> Iterator[Places]:
-        """What some reads of one item and layer bring."""
+        """Yield what some reads of one item and layer bring."""
         item, record_bytes = reads[0].item, self._store.layout.record_bytes
         tickets = [read.ticket for read in reads if read.ticket is not None]
-        assert len(tickets) == len(reads), "a read was planned that nobody has submitted"
+        assert len(tickets) == len(reads), "a planned read was not submitted"
         with self._store.staged(tickets) as (memory, offsets):
             stalls = sum(ticket.stalled for ticket in tickets)
             item.stalls, item.hits = item.stalls + stalls, item.hits + len(tickets) - stalls

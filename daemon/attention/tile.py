@@ -11,11 +11,11 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def additive_mask(hidden: torch.Tensor, group: int) -> torch.Tensor:
-    """What attend_tile takes as `mask`, for use in every layer.
+    """Return the mask of attend_tile, for use in every layer.
 
     Args:
-        hidden: bool [M, N], True where a query does not see a token; each query must see at least one.
-        group: query heads of a KV head.
+        hidden: [M, N] bool, True where a query does not see a token; each query must see at least one.
+        group: Query heads of a KV head.
 
     Returns:
         [group * M, N] float32.
@@ -28,13 +28,15 @@ def attend_tile(
 ) -> Partial:
     """Attend from many queries over a tile.
 
-    All are float32: without AMX torch's flash kernel is a fifth slower in bfloat16.
+    All tensors are float32: without AMX torch's flash kernel is a fifth slower in bfloat16.
 
     Args:
         q: [kv_heads, group, M, head_dim].
-        k, v: [kv_heads, N, head_dim], contiguous.
-        mask: as additive_mask gives it.
-        scaling, softcap: of the layer, as LayerGeometry has them.
+        k: [kv_heads, N, head_dim], contiguous.
+        v: [kv_heads, N, head_dim], contiguous.
+        mask: [group * M, N], of additive_mask.
+        scaling: The layer's, as in LayerGeometry.
+        softcap: The layer's, as in LayerGeometry.
 
     Returns:
         Output [kv_heads, group, M, head_dim] and lse [kv_heads, group, M].
@@ -52,7 +54,7 @@ def attend_tile(
 def _softcapped(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float, softcap: float
 ) -> Partial:
-    """Torch's flash kernel has no softcap: the same tile with the logits in memory."""
+    """Attend with a softcap, which torch's flash kernel lacks: the same tile with the logits in memory."""
     logits = torch.matmul(q, k.transpose(1, 2)).mul_(scaling / softcap).tanh_().mul_(softcap)
     logits += mask
     lse = logits.logsumexp(-1)

@@ -28,32 +28,34 @@ HARMLESS: Mapping[str, object] = {
 None does. With any other keyword or value the model would be another than the one asked for."""
 
 _NO_MATTER = frozenset({"position_ids"})
-"""Whatever their value: RoPE has been applied, and the batch knows its positions."""
+"""Keywords that are ignored: RoPE has been applied, and the batch knows its positions."""
 
 
 class ModuleAttention(Protocol):
-    """What one forward pass of a module carries to every attention call."""
+    """What one forward pass of a module passes to every attention call."""
 
     @property
     def geometry(self) -> Geometry:
-        """What the calls must agree with."""
+        """The geometry that the calls must agree with."""
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Q [total, heads, head_dim], k, v [total, kv_heads, head_dim] to [total, heads, head_dim]."""
+        """Map q [total, heads, head_dim] and k, v [total, kv_heads, head_dim] to [total, heads, head_dim]."""
 
 
 @dataclass(frozen=True)
 class PlannedAttention:
-    """That of one step over a packed batch [1, total]."""
+    """Attention of one step over a packed batch [1, total]."""
 
     attention: Attention
     plan: AttentionPlan
 
     @property
     def geometry(self) -> Geometry:
+        """See ModuleAttention.geometry."""
         return self.attention.geometry
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See ModuleAttention.forward."""
         return self.attention.forward(layer, q, k, v, self.plan)
 
 
@@ -69,11 +71,14 @@ def _forward(
     softcap: float | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
-    """From query [1, heads, total, head_dim] and key, value [1, kv_heads, total, head_dim] to the output
-    [1, total, heads, head_dim].
+    """Map query [1, heads, total, head_dim] and key, value [1, kv_heads, total, head_dim] to attention.
+
+    Returns:
+        [1, total, heads, head_dim], and None.
 
     Raises:
-        UnsupportedModel: it asks for what spilld's attention does not compute, or its geometry does not say.
+        UnsupportedModel: The model asks for what spilld's attention does not compute, or for what its
+            geometry does not say.
     """
     unknown = [name for name, value in others.items() if not _is_harmless(name, value)]
     if attention_mask is not None:
@@ -123,5 +128,5 @@ def _is_harmless(name: str, value: object) -> bool:
 
 
 AttentionInterface.register(IMPLEMENTATION, _forward)
-# Without an entry transformers would build masks it cannot know: visibility is ours.
+# Without an entry transformers would build masks: visibility is decided by spilld.
 AttentionMaskInterface.register(IMPLEMENTATION, lambda *_args, **_kwargs: None)

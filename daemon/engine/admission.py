@@ -1,4 +1,4 @@
-"""From the scheduler's queue to the first step: a window, what was computed before, what is expected."""
+"""Admission: gives an admitted request a window and its stored beginning, and announces expected times."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .finisher import Finisher
 from .outbox import Outbox
 
 HOPELESS = 2.0
-"""A prompt that is expected to take so many times what its deadline leaves is not begun."""
+"""A prompt whose expected time exceeds the time left to its deadline by this factor is not begun."""
 
 
 class Admission:
-    """Starts requests that the scheduler has admitted."""
+    """Starts the requests that the scheduler has admitted."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Admission:
         self._latency = latency
 
     def start(self, states: list[RequestState]) -> None:
-        """Let these run, in order; one that cannot ends."""
+        """Start these requests in order; a request that cannot start is ended."""
         for state in states:
             self._scheduler.start(state.job)
             state.phase = Phase.RUNNING
@@ -63,7 +63,7 @@ class Admission:
         token_s = self._token_s()
         sequence = self._open(state) if state.sequence is None else state.sequence
         first = len(sequence.tokens)
-        sequence.table.idle = False  # from here on it is no more what the session is
+        sequence.table.idle = False  # it differs from its session from here on
         sequence.tokens.extend(state.prompt)
         most = len(sequence.tokens) + state.completion.max_tokens
         self._store.reserve(sequence.table, highest_block(most))
@@ -94,12 +94,13 @@ class Admission:
         self._scheduler.reuse(state.job, sequence.computed)
 
     def _token_s(self) -> float | None:
-        """What a decode step is expected to take once the prompts of all that run are computed."""
+        """Return the expected time of a decode step once the prompts of all running requests are computed."""
         return self._latency.token_s([len(self._requests[job].tokens) for job in self._scheduler.running])
 
     def _hopeless(self, state: RequestState, sequence: KVSequence) -> DeadlineExceeded | None:
-        """Why its deadline cannot be met, by far, if that is known. An idle engine tries: what it knows may
-        be of a worse time, and only steps tell.
+        """Return why the deadline is missed by far, or None if it may be met.
+
+        An idle engine always tries: its measurements may be outdated, and only steps correct them.
         """
         alone = self._prefill.seconds(sequence.computed, len(sequence.tokens) - sequence.computed)
         idle = len(self._scheduler.running) == 1

@@ -1,4 +1,4 @@
-"""How requests arrive: new ones, those of the last process, and those whose session is free now."""
+"""Arrivals: new requests, those of the last process, and those whose session has become free."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from spilld.models.model import Model
 from spilld.monitoring.failures import is_lost, typed
 from spilld.offload.store.store import Store
 from spilld.protocol.messages import Event, Generate
-from spilld.requests.request_state import NOBODY, Phase, RequestState
+from spilld.requests.request_state import NO_CLIENT, Phase, RequestState
 from spilld.requests.requests import Requests
 from spilld.runner.sequence_manager import SequenceManager
 from spilld.scheduler.scheduler import Job, Scheduler
@@ -35,10 +35,10 @@ from .finisher import Finisher
 log = logging.getLogger(__name__)
 
 LIVES = 3
-"""Daemons in a row that may end, not in order, before a request gets any further: then it is set aside."""
+"""Processes in a row that may crash without progress of a request before it is failed."""
 
 PROMPT_LOGPROB_CHUNK = 64
-"""Tokens a step where the logits of every token are wanted: they take 4 bytes * vocabulary each."""
+"""The most tokens of a step whose logits are all wanted, which take 4 bytes * vocabulary each."""
 
 Composed = Callable[[tuple[list[int], list[int]] | SpilldError], None]
 Compose = Callable[[Chat, Composed], None]
@@ -49,7 +49,7 @@ class Arrivals:
 
     Attributes:
         compose: Makes prompts of messages in another thread, which may take long, and calls back in the
-            engine's; without it they are made in place.
+            engine's thread; without it they are made in place.
     """
 
     def __init__(
@@ -83,18 +83,18 @@ class Arrivals:
 
     @property
     def longest(self) -> int:
-        """Tokens that one sequence may have: what the model allows and the store can hold."""
+        """The most tokens that one sequence may have: what the model allows and the store can hold."""
         return min(self._max_context, longest_with(self._store.capacity))
 
-    # From outside.
+    # Called by the engine.
 
     def add(self, client: bytes, request: Generate, prompt: list[int], arrived: float | None) -> None:
-        """Take a new request, as Engine.add."""
+        """Take a new request. See Engine.add."""
         if self._requests.find(request.request_id) is not None:
             raise InvalidRequest(
                 f"id is {request.request_id!r}, which is in flight; allowed: 128 random bits"
             )
-        if self._journal.is_anothers(request.tenant, request.request_id):
+        if self._journal.is_of_another_tenant(request.tenant, request.request_id):
             raise InvalidRequest(
                 f"id is {request.request_id!r}, which is another's; allowed: 128 random bits"
             )
@@ -115,17 +115,18 @@ class Arrivals:
             raise
 
     def restore(self, left: Unfinished) -> None:
-        """Take up a request of the last process, or end it for good. Nobody listens to it until its client
-        resumes it.
+        """Take up a request of the last process, or end it for good.
+
+        No client listens to it until its client resumes it.
         """
-        state = self._new(NOBODY, left.entry)
-        state.journal_id, state.told = left.number, len(left.events)
+        state = self._new(NO_CLIENT, left.entry)
+        state.journal_id, state.next_seq = left.number, len(left.events)
         may_begin = self._requests.add(state)
         try:
             self._refuse_hopeless(left)
             if may_begin:
                 self._begin(state, left.events)
-        except Exception as error:  # noqa: BLE001 (it is told, or raised)
+        except Exception as error:  # noqa: BLE001 (the client gets it, or it is raised)
             log.error("request %s is set aside: %s", state.request.request_id, error)
             self._cannot_begin(state, error)
 
@@ -136,21 +137,24 @@ class Arrivals:
             raise StorageFailed("the daemon came back with another model; send the request again")
 
     def begin_due(self) -> None:
-        """Begin the requests whose session is free now; one that cannot begin ends, and the next is due."""
+        """Begin the requests whose session is free now.
+
+        A request that cannot begin is ended, and the next one on its session is due.
+        """
         while (state := self._requests.next_due()) is not None:
             try:
                 self._begin(state, [])
-            except Exception as error:  # noqa: BLE001 (it is told, or raised)
+            except Exception as error:  # noqa: BLE001 (the client gets it, or it is raised)
                 self._cannot_begin(state, error)
 
     def _new(self, client: bytes, entry: JournalEntry) -> RequestState:
         self._jobs += 1
         return RequestState(self._jobs, client, entry)
 
-    # To the queue.
+    # On the way to the queue.
 
-    def _begin(self, state: RequestState, told: list[Event]) -> None:
-        """Its session is its own from now on. told: what the last process has sent."""
+    def _begin(self, state: RequestState, sent: list[Event]) -> None:
+        """Begin a request, which has its session from now on; `sent`: events that the last process sent."""
         request = state.request
         state.session = self._sessions.session(request, state.handle)
         session, chat = state.session, None
@@ -158,26 +162,26 @@ class Arrivals:
             state.prompt = self._sessions.prompt(request, state.prompt, session)
             chat = self._sessions.chat(request, session, self.longest)
         if chat is None:
-            self._enqueue(state, told)
+            self._enqueue(state, sent)
         elif self.compose is None:
             state.prompt, state.turns = chat()
-            self._enqueue(state, told)
+            self._enqueue(state, sent)
         else:
             state.phase = Phase.COMPOSING
-            self.compose(chat, partial(self._composed, state, told))
+            self.compose(chat, partial(self._composed, state, sent))
 
     def _composed(
-        self, state: RequestState, told: list[Event], made: tuple[list[int], list[int]] | SpilldError
+        self, state: RequestState, sent: list[Event], made: tuple[list[int], list[int]] | SpilldError
     ) -> None:
-        """The prompt of a request is there, or why there is none; nothing if it has ended meanwhile."""
+        """Take the composed prompt of a request, or the error; ignore a request that has ended meanwhile."""
         if state.phase is not Phase.COMPOSING:
             return
         try:
             if isinstance(made, SpilldError):
                 raise made
             state.prompt, state.turns = made
-            self._enqueue(state, told)
-        except Exception as error:  # noqa: BLE001 (it is told, or raised)
+            self._enqueue(state, sent)
+        except Exception as error:  # noqa: BLE001 (the client gets it, or it is raised)
             self._cannot_begin(state, error)
 
     def _cannot_begin(self, state: RequestState, error: Exception) -> None:
@@ -185,8 +189,8 @@ class Arrivals:
         if is_lost(error):
             raise error
 
-    def _enqueue(self, state: RequestState, told: list[Event]) -> None:
-        """Have a request wait for its admission; its prompt is known."""
+    def _enqueue(self, state: RequestState, sent: list[Event]) -> None:
+        """Queue a request whose prompt is known for admission."""
         key = state.key
         sequence = None if key is None else self._contexts.get(key)
         if state.session is not None:
@@ -197,7 +201,7 @@ class Arrivals:
         before = sequence.tokens if sequence else state.history
         self._refuse_unknown("the session", before)
         self._refuse_unknown("the prompt", state.prompt)
-        state.prepare(before, self._model.tokenizer, self._model.geometry.eos, told)
+        state.prepare(before, self._model.tokenizer, self._model.geometry.eos, sent)
         state.sequence = sequence
         try:
             job = self.job(state)
@@ -210,7 +214,7 @@ class Arrivals:
         self._scheduler.add(job)
 
     def _refuse_unknown(self, what: str, tokens: list[int]) -> None:
-        """Raises InvalidRequest for ids that the model has no embedding of."""
+        """Raise InvalidRequest for token ids that the model has no embedding of."""
         vocabulary = self._model.geometry.vocab
         if (largest := max(tokens, default=0)) >= vocabulary:
             raise InvalidRequest(
@@ -218,11 +222,11 @@ class Arrivals:
             )
 
     def job(self, state: RequestState) -> Job:
-        """A request as the scheduler sees it. Its max_tokens is cut to what the sequence may still hold.
+        """Return a request as the scheduler sees it, its max_tokens cut to what the sequence may still hold.
 
         Raises:
             InvalidRequest: There is nothing to compute.
-            PromptTooLong: It does not fit.
+            PromptTooLong: The request does not fit.
         """
         sequence = state.sequence
         position = 0 if sequence is None else sequence.computed
@@ -252,7 +256,7 @@ class Arrivals:
         )
 
     def _advice(self, *, of_session: bool) -> str:
-        """What decides that `longest` is no longer, and what to do about it."""
+        """Return which limit decides `longest`, and what to do about it."""
         instead = "fork the session with fewer tokens, or begin another" if of_session else "shorten it"
         allowed = self._model.geometry.max_positions
         if self.longest < self._max_context:
@@ -263,12 +267,15 @@ class Arrivals:
 
 
 def _is_computed(sequence: KVSequence, state: RequestState) -> bool:
-    """Nothing is left of which there would be logits: what is on disk is without the last token."""
+    """Return whether nothing is left to compute, so that there would be no logits.
+
+    What is on disk never includes the last token.
+    """
     return not (state.prompt or state.appends or sequence.computed < len(sequence.tokens))
 
 
 def _seeded(request: Generate) -> Generate:
-    """With a seed, so that it can be continued by another process."""
+    """Return the request with a seed, so that another process can continue it."""
     if request.sampling.seed is not None:
         return request
     return replace(request, sampling=replace(request.sampling, seed=secrets.randbits(64)))

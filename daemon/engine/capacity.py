@@ -1,4 +1,4 @@
-"""Makes room: idle sequences are given up, running requests preempted, memory given back."""
+"""Capacity: idle sequences are discarded, running requests preempted, and memory is given back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class CapacityManager:
-    """Says what is free and frees more for the request that is next."""
+    """Says what is free, and frees more for the request that is next."""
 
     def __init__(
         self,
@@ -55,8 +55,9 @@ class CapacityManager:
         return Capacity(min(windows, 1) if self.memory.short else windows, self._store.unreserved)
 
     def admit(self) -> list[RequestState]:
-        """Requests to start now. Others make room for one that finds none; while memory is short, none is
-        started beside what runs.
+        """Return the requests to start now, making room for the next one if it finds none.
+
+        While memory is short, no request is started beside those that run.
         """
         if not self._scheduler.waiting or (self.memory.short and self._scheduler.plan()):
             return []
@@ -67,7 +68,7 @@ class CapacityManager:
         return [self._requests[job] for job in self._scheduler.admit(self.free)]
 
     def pause(self) -> None:
-        """Compute those no further for now whose clients do not take what they produced."""
+        """Pause the requests whose clients do not take what they produced, and resume the others."""
         paused: set[JobId] = set()
         for state in self._requests.in_phase(*RUNNING):
             state.phase = Phase.PAUSED if state.unread else Phase.RUNNING
@@ -76,7 +77,10 @@ class CapacityManager:
         self._scheduler.pause(paused)
 
     def watch_memory(self) -> None:
-        """See whether memory is short; if it is, give some back: all of it soon, if it stays short."""
+        """Check whether memory is short, and give some back if it is.
+
+        Each call gives back a part; if memory stays short, all that can be spared goes within a few calls.
+        """
         self.memory.look()
         self._store.promotes = not self.memory.short
         if not self.memory.short:
@@ -88,10 +92,10 @@ class CapacityManager:
         self._sequences.relieve()
         self._store.relieve()
 
-    # For the request that is next.
+    # Room for the request that is next.
 
     def _make_room(self) -> bool:
-        """Free something for it; False if it is to wait for running ones."""
+        """Free something for the next request; return False if it must wait for running ones."""
         if (idle := self._contexts.oldest()) is not None:
             log.info("an idle context makes room")
             self._sequences.discard(idle)
@@ -111,7 +115,7 @@ class CapacityManager:
         return True
 
     def _take_sequence(self, state: RequestState) -> None:
-        """Take the idle sequence that a waiting request would continue. Its KV comes back from disk."""
+        """Take the idle sequence that a waiting request would continue; its KV comes back from disk."""
         sequence = state.running_sequence
         state.history = list(sequence.tokens)
         self._sequences.discard(sequence)
@@ -119,7 +123,7 @@ class CapacityManager:
         self._scheduler.update(self._arrivals.job(state))
 
     def _preempt(self) -> bool:
-        """Preempt a running request if one is to be; False if none is."""
+        """Preempt a running request if one is due; return False if none is."""
         job = self._scheduler.to_preempt()
         if job is None:
             return False
@@ -146,7 +150,7 @@ class CapacityManager:
         state.phase = Phase.PREEMPTED
 
     def bring_back(self) -> None:
-        """Queue preempted requests again, once they are on disk and somebody takes what they produce."""
+        """Queue preempted requests again, once they are on disk and their clients take what they produce."""
         for state in self._requests.in_phase(Phase.PREEMPTED):
             if state.unread or (state.saving is not None and self._store.checkpoints.saving(state.saving)):
                 continue

@@ -52,17 +52,19 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Composes the parts. Each request that was added ends in exactly one Done or Failed event, in this
-    process or, after `suspend`, in one that restores it.
+    """Composes the parts of the engine.
+
+    Each request that was added ends in exactly one Done or Failed event, in this process or, after `suspend`,
+    in one that restores it.
 
     Attributes:
-        model: What is served.
+        model: The model that is served.
         contexts: Idle sequences.
-        requests: All that have not ended.
+        requests: All requests that have not ended.
         sessions: What requests continue and leave behind.
         archives: Exports and imports of sessions.
-        subscriptions: Which client hears of which request.
-        published: What other threads may know.
+        subscriptions: Which client receives the events of which request.
+        published: The statistics that other threads may read.
     """
 
     def __init__(
@@ -140,16 +142,20 @@ class Engine:
         self._is_published = False
         self._publish()
 
-    # The loop is the table of contents.
+    # One turn of the engine's loop.
 
     def turn(self) -> bool:
-        """Admit, run one step, deal with its results; False if there was nothing to run."""
+        """Admit requests, run one step and handle its results.
+
+        Returns:
+            False if there was nothing to run.
+        """
         self._is_published = False
         self._upkeep.expire()
         self._outbox.flush()
         self._upkeep.tick()
         self._store.settle()
-        with logged("archives are not tended"):
+        with logged("exports and imports do not continue"):
             self.archives.tend()
         self._arrivals.begin_due()
         self._capacity.bring_back()
@@ -165,7 +171,7 @@ class Engine:
         return bool(admitted or plan)
 
     def _end_turn(self) -> None:
-        """Begin what the ended have made way for, and tell everybody."""
+        """Begin the requests that ended ones have made way for, send events, and publish the statistics."""
         self._arrivals.begin_due()
         self._outbox.flush()
         if not self._is_published:
@@ -173,11 +179,11 @@ class Engine:
 
     @property
     def writing(self) -> bool:
-        """Whether something is on its way to disk or to an archive, to be settled soon."""
+        """Whether a write to disk or to an archive is under way, to be settled soon."""
         return self._store.writing or self.archives.busy
 
     def rest(self) -> None:
-        """There is nothing to run: stop reading ahead."""
+        """Stop reading ahead, as there is nothing to run."""
         self._runner.rest()
         self._store.settle()
         self._publish()
@@ -188,31 +194,34 @@ class Engine:
         """Take a request. Requests on one session run one after the other.
 
         Args:
-            client: Where its events go.
-            request: What was asked.
-            prompt: Token ids; none yet if it is messages that go on with a session.
+            client: The connection that its events go to.
+            request: The client's message.
+            prompt: Token ids; empty if the prompt is messages that continue a session.
             arrived: Seconds since 1970, None for now.
 
         Raises:
-            SpilldError: It is refused, and leaves no trace.
+            SpilldError: The request is refused, and leaves no trace.
         """
         self._arrivals.add(client, request, prompt, arrived)
 
     def compose_with(self, compose: Compose) -> None:
-        """Have prompts made of messages by `compose`, as Arrivals.compose."""
+        """Have prompts made of messages by `compose`. See Arrivals.compose."""
         self._arrivals.compose = compose
 
     def left_behind(self) -> list[Unfinished]:
-        """Requests of the last process, in order of arrival, each to be restored. To be asked once."""
+        """Return the requests of the last process in order of arrival, each to be restored. Call it once."""
         return self._journal.unfinished()
 
     def restore(self, left: Unfinished) -> None:
-        """Go on with a request of the last process, or fail it for good."""
+        """Continue a request of the last process, or fail it for good."""
         self._arrivals.restore(left)
         self._outbox.flush()
 
     def cancel(self, request_id: str, tenant: str | None = None) -> None:
-        """End a request; one that has ended already, or is of another tenant if one is given, is ignored."""
+        """End a request.
+
+        A request that has ended already, or that is of another tenant if one is given, is ignored.
+        """
         if (state := self.requests.find(request_id, tenant)) is not None:
             self._finisher.abort(state, Cancelled("cancelled by the client"))
             self._end_turn()
@@ -222,27 +231,28 @@ class Engine:
 
         Raises:
             ContextNotFound: There is no such session.
-            InvalidRequest: It is in use, or the change makes no sense.
+            InvalidRequest: The session is in use, or the change is invalid.
         """
         reply = self._commands.manage(request)
         self._publish()
         return reply
 
-    # What may be known.
+    # What other parts and threads may read.
 
     @property
     def longest(self) -> int:
-        """Tokens that one sequence may have. In another thread: `published.longest`."""
+        """The most tokens that one sequence may have. Other threads read `published.longest`."""
         return self._arrivals.longest
 
     def stats(self) -> dict[str, object]:
-        """Requests, counters and bytes by name. From any thread."""
+        """Return requests, counters and bytes by name. Thread-safe."""
         return self.published.values()
 
     @property
     def progress(self) -> int:
-        """Grows as long as a step goes on: with layers attended to, bytes read and written. From any thread:
-        each is one number that one thread counts.
+        """A number that grows as long as a step makes progress: layers attended to, bytes read and written.
+
+        Thread-safe: each summand is one number that one thread counts.
         """
         return self._runner.attended + self._store.disk_read_bytes + self._store.disk_written_bytes
 
@@ -263,21 +273,26 @@ class Engine:
         self._is_published = True
 
     def check_integrity(self) -> None:
-        """Windows, rows and runs belong to running requests and idle contexts, and to nothing else."""
+        """Check that windows, rows and runs belong to running requests and idle contexts only.
+
+        Raises:
+            AssertionError: They do not.
+        """
         running = [state.sequence for state in self.requests if state.sequence is not None]
         self._sequences.check_integrity([*running, *self.contexts])
         self.requests.check_integrity(self._scheduler)
 
-    # The process.
+    # Start and end of the process.
 
     def warm_up(self) -> None:
-        """Compute something before the first request, so that it need not wait for what comes only once."""
+        """Compute something, so that the first request need not wait for one-time work."""
         self._sequences.warm_up(self._chunk_tokens)
         self.check_integrity()
 
     def adjust(self, config: Config) -> None:
-        """Take the settings that may change between two steps. What is under way keeps what it began with: a
-        context its lifetime.
+        """Take the settings that may change between two steps.
+
+        What is under way keeps what it began with: a context keeps its lifetime.
         """
         self._prefill.gap_s = config.max_gap_ms / 1e3
         self.sessions.context_ttl_s = config.context_ttl_s
@@ -286,7 +301,7 @@ class Engine:
             self._store.disk.prefetch.deadline_s = config.read_deadline_s
 
     def fail_running(self, error: SpilldError) -> None:
-        """A step broke: the KV of everything that ran in it is in doubt and goes with it."""
+        """Fail every request that took part in a failed step: its KV is in doubt and is discarded."""
         self._finisher.abort_all(error, running=True)
         self._end_turn()
 
@@ -296,30 +311,31 @@ class Engine:
         self._end_turn()
 
     def lose(self) -> None:
-        """The device is lost, in a step whose KV nobody has: nothing may be saved any more, nothing computed.
-        What runs is computed again by the next process.
+        """Note that the device is lost: nothing may be saved or computed any more.
+
+        The KV of the step under way is lost. The next process computes again what runs.
         """
         self._sequences.lost = True
 
     def suspend(self) -> frozenset[str]:
-        """The process is about to end: save what runs.
+        """Save what runs, as the process is about to end.
 
         Returns:
-            The ids of the requests that go on at the next start; the others fail.
+            The ids of the requests that continue at the next start; the others fail.
         """
         self._finisher.suspend_all()
         self._outbox.flush()
-        with logged("sessions that were held in memory are lost"):
-            self._upkeep.write_held()
+        with logged("sessions that were in memory only are lost"):
+            self._upkeep.write_pending()
         if not self._sequences.lost:
             self._journal.end_life()
         left = frozenset(state.request.request_id for state in self.requests)
         if left:
-            log.info("%d requests are saved: they go on at the next start", len(left))
+            log.info("%d requests are saved: they continue at the next start", len(left))
         return left
 
     def close(self) -> None:
-        """Close every part, whatever becomes of the others."""
+        """Close every part, even if closing another fails."""
         with ExitStack() as stack:
             stack.callback(self._journal.close)
             stack.callback(self._store.close)

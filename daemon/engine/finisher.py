@@ -1,4 +1,4 @@
-"""How requests end: finished, failed or cancelled, and what they leave of their session."""
+"""Ends of requests: finished, failed or cancelled, and what they leave of their session."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Finisher:
-    """Gives each request its last event and takes back what it held."""
+    """Gives each request its last event, and takes back what it used."""
 
     def __init__(
         self,
@@ -52,7 +52,11 @@ class Finisher:
 
     @contextmanager
     def blaming(self, state: RequestState) -> Iterator[None]:
-        """What goes wrong inside ends this request, and no other. A lost device is raised."""
+        """End this request, and no other, if an error is raised within the context.
+
+        Raises:
+            DeviceError: The device is lost.
+        """
         try:
             yield
         except Exception as error:
@@ -63,18 +67,18 @@ class Finisher:
     def finish(self, state: RequestState) -> None:
         """End a request that has produced everything."""
         state.completion.conclude()
-        sequence, session, held = state.running_sequence, state.session, self._sessions.tokens_after(state)
-        after = None if session is None else self._sessions.after(session, state, held)
-        goes_on = self._leave(state, held)
+        sequence, session, tokens = state.running_sequence, state.session, self._sessions.tokens_after(state)
+        after = None if session is None else self._sessions.after(session, state, tokens)
+        goes_on = self._leave(state, tokens)
         form, handle = str(self._store.layout.format), session.name if session else None
         event = state.done(self._sessions.kv_bytes(sequence), form, handle)
         self._outbox.put(state, event, after)
         self.remove(state, keep=goes_on and session is not None)
 
     def abort(self, state: RequestState, error: SpilldError) -> None:
-        """Fail a request, whatever else fails with it.
+        """Fail a request, even if cleaning up fails.
 
-        Its session survives a cancel, with what was appended and what was told of the answer; after an error
+        Its session survives a cancel, with what was appended and what was sent of the answer; after an error
         of the daemon it is what it was before.
         """
         session, after = state.session, None
@@ -83,10 +87,10 @@ class Finisher:
         keep = known and state.sequence is not None and state.sequence.table.idle
         if harmless and state.started:
             try:
-                held = self._sessions.tokens_after(state)
+                tokens = self._sessions.tokens_after(state)
                 if session is not None and known:
-                    after = self._sessions.after(session, state, held)
-                keep = self._leave(state, held) and known
+                    after = self._sessions.after(session, state, tokens)
+                keep = self._leave(state, tokens) and known
             except Exception as failure:
                 if is_lost(failure):
                     raise
@@ -96,13 +100,13 @@ class Finisher:
         self.remove(state, keep=keep)
 
     def abort_all(self, error: SpilldError, *, running: bool) -> None:
-        """Fail every request; those that run only, or all."""
+        """Fail every request, or only those that run."""
         for state in self._requests:
             if not running or (state.started and state.sequence is not None):
                 self.abort(state, error)
 
     def suspend_all(self) -> None:
-        """Save what runs: it goes on in the next process. Requests that the journal does not have fail."""
+        """Save what runs, to be continued in the next process; requests that are not in the journal fail."""
         for state in self._requests:
             if not state.journal_id:
                 why = "the daemon has stopped, and could not save this request"
@@ -112,22 +116,29 @@ class Finisher:
                     self._sequences.save(state.sequence, state.checkpoint)
 
     def remove(self, state: RequestState, *, keep: bool) -> None:
-        """Forget a request. keep: its session goes on with its sequence, which stays in memory."""
+        """Forget a request.
+
+        Args:
+            state: The request.
+            keep: Whether its session continues with its sequence, which then stays in memory.
+        """
         self._scheduler.remove(state.job)
         self._requests.remove(state)
-        with logged("what a request held is not given back"):
+        with logged("what a request used is not given back"):
             self._runner.rest()
             self._give_back(state, keep=keep)
 
-    def _leave(self, state: RequestState, held: list[int]) -> bool:
-        """Save what was computed of a request that ends; its sequence holds these tokens from now on. False
-        if it cannot be continued.
+    def _leave(self, state: RequestState, tokens: list[int]) -> bool:
+        """Save what was computed of a request that ends; its sequence holds `tokens` from now on.
+
+        Returns:
+            False if the sequence cannot be continued.
         """
         if (sequence := state.sequence) is None:
             return False
-        goes_on = self._sequences.reaches(sequence, held)
+        goes_on = self._sequences.reaches(sequence, tokens)
         self._sequences.save(sequence, state.checkpoint if goes_on else None)
-        self._sequences.end(sequence, held)
+        self._sequences.end(sequence, tokens)
         return goes_on
 
     def _give_back(self, state: RequestState, *, keep: bool) -> None:

@@ -1,4 +1,4 @@
-"""Events on their way to clients: noted in the journal together, then sent in order."""
+"""Outbox: events on their way to clients, written to the journal together, then sent in order."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Noted = tuple[RequestState, Event, Session | None]
 
 
 class Outbox:
-    """Makes events durable before it sends them, all that are there in one transaction."""
+    """Makes events durable before it sends them, all pending ones in one transaction."""
 
     def __init__(
         self,
@@ -45,9 +45,9 @@ class Outbox:
         Args:
             journal: Where events are noted.
             sessions: Where sessions are written, in the same database.
-            counters: Count every event.
+            counters: Counts every event.
             post: Sends an event to a client.
-            publish: Called before events are sent: who has heard of one finds it in the stats.
+            publish: Called before events are sent, so that a client that has an event finds it in the stats.
         """
         self._journal = journal
         self._sessions = sessions
@@ -62,19 +62,21 @@ class Outbox:
         Args:
             state: The request.
             event: Its next event.
-            session: With the last event, what its session is now: at once to who asks the session manager, on
-                disk with the event, both or neither.
+            session: With the last event, what its session is now. The session manager returns it at once; it
+                is written to disk in one transaction with the event.
         """
         self._counters.event(event, state.uncounted)
         state.uncounted = 0
-        state.told = event.seq + 1
+        state.next_seq = event.seq + 1
         if session is not None:
             self._sessions.hold(session)
         self._pending.append((state, event, session))
 
     def flush(self) -> None:
-        """Note all events and send them. What cannot be noted is sent all the same: its request, or the end
-        of its request, will not outlive this process unless a later transaction succeeds.
+        """Write all events to the journal and send them.
+
+        An event that cannot be written is sent all the same: its request, or the end of its request, will not
+        outlive this process unless a later transaction succeeds.
         """
         if not self._pending:
             return
@@ -87,8 +89,12 @@ class Outbox:
             self._post(state.client, event)
 
     def _note(self, batch: Sequence[Noted]) -> set[JobId]:
-        """Note everything together; if that fails, each request by itself, so that one that cannot be noted
-        is no other's loss. The jobs of those that could not.
+        """Write all events together; if that fails, those of each request separately.
+
+        So a request whose events cannot be written costs no other its events.
+
+        Returns:
+            The jobs whose events could not be written.
         """
         if self._try_to_note(batch) is None:
             return set()
@@ -101,20 +107,20 @@ class Outbox:
         return set(failures)
 
     def _try_to_note(self, batch: Sequence[Noted]) -> Exception | None:
-        """One transaction; why it failed, if so."""
+        """Write a batch in one transaction; return the error if it fails."""
         sessions = [session for _, _, session in batch if session is not None]
         try:
             with self._journal.transaction():
-                self._sessions.store.write_held(sessions)
+                self._sessions.store.write_pending(sessions)
                 for state, event, _ in batch:
                     self._journal.note(state.journal_id, event)
         except Exception as error:  # noqa: BLE001 (it is logged)
             return error
-        self._sessions.store.let_go(sessions)
+        self._sessions.store.drop_pending(sessions)
         return None
 
     def _give_up(self, batch: Sequence[Noted], error: Exception) -> None:
-        """The last event of a request waits in memory to be noted, as its session does."""
+        """Keep the last event of a request in memory for a later transaction, as its session is kept."""
         for state, event, _ in batch:
             if is_last(event):
                 self._journal.owe(state.journal_id, event)

@@ -1,4 +1,4 @@
-"""Runs the engine in its thread, for the server: messages go in without waiting."""
+"""Engine service: runs the engine in its thread, and takes messages of the server without waiting."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from spilld.protocol.messages import (
     is_last,
 )
 from spilld.requests.prompt import prompt_tokens
-from spilld.requests.request_state import NOBODY
+from spilld.requests.request_state import NO_CLIENT
 from spilld.tokenizer.intake import Intake
 
 from .arrivals import Composed
@@ -46,19 +46,21 @@ from .outbox import Post
 log = logging.getLogger(__name__)
 
 IDLE_S = 1.0
-"""How often an engine without work looks for expired sessions and deadlines."""
+"""Seconds between checks of an idle engine for expired sessions and deadlines."""
 
 SETTLE_S = 0.02
-"""How often it looks whether a write has ended, which the index does not know before."""
+"""Seconds between checks whether a write has ended, which the index does not know before."""
 
 
 HOPELESS = 3
-"""Turns in a row that fail with no request to blame, after which the engine ends: the next may do better."""
+"""Failed turns in a row, with no request to blame, after which the engine ends for a new process to start."""
 
 
 class EngineService:
-    """Implements server.Service. The intake turns text into tokens, the engine's thread does the rest, so
-    that neither a long text nor a long step makes the server wait.
+    """Implements server.Service.
+
+    The intake turns text into tokens and the engine's thread does the rest, so that neither a long text nor a
+    long step makes the server wait.
     """
 
     def __init__(
@@ -74,9 +76,9 @@ class EngineService:
         Args:
             build: Makes the engine, given where its events go.
             post: Sends a reply to a client.
-            welcome: What clients are told of this daemon.
-            max_queue: Requests that may wait and run.
-            on_lost: Called in the engine's thread when it computes nothing any more, and `lost` says why: the
+            welcome: What clients learn of this daemon.
+            max_queue: The most requests that may wait and run.
+            on_lost: Called in the engine's thread when it stops computing for good; `lost` says why: the
                 device is lost, or no turn succeeds.
         """
         self.lost: str | None = None
@@ -98,7 +100,12 @@ class EngineService:
         self._thread = threading.Thread(target=self._loop, name="spilld-engine")
 
     def warm_up(self) -> None:
-        """Before `start`. Raises DeviceUnusable or InternalError, the engine closed, if it cannot compute."""
+        """Warm the engine up. To be called before `start`.
+
+        Raises:
+            DeviceUnusable: The device cannot compute; the engine is closed.
+            InternalError: The engine cannot compute for another reason; it is closed.
+        """
         try:
             self._engine.warm_up()
         except DeviceError as error:
@@ -111,7 +118,7 @@ class EngineService:
             raise InternalError(f"the engine cannot compute: {error!r}; the log says where") from error
 
     def start(self) -> None:
-        """Take up what the last process left, and work."""
+        """Restore what the last process left, and start the engine's thread."""
         self._engine.model.tokenizer.start()
         for left in self._engine.left_behind():
             self._count(+1)
@@ -119,7 +126,13 @@ class EngineService:
         self._thread.start()
 
     def submit(self, client: bytes, request: Generate) -> None:
-        """Queue a request. Raises Draining, Overloaded or InvalidRequest."""
+        """Queue a request.
+
+        Raises:
+            Draining: The daemon is stopping.
+            Overloaded: Too many requests are queued or running.
+            InvalidRequest: The request is invalid.
+        """
         if self._draining:
             raise Draining("the daemon is stopping; try again when it is back")
         if self._unfinished >= self._max_queue:
@@ -134,53 +147,64 @@ class EngineService:
             raise
 
     def resume(self, client: bytes, request: Resume) -> None:
+        """Send a client the events that it missed, and those to come."""
         self._intake.in_turn(client, partial(self._resume, client, request), request.request_id)
 
     def cancel(self, request_id: str, tenant: str | None = None) -> None:
+        """Cancel a request, whether the intake or the engine has it."""
         if not self._intake.cancel(request_id, tenant):
             self._inbox.put(partial(self._engine.cancel, request_id, tenant))
 
     def acknowledge(self, request_id: str, next_seq: int, tenant: str | None = None) -> None:
+        """See Subscriptions.acknowledge."""
         self._inbox.put(partial(self._engine.subscriptions.acknowledge, request_id, next_seq, tenant))
 
     def leave(self, client: bytes, request_id: str) -> None:
+        """See Subscriptions.leave."""
         self._intake.in_turn(
             client, partial(self._engine.subscriptions.leave, client, request_id), request_id
         )
 
     def manage(self, client: bytes, request: Release | ListSessions | ChangeSession) -> None:
+        """List or change sessions between two steps."""
         self._count(+1)
         self._intake.in_turn(client, partial(self._manage, client, request))
 
     @property
     def longest(self) -> int:
-        """Tokens that one sequence may have."""
+        """The most tokens that one sequence may have."""
         return self._engine.published.longest
 
     def stats(self) -> dict[str, object]:
+        """See Engine.stats."""
         return self._engine.stats()
 
     def welcome(self) -> Welcome:
+        """Return what clients learn of this daemon."""
         return self._welcome
 
     def drain(self) -> None:
+        """Refuse new requests from now on."""
         self._draining = True
 
     def adjust(self, config: Config) -> None:
-        """Take what may change while requests run; the engine does so between two steps."""
+        """Take the settings that may change while requests run; the engine does so between two steps."""
         self._max_queue = config.max_queue
         self._inbox.put(partial(self._engine.adjust, config))
 
     def progress(self) -> int:
-        """A number that grows: with each turn, at least one in IDLE_S, and within a long one."""
+        """Return a number that grows with each turn, at least once in IDLE_S, and within a long turn."""
         return self._turns + self._engine.progress
 
     def idle(self) -> bool:
+        """Return whether no request is unanswered."""
         return self._unfinished == 0
 
     def stop(self) -> frozenset[str]:
-        """End the threads, after the step that is under way. The ids of the requests that are saved: they go
-        on in the next process.
+        """End the threads, after the step that is under way.
+
+        Returns:
+            The ids of the requests that are saved: they continue in the next process.
         """
         self._draining = self._stopping = True
         self._intake.stop(self._engine.model.tokenizer.close)
@@ -189,6 +213,7 @@ class EngineService:
         return self._suspended
 
     def transfer(self, client: bytes, request: TransferRequest) -> None:
+        """Begin an export or import, or answer a request about a transfer's file."""
         self._count(+1)
         archives, answer = self._engine.archives, partial(self._pass_on, client)
         if isinstance(request, ExportSession | ImportSession):
@@ -199,7 +224,7 @@ class EngineService:
     # The intake's threads.
 
     def _prepare(self, client: bytes, request: Generate, arrived: float) -> Callable[[], None] | None:
-        """What the engine's thread is to do with a request, None if it was refused."""
+        """Return what the engine's thread is to do with a request, None if it was refused."""
         try:
             prompt = prompt_tokens(request, self._engine.model, self._engine.published.longest)
         except SpilldError as error:
@@ -212,13 +237,13 @@ class EngineService:
         return None
 
     def _compose(self, chat: Chat, then: Composed) -> None:
-        """What continues a session was not known when it arrived."""
+        """Make the prompt of a request that continues a session, which was not known when it arrived."""
 
         def run() -> None:
             made: tuple[list[int], list[int]] | SpilldError
             try:
                 made = chat()
-            except Exception as error:  # noqa: BLE001 (it is told, or logged)
+            except Exception as error:  # noqa: BLE001 (the client gets it, or it is logged)
                 made = typed(error, "the prompt could not be prepared")
             if not self._stopping:  # else the next process makes it
                 self._inbox.put(partial(then, made))
@@ -240,7 +265,10 @@ class EngineService:
         self._end()
 
     def _failed(self, error: Exception) -> None:
-        """A turn failed, and the engine blamed no request: those that ran may be the cause, else any is."""
+        """Handle a failed turn for which the engine blamed no request.
+
+        The first time the running requests fail, as they may be the cause; the second time all requests fail.
+        """
         if is_lost(error):
             self._give_up(f"the device is lost: {error}")
             return
@@ -262,7 +290,7 @@ class EngineService:
         self._on_lost()
 
     def _end(self) -> None:
-        """Save what runs, as far as the device is there."""
+        """Save what runs, as far as the device still works."""
         try:
             self._take_messages()
             self._suspended = self._engine.suspend()
@@ -278,7 +306,7 @@ class EngineService:
             self._take(self._inbox.get())
 
     def _take(self, act: Callable[[], None]) -> None:
-        """One message. What goes wrong with it touches no other."""
+        """Handle one message; an error affects no other message."""
         with logged("a message could not be dealt with"):
             act()
 
@@ -299,7 +327,7 @@ class EngineService:
                 raise
 
     def _resume(self, client: bytes, request: Resume) -> None:
-        """What was missed is posted as it was, not counted again."""
+        """Post the missed events unchanged, without counting them again."""
         try:
             for event in self._engine.subscriptions.resume(client, request):
                 self._post(client, event)
@@ -320,13 +348,13 @@ class EngineService:
         else:
             self._pass_on(client, reply)
 
-    # Both.
+    # Both kinds of threads.
 
     def _refuse(self, client: bytes, request: Generate, error: SpilldError) -> None:
         self._pass_on(client, Failed.because(error, request.request_id))
 
     def _pass_on(self, client: bytes, reply: Reply) -> None:
-        if client != NOBODY:
+        if client != NO_CLIENT:
             self._post(client, reply)
         if is_last(reply):
             self._count(-1)

@@ -1,4 +1,4 @@
-"""One step: a packed batch of requests is computed, and each takes its part of the results."""
+"""Steps: a packed batch of requests is computed, and each request takes its part of the results."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Part = tuple[RequestState, BatchItem]
 
 
 class StepExecutor:
-    """Runs planned batches. What goes wrong with one request ends it, and no other."""
+    """Runs planned batches; an error with one request ends that request, and no other."""
 
     def __init__(
         self,
@@ -77,13 +77,13 @@ class StepExecutor:
         self._chunk_tokens = chunk_tokens
 
     def batches(self, plan: Plan) -> list[Plan]:
-        """What is computed together: all but suspects, each of which goes alone."""
+        """Split a plan into what is computed together: all but suspects, each of which is computed alone."""
         alone = [part for part in plan if self._requests[part[0]].suspect]
         together = tuple(part for part in plan if part not in alone)
         return [batch for batch in (together, *((part,) for part in alone)) if batch]
 
     def run(self, batch: Plan) -> None:
-        """Compute a batch and send what came of it."""
+        """Compute a batch, and send the resulting events."""
         began = time.monotonic()
         parts = self._parts(batch)
         if not parts:
@@ -113,10 +113,10 @@ class StepExecutor:
         self._prepare_next(slices)
         self._learn(slices, time.monotonic() - began)
 
-    # Before and after.
+    # Before and after a batch.
 
     def _parts(self, batch: Plan) -> list[Part]:
-        """The batch as slices, with room for the blocks that they will seal."""
+        """Return the batch as items, with room in the store for the blocks that they will seal."""
         parts: list[Part] = []
         for job, count in batch:
             state = self._requests[job]
@@ -138,7 +138,7 @@ class StepExecutor:
                 self._metrics.queue.observe(state.use.queue_s)
 
     def _charge(self, parts: Sequence[Part], seconds: float, stalled: float) -> None:
-        """Let each flow pay for its share of a step."""
+        """Charge each flow for its share of a step."""
         costs = [self._prefill.cost(part.position, part.count) for _, part in parts]
         reads = [part.read_bytes["disk"] for _, part in parts]
         for (state, _), share in zip(parts, shares(seconds, stalled, costs, reads), strict=True):
@@ -146,13 +146,13 @@ class StepExecutor:
             state.use.engine_s += share
 
     def _prepare_next(self, slices: Sequence[BatchItem]) -> None:
-        """Have host memory free for what a step like this one seals."""
+        """Free host memory for what a step like this one seals."""
         prefills = any(part.count > 1 for part in slices)
         self._store.make_room((self._chunk_tokens if prefills else CELL) // BLOCK)
         self._store.write_behind()
 
     def _learn(self, slices: Sequence[BatchItem], seconds: float) -> None:
-        """Tell the models of the machine how long it took."""
+        """Report the step's time to the prefill budget or the latency model."""
         if chunks := [(part.position, part.count) for part in slices if part.count > 1]:
             self._prefill.took(chunks, seconds)
         else:
@@ -162,7 +162,7 @@ class StepExecutor:
     # A request's part.
 
     def _advance(self, state: RequestState, part: BatchItem, logits: Logits) -> None:
-        """Take in a step's result for one request: progress, a token, or the end."""
+        """Take a step's result for one request: progress, a token, or the end."""
         if part.failure is not None:
             self._recompute(state, part.failure)
             return
@@ -197,8 +197,10 @@ class StepExecutor:
     # Failures.
 
     def _suspect(self, states: Sequence[RequestState], error: SpilldError) -> None:
-        """A step failed. Of several requests each goes on alone, and so fails alone if it was the cause. What
-        was to be sealed is in doubt and is computed again; all else a step writes once more.
+        """Handle a failed step.
+
+        Each of several requests is computed alone from then on, and so fails alone if it was the cause.
+        Blocks that were to be sealed are in doubt and are computed again; the next step rewrites the rest.
         """
         if len(states) == 1:
             self._finisher.abort(states[0], error)
@@ -211,7 +213,7 @@ class StepExecutor:
                     self._begin_anew(state)
 
     def _recompute(self, state: RequestState, failure: Exception) -> None:
-        """KV did not come back. It is never guessed: all of it is computed again, a few times at most."""
+        """Compute a request again whose KV could not be read, a few times at most; KV is never guessed."""
         if state.recomputed >= RECOMPUTES:
             times = f"{RECOMPUTES + 1} times, the last time: {failure}"
             if isinstance(failure, OutOfMemory):
@@ -231,7 +233,7 @@ class StepExecutor:
 
 
 def _rows(state: RequestState, part: BatchItem) -> range:
-    """Rows of the slice whose logits are needed."""
+    """Return the rows of the item whose logits are needed."""
     if state.wants_prompt:
         return range(part.count)
     last = part.last + 1 == len(part.sequence.tokens)
@@ -239,7 +241,7 @@ def _rows(state: RequestState, part: BatchItem) -> range:
 
 
 def _is_checkpoint(state: RequestState, sequence: KVSequence, complete: bool) -> bool:
-    """Whether a restart should lose no more than this: some cells of a prompt, a cell of an answer."""
+    """Return whether a checkpoint is due: every few cells of a prompt, every cell of an answer."""
     cells = 1 if complete else ANCHOR_CELLS
     return sequence.computed % (cells * CELL) == 0 or (complete and not state.completion.tokens)
 

@@ -1,4 +1,4 @@
-"""What is due between steps: requests that are over, memory, sessions, the journal."""
+"""Upkeep between steps: expired requests, memory, sessions, the journal."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from .finisher import Finisher
 log = logging.getLogger(__name__)
 
 TICK_S = 1.0
-"""How often memory and sessions are looked at: which have expired, which are still to be pinned."""
+"""Seconds between checks of memory and sessions: which have expired, which are still to be pinned."""
 
 
 class Upkeep:
-    """Does what nobody asked for.
+    """Does periodic work that belongs to no request.
 
     Attributes:
-        retention_s: How long a request that no client listens to goes on, and an ended one can be resumed.
+        retention_s: Seconds for which a request without a client continues, and for which an ended one can be
+            resumed.
     """
 
     def __init__(
@@ -48,30 +49,33 @@ class Upkeep:
         self._ticked = 0.0
 
     def expire(self) -> None:
-        """End requests that are past their deadline, or that no client has asked for in a while."""
+        """End requests that are past their deadline, or that have had no client for `retention_s`."""
         for state in self._requests:
             if state.left_s < 0:
                 self._finisher.abort(state, DeadlineExceeded(f"not done after {state.request.deadline_s} s"))
-            elif state.unheard_s > self.retention_s:
+            elif state.without_client_s > self.retention_s:
                 why = f"no client asked for it within {self.retention_s:g} s"
                 self._finisher.abort(state, Cancelled(why))
 
     def tick(self) -> None:
-        """What is due every TICK_S."""
+        """Do what is due every TICK_S."""
         if time.monotonic() - self._ticked < TICK_S:
             return
         self._ticked = time.monotonic()
         self._capacity.watch_memory()
         with logged("sessions are in memory only"):
-            self.write_held()
-        with logged("sessions are not tended"):
+            self.write_pending()
+        with logged("sessions are not ended or pinned"):
             self._commands.tend()
         self._journal.sweep(self.retention_s)
 
-    def write_held(self) -> None:
-        """Write sessions that could not be written, with the ends of their requests, if that can be done
-        now.
+    def write_pending(self) -> None:
+        """Write the sessions that could not be written before, with the ends of their requests.
+
+        Raises:
+            OSError: They still cannot be written, and stay in memory.
+            IndexDamaged: The database is damaged; they stay in memory.
         """
         with self._journal.transaction():
-            self._sessions.write_held()
-        self._sessions.let_go()
+            self._sessions.write_pending()
+        self._sessions.drop_pending()

@@ -13,9 +13,17 @@ from .sequence import KVSequence
 class BatchItem:
     """Tokens of one sequence in a step, and what became of them.
 
-    position is that of the first token; start is its row of the batch. What a step finds of an item, it notes
-    here: the bytes of KV that attention read, by tier; how many extents were in memory when attention came to
-    them (hits) and how many it had to wait for (stalls); and failure, why some of its KV could not be had.
+    A step notes here what it finds of the item.
+
+    Attributes:
+        sequence: The sequence.
+        count: Number of tokens.
+        position: Position of the first token.
+        start: Row of the first token in the batch.
+        read_bytes: Bytes of KV that attention read, by tier.
+        hits: Extents that were in memory when attention came to them.
+        stalls: Extents that attention had to wait for.
+        failure: Why some of the item's KV could not be read; None if all could.
     """
 
     sequence: KVSequence
@@ -29,7 +37,7 @@ class BatchItem:
 
     @property
     def rows(self) -> slice:
-        """Of the batch."""
+        """The item's rows of the batch."""
         return slice(self.start, self.start + self.count)
 
     @property
@@ -39,15 +47,20 @@ class BatchItem:
 
     @property
     def positions(self) -> range:
+        """Positions of the item's tokens."""
         return range(self.position, self.last + 1)
 
     @property
     def tokens(self) -> list[int]:
+        """Ids of the item's tokens."""
         return self.sequence.tokens[self.position : self.last + 1]
 
 
 class Batch:
-    """Items in the order of their rows. Those of one token come first: attention takes them together."""
+    """Items in the order of their rows.
+
+    Those of one token come first, as attention computes them together.
+    """
 
     def __init__(self, items: Iterable[BatchItem]) -> None:
         self.items = tuple(sorted(items, key=lambda item: item.count > 1))
@@ -55,14 +68,16 @@ class Batch:
         for item, start in zip(self.items, starts, strict=False):
             item.start = start
         self.total = sum(item.count for item in self.items)
-        """Rows."""
+        """Number of rows."""
         self.single = sum(item.count == 1 for item in self.items)
-        """Items of one token: rows [0, single)."""
+        """Number of items of one token: rows [0, single)."""
 
     @property
     def tokens(self) -> list[int]:
+        """Token ids of all rows."""
         return [token for item in self.items for token in item.tokens]
 
     @property
     def positions(self) -> list[int]:
+        """Positions of all rows."""
         return [position for item in self.items for position in item.positions]

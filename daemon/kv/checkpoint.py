@@ -31,7 +31,7 @@ from .visibility import (
 )
 
 CHECKPOINT_BLOCKS = 1 + 2 * BLOCKS_PER_CELL
-"""Most blocks of a checkpoint: the sinks and two cells."""
+"""The most blocks of a checkpoint: the sinks and two cells."""
 
 ANCHOR_CELLS = 12
 """A checkpoint is saved every so many cells of a long prompt, for prompts that begin alike."""
@@ -60,12 +60,15 @@ class ResumePoint:
 
 
 def find_resume_point(store: Store, root: bytes, tokens: Sequence[int]) -> ResumePoint | None:
-    """The longest stored beginning of a sequence; its last token always has to be computed.
+    """Return the longest stored beginning of a sequence; its last token always has to be computed.
 
     Args:
         store: Where blocks and checkpoints are looked up.
         root: First value of the token chain.
-        tokens: All of the sequence.
+        tokens: All tokens of the sequence.
+
+    Returns:
+        None if no beginning is stored.
     """
     hashes = chain(root, tokens, len(tokens) // BLOCK)
     refs = store.find(hashes)
@@ -112,7 +115,11 @@ def save_checkpoint(
 
 
 def restore_checkpoint(store: Store, window: Numbers, resume: ResumePoint) -> None:
-    """Fill a KV window with what a sequence of resume.position tokens sees exactly. Raises ReadFailed."""
+    """Fill a KV window with what a sequence of resume.position tokens sees exactly.
+
+    Raises:
+        ReadFailed: The checkpoint cannot be read.
+    """
     for planes, numbers in zip(window, store.checkpoints.read(resume.checkpoint), strict=True):
         tokens, at = _tokens(numbers, planes), 0
         for a, b in _slots(resume.position):
@@ -121,25 +128,25 @@ def restore_checkpoint(store: Store, window: Numbers, resume: ResumePoint) -> No
 
 
 def _tokens(numbers: Bytes, planes: Numbers) -> Numbers:
-    """Numbers of a checkpoint as a view [2, kv_heads, tokens, head_dim]."""
+    """Return the numbers of a checkpoint as a view [2, kv_heads, tokens, head_dim]."""
     _, kv_heads, _, head_dim = planes.shape
     rows = numbers.reshape(-1).view(planes.dtype).reshape(-1, 2, kv_heads, head_dim)
     return rows.transpose(1, 2, 0, 3)
 
 
 def _slots(n: int) -> list[tuple[int, int]]:
-    """Window slots [start, stop) of the sinks and of positions [boundary(n - 1), n), in order."""
+    """Return window slots [start, stop) of the sinks and of positions [boundary(n - 1), n), in order."""
     newest = [(window_offset(a), window_offset(a) + b - a) for a, b in segments(boundary(n - 1), n)]
     return [(0, SINKS), *newest]
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
+    """Return the length of the longest common beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _below(refs: Sequence[RunRef], stop: int) -> list[RunRef]:
-    """The same blocks as far as they lie below `stop`."""
+    """Return the same blocks as far as they lie below `stop`."""
     return [
         RunRef(ref.run, ref.base, ref.first, min(ref.count, stop - ref.first))
         for ref in refs

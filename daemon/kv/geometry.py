@@ -1,4 +1,4 @@
-"""What the store and the attention must know of a model: sizes, windows, where a sequence ends."""
+"""Geometry: what the store and attention must know of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spilld.offload.record import HEAD_DIMS
 
 
 class HeadSizes(NamedTuple):
-    """Query heads, KV heads, and numbers of a head."""
+    """Number of query heads, number of KV heads, and numbers of a head."""
 
     heads: int
     kv_heads: int
@@ -34,6 +34,7 @@ class LayerGeometry:
 
     @property
     def sizes(self) -> HeadSizes:
+        """Sizes of the layer's heads."""
         return HeadSizes(self.heads, self.kv_heads, self.head_dim)
 
 
@@ -48,7 +49,11 @@ class Geometry:
 
     @classmethod
     def of(cls, config: Any, generation: Any, tokenizer_eos: int | None) -> Geometry:
-        """From a transformers config and generation config. Raises UnsupportedModel."""
+        """Return the geometry of a transformers config and generation config.
+
+        Raises:
+            UnsupportedModel: spilld cannot serve such a model.
+        """
         if getattr(config, "use_bidirectional_attention", None):
             raise UnsupportedModel("a model with bidirectional attention cannot be served token by token")
         heads = int(config.num_attention_heads)
@@ -77,10 +82,10 @@ class Geometry:
 
     @property
     def sizes(self) -> HeadSizes:
-        """Of every layer: records and KV windows have one size for all.
+        """Sizes of every layer's heads: records and KV windows have one size for all layers.
 
         Raises:
-            UnsupportedModel: layers differ.
+            UnsupportedModel: Layers differ.
         """
         first, *others = {layer.sizes for layer in self.layers}
         if others:
@@ -89,24 +94,30 @@ class Geometry:
 
     @property
     def token_numbers(self) -> int:
-        """Of K and V of one token, in all layers."""
+        """How many numbers K and V of one token have, in all layers."""
         return sum(2 * layer.kv_heads * layer.head_dim for layer in self.layers)
 
     @property
     def sliding_windows(self) -> tuple[int | None, ...]:
-        """Of each layer."""
+        """Sliding window of each layer."""
         return tuple(layer.sliding_window for layer in self.layers)
 
 
 def _scaling(config: Any, head_dim: int) -> float:
-    """Gemma and Granite name it; the others divide by the root of head_dim."""
+    """Return the factor of the logits.
+
+    Gemma and Granite name it, the others divide by the root of head_dim.
+    """
     if scalar := getattr(config, "query_pre_attn_scalar", None):
         return float(scalar**-0.5)
     return float(getattr(config, "attention_multiplier", None) or head_dim**-0.5)
 
 
 def _positions(config: Any) -> int:
-    """YaRN's usual recipe names a factor and leaves max_position_embeddings as the model was trained with."""
+    """Return the most positions of a sequence.
+
+    YaRN's usual recipe names a factor and leaves max_position_embeddings as the model was trained with.
+    """
     ropes: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     each = [ropes, *(part for part in ropes.values() if isinstance(part, dict))]
     reached = [

@@ -12,7 +12,10 @@ from .visibility import BLOCK
 
 @dataclass
 class KVSequence:
-    """tokens[:computed] have K/V, in the window and in stored blocks; the rest are still to be fed."""
+    """A sequence of tokens and where their KV lies.
+
+    tokens[:computed] have K/V, in the window and in stored blocks; the rest are still to be computed.
+    """
 
     table: BlockTable
     window: int
@@ -22,6 +25,9 @@ class KVSequence:
     computed: int = 0
 
     def hashes(self, start: int, stop: int) -> list[bytes]:
-        """Token-chain hashes of blocks [start, stop); the table must have block start-1, if there is one."""
+        """Return token-chain hashes of blocks [start, stop).
+
+        The table must have block start - 1, if there is one.
+        """
         parent = self.table.chain[start - 1] if start else self.root
         return chain(parent, self.tokens[start * BLOCK : max(start, stop) * BLOCK], stop - start)

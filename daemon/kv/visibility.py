@@ -1,4 +1,4 @@
-"""What a token sees depends on its position alone.
+"""Visibility: what a token sees depends on its position alone.
 
 A query at position p sees the stored form of positions [SINKS, boundary(p)) and exact numbers
 elsewhere up to itself; a sliding window W hides positions up to p - W. Chunk size, load, restarts
@@ -21,17 +21,17 @@ WINDOW_TOKENS = SINKS + 2 * CELL
 
 
 def boundary(position: int) -> int:
-    """Positions below this one, sinks excepted, are seen in stored form."""
+    """Return the position below which all positions, sinks excepted, are seen in stored form."""
     return max(0, (position // CELL - 1) * CELL)
 
 
 def lowest_visible(position: int, sliding_window: int | None) -> int:
-    """The oldest position that a query sees in a layer with this sliding window."""
+    """Return the oldest position that a query sees in a layer with this sliding window."""
     return 0 if sliding_window is None else max(0, position - sliding_window + 1)
 
 
 def stored_blocks(first: int, last: int, sliding_window: int | None) -> range:
-    """Blocks of which queries at positions first..last (inclusive) see some token in stored form."""
+    """Return the blocks of which queries at positions first..last (inclusive) see a token in stored form."""
     stop = boundary(last) // BLOCK
     start = max(1, lowest_visible(first, sliding_window) // BLOCK)
     return range(min(start, stop), stop)
@@ -46,35 +46,36 @@ def segments(start: int, stop: int) -> Iterator[tuple[int, int]]:
 
 
 def sealed_by(position: int) -> int:
-    """Blocks (block 0 included) that are sealed once the token at `position` has been computed."""
+    """Return how many blocks, block 0 included, are sealed once the token at `position` was computed."""
     return boundary(position) // BLOCK
 
 
 def highest_block(tokens: int) -> int:
-    """The highest stored block of a sequence of so many tokens; 0 if it has none."""
+    """Return the highest stored block of a sequence of so many tokens; 0 if it has none."""
     return max(0, boundary(tokens - 1) // BLOCK - 1)
 
 
 def longest_with(blocks: int) -> int:
-    """The most tokens a sequence can have whose highest stored block is at most `blocks`."""
+    """Return the most tokens a sequence can have whose highest stored block is at most `blocks`."""
     return ((blocks + 1) * BLOCK // CELL + 2) * CELL
 
 
 def window_offset(position: int) -> int:
-    """Where in the KV window the exact K/V of a position lies while its cell is one of the newest two."""
+    """Return where in the KV window a position's K/V lies while its cell is one of the newest two."""
     return SINKS + position % (2 * CELL)
 
 
 def window_offsets(position: int) -> tuple[int, ...]:
-    """Where in the KV window a new token goes: the sinks have two places while their cell is one of the
-    newest.
+    """Return where in the KV window a new token goes.
+
+    The sinks have two places while their cell is one of the newest two.
     """
     offset = window_offset(position)
     return (offset, position) if position < SINKS else (offset,)
 
 
 def exact_ranges(position: int, sliding_window: int | None) -> list[tuple[int, int]]:
-    """Position ranges [start, stop) that the query at `position` sees exactly, oldest first."""
+    """Return position ranges [start, stop) that the query at `position` sees exactly, oldest first."""
     low, border = lowest_visible(position, sliding_window), boundary(position)
     cell = position // CELL * CELL
     ranges = [(0, min(SINKS, border)), (border, cell), (cell, position + 1)]
@@ -82,7 +83,7 @@ def exact_ranges(position: int, sliding_window: int | None) -> list[tuple[int, i
 
 
 def window_ranges(position: int, sliding_window: int | None) -> list[tuple[int, int]]:
-    """Offsets [start, stop) in the KV window of what the query at `position` sees exactly, oldest first."""
+    """Return KV window offsets [start, stop) of what the query at `position` sees exactly, oldest first."""
     ranges = []
     for a, b in exact_ranges(position, sliding_window):
         start = a if boundary(position) and a < SINKS else window_offset(a)

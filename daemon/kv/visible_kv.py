@@ -1,4 +1,4 @@
-"""What the tokens of a batch item see: the same in every layer with one sliding window."""
+"""Visible KV: what the tokens of a batch item see, the same in every layer with one sliding window."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class VisibleKV:
     """Positions and blocks, each with the tier that has it when the step begins.
 
     Attributes:
-        low, high: int64 [count]. Of what is stored, a query sees the positions low <= t < high.
-        stored: blocks that some query sees in stored form.
-        in_host: those of them that lie in host memory, ascending.
-        on_disk: runs of blocks on disk, oldest first, with those of their blocks that are not in host memory.
+        low: int64 [count]. Of what is stored, a query sees the positions low <= t < high.
+        high: int64 [count].
+        stored: Blocks that some query sees in stored form.
+        in_host: Those of them that lie in host memory, ascending.
+        on_disk: Runs of blocks on disk, oldest first, with those of their blocks that are not in host memory.
     """
 
     def __init__(self, item: BatchItem, sliding_window: int | None, store: Store) -> None:
@@ -47,10 +48,10 @@ class VisibleKV:
         self._ranges: dict[int, Positions] = {}
 
     def window_ranges(self, start: int, stop: int) -> Positions:
-        """What queries at [start, stop) of one cell see of the KV window.
+        """Return what queries at [start, stop) of one cell see of the KV window.
 
         Returns:
-            int64 [queries, n, 2]: ranges of window offsets; an empty one counts nothing.
+            Ranges of window offsets, int64 [queries, n, 2]; an empty range counts nothing.
         """
         if start not in self._ranges:
             seen = [window_ranges(position, self.sliding_window) for position in range(start, stop)]

@@ -19,15 +19,15 @@ log = logging.getLogger(__name__)
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether the device is lost: it computes nothing any more."""
+    """Return whether the device is lost, so that it can compute nothing any more."""
     return isinstance(error, DeviceError) and not isinstance(error, OutOfMemory)
 
 
 def typed(error: Exception, what: str) -> SpilldError:
-    """The error that a client is told; the traceback of a bug goes to the log.
+    """Return the error that a client receives; the traceback of a bug goes to the log.
 
     Args:
-        error: What was raised.
+        error: The error that was raised.
         what: What has failed, to begin the message with.
     """
     match error:
@@ -43,11 +43,13 @@ def typed(error: Exception, what: str) -> SpilldError:
 
 @contextmanager
 def logged(what: str) -> Iterator[None]:
-    """Log what goes wrong inside, in work that belongs to no request and is tried again later. A lost device
-    is raised.
+    """Log an error that is raised within the context, in work of no request that is tried again later.
 
     Args:
         what: What has failed, to begin the message with.
+
+    Raises:
+        DeviceError: The device is lost.
     """
     try:
         yield

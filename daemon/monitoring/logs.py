@@ -1,4 +1,4 @@
-"""How the daemon's log is written: lines for people and for the journal, or JSON."""
+"""The daemon's log: lines for people and for the journal, or JSON."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from spilld.printable import printable
 from .repeats import RepeatFilter
 
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
-"""Those of sd-daemon(3)."""
+"""Priorities of sd-daemon(3), by level."""
 
 
 def set_up(form: str, level: str) -> None:
-    """Write the log, with Python's warnings, to stderr; form and level as Config has them."""
+    """Write the log, with Python's warnings, to stderr; `form` and `level` as Config has them."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_formatter(form, sys.stderr))
     handler.addFilter(_of_use)
@@ -29,13 +29,16 @@ def set_up(form: str, level: str) -> None:
 
 
 def for_machines() -> bool:
-    """Whether the log is JSON, or goes to the journal."""
+    """Return whether the log is JSON, or goes to the journal."""
     handlers = logging.getLogger().handlers
     return any(isinstance(handler.formatter, JsonLines | JournalLines) for handler in handlers)
 
 
 def _of_use(record: logging.LogRecord) -> bool:
-    """Of libraries, warnings: what torch says of its caches when a process ends is for those who write it."""
+    """Return whether a record is of use: of libraries only warnings are.
+
+    What torch logs of its caches when a process ends, say, is for its developers.
+    """
     return record.levelno >= logging.WARNING or record.name.partition(".")[0] in ("spilld", "root")
 
 
@@ -50,39 +53,39 @@ def _formatter(form: str, stream: TextIO) -> logging.Formatter:
 
 
 class OneLine(logging.Formatter):
-    """A message is one line, whatever clients called what it speaks of; an exception follows in more."""
+    """Formats a message as one line, even if it quotes a client's newlines; an exception follows in more."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
-        """The message, as one line."""
+        """Return the message as one line."""
         return printable(super().formatMessage(record)).replace("\n", "\\n")
 
 
 class Lines(OneLine):
-    """For a terminal."""
+    """Formats records for a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as it is written."""
+        """Return the record as it is written."""
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
         return f"spilld: {level}{super().format(record)}"
 
 
 class JournalLines(OneLine):
-    """Each line begins with its priority, as sd-daemon(3) has it."""
+    """Formats records for the journal: each line begins with its priority, as in sd-daemon(3)."""
 
     def __init__(self) -> None:
         super().__init__("%(name)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as it is written."""
+        """Return the record as it is written."""
         prefix = f"<{PRIORITIES.get(record.levelno, 6)}>"
         return "\n".join(prefix + line for line in super().format(record).split("\n"))
 
 
 class JsonLines(logging.Formatter):
-    """One object a line."""
+    """Formats records as one JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as it is written."""
+        """Return the record as it is written."""
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         said = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",
@@ -96,7 +99,7 @@ class JsonLines(logging.Formatter):
 
 
 def in_journal(stream: TextIO, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a stream is the one that systemd takes to the journal: $JOURNAL_STREAM names its file."""
+    """Return whether systemd sends a stream to the journal: $JOURNAL_STREAM names its file."""
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError):  # not a file

@@ -1,4 +1,4 @@
-"""Memory that the kernel still has for this process. To take more ends in a kill."""
+"""Memory that the kernel still has for this process; taking more ends in the process being killed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ LIMITS = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Of a group in version 2 and 1: its limit, its use, and what of that the kernel can take back."""
+"""Files of a control group, of version 2 and 1: its limit, its use, and the reclaimable part of that."""
 
 
 def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that can be taken before the machine or one of our control groups has nothing left; None where
-    the kernel does not say.
+    """Return the bytes that can be taken before the machine or a control group of ours has nothing left.
+
+    Returns:
+        None where the kernel does not say.
     """
     free = [
         *_of_the_machine(proc / "meminfo"),
@@ -27,7 +29,7 @@ def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgr
 
 
 def physical_bytes(proc: Path = Path("/proc")) -> int | None:
-    """Memory of the machine in bytes; None where the kernel does not say."""
+    """Return the memory of the machine in bytes; None where the kernel does not say."""
     total = _fields(proc / "meminfo").get("MemTotal:")
     return None if total is None else total * 1024
 
@@ -39,7 +41,7 @@ def _of_the_machine(meminfo: Path) -> Iterator[int]:
 
 
 def _groups(proc: Path, groups: Path) -> Iterator[Path]:
-    """Folders of our groups that may limit memory, and those above them."""
+    """Yield the folders of our groups that may limit memory, and those above them."""
     for line in _text(proc / "self" / "cgroup").splitlines():
         number, controllers, path = line.split(":", 2)
         root = groups if number == "0" else groups / "memory"
@@ -57,7 +59,7 @@ def _of(group: Path) -> Iterator[int]:
 
 
 def _fields(file: Path) -> dict[str, int]:
-    """Of lines that begin with a name and a number."""
+    """Return the numbers of lines that begin with a name and a number, by name."""
     lines = (line.split() for line in _text(file).splitlines())
     return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
 
@@ -70,10 +72,10 @@ def _text(file: Path) -> str:
 
 
 class MemoryWatch:
-    """Tells whether less than a floor is left.
+    """Tells whether less memory than a floor is left.
 
     Attributes:
-        short: It was when `look` was called last.
+        short: Whether it was when `look` was called last.
     """
 
     def __init__(self, floor_bytes: int, available: Callable[[], int | None] = available_bytes) -> None:

@@ -28,7 +28,7 @@ from .stats import OUTCOMES, TIERS
 log = logging.getLogger(__name__)
 
 SCRAPE_S = 5.0
-"""How long who scrapes may say nothing."""
+"""Seconds after which a silent connection of a scraper is closed."""
 
 Stats = Callable[[], Mapping[str, object]]
 Family = GaugeMetricFamily | CounterMetricFamily
@@ -84,7 +84,7 @@ COUNTERS: tuple[MetricRow, ...] = (
 
 
 def _decades(first: int, last: int) -> tuple[float, ...]:
-    """1, 2.5 and 5 times each power of ten from 10**first to 10**last."""
+    """Return 1, 2.5 and 5 times each power of ten from 10**first to 10**last."""
     return tuple(float(f"{step}e{power}") for power in range(first, last + 1) for step in ("1", "2.5", "5"))
 
 
@@ -121,19 +121,24 @@ class Metrics:
         return Histogram("spilld_" + name, text, buckets=buckets, registry=self.registry)
 
     def failed(self, code: str) -> None:
-        """A client was sent an error; from any thread."""
+        """Count an error that was sent to a client. Thread-safe."""
         self._errors.labels(code).inc()
 
     def follow(self, stats: Stats, welcome: Welcome) -> None:
-        """Read these stats at every scrape from now on."""
+        """Read these statistics at every scrape from now on."""
         served = {name: getattr(welcome, name) for name in ("version", "model", "dtype", "format")}
         Info("spilld", "What is served.", registry=self.registry).info(served)
         self.registry.register(_FromStats(stats))
 
     @contextmanager
     def served(self, address: str | None) -> Iterator[str]:
-        """Answer scrapes at host:port meanwhile, in threads of their own, and say under which URL; None: do
-        not. Raises ConfigError if the address cannot be had.
+        """Answer scrapes at host:port within the context, in threads of their own, and yield the URL.
+
+        Args:
+            address: None serves no metrics, and yields an empty URL.
+
+        Raises:
+            ConfigError: The address cannot be bound.
         """
         if address is None:
             yield ""
@@ -151,13 +156,15 @@ class Metrics:
         try:
             yield url
         finally:
-            server.socket.shutdown(socket.SHUT_RDWR)  # ends its poll, which else lasts up to half a second
+            server.socket.shutdown(
+                socket.SHUT_RDWR
+            )  # ends its poll, which otherwise lasts up to half a second
             server.shutdown()
             server.server_close()
 
 
 class _Scrape(WSGIRequestHandler):
-    """Who connects and asks nothing does not stay: each has a thread."""
+    """Serves one scrape; a connection that sends no request is closed, as each occupies a thread."""
 
     timeout = SCRAPE_S
 
@@ -166,11 +173,14 @@ class _Scrape(WSGIRequestHandler):
             super().handle()
 
     def log_message(self, *_: object) -> None:
-        """A scrape is nothing to log."""
+        """Log nothing: scrapes are not worth a line."""
 
 
 class _FromStats(Collector):
-    """Gauges and counters. Those of which stats has no number, say without a disk tier, are left out."""
+    """Gauges and counters of the statistics.
+
+    Numbers that the statistics lack, for example without a disk tier, are left out.
+    """
 
     def __init__(self, stats: Stats) -> None:
         self._stats = stats
@@ -194,5 +204,5 @@ def _family(kind: type[Family], row: MetricRow, values: Mapping[str, object]) ->
 
 
 def _number(value: object) -> float:
-    """A text counts as 1, unless it is empty."""
+    """Return a number as it is, and a text as 1 unless it is empty."""
     return float(value if isinstance(value, int | float) else bool(value))

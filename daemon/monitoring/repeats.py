@@ -1,4 +1,4 @@
-"""What is said again and again is counted, not written."""
+"""Repeated log records are counted instead of written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BURST = 20
 SPAN_S = 60.0
 
 KINDS = 1000
-"""So many are told apart; beyond that counting begins anew."""
+"""The most kinds of records that are counted separately; beyond that, counting begins anew."""
 
 
 @dataclass
@@ -25,8 +25,10 @@ class _RepeatCount:
 
 
 class RepeatFilter(logging.Filter):
-    """On a handler: of warnings and errors that differ only in what was filled in, BURST are written in a
-    minute. The next minute's first says how many were not.
+    """A handler's filter that writes at most BURST alike warnings and errors a minute.
+
+    Records are alike if they differ only in their arguments. The next minute's first says how many were not
+    written.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -36,7 +38,7 @@ class RepeatFilter(logging.Filter):
         self._lock = threading.Lock()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record is written."""
+        """Return whether a record is written."""
         if record.levelno < logging.WARNING:
             return True
         raised = record.exc_info[0] if record.exc_info else None

@@ -1,4 +1,4 @@
-"""Tells systemd how the daemon is: sd_notify(3), a datagram to $NOTIFY_SOCKET."""
+"""Reports the daemon's state to systemd: sd_notify(3), a datagram to $NOTIFY_SOCKET."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Mapping
 log = logging.getLogger(__name__)
 
 LOOKS = 8
-"""How often in the time between two signs it is looked at least whether one can be given."""
+"""Checks whether a keep-alive can be sent, at least, in the time between two."""
 
 
 class Notifier:
-    """Silent where systemd did not ask to be told."""
+    """Reports the daemon's state to systemd; silent where systemd did not ask for it."""
 
     def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
         address = environ.get("NOTIFY_SOCKET", "")
@@ -23,30 +23,31 @@ class Notifier:
         asked = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         usec = environ.get("WATCHDOG_USEC", "") if asked else ""
         self.watchdog_s = int(usec) / 2e6 if usec.isdecimal() and int(usec) else None
-        """Seconds between two signs of life, half of what systemd allows; None if it wants none."""
+        """Seconds between two keep-alives, half of what systemd allows; None if it wants none."""
         self._next_sign = 0.0
         self._progress: int | None = None
         self._silent = False
 
     def starting(self, status: str, seconds: float) -> None:
-        """What is being done before it is ready; systemd is to allow that so many seconds from now on."""
+        """Report a part of the start, which systemd is to allow so many seconds from now on."""
         self._send(f"STATUS={status}\nEXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
     def ready(self) -> None:
-        """It serves."""
+        """Report that the daemon serves."""
         self._send("READY=1\nSTATUS=serving")
 
     def reloading(self) -> None:
-        """Settings are being read again; `ready` is to follow."""
+        """Report that settings are being read again; `ready` is to follow."""
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self, status: str) -> None:
-        """It serves no more; why."""
+        """Report that the daemon serves no more, and why."""
         self._send(f"STOPPING=1\nSTATUS={status}")
 
     def alive(self, progress: int) -> None:
-        """Give a sign of life if one is due, and if `progress` is another than at the last: an engine that
-        hangs is not reported alive by a thread that does not.
+        """Send a keep-alive if one is due, and if `progress` has changed since the last.
+
+        So a thread that still runs does not report an engine alive that hangs.
         """
         if self.watchdog_s is None or (now := time.monotonic()) < self._next_sign:
             return
@@ -62,7 +63,7 @@ class Notifier:
         self._send("WATCHDOG=1")
 
     def due_s(self) -> float:
-        """Seconds until `alive` is to be called again; at most a minute."""
+        """Return the seconds until `alive` is to be called again; at most a minute."""
         if self.watchdog_s is None:
             return 60.0
         return min(60.0, max(self.watchdog_s / LOOKS, self._next_sign - time.monotonic()))

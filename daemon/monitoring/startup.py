@@ -1,4 +1,4 @@
-"""How far a start is, and what there is once it is done: for the log, and for systemd."""
+"""Progress of a start, and its result, for the log and for systemd."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from .sd_notify import Notifier
 log = logging.getLogger(__name__)
 
 PHASE_S = 1800.0
-"""What systemd is to allow for each part of a start: converting a large model, or compiling."""
+"""Seconds that systemd is to allow for each part of a start: converting a large model, or compiling."""
 
 
 class Startup:
-    """Tells the log and systemd how far a start is."""
+    """Reports to the log and to systemd how far a start is."""
 
     def __init__(self, notifier: Notifier) -> None:
         self._notifier = notifier
 
     def phase(self, what: str) -> None:
-        """What is being done from now on."""
+        """Report to systemd what is being done from now on."""
         self._notifier.starting(what, PHASE_S)
 
     def step(self, what: str) -> None:
-        """Something worth a line in the log."""
+        """Report what is being done from now on, in the log too."""
         log.info(what)
         self.phase(what)
 
     def parts(self, what: str) -> Callable[[int, int], None]:
-        """To be told how many parts of how many are done of something, first that none is."""
+        """Return a function that reports how many parts are done of how many; call it with 0 first."""
         began = time.monotonic()
 
         def tell(done: int, of: int) -> None:
@@ -49,7 +49,7 @@ class Startup:
     def ready(
         self, welcome: Welcome, longest: int, stats: Mapping[str, object], address: str, *, keyed: bool
     ) -> None:
-        """One line: what is served, within which budgets, where, and what to do next."""
+        """Log one line: what is served, within which budgets, where, and what to do next."""
         tiers = ", ".join(
             f"{tier} {_text(stats.get(f'{tier}_budget_bytes'))}" for tier in ("device", "host", "disk")
         )
@@ -61,7 +61,7 @@ class Startup:
 
 
 def next_command(address: str, *, keyed: bool) -> str:
-    """What a user may type at first, on this machine."""
+    """Return a first command that a user may type on this machine."""
     given = sys.argv[0]
     installed = Path(given).name == "spilld" and shutil.which("spilld") is None
     options = "" if address == user_address() else f" --address {address}"

@@ -1,4 +1,4 @@
-"""The engine in numbers: what it has counted since it began, and what other threads may know of it."""
+"""The engine's statistics: what it has counted since it began, and what other threads may read."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class EngineStats:
     """What other threads read of the engine: published with each batch of events, and once a turn.
 
     Attributes:
-        longest: Tokens that one sequence may have.
+        longest: The most tokens that one sequence may have.
         requests_running: Requests that are computed together.
         requests_paused: Requests whose clients take no more events for now.
-        requests_waiting: Requests that wait, for whatever.
+        requests_waiting: Requests that wait, for whatever reason.
         memory_short: 1 while the kernel has less memory left than `memory_floor`.
         contexts_idle: Sequences in memory on which no request runs.
         workspace_bytes: What a prefill chunk takes besides windows and records.
@@ -47,7 +47,7 @@ class EngineStats:
     tiers: Mapping[str, object]
 
     def values(self) -> dict[str, object]:
-        """All of it by name."""
+        """Return all statistics by name."""
         return {
             "requests_running": self.requests_running,
             "requests_paused": self.requests_paused,
@@ -92,7 +92,7 @@ class Counters:
         """Count an event of a request.
 
         Args:
-            event: Whether or not anybody hears of it.
+            event: The event, whether or not a client receives it.
             computed: Tokens computed since the request's last event.
         """
         self.computed_tokens += computed
@@ -113,7 +113,7 @@ class Counters:
             self.attended_bytes[tier] += count
 
     def values(self) -> dict[str, int]:
-        """All of it by name: requests_eos, host_attended_bytes, ..."""
+        """Return all counters by name: requests_eos, host_attended_bytes, ..."""
         return {
             **{name: value for name, value in vars(self).items() if isinstance(value, int)},
             **{f"requests_{outcome}": count for outcome, count in self.ended.items()},

@@ -1,4 +1,4 @@
-"""The tokens that a request has produced, and the text that they complete."""
+"""Completions: the tokens that a request has produced, and the text that they complete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Completion:
 
     Attributes:
         tokens: Everything sampled, an end-of-text included.
-        max_tokens: The most that there may be.
+        max_tokens: The most tokens that there may be.
     """
 
     def __init__(self, request: Generate) -> None:
@@ -27,19 +27,19 @@ class Completion:
         self._ends: list[int] = []
         """Of each token, the length of the text that it and those before it complete."""
         self._whole = False
-        """All its text was shown, and none held back."""
+        """Whether all of its text was shown."""
         self._stops = StopStrings(request.stop)
         self._stopped = False
         self._eos: frozenset[int] = frozenset()
 
     def prepare(self, before: Sequence[int], tokenizer: Tokenizer, eos: frozenset[int]) -> None:
-        """Say which tokens it follows, and which ids end a text."""
+        """Set the tokens that the completion follows, and the ids that end a text."""
         self._eos = frozenset() if self._ignore_eos else eos
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, before)
 
     def push(self, token: int) -> str:
-        """Take a token; the text that may be shown now."""
+        """Take a token, and return the text that may be shown now."""
         self.tokens.append(token)
         if self.at_eos:
             return ""
@@ -51,7 +51,7 @@ class Completion:
         return text
 
     def conclude(self) -> None:
-        """No token will come: show what was held back for a stop string or an unfinished character."""
+        """Show what was held back for a stop string or an unfinished character, as no token will follow."""
         if self._stopped:
             return
         text, hit = self._stops.push(self._detokenizer.finish())
@@ -80,7 +80,10 @@ class Completion:
 
     @property
     def in_sequence(self) -> list[int]:
-        """Tokens that belong to the sequence: an end-of-text does not, what is appended later precedes it."""
+        """Tokens that belong to the sequence.
+
+        An end-of-text does not belong to it: what is appended later precedes it.
+        """
         return self.tokens[:-1] if self.at_eos else self.tokens
 
     @property
@@ -89,10 +92,10 @@ class Completion:
         return self._whole or self._stopped
 
     def kept(self, before: Sequence[int]) -> list[int]:
-        """Tokens with which a session goes on: they show exactly the text that was shown.
+        """Return the tokens with which a session continues: they show exactly the text that was shown.
 
         Args:
-            before: The tokens that it follows.
+            before: The tokens that the completion follows.
         """
         if self._whole:
             return self.in_sequence

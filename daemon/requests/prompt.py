@@ -1,4 +1,4 @@
-"""The prompt of a request as token ids, as far as it can be known before its session is."""
+"""Prompts of requests as token ids, as far as they are known without the session."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from spilld.protocol.messages import Generate, Message
 
 
 def prompt_tokens(request: Generate, model: Model, longest: int) -> list[int]:
-    """Tokenise a text, check token ids, or apply the chat template to a chat that is new.
+    """Tokenise a text, check token ids, or apply the chat template to a new chat.
 
     Args:
-        request: What was asked.
-        model: What is served.
-        longest: Tokens that a sequence may have.
+        request: The client's message.
+        model: The model that is served.
+        longest: The most tokens that a sequence may have.
 
     Returns:
-        Token ids; none where messages continue a session, which is for the engine to complete.
+        Token ids; none where messages continue a session, which the engine completes.
 
     Raises:
         InvalidRequest: Token ids are outside of the vocabulary, or `parse_special` comes with something that
             is no text.
-        PromptTooLong: It has more than `longest` tokens.
+        PromptTooLong: The prompt has more than `longest` tokens.
     """
     prompt, new = request.prompt, request.context is None and request.session is None
     if isinstance(prompt, str):

@@ -1,4 +1,4 @@
-"""One request in the engine: its phase, what it runs on, what it has produced and used."""
+"""Request state: a request's phase, its sequence, and what it has produced and used."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from spilld.tokenizer.tokenizer import Tokenizer
 from .completion import Completion
 from .resource_use import ResourceUse
 
-NOBODY = b""
+NO_CLIENT = b""
 """The client of a request whose connection is lost."""
 
 
 class Phase(Enum):
-    """What a request is doing. It moves down this list; a preempted one waits again."""
+    """What a request is doing. It moves down this list; a preempted request waits again."""
 
     BEHIND = "waits for its session, on which another request runs"
     COMPOSING = "its prompt is being made of messages"
@@ -54,7 +54,7 @@ class RequestState:
     Attributes:
         job: Its number in this process, also the scheduler's.
         journal_id: Its row in the journal; 0 if it has none.
-        client: The connection that its events go to, or NOBODY.
+        client: The connection that its events go to, or NO_CLIENT.
         prompt: Token ids; empty until they are made of messages.
         turns: The prompt without the beginning of an answer, if it was made of messages.
         session: The session that it continues or leaves behind.
@@ -63,9 +63,9 @@ class RequestState:
         checkpoint: Window checkpoint amid its answer, of no use once there is a later one.
         saving: While it is preempted, the window checkpoint that is being written.
         first: Position of its prompt in the sequence.
-        told: KVSequence number of its next event.
-        acknowledged: Its client has all events before this one.
-        uncounted: Computed tokens that no event has told of.
+        next_seq: Sequence number of its next event.
+        acknowledged: Its client has all events before this sequence number.
+        uncounted: Computed tokens that no event has reported.
         suspect: A step that it was part of failed: it is computed alone from then on.
     """
 
@@ -83,7 +83,7 @@ class RequestState:
         self.checkpoint: RunKey | None = None
         self.saving: RunKey | None = None
         self.first = 0
-        self.told = 0
+        self.next_seq = 0
         self.acknowledged = 0
         self.uncounted = 0
         self.recomputed = 0
@@ -97,23 +97,23 @@ class RequestState:
         self._cached: int | None = None
         self.listen(client)
 
-    # Its client.
+    # The client.
 
     def listen(self, client: bytes) -> None:
-        """Send its events to this client from now on, or to NOBODY."""
+        """Send its events to this client from now on, or to NO_CLIENT."""
         self.client = client
-        self._deserted = None if client else time.monotonic()
+        self._alone_since = None if client else time.monotonic()
 
     @property
     def unread(self) -> bool:
         """Whether its client has as many events under way as it wants."""
         ahead = self.request.ahead
-        return ahead is not None and self.client != NOBODY and self.told - self.acknowledged >= ahead
+        return ahead is not None and self.client != NO_CLIENT and self.next_seq - self.acknowledged >= ahead
 
     @property
-    def unheard_s(self) -> float:
+    def without_client_s(self) -> float:
         """Seconds for which it has had no client."""
-        return 0.0 if self._deserted is None else time.monotonic() - self._deserted
+        return 0.0 if self._alone_since is None else time.monotonic() - self._alone_since
 
     @property
     def waited_s(self) -> float:
@@ -126,7 +126,7 @@ class RequestState:
         deadline = self.request.deadline_s
         return math.inf if deadline is None else deadline - (time.monotonic() - self._arrived)
 
-    # Its tokens.
+    # Tokens.
 
     @property
     def key(self) -> Key | None:
@@ -141,27 +141,27 @@ class RequestState:
 
     @property
     def held_back(self) -> int:
-        """Tokens at the end that are left to the next request, which needs the logits of the last."""
+        """Number of tokens at the end that are left to the next request, which needs the last's logits."""
         return int(self.appends)
 
     def complete(self, sequence: KVSequence) -> bool:
-        """Whether everything known is computed."""
+        """Return whether everything known is computed."""
         return len(sequence.tokens) - sequence.computed <= self.held_back
 
     @property
     def running_sequence(self) -> KVSequence:
-        """The sequence of a request that has one."""
+        """The sequence of a request that is known to have one."""
         assert self.sequence is not None
         return self.sequence
 
     @property
     def before(self) -> list[int]:
-        """What its sequence held before its prompt, once it has started."""
+        """The tokens of its sequence before its prompt, once it has started."""
         return self.history if self.sequence is None else self.sequence.tokens[: self.first]
 
     @property
     def tokens(self) -> list[int]:
-        """All of its sequence that is known."""
+        """All known tokens of its sequence."""
         before = self.history if self.sequence is None else self.sequence.tokens
         if self.sequence is not None and self.started:
             return before
@@ -169,42 +169,42 @@ class RequestState:
 
     @property
     def started(self) -> bool:
-        """Whether it was admitted once: its prompt is part of its sequence."""
+        """Whether it was admitted once, so that its prompt is part of its sequence."""
         return self._cached is not None
 
     @property
     def wants_prompt(self) -> bool:
-        """Whether log probabilities of its prompt are asked for and not all known."""
+        """Whether log probabilities of its prompt are requested and not all known."""
         asked = self.request.prompt_logprobs is not None
         return asked and len(self.prompt_logprobs) < len(self.prompt)
 
     @property
     def answered(self) -> bool:
-        """Whether it has an answer, if an empty one: it has ended, or some of it was told."""
+        """Whether it has an answer, which may be empty: it has ended, or some text was sent."""
         return bool(self.completion.text) or (not self.appends and self.completion.ended)
 
     def kept(self) -> list[int]:
-        """Tokens of its answer with which a session goes on."""
+        """Return the tokens of its answer with which a session continues."""
         return self.completion.kept([*self.before, *self.prompt])
 
-    # Its events.
+    # Events.
 
     def prepare(
-        self, before: Sequence[int], tokenizer: Tokenizer, eos: frozenset[int], told: Sequence[Event]
+        self, before: Sequence[int], tokenizer: Tokenizer, eos: frozenset[int], sent: Sequence[Event]
     ) -> None:
-        """Know what its answer follows.
+        """Set what its answer follows, and replay the events that were sent already.
 
         Args:
             before: Tokens that precede its prompt.
-            tokenizer: The model's.
+            tokenizer: The model's tokenizer.
             eos: Ids that end a text.
-            told: Events of it that the last process has sent.
+            sent: Its events that the last process has sent.
         """
         self.completion.prepare([*before, *self.prompt], tokenizer, eos)
-        if told:
+        if sent:
             self._waits_since = time.monotonic()
-        for event in told:
-            self.told = event.seq + 1
+        for event in sent:
+            self.next_seq = event.seq + 1
             if isinstance(event, Accepted):
                 self._cached = event.cached_tokens
             elif isinstance(event, Token):
@@ -217,12 +217,12 @@ class RequestState:
 
         Args:
             first: Position of its prompt in the sequence.
-            sequence: What it runs on.
+            sequence: The sequence that it runs on.
             first_token_s: Expected seconds until its first token, None if unknown.
             token_s: Expected seconds between tokens, None if unknown.
 
         Returns:
-            Accepted, unless the last process told it.
+            An Accepted event, unless the last process sent it.
         """
         self.first = first
         if self.wants_prompt and sequence.computed == first:
@@ -233,7 +233,7 @@ class RequestState:
         return [
             Accepted(
                 request_id=self.request.request_id,
-                seq=self.told,
+                seq=self.next_seq,
                 prompt_tokens=len(self.prompt),
                 cached_tokens=self._cached,
                 first_token_s=first_token_s,
@@ -242,22 +242,25 @@ class RequestState:
         ]
 
     def restart(self) -> None:
-        """Its sequence is computed again from the first token."""
+        """Note that its sequence is computed again from the first token."""
         if self.wants_prompt:
             del self.prompt_logprobs[0 if self.first else 1 :]  # nothing predicts a sequence's first token
 
     def progress(self, sequence: KVSequence) -> Event:
-        """Computed tokens of the prefill, which a recomputation starts anew."""
+        """Return a Progress event: computed tokens of the prefill, which a recomputation starts anew."""
         cached = min(self._cached or 0, sequence.computed)
         done, total = sequence.computed - cached, len(sequence.tokens) - cached
-        return Progress(request_id=self.request.request_id, seq=self.told, done=done, total=total)
+        return Progress(request_id=self.request.request_id, seq=self.next_seq, done=done, total=total)
 
     def token(self, choice: SampledToken) -> Event:
-        """Take a sampled token; its event. `completion.reason` says afterwards whether it was the last."""
+        """Take a sampled token, and return its event.
+
+        Afterwards `completion.reason` says whether it was the last.
+        """
         self._waits_since = time.monotonic()
         return Token(
             request_id=self.request.request_id,
-            seq=self.told,
+            seq=self.next_seq,
             token=choice.token,
             text=self.completion.push(choice.token),
             logprob=choice.logprob,
@@ -265,7 +268,7 @@ class RequestState:
         )
 
     def done(self, kv_bytes: dict[str, int], form: str, handle: str | None) -> Done:
-        """The last event of a request whose completion was concluded.
+        """Return the last event of a request whose completion was concluded.
 
         Args:
             kv_bytes: Bytes of its KV by tier.
@@ -275,7 +278,7 @@ class RequestState:
         wanted = self.request.prompt_logprobs is not None
         return Done(
             request_id=self.request.request_id,
-            seq=self.told,
+            seq=self.next_seq,
             reason=self.completion.reason or "length",
             text=self.completion.text,
             usage=self._usage(kv_bytes, form),
@@ -284,8 +287,8 @@ class RequestState:
         )
 
     def failed(self, error: SpilldError) -> Event:
-        """The last event of a request that failed."""
-        return Failed.because(error, self.request.request_id, self.told)
+        """Return the last event of a request that failed."""
+        return Failed.because(error, self.request.request_id, self.next_seq)
 
     def account(self, part: BatchItem, disk_read: int, stalled_s: float, took_s: float) -> None:
         """Count its part of a step, and its share of the step's cost."""

@@ -38,21 +38,25 @@ class Requests:
         return self._by_job[job]
 
     def find(self, request_id: str, tenant: str | None = None) -> RequestState | None:
-        """The request of this id; of this tenant, where one is given."""
+        """Return the request of this id, if it is of this tenant or none is given."""
         state = self._by_id.get(request_id)
         return state if state is None or tenant in (None, state.request.tenant) else None
 
     def on_session(self, key: Key) -> RequestState | None:
-        """The request that has a session."""
+        """Return the request that has a session, None if there is none."""
         queue = self._by_session.get(key)
         return queue[0] if queue else None
 
     def in_phase(self, *phases: Phase) -> list[RequestState]:
-        """The requests in these phases, in order of arrival."""
+        """Return the requests in these phases, in order of arrival."""
         return [state for state in self._by_job.values() if state.phase in phases]
 
     def add(self, state: RequestState) -> bool:
-        """Add a new request. True if it may begin, False if it is behind another on its session."""
+        """Add a new request.
+
+        Returns:
+            True if it may begin, False if it is behind another on its session.
+        """
         self._by_job[state.job] = self._by_id[state.request.request_id] = state
         if state.key is None:
             return True
@@ -75,7 +79,10 @@ class Requests:
             self._due.append(state.key)
 
     def next_due(self) -> RequestState | None:
-        """A request that may begin because the one before it on its session has ended. Each is given once."""
+        """Return a request that may begin because its predecessor on its session has ended.
+
+        Each is returned once. None if there is none.
+        """
         while self._due:
             state = self.on_session(self._due.popleft())
             if state is not None and state.phase is Phase.BEHIND:
@@ -83,7 +90,11 @@ class Requests:
         return None
 
     def check_integrity(self, scheduler: Scheduler) -> None:
-        """The indexes and the scheduler's queues are about the same requests."""
+        """Check that the indexes and the scheduler's queues are about the same requests.
+
+        Raises:
+            AssertionError: They are not.
+        """
         assert set(self._by_id.values()) == set(self._by_job.values()), "the indexes differ"
         queued = [state for queue in self._by_session.values() for state in queue]
         assert set(queued) == {state for state in self if state.key is not None}, "a session's queue differs"

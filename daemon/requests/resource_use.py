@@ -11,9 +11,11 @@ class ResourceUse:
     Attributes:
         read_bytes: KV that it attended to, by the tier that it was read from.
         disk_read_bytes: Its share of the bytes that steps read from disk.
+        prefetch_hits: Extents that were in memory when attention came to them.
+        prefetch_stalls: Extents that attention had to wait for.
         stall_s: Its share of the time in which steps waited for the disk.
         engine_s: Its share of the engine's time, by cost.
-        queue_s: How long it waited for its first step; None before.
+        queue_s: Seconds that it waited for its first step; None before.
         prefill_s: Wall time of steps before its first token.
         decode_s: Wall time of steps after it.
     """

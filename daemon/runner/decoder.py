@@ -32,13 +32,23 @@ Floats = NDArray[np.float32]
 
 
 class Decoder:
-    """Its memory is every activation of as many rows as a step may have."""
+    """A model's forward pass over packed weights.
+
+    It allocates every activation once, for as many rows as a step may have.
+    """
 
     def __init__(self, model: Model, weights: Mapping[str, Packed], attention: Attention, rows: int) -> None:
-        """weights: as packing.py names them; rows: the most tokens of a step.
+        """Collect the model's weights and constants, and allocate the activations.
 
-        Raises ValueError if the weights do not fit the model: kernels check nothing. Raises UnsupportedModel
-        if the model is another than what is computed here.
+        Args:
+            model: The model.
+            weights: Packed weights, by the names of packing.py.
+            attention: Attends over all tiers.
+            rows: The most tokens of a step.
+
+        Raises:
+            ValueError: The weights do not fit the model. Kernels check nothing.
+            UnsupportedModel: The model is another than what is computed here.
         """
         check_packable(model.module)
         base, config, geometry = model.module.model, model.module.config, model.geometry
@@ -66,18 +76,18 @@ class Decoder:
 
     @property
     def workspace_bytes(self) -> int:
-        """Its activations and a row of logits; weights are mapped."""
+        """Bytes of its activations and of a row of logits; weights are mapped."""
         return self._rows.nbytes + padded(1) * self._outputs * 4
 
     def run(self, plan: AttentionPlan, keep: list[int]) -> torch.Tensor:
         """Compute the tokens of a batch.
 
         Args:
-            plan: of the batch.
-            keep: rows whose logits are wanted.
+            plan: The batch's plan.
+            keep: Rows whose logits are wanted.
 
         Returns:
-            float32 logits [len(keep), vocab].
+            Logits [len(keep), vocab] float32.
         """
         rows, batch = self._rows, plan.batch
         rows.x[: batch.total] = self._embed(torch.tensor(batch.tokens)).float().numpy()
@@ -100,7 +110,7 @@ class Decoder:
         return logits
 
     def _angles(self, positions: list[int]) -> dict[str, tuple[Floats, Floats]]:
-        """Cos and sin [rows, rotary] for each kind of layer, as _rope names it."""
+        """Return cos and sin [rows, rotary] for each kind of layer, as _rope names it."""
         like, places = torch.empty(0), torch.tensor([positions])
         found = {}
         for rope in set(self._ropes):
@@ -149,12 +159,12 @@ def _check(weights: Mapping[str, Packed], layers: int, geometry: Geometry, hidde
 
 
 def _rope(layer: Any, rotary: Any) -> str:
-    """The layer's type where the model has several kinds of RoPE, else ""."""
+    """Return the layer's type where the model has several kinds of RoPE, else ""."""
     return str(layer.self_attn.layer_type) if isinstance(rotary.rope_type, dict) else ""
 
 
 def _factors(norm: Any, gemma: bool) -> Floats:
-    """What a norm multiplies by: Gemma stores it less 1."""
+    """Return what a norm multiplies by: Gemma stores it less 1."""
     if norm is None:
         return NOTHING
     weight = norm.weight.float()

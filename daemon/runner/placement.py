@@ -1,4 +1,4 @@
-"""Where a model's weights lie and are multiplied with: the CPU, or by torch the GPU that has the windows.
+"""Where a model's weights lie and are multiplied: the CPU, or with torch the GPU that has the windows.
 
 torch and cuda_ext share the GPU's primary context, but a model's tensors pass between them through host
 memory. Only flash attention (cuda_ext/flash.py) has torch work on our streams, over our memory.
@@ -13,7 +13,7 @@ import torch
 from spilld.config.config import Config
 
 IN_TORCH = ("auto", "bf16")
-"""Of Config.weights what a GPU may have: the others are codes for the CPU's kernels."""
+"""Values of Config.weights that a GPU can have: the others are codes for the CPU's kernels."""
 
 
 class Placement(NamedTuple):
@@ -22,11 +22,11 @@ class Placement(NamedTuple):
     device: str
     """torch's name: "cpu" or "cuda"."""
     missing: str = ""
-    """Why it is not the GPU though that was configured, and what to do."""
+    """Why it is not the configured GPU, and what to do; empty otherwise."""
 
 
 def place(config: Config) -> Placement:
-    """Where the weights are to lie, by the configuration and this torch."""
+    """Return where the weights are to lie, by the configuration and this torch."""
     if config.device != "cuda" or config.weights not in IN_TORCH:
         return Placement("cpu")
     if torch.cuda.is_available():

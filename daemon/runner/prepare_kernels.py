@@ -1,4 +1,4 @@
-"""Compiles the numba kernels that a model needs, once, in a child whose memory leaves with it.
+"""Compiles the numba kernels that a model needs, once, in a child process whose memory is freed with it.
 
 `python -m spilld.runner.prepare_kernels FORMAT ELEMENT HEADS KV_HEADS HEAD_DIM [packed]` runs each of them
 on one block, which leaves its machine code in numba's cache beside the sources, and prints a line after each
@@ -47,10 +47,10 @@ from spilld.offload.record import (
 from spilld.offload.system import page_aligned
 
 FOLDER = kernel_cache.KERNELS
-"""Of everything that is compiled."""
+"""Folder of the sources of everything that is compiled."""
 
 COMMON_PARTS, PACKED_PARTS = 2 + MAX_TILE, 3
-"""Of the work, each some seconds."""
+"""Number of parts of the work, each of which takes some seconds."""
 
 
 def prepare(
@@ -61,10 +61,20 @@ def prepare(
     packed: bool,
     tell: Callable[[int, int], None] = lambda *_: None,
 ) -> None:
-    """Compile, those for packed weights too if `packed`, unless a note in `cache/kernels` says that it was
-    done for these sources on this CPU. tell: told how many parts of the work, of how many, are done.
+    """Compile the kernels, unless a note in `cache/kernels` says that it was done.
 
-    Raises ConfigError if the note cannot be written, InternalError with the child's last words if it fails.
+    The note is of these sources on this CPU.
+
+    Args:
+        layout: Layout of the records.
+        heads: Query heads.
+        cache: The cache folder.
+        packed: Whether to compile the kernels for packed weights too.
+        tell: Called with the number of parts that are done, and the number of all parts.
+
+    Raises:
+        ConfigError: The note cannot be written.
+        InternalError: The child fails; the error has its last words.
     """
     words = [layout.format, layout.element, str(heads), str(layout.kv_heads), str(layout.head_dim)]
     words += ["packed"] if packed else []
@@ -93,7 +103,7 @@ def prepare(
 
 
 def _key(words: list[str]) -> str:
-    """Changes with whatever numba's cache depends on."""
+    """Return a digest that changes with whatever numba's cache depends on."""
     hasher = blake2b(digest_size=16)
     for text in (*words, numba.__version__, sys.version, llvmlite.binding.get_host_cpu_name()):
         hasher.update(text.encode() + b"\0")
@@ -103,8 +113,10 @@ def _key(words: list[str]) -> str:
 
 
 def compile_all(layout: Layout, heads: int) -> Iterator[None]:
-    """Run every kernel of the layout on one block, for each number of queries that reads records directly:
-    COMMON_PARTS of work, each done when it yields.
+    """Run every kernel of the layout on one block, for each number of queries that reads records directly.
+
+    Yields:
+        COMMON_PARTS times, after each part of the work.
     """
     dtype = getattr(torch, layout.element)
     k, v = torch.zeros(2, layout.kv_heads, BLOCK, layout.head_dim, dtype=dtype)
@@ -131,7 +143,11 @@ def compile_all(layout: Layout, heads: int) -> Iterator[None]:
 
 
 def compile_packed(layout: Layout, heads: int) -> Iterator[None]:
-    """Run every kernel of a step over packed weights, on a narrow layer: PACKED_PARTS of work."""
+    """Run every kernel of a step over packed weights, on a narrow layer.
+
+    Yields:
+        PACKED_PARTS times, after each part of the work.
+    """
     kv_heads, head_dim, eps = layout.kv_heads, layout.head_dim, np.float32(1)
     rows = Activations.of(TOGETHER, GROUP, heads, kv_heads, head_dim, GROUP)
 

@@ -1,4 +1,4 @@
-"""The reads from disk that steps need, begun ahead of need."""
+"""Read-ahead: begins the reads from disk that steps need before they are needed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from spilld.offload.store.store import Store
 
 
 class ReadAhead:
-    """Submits what a plan reads. The reads of the next step are queued behind a decode step's, for its next
-    scan is almost always the same: the disk goes on while the sampler works.
+    """Submits what a plan reads.
+
+    The reads of the next step are queued behind a decode step's, for its next scan is almost always the same:
+    the disk stays busy while the sampler works.
     """
 
     def __init__(self, geometry: Geometry, store: Store) -> None:
@@ -33,9 +35,10 @@ class ReadAhead:
         self._promote(plan)
 
     def _promote(self, plan: AttentionPlan) -> None:
-        """Let decode scans bring back what host memory has room for, a run each: fresh memory is slow, and a
-        first token shall not wait for it. Where layers slide no scan passes all layers of a run, nor where
-        the device has blocks of it.
+        """Let each decode scan promote one run, if host memory has room.
+
+        More would take long, as fresh memory is slow, and a first token shall not wait for it. No scan passes
+        all layers of a run where layers have sliding windows, nor where the device has blocks of the run.
         """
         if any(self._geometry.sliding_windows):
             return
@@ -46,12 +49,12 @@ class ReadAhead:
                 plan.promotions[item] = self._store.promotion(item.sequence.table, whole)
 
     def cancel(self, plan: AttentionPlan) -> None:
-        """A step broke: reads that nobody takes would keep their staging buffers for good."""
+        """Cancel the reads of a failed step, which would otherwise keep their staging buffers for good."""
         self._store.cancel(plan.tickets())
 
     @staticmethod
     def end(plan: AttentionPlan) -> None:
-        """A step is over, however it ended."""
+        """End the promotions of a step, however it ended."""
         for promotion in plan.promotions.values():
             promotion.end()
 

@@ -1,4 +1,4 @@
-"""A step: a forward pass over a packed batch, with the disk reads it needs under way."""
+"""Runner: a forward pass over a packed batch, with the disk reads that it needs under way."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .read_ahead import ReadAhead
 
 
 class Runner:
-    """Runs the model: its module, or what steps over packed weights compute instead."""
+    """Runs the model: its module, or the decoder over packed weights."""
 
     def __init__(self, model: Model, attention: Attention, store: Store, chunk_tokens: int) -> None:
         self._model = model
@@ -35,13 +35,14 @@ class Runner:
 
     @property
     def attended(self) -> int:
-        """How many times a layer has attended so far."""
+        """Number of times that a layer has attended so far."""
         return self._attention.calls
 
     @property
     def workspace_bytes(self) -> int:
-        """What a prefill chunk takes besides windows and records: queries and results of attention, in
-        float32, and what the layers take.
+        """Bytes that a prefill chunk takes besides windows and records.
+
+        They are queries and results of attention, in float32, and what the layers take.
         """
         if self._decoder is None:
             return self._module_bytes
@@ -51,8 +52,10 @@ class Runner:
 
     @property
     def _module_bytes(self) -> int:
-        """By formula, the largest set of the module's activations alive at once (attention, or the MLP), what
-        linear layers widen, and one row of logits.
+        """Estimated bytes of the module's activations.
+
+        By formula, the largest set that is alive at once (attention, or the MLP), what linear layers widen,
+        and one row of logits.
         """
         config, geometry = self._model.module.config, self._model.geometry
         heads, kv_heads, head_dim = geometry.sizes
@@ -67,18 +70,18 @@ class Runner:
     def run(self, items: Sequence[BatchItem], keep: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Compute the tokens of a batch.
 
-        An item whose KV did not come back carries its `failure` afterwards; its logits mean nothing. So does
+        An item whose KV could not be read carries its `failure` afterwards; its logits mean nothing. So does
         every item where the GPU had no memory for the module.
 
         Args:
-            items: the batch.
-            keep: tokens of each whose logits are wanted.
+            items: The batch.
+            keep: Tokens of each whose logits are wanted.
 
         Returns:
-            For each item float32 logits [len(keep[i]), vocab].
+            For each item logits [len(keep[i]), vocab] float32.
 
         Raises:
-            LaunchFailed: the device is lost.
+            LaunchFailed: The device is lost.
         """
         batch = Batch(items)
         rows = [item.start + row for item, kept in zip(items, keep, strict=True) for row in kept]
@@ -97,13 +100,16 @@ class Runner:
         return list(torch.split(logits, [len(kept) for kept in keep]))
 
     def _failed(self, batch: Batch, rows: int, why: str) -> torch.Tensor:
-        """Of a step that found no memory. Its error is not kept: the traceback holds the activations."""
+        """Return placeholder logits of a step that found no memory, and mark its items as failed.
+
+        The step's error is not kept: its traceback refers to the activations.
+        """
         for item in batch.items:
             item.failure = item.failure or OutOfMemory(why)
         return torch.zeros(rows, self._model.geometry.vocab)
 
     def _forward(self, plan: AttentionPlan, keep: list[int]) -> torch.Tensor:
-        """Decoder.run by the transformers module."""
+        """Run the transformers module in place of Decoder.run."""
         device = self._model.module.device
         logits: torch.Tensor = self._model.module(
             input_ids=torch.tensor([plan.batch.tokens], device=device),
@@ -115,27 +121,27 @@ class Runner:
         return logits.cpu().float()
 
     def forget(self, sequence: KVSequence) -> None:
-        """As Attention.forget."""
+        """See Attention.forget."""
         self._attention.forget(sequence)
 
     def check_integrity(self, sequences: Sequence[KVSequence]) -> None:
-        """As Attention.check_integrity."""
+        """See Attention.check_integrity."""
         self._attention.check_integrity(sequences)
 
     def close(self) -> None:
-        """As Attention.close."""
+        """See Attention.close."""
         self._attention.close()
 
     @property
     def device_bytes(self) -> int:
-        """As Attention.device_bytes."""
+        """See Attention.device_bytes."""
         return self._attention.device_bytes
 
     @property
     def device_used_bytes(self) -> int:
-        """As Attention.device_used_bytes."""
+        """See Attention.device_used_bytes."""
         return self._attention.device_used_bytes
 
     def rest(self) -> None:
-        """As ReadAhead.rest."""
+        """See ReadAhead.rest."""
         self._reads.rest()

@@ -1,4 +1,4 @@
-"""From one row of logits to one token.
+"""Sampler: chooses one token from one row of logits.
 
 The order: repetition penalty, temperature, top-k, top-p, min-p, then Gumbel-max. The noise of a position is a
 pure function of (seed, position), so a restart, a preemption or a drafted token cannot change what is chosen.
@@ -25,7 +25,10 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A chosen token. logprob and top are of the raw logits: before penalty, temperature and truncation."""
+    """A chosen token.
+
+    Its logprob and top are of the raw logits: before penalty, temperature and truncation.
+    """
 
     token: int
     logprob: float | None
@@ -71,7 +74,10 @@ class Sampler:
         return SampledToken(token, *logprobs(logits, token, self._logprobs))
 
     def _penalised(self, logits: Logits, history: Sequence[int]) -> NDArray[np.float64]:
-        """Keskar et al. 2019 (CTRL) section 4.1, with transformers' treatment of negative logits."""
+        """Apply the repetition penalty.
+
+        Keskar et al. 2019 (CTRL) section 4.1, with transformers' treatment of negative logits.
+        """
         scores = logits.astype(np.float64)
         penalty = self._sampling.repetition_penalty
         if penalty != 1.0 and len(history):
@@ -86,7 +92,7 @@ class Sampler:
         return int(kept[np.argmax(scores[kept] + gumbel(self.seed, position, len(scores))[kept])])
 
     def _truncated(self, scores: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Ids that top-k, then top-p, then min-p leave over, ascending. The largest score is 0."""
+        """Return the ids that top-k, then top-p, then min-p leave over, ascending; the largest score is 0."""
         s = self._sampling
         kept = np.arange(len(scores))
         if 0 < s.top_k < len(scores):
@@ -105,7 +111,7 @@ class Sampler:
 
 
 def gumbel(seed: int, position: int, size: int) -> NDArray[np.float64]:
-    """Standard Gumbel noise for every id of the vocabulary, a pure function of (seed, position).
+    """Return standard Gumbel noise for every id of the vocabulary, a pure function of (seed, position).
 
     -log(-log(u)) with u = (n + 1/2) / 2**53, n the upper 53 bits of word i of Philox4x64-10 (Salmon et al.
     2011) with key (seed, position) and counter from 0: numpy's raw stream, which no numpy version changes.
@@ -116,7 +122,7 @@ def gumbel(seed: int, position: int, size: int) -> NDArray[np.float64]:
 
 
 def logprobs(logits: Logits, token: int, count: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """Log probability of a token, and the `count` likeliest ids with theirs, ties by the lower id."""
+    """Return a token's log probability, and the `count` likeliest ids with theirs, ties by the lower id."""
     scores = logits.astype(np.float64)
     scores -= scores.max()
     scores -= math.log(np.exp(scores).sum())

@@ -1,4 +1,4 @@
-"""Where sequences have their KV: a window on the device, records in host memory and on disk."""
+"""Sequence manager: a sequence's KV as a window on the device and records in host memory and on disk."""
 
 from __future__ import annotations
 
@@ -27,30 +27,37 @@ from .runner import Runner
 log = logging.getLogger(__name__)
 
 WARM_CHUNK = 16
-"""Prompt tokens: enough for the kernels of many rows."""
+"""Prompt tokens of the warm-up: enough for the kernels of many rows."""
 
 SEALS = 2 * CELL
 """The first position that seals a cell."""
 
 
 class SequenceManager:
-    """Opens them, finds again what was computed before, saves it, gives it up."""
+    """Opens sequences, restores what was computed before, saves them, discards them."""
 
     def __init__(self, windows: KVWindows, store: Store, runner: Runner) -> None:
         self._windows = windows
         self._store = store
         self._runner = runner
         self.lost = False
-        """Whether what the store has of open sequences may be less than it knows: nothing of it is saved."""
+        """Whether the store may lack KV of open sequences that it has noted: then nothing of them is saved."""
 
     @property
     def windows(self) -> int:
-        """How many more can be opened."""
+        """Number of sequences that can still be opened."""
         return self._windows.free
 
     def open(self, root: bytes, tokens: Iterable[int]) -> KVSequence:
-        """One of which nothing is computed. root: of its chain. Raises ArenaFull without a window, and
-        OutOfMemory.
+        """Open a sequence of which nothing is computed.
+
+        Args:
+            root: First value of its token chain.
+            tokens: What it begins with.
+
+        Raises:
+            ArenaFull: There is no free window.
+            OutOfMemory: The device has no memory for the window.
         """
         window = self._windows.take()
         sequence = KVSequence(self._store.open(), window, root)
@@ -58,8 +65,12 @@ class SequenceManager:
         return sequence
 
     def find(self, sequence: KVSequence) -> bool:
-        """Take over what an earlier request computed of the same beginning, if it is still there: `computed`
-        says how much. False if nothing was stored.
+        """Take over what an earlier request computed of the same beginning, if it is still stored.
+
+        Afterwards `sequence.computed` says how much that was.
+
+        Returns:
+            False if nothing was stored.
         """
         resume = find_resume_point(self._store, sequence.root, sequence.tokens)
         if resume is None:
@@ -69,15 +80,23 @@ class SequenceManager:
             with self._windows.written(sequence.window) as window:
                 restore_checkpoint(self._store, window, resume)
         except (ReadFailed, OutOfMemory) as failure:
-            log.warning("a sequence of %d tokens begins anew: %s", len(sequence.tokens), failure)
+            log.warning(
+                "a sequence of %d tokens is computed from its beginning: %s", len(sequence.tokens), failure
+            )
             return True
         self._store.attach(sequence.table, resume.refs, resume.hashes)
         sequence.computed = resume.position
         return True
 
     def save(self, sequence: KVSequence, instead_of: RunKey | None) -> RunKey | None:
-        """Between steps: what was computed outlives the sequence, for whoever begins alike. The tail of it,
-        if there is one; instead_of goes then.
+        """Save what was computed of a sequence, for later sequences that begin alike. Between steps.
+
+        Args:
+            sequence: The sequence.
+            instead_of: An earlier window checkpoint, which the new one replaces.
+
+        Returns:
+            The window checkpoint, None if there is none.
         """
         if sequence.computed < CELL or self.lost:
             return None
@@ -91,8 +110,10 @@ class SequenceManager:
         return save_checkpoint(self._store, window, sequence, instead_of)
 
     def reaches(self, sequence: KVSequence, tokens: list[int]) -> bool:
-        """Whether its window still holds what follows what it has in common with these tokens: numbers of a
-        cell replace those of the cell before the last, which its first token seals.
+        """Return whether the sequence's window still holds what a continuation with these tokens needs.
+
+        The window must hold what follows the beginning that they share: numbers of a cell replace those of
+        the cell before the last, which its first token seals.
         """
         position = _goes_on_at(sequence, tokens)
         newest = max(0, sequence.computed - 1)
@@ -100,38 +121,41 @@ class SequenceManager:
         return position == sequence.computed or within
 
     def end(self, sequence: KVSequence, tokens: list[int]) -> None:
-        """Between requests it holds these tokens; the first that is another will be computed next, or the
-        last: its logits are wanted. To be discarded if it does not reach so far.
+        """Set the tokens that a sequence holds between requests.
+
+        The first token that differs will be computed next, or the last, whose logits are wanted. A sequence
+        that does not reach so far is to be discarded.
         """
         sequence.computed = _goes_on_at(sequence, tokens)
         sequence.tokens[:] = tokens
 
-    def saved(self, sequence: KVSequence, tail_run: RunKey | None) -> bool:
-        """Whether `save`, which has returned this tail, could save all that is worth it."""
-        return self._store.holds(sequence.table) and (tail_run is not None or sequence.computed < CELL)
+    def saved(self, sequence: KVSequence, checkpoint: RunKey | None) -> bool:
+        """Return whether `save`, which returned this checkpoint, could save all that is worth saving."""
+        return self._store.holds(sequence.table) and (checkpoint is not None or sequence.computed < CELL)
 
     def restart(self, sequence: KVSequence, *, damaged: bool) -> None:
-        """Give up what is computed of a sequence; damaged: what is stored of it, too."""
+        """Discard what is computed of a sequence; if `damaged`, what is stored of it, too."""
         self._runner.rest()
         self._runner.forget(sequence)
         self._store.reset(sequence.table, damaged=damaged)
         sequence.computed = 0
 
     def relieve(self) -> None:
-        """Give back memory that no window is in."""
+        """Give back memory that no window uses."""
         self._windows.trim()
 
     def discard(self, sequence: KVSequence) -> None:
+        """Close a sequence, and give back its window and records."""
         self._runner.forget(sequence)
         self._store.forget(sequence.table)
         self._windows.give_back(sequence.window)
 
     def warm_up(self, chunk_tokens: int) -> None:
-        """Compute a chunk of a prompt and a token behind it, and give back all that they took: weights are in
-        memory then, and kernels loaded.
+        """Compute a chunk of a prompt and a token behind it, and give back all that they took.
 
-        They are deep in a sequence that does not exist, its window zeros, so that the chunk seals blocks and
-        the token attends to records. Its chain begins with random bytes: no request can find any of it.
+        Afterwards weights are in memory and kernels are loaded. The tokens are deep in a sequence that does
+        not exist, its window zeros, so that the chunk seals blocks and the token attends to records. Its
+        chain begins with random bytes: no request can find any of it.
         """
         sequence = self.open(secrets.token_bytes(CHAIN_BYTES), [0] * (SEALS + 2))
         chunk = min(WARM_CHUNK, chunk_tokens)
@@ -152,6 +176,7 @@ class SequenceManager:
             self.discard(sequence)
 
     def stats(self) -> dict[str, object]:
+        """Return bytes and counters of all tiers by name."""
         return {
             "device_used_bytes": self._windows.used_bytes + self._runner.device_used_bytes,
             "device_budget_bytes": self._windows.budget_bytes + self._runner.device_bytes,
@@ -159,7 +184,11 @@ class SequenceManager:
         }
 
     def check_integrity(self, sequences: Iterable[KVSequence]) -> None:
-        """These are all: windows, rows and runs belong to them, and to nothing else."""
+        """Check that windows, rows and runs belong to these sequences, which are all, and to nothing else.
+
+        Raises:
+            AssertionError: They do not.
+        """
         mine = list(sequences)
         taken = sorted(sequence.window for sequence in mine)
         assert len(set(taken)) == len(taken), "two sequences share a window"
@@ -176,5 +205,5 @@ def _goes_on_at(sequence: KVSequence, tokens: list[int]) -> int:
 
 
 def _seals(position: int) -> bool:
-    """To compute this token is to seal a cell, which is done once."""
+    """Return whether computing this token seals a cell, which is done once."""
     return position % CELL == 0 and position >= SEALS

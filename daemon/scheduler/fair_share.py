@@ -4,7 +4,7 @@ The virtual counters of VTC (Sheng et al. 2024, "Fairness in Serving Large Langu
 time instead of tokens, so that long contexts and reads from disk count for what they cost. Priorities are the
 weights of section 4.3: a client's requests of one priority are a flow of their own, and its time counts less
 the higher the priority, so a high priority goes first without starving a low one. A flow that comes back is
-lifted to the least of those present: it is not owed the time that it left to others.
+lifted to the least of those present: it gets no credit for the time that it left to others.
 
 Pure: no clocks.
 """
@@ -29,6 +29,7 @@ class Flow(NamedTuple):
 
     @property
     def weight(self) -> float:
+        """The flow's entry in WEIGHTS."""
         return WEIGHTS[self.priority]
 
 
@@ -39,16 +40,16 @@ class FairShare:
         self._used: dict[Flow, float] = {}
         self._requests: Counter[Flow] = Counter()
         self._last = 0.0
-        """What the last flow had used when it left nobody behind."""
+        """What the last flow had used when it left and no flow was present."""
 
     def enter(self, flow: Flow) -> None:
-        """Count in a request of the flow."""
+        """Count a request of the flow that arrives."""
         if flow not in self._requests:
             self._used[flow] = max(self._used.get(flow, 0.0), self._least)
         self._requests[flow] += 1
 
     def leave(self, flow: Flow) -> None:
-        """Count out a request of the flow."""
+        """Count a request of the flow that has ended."""
         self._requests[flow] -= 1
         if self._requests[flow] == 0:
             del self._requests[flow]
@@ -61,11 +62,14 @@ class FairShare:
         self._used[flow] += seconds / flow.weight
 
     def used(self, flow: Flow) -> float:
-        """Seconds used divided by the flow's weight. Only the order among present flows has a meaning."""
+        """Return seconds used divided by the flow's weight.
+
+        Only the order among present flows has a meaning.
+        """
         return self._used[flow]
 
     def owed(self, flow: Flow, to: Flow) -> float:
-        """Seconds of the engine by which `flow` is ahead of `to`, in the seconds of `to`."""
+        """Return the seconds of the engine by which `flow` is ahead of `to`, in the seconds of `to`."""
         return (self._used[flow] - self._used[to]) * to.weight
 
     @property

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from spilld.kv.visibility import stored_blocks
 
 STEPS = 256
-"""Steps that are remembered."""
+"""The newest steps, to which the model is fitted."""
 
 GB = 1e9
 """Unit of bytes in the fit, so that all four coefficients are of one magnitude."""
@@ -30,7 +30,7 @@ BELIEF = 0.1
 """Weight of a prior, where a measured step has 1."""
 
 ROUNDS = 200
-"""Sweeps of coordinate descent."""
+"""Number of sweeps of coordinate descent."""
 
 Floats = NDArray[np.float64]
 
@@ -56,8 +56,10 @@ class LatencyModel:
         self._seen.append((float(rows), host_bytes / GB, disk_bytes / GB, max(seconds, 1e-6)))
 
     def token_s(self, lengths: Sequence[int]) -> float | None:
-        """Expected seconds between tokens when sequences of these lengths decode together; None before any
-        step was measured.
+        """Return the expected seconds between tokens when sequences of these lengths decode together.
+
+        Returns:
+            None before any step was measured.
         """
         if not self._seen:
             return None
@@ -67,7 +69,7 @@ class LatencyModel:
         return float(self._fit() @ step)
 
     def _records(self, length: int) -> int:
-        """Records that the last token of a sequence reads, in all layers."""
+        """Return the number of records that the last token of a sequence reads, in all layers."""
         return sum(len(stored_blocks(length - 1, length - 1, window)) for window in self._windows)
 
     def _fit(self) -> Floats:

@@ -44,7 +44,7 @@ class PrefillBudget:
         self._rate: float | None = None
 
     def cost(self, position: int, tokens: int) -> float:
-        """Cost of a chunk of `tokens` tokens from `position` on."""
+        """Return the cost of a chunk of `tokens` tokens from `position` on."""
         return tokens * (1 + (position + tokens / 2) / self._balance)
 
     def took(self, chunks: Iterable[tuple[int, int]], seconds: float) -> None:
@@ -59,16 +59,16 @@ class PrefillBudget:
         return self._rate is not None
 
     def seconds(self, position: int, tokens: int) -> float:
-        """Expected time of a chunk."""
+        """Return the expected time of a chunk."""
         return self.cost(position, tokens) / (UNSEEN if self._rate is None else self._rate)
 
     @property
     def of_a_step(self) -> float:
-        """Cost that one step may have; 0 before any was measured."""
+        """The cost that one step may have; 0 before any was measured."""
         return 0.0 if self._rate is None else self._rate * self.gap_s
 
     def tokens(self, position: int, cost: float) -> int:
-        """Length of the longest chunk from `position` on that costs at most `cost`."""
+        """Return the length of the longest chunk from `position` on that costs at most `cost`."""
         linear = 1 + position / self._balance
         root = math.sqrt(linear**2 + 2 * max(cost, 0.0) / self._balance)
         return int(2 * max(cost, 0.0) / (root + linear))

@@ -16,7 +16,7 @@ from .prefill_budget import LEAST, PrefillBudget
 JobId = int
 
 MAX_RUNNING = 16
-"""Requests that are computed at a time."""
+"""The most requests that run at a time."""
 
 QUANTUM_S = 10.0
 """Seconds of the engine by which a running request must be ahead of one that finds no capacity before it is
@@ -42,9 +42,9 @@ class Job:
     blocks: int
     """Block columns that must be reserved for it before it starts."""
     flow: Flow
-    """Whose it is, and how urgent."""
+    """The client that it belongs to, and its priority."""
     preemptible: bool = True
-    """It may be preempted and go on later where it was."""
+    """It may be preempted, and continue later where it was."""
     paused: bool = False
     """Its client does not take what it has produced: it is not computed."""
     began: int = 0
@@ -52,7 +52,7 @@ class Job:
 
     @property
     def left(self) -> int:
-        """Known tokens that are not computed."""
+        """Number of known tokens that are not computed."""
         return self.known - self.position
 
     @property
@@ -69,22 +69,24 @@ class Capacity:
     blocks: int
 
     def holds(self, job: Job) -> bool:
-        """Whether the job can be started."""
+        """Return whether the job can be started."""
         return job.window <= self.windows and job.blocks <= self.blocks
 
     def without(self, job: Job) -> Capacity:
-        """What is left when the job was started."""
+        """Return what is left when the job was started."""
         return Capacity(self.windows - job.window, self.blocks - job.blocks)
 
 
 class Scheduler:
-    """Admits jobs of the flow that has used least of the engine, each flow's in order of arrival. Every step
-    decodes all running jobs and prefills some prompts, as few tokens as the decoding jobs need it.
+    """Decides which jobs run, and how many tokens of each a step computes.
+
+    It admits jobs of the flow that has used least of the engine, each flow's in order of arrival. Every step
+    decodes all running jobs and prefills some prompts, in chunks as short as the decoding jobs need.
 
     A job is admitted only when everything that it can grow to can be reserved, so no running job waits for
     another to end. The next job is never passed by: it waits for running jobs, and these are preempted, one
-    after the other, once their flows are QUANTUM_S ahead of its own. The flow that has used least is
-    preempted for nobody and is next, and a preempted job has made progress, so every job ends, whatever
+    after the other, once their flows are QUANTUM_S ahead of its own. The flow that has used least is never
+    preempted for another and is next, and a preempted job has made progress, so every job ends, whatever
     arrives.
 
     `admit` and `plan` change nothing; `start`, `advance` and the others report what was done.
@@ -101,7 +103,7 @@ class Scheduler:
     # Decisions.
 
     def admit(self, capacity: Capacity) -> tuple[JobId, ...]:
-        """Waiting jobs to start now, in order."""
+        """Return the waiting jobs to start now, in order."""
         waiting, running = dict(self._waiting), list(self._running.values())
         admitted = []
         while len(running) < self._max_running and (job := self._first(waiting.values(), running)):
@@ -113,7 +115,7 @@ class Scheduler:
         return tuple(admitted)
 
     def plan(self) -> Plan:
-        """The next step: one token of each decoding job, and chunks of prompts in the order of `_turn`."""
+        """Return the next step: a token of each decoding job, and chunks of prompts in order of `_turn`."""
         jobs = sorted((job for job in self._running.values() if not job.paused), key=self._turn)
         left, cost = self._chunk_tokens, self._prefill.of_a_step
         decoding = any(job.left == 1 for job in jobs)
@@ -134,8 +136,12 @@ class Scheduler:
         return tuple(parts)
 
     def to_preempt(self) -> JobId | None:
-        """The running job to preempt for the next one, which finds no capacity: a paused one, else the newest
-        of the flow that has used most, if it is far enough ahead. None if the next one is to wait.
+        """Return the running job to preempt for the next one, which finds no capacity.
+
+        It is a paused one, else the newest of the flow that has used most, if that is far enough ahead.
+
+        Returns:
+            None if the next job is to wait.
         """
         candidates = [job for job in self._running.values() if job.has_gained]
         if (ahead := self.next) is None or not candidates:
@@ -145,13 +151,17 @@ class Scheduler:
         return last.id if overdue else None
 
     def starved(self, capacity: Capacity) -> bool:
-        """Whether the next job waits for capacity, and not for its turn."""
+        """Return whether the next job waits for capacity, and not for its turn."""
         job = self.next
         return job is not None and not self.full and not capacity.holds(job)
 
     def first_token_s(self, job: JobId) -> float | None:
-        """Expected seconds until the first token of a running job: for its own prompt and those computed
-        before it. None before any step was measured.
+        """Return the expected seconds until the first token of a running job.
+
+        They are those of its own prompt and of the prompts computed before it.
+
+        Returns:
+            None before any step was measured.
         """
         if not self._prefill.measured:
             return None
@@ -165,7 +175,7 @@ class Scheduler:
         return self._first(self._waiting.values(), self._running.values())
 
     def _first(self, waiting: Iterable[Job], running: Collection[Job]) -> Job | None:
-        """The oldest job of the flow that has used least, the prompts that it is computing included."""
+        """Return the oldest job of the flow that has used least, counting prompts that it is computing."""
         line = list(waiting)
         used = {flow: self._committed(flow, running) for flow in {job.flow for job in line}}
         return min(line, key=lambda job: (used[job.flow], job.id), default=None)
@@ -175,7 +185,7 @@ class Scheduler:
         return self._fair_share.used(flow) + prompts / flow.weight
 
     def _turn(self, job: Job) -> tuple[float, JobId]:
-        """Order of running jobs: the flow that has used least first, then the older job."""
+        """Return the sort key of running jobs: the flow that has used least first, then the older job."""
         return self._fair_share.used(job.flow), job.id
 
     # Reports.
@@ -186,7 +196,7 @@ class Scheduler:
         self._fair_share.enter(job.flow)
 
     def update(self, job: Job) -> None:
-        """Replace a waiting job that needs something else than before; it keeps its place."""
+        """Replace a waiting job whose needs have changed; it keeps its place."""
         self._waiting[job.id] = job
 
     def remove(self, job: JobId) -> None:
@@ -196,34 +206,34 @@ class Scheduler:
             self._fair_share.leave(ended.flow)
 
     def start(self, job: JobId) -> None:
-        """A waiting job runs from now on."""
+        """Note that a waiting job runs from now on."""
         started = self._running[job] = self._waiting.pop(job)
         started.began = started.position
 
     def reuse(self, job: JobId, position: int) -> None:
-        """The first `position` tokens of a job that was just started had been computed before."""
+        """Note that the first `position` tokens of a job that was just started had been computed before."""
         self._running[job].position = self._running[job].began = position
 
     def advance(self, job: JobId, tokens: int, sampled: int) -> None:
-        """A step has computed `tokens` of the job, and then sampled `sampled` new ones (0 or 1)."""
+        """Note that a step has computed `tokens` of the job, and then sampled `sampled` new ones (0 or 1)."""
         self._running[job].position += tokens
         self._running[job].known += sampled
 
     def charge(self, job: JobId, seconds: float) -> None:
-        """A running job has used so much of the engine."""
+        """Charge a running job's flow for seconds of the engine."""
         self._fair_share.charge(self._running[job].flow, seconds)
 
     def rewind(self, job: JobId) -> None:
-        """The K/V of a running job is lost: all its known tokens are to be computed again."""
+        """Note that the K/V of a running job is lost: all its known tokens are to be computed again."""
         self._running[job].position = 0
 
     def pause(self, jobs: Collection[JobId]) -> None:
-        """Compute these jobs no further for now, and all others."""
+        """Leave these jobs out of steps for now, and no others."""
         for job in self._running.values():
             job.paused = job.id in jobs
 
     def forbid_preemption(self, job: JobId) -> None:
-        """A running job cannot be preempted."""
+        """Note that a running job cannot be preempted."""
         self._running[job].preemptible = False
 
     @property

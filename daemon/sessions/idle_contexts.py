@@ -1,4 +1,4 @@
-"""Idle sequences: what sessions have in memory between two requests."""
+"""Idle contexts: the sequences that sessions have in memory between two requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Key = tuple[str, str]
 class Contexts:
     """Idle sequences, least recently used first. A claimed one belongs to its request until it is kept again.
 
-    To discard one loses no session: its tokens are on disk, and its KV as far as the disk had room.
+    Discarding one loses no session: its tokens are on disk, and its KV as far as the disk had room.
     """
 
     def __init__(self) -> None:
@@ -31,11 +31,11 @@ class Contexts:
         self._idle[key] = sequence
 
     def claim(self, key: Key) -> KVSequence | None:
-        """Remove and return a sequence, None if it is not there."""
+        """Remove and return a sequence, None if there is none."""
         return self._idle.pop(key, None)
 
     def get(self, key: Key) -> KVSequence | None:
-        """A sequence, left in place."""
+        """Return a sequence and leave it in place, None if there is none."""
         return self._idle.get(key)
 
     def oldest(self) -> KVSequence | None:
@@ -44,5 +44,5 @@ class Contexts:
 
 
 def new_handle() -> str:
-    """128 random bits in hexadecimal: whoever knows a handle may use it."""
+    """Return 128 random bits in hexadecimal, which authorise whatever client knows them."""
     return secrets.token_hex(16)

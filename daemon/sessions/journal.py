@@ -73,8 +73,8 @@ class Unfinished:
 
     Attributes:
         number: Its row.
-        entry: What was asked.
-        events: What was noted of it, without a gap.
+        entry: The request as it was noted.
+        events: Its noted events, without a gap.
         lives: Processes in a row that began with no more events of it, since one ended in order.
     """
 
@@ -85,7 +85,10 @@ class Unfinished:
 
 
 class Journal:
-    """Not thread-safe. A request that cannot be noted is logged, and ends with the process."""
+    """Notes requests and their events in the database. Not thread-safe.
+
+    A request that cannot be noted is logged, and ends with the process.
+    """
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -93,8 +96,13 @@ class Journal:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Write what is written inside, sessions too, as a whole or not at all, together with the last events
-        that could not be noted before.
+        """Write what is written within the context, sessions too, as a whole or not at all.
+
+        The last events that could not be noted before are written with it.
+
+        Raises:
+            OSError: The database cannot be written.
+            IndexDamaged: The database is damaged.
         """
         with self._db.transaction():
             for number, event in self._owed:
@@ -103,13 +111,15 @@ class Journal:
         self._owed.clear()
 
     def owe(self, number: int, event: Event) -> None:
-        """Note a last event with the next transaction: a request that has ended must not be taken up again
-        after its session has gone on.
+        """Note a last event with the next transaction.
+
+        A request that has ended must not be taken up again after its session has continued.
         """
         if number:
             self._owed.append((number, event))
 
     def close(self) -> None:
+        """Close the database, which the sessions share."""
         self._db.close()
 
     def begin(self, entry: JournalEntry) -> int:
@@ -133,7 +143,12 @@ class Journal:
         return int(number)
 
     def note(self, number: int, event: Event) -> None:
-        """Note an event. Raises what Database does."""
+        """Note an event.
+
+        Raises:
+            OSError: The database cannot be written.
+            IndexDamaged: The database is damaged.
+        """
         if not number:
             return
         try:
@@ -144,7 +159,7 @@ class Journal:
             self._db.run("UPDATE requests SET ended = ? WHERE number = ?", (time.time(), number))
 
     def find(self, tenant: str, request_id: str) -> int | None:
-        """The number of a request of this id and tenant, None if there is none."""
+        """Return the number of a request of this id and tenant, None if there is none."""
         for number, message in self._db.rows(
             "SELECT number, message FROM requests WHERE id = ?", (request_id,)
         ):
@@ -153,15 +168,15 @@ class Journal:
                 return int(number)
         return None
 
-    def is_anothers(self, tenant: str, request_id: str) -> bool:
-        """Whether another tenant's request has this id, and may still be asked for."""
+    def is_of_another_tenant(self, tenant: str, request_id: str) -> bool:
+        """Return whether a request of another tenant has this id, and may still be asked for."""
         with self._noting("what ended of another tenant's may be forgotten"):
             known = self._db.rows("SELECT 1 FROM requests WHERE id = ?", (request_id,))
             return bool(known) and self.find(tenant, request_id) is None
         return False
 
     def events(self, number: int, start: int = 0) -> list[Event]:
-        """The events of a request from sequence number `start` on, up to the first that is missing."""
+        """Return the events of a request from sequence number `start` on, up to the first that is missing."""
         rows = self._db.rows(
             "SELECT seq, message FROM events WHERE request = ? AND seq >= ? ORDER BY seq", (number, start)
         )
@@ -172,7 +187,7 @@ class Journal:
         return [*events, *(event for event in owed if event.seq == start + len(events))]
 
     def unfinished(self) -> list[Unfinished]:
-        """Requests that the last process left, in order of arrival; one that cannot be read is deleted.
+        """Return the requests that the last process left, in order of arrival; delete unreadable ones.
 
         To be called once, at start: the retention of ended requests begins anew, as their clients may have
         waited for this start.
@@ -196,7 +211,7 @@ class Journal:
         return found
 
     def end_life(self) -> None:
-        """The process ends in order: no request that it leaves is to blame."""
+        """Note that the process ends in order: no request that it leaves is to blame."""
         with self._noting("requests may be set aside too early"):
             self._db.run("UPDATE requests SET lives = 0 WHERE ended IS NULL")
 
@@ -251,7 +266,7 @@ class Journal:
 
 
 def _unsaved(event: Event) -> Event:
-    """As it is sent while it is not on disk."""
+    """Return the event as it is sent while it is not on disk."""
     return replace(event, saved=False) if isinstance(event, Done) and event.context is not None else event
 
 
@@ -260,5 +275,5 @@ def _pack(message: Generate | Event) -> bytes:
 
 
 def _unpack(message: bytes) -> Request | Reply:
-    """Raises SpilldError: the version of the protocol may have changed meanwhile."""
+    """Decode a message; raise SpilldError if the version of the protocol has changed meanwhile."""
     return decode([message[:HEADER_BYTES], message[HEADER_BYTES:]])

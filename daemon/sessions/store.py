@@ -1,5 +1,6 @@
-"""Session store: the tokens of named sequences, on disk. Their KV is found by the tokens, or computed again,
-so a session is small, and forks share KV.
+"""Session store: the tokens of named sequences, on disk.
+
+The KV of a session is found by its tokens, or computed again, so a session is small, and forks share KV.
 """
 
 from __future__ import annotations
@@ -29,14 +30,17 @@ class Session:
     """One named sequence.
 
     Attributes:
-        tenant: Whose it is.
+        tenant: The tenant that it belongs to.
         name: Chosen by its user if it is `listed`, else the handle of a kept context.
         tokens: All token ids.
         messages: The chat so far, None after a raw prompt.
+        listed: Whether it is a named session, and no kept context.
         pinned: Its KV is not evicted.
         ttl_s: Seconds without use after which it is deleted; None for never.
-        created, used: Seconds since 1970.
-        model, identity: Name and identity of the model that the tokens are of; empty before its first use.
+        created: Seconds since 1970.
+        used: Seconds since 1970 at its last use.
+        model: Name of the model that the tokens are of; empty before its first use.
+        identity: Identity of that model; empty before its first use.
     """
 
     tenant: str
@@ -53,6 +57,7 @@ class Session:
 
     @property
     def key(self) -> tuple[str, str]:
+        """The (tenant, name) of the session."""
         return self.tenant, self.name
 
 
@@ -60,20 +65,26 @@ class SessionStore:
     """Every session of a state folder. Not thread-safe.
 
     Methods raise what Database does, and ContextNotFound for unknown names. Sessions that are not written yet
-    are held in memory, and found there, until they are.
+    are kept in memory, and found there, until they are.
     """
 
     def __init__(self, db: Database) -> None:
         self._db = db
-        self._held: dict[tuple[str, str], Session] = {}
+        self._pending: dict[tuple[str, str], Session] = {}
 
     def find(self, tenant: str, name: str) -> Session | None:
-        if (held := self._held.get((tenant, name))) is not None:
-            return held
+        """Return a session, None if there is none of this name."""
+        if (pending := self._pending.get((tenant, name))) is not None:
+            return pending
         rows = self._db.rows("SELECT * FROM sessions WHERE tenant = ? AND name = ?", (tenant, name))
         return _session(*rows[0]) if rows else None
 
     def get(self, tenant: str, name: str) -> Session:
+        """Return a session.
+
+        Raises:
+            ContextNotFound: There is none of this name.
+        """
         if (session := self.find(tenant, name)) is None:
             raise ContextNotFound(
                 f"there is no session or context {name!r}: it was deleted, or expired; send the whole prompt"
@@ -81,32 +92,33 @@ class SessionStore:
         return session
 
     def put(self, session: Session) -> None:
-        """Write a session in place of the one of its name; it was used now."""
+        """Write a session in place of the one of its name, as used now."""
         self._write(_used_now(session))
-        self._held.pop(session.key, None)
+        self._pending.pop(session.key, None)
 
     def hold(self, session: Session) -> None:
-        """As `put`, in memory, until `write_held` succeeds."""
-        self._held[session.key] = _used_now(session)
+        """Put a session like `put`, but in memory, until `write_pending` succeeds."""
+        self._pending[session.key] = _used_now(session)
 
-    def write_held(self, sessions: Iterable[Session] | None = None) -> None:
-        """Write sessions that are held in memory, these or all, in a transaction after which `let_go` is
-        due.
+    def write_pending(self, sessions: Iterable[Session] | None = None) -> None:
+        """Write these sessions, or all, of those in memory, in the caller's transaction.
+
+        The caller calls `drop_pending` after the transaction.
         """
-        for held in self._chosen(sessions):
-            self._write(held)
+        for session in self._chosen(sessions):
+            self._write(session)
 
-    def let_go(self, sessions: Iterable[Session] | None = None) -> None:
-        """These sessions, or all that were held, are on disk."""
-        for held in self._chosen(sessions):
-            del self._held[held.key]
+    def drop_pending(self, sessions: Iterable[Session] | None = None) -> None:
+        """Drop these sessions, or all, from memory, as they are on disk."""
+        for session in self._chosen(sessions):
+            del self._pending[session.key]
 
     def _chosen(self, sessions: Iterable[Session] | None) -> list[Session]:
-        keys = list(self._held) if sessions is None else dict.fromkeys(session.key for session in sessions)
-        return [self._held[key] for key in keys]
+        keys = list(self._pending) if sessions is None else dict.fromkeys(session.key for session in sessions)
+        return [self._pending[key] for key in keys]
 
-    def _refuse_held(self, tenant: str, name: str) -> None:
-        if (tenant, name) in self._held:
+    def _refuse_pending(self, tenant: str, name: str) -> None:
+        if (tenant, name) in self._pending:
             raise OSError(f"session {name!r} is in memory only until the state folder can be written")
 
     def _write(self, session: Session) -> None:
@@ -118,7 +130,11 @@ class SessionStore:
         self._db.run(f"INSERT OR REPLACE INTO sessions VALUES ({', '.join('?' * len(values))})", values)
 
     def fork(self, tenant: str, name: str, into: str, tokens: int | None = None) -> None:
-        """Copy a session under a new name: its first `tokens` tokens, or all."""
+        """Copy a session under a new name: its first `tokens` tokens, or all.
+
+        Raises:
+            InvalidRequest: The new name is taken, or the session has fewer tokens.
+        """
         source = self.get(tenant, name)
         self.refuse_taken(tenant, into)
         if tokens is not None and not 0 < tokens <= len(source.tokens):
@@ -138,10 +154,15 @@ class SessionStore:
         )
 
     def rename(self, tenant: str, name: str, into: str) -> None:
-        """Give a session another name; a kept context becomes a session that stays."""
+        """Give a session another name; a kept context becomes a session without a lifetime.
+
+        Raises:
+            InvalidRequest: The new name is taken.
+            OSError: The session is in memory only.
+        """
         session = self.get(tenant, name)
         self.refuse_taken(tenant, into)
-        self._refuse_held(tenant, name)
+        self._refuse_pending(tenant, name)
         ttl_s = session.ttl_s if session.listed else None
         self._db.run(
             "UPDATE sessions SET name = ?, listed = 1, ttl_s = ? WHERE tenant = ? AND name = ?",
@@ -149,8 +170,12 @@ class SessionStore:
         )
 
     def keep(self, tenant: str, name: str, *, pinned: bool, ttl_s: float | None) -> None:
-        """Change whether a session is pinned, and how long it stays."""
-        self._refuse_held(tenant, name)
+        """Change whether a session is pinned, and its lifetime.
+
+        Raises:
+            OSError: The session is in memory only.
+        """
+        self._refuse_pending(tenant, name)
         changed = self._db.run(
             "UPDATE sessions SET pinned = ?, ttl_s = ?, used = ? WHERE tenant = ? AND name = ?",
             (pinned, ttl_s, time.time(), tenant, name),
@@ -159,38 +184,45 @@ class SessionStore:
             self.get(tenant, name)
 
     def delete(self, tenant: str, name: str) -> None:
+        """Delete a session, in memory and on disk."""
         self.get(tenant, name)
         self._db.run("DELETE FROM sessions WHERE tenant = ? AND name = ?", (tenant, name))
-        self._held.pop((tenant, name), None)
+        self._pending.pop((tenant, name), None)
 
     def of(self, tenant: str) -> list[Session]:
-        """A tenant's named sessions, in the order of their names."""
+        """Return a tenant's named sessions, in the order of their names."""
         rows = self._db.rows("SELECT * FROM sessions WHERE tenant = ? AND listed", (tenant,))
         written = {session.key: session for session in (_session(*row) for row in rows)}
-        held = {key: session for key, session in self._held.items() if key[0] == tenant and session.listed}
-        return sorted((written | held).values(), key=lambda session: session.name)
+        pending = {
+            key: session for key, session in self._pending.items() if key[0] == tenant and session.listed
+        }
+        return sorted((written | pending).values(), key=lambda session: session.name)
 
     def names(self) -> list[tuple[str, str]]:
-        """(tenant, name) of every session with a name or a pin, the pinned first, then the last used."""
+        """Return (tenant, name) of every session with a name or a pin: pinned ones, then the last used."""
         return self._db.rows(
             "SELECT tenant, name FROM sessions WHERE listed OR pinned ORDER BY pinned DESC, used DESC"
         )
 
     def expired(self) -> list[tuple[str, str]]:
-        """(tenant, name) of sessions whose lifetime is over."""
+        """Return (tenant, name) of the sessions whose lifetime is over."""
         now = time.time()
         rows = self._db.rows(
             "SELECT tenant, name FROM sessions WHERE NOT pinned AND used + ttl_s < ?", (now,)
         )
-        held = [
+        pending = [
             session.key
-            for session in self._held.values()
+            for session in self._pending.values()
             if not session.pinned and session.ttl_s is not None and session.used + session.ttl_s < now
         ]
-        return [*(key for key in rows if key not in self._held), *held]
+        return [*(key for key in rows if key not in self._pending), *pending]
 
     def refuse_taken(self, tenant: str, name: str) -> None:
-        """Raises InvalidRequest if there is a session of this name."""
+        """Refuse a name that is in use.
+
+        Raises:
+            InvalidRequest: There is a session of this name.
+        """
         if self.find(tenant, name) is not None:
             raise InvalidRequest(f"there is a session {name!r} already; delete it or choose another name")
 

@@ -25,7 +25,7 @@ from .idle_contexts import new_handle
 log = logging.getLogger(__name__)
 
 MOST = 64
-"""Open transfers at a time."""
+"""The most transfers that are open at a time."""
 
 IDLE_S = 600.0
 """Seconds without a request after which a transfer ends."""
@@ -54,7 +54,17 @@ class Transfers:
     def __init__(
         self, folder: Path, quota_bytes: int, floor_bytes: int, system: SystemCalls | None = None
     ) -> None:
-        """Raises OSError."""
+        """Make the folder, and delete the files of the last process.
+
+        Args:
+            folder: Where the files are.
+            quota_bytes: The most bytes that all files may have together.
+            floor_bytes: Bytes of the file system that are left free.
+            system: System calls, which tests replace.
+
+        Raises:
+            OSError: The folder cannot be made or emptied.
+        """
         self._folder = folder
         self._quota_bytes = quota_bytes
         self._floor_bytes = floor_bytes
@@ -70,9 +80,15 @@ class Transfers:
         return len(self._open)
 
     def open(self, nbytes: int, *, busy: bool = False) -> str:
-        """Room for a file of nbytes; its id. busy: whoever opens it fills it, until `free`.
+        """Open a file of `nbytes` bytes, and return its id.
 
-        Raises Overloaded, or StorageFailed if the file cannot be made.
+        Args:
+            nbytes: Bytes that the file will have.
+            busy: Whether the caller fills the file, until `free`; clients cannot use it before.
+
+        Raises:
+            Overloaded: There is no room for it.
+            StorageFailed: The file cannot be made.
         """
         with self._lock:
             self._expire()
@@ -89,7 +105,13 @@ class Transfers:
             return name
 
     def read(self, name: str, offset: int) -> bytes:
-        """A piece of a whole file, PIECE_BYTES or what is left. Raises TransferNotFound or InvalidRequest."""
+        """Return a piece of a complete file: PIECE_BYTES bytes, or what is left.
+
+        Raises:
+            TransferNotFound: There is no such transfer.
+            InvalidRequest: The file is incomplete, or the offset is beyond its end.
+            StorageFailed: The file cannot be read.
+        """
         with self._lock:
             transfer = self._whole(name)
             if offset >= transfer.nbytes:
@@ -100,8 +122,12 @@ class Transfers:
                 raise StorageFailed(f"the transfer cannot be read: {error}; begin again") from error
 
     def write(self, name: str, offset: int, data: bytes) -> int:
-        """Append a piece; the bytes received so far. Raises TransferNotFound, InvalidRequest or
-        StorageFailed, which ends the transfer.
+        """Append a piece, and return the number of bytes received so far.
+
+        Raises:
+            TransferNotFound: There is no such transfer.
+            InvalidRequest: The piece does not continue the file, or exceeds its size.
+            StorageFailed: The file cannot be written; the transfer is ended.
         """
         with self._lock:
             transfer = self._find(name)
@@ -120,8 +146,11 @@ class Transfers:
             return transfer.received
 
     def claim(self, name: str) -> BinaryIO:
-        """A whole file, its caller's alone until `close`, at its start. Raises TransferNotFound or
-        InvalidRequest.
+        """Return a complete file, at its start; it is the caller's alone until `end`.
+
+        Raises:
+            TransferNotFound: There is no such transfer.
+            InvalidRequest: The file is incomplete.
         """
         with self._lock:
             transfer = self._whole(name)
@@ -130,17 +159,21 @@ class Transfers:
             return transfer.file
 
     def file(self, name: str) -> BinaryIO:
-        """That of a busy transfer."""
+        """Return the file of a busy transfer."""
         return self._open[name].file
 
     def free(self, name: str) -> None:
-        """A busy transfer may be read from now on."""
+        """Let clients read the file of a busy transfer from now on."""
         with self._lock:
             transfer = self._open[name]
             transfer.busy, transfer.used = False, time.monotonic()
 
     def close(self, name: str) -> int:
-        """End a transfer; the bytes that it had. Raises TransferNotFound."""
+        """End a transfer, and return the number of bytes that it had.
+
+        Raises:
+            TransferNotFound: There is no such transfer.
+        """
         with self._lock:
             return self._close(self._known(name))
 
@@ -150,11 +183,12 @@ class Transfers:
             self._close(name)
 
     def expire(self) -> None:
-        """End what nobody has asked for in IDLE_S."""
+        """End the transfers that no request was about in IDLE_S."""
         with self._lock:
             self._expire()
 
     def close_all(self) -> None:
+        """End every transfer."""
         with self._lock:
             for name in list(self._open):
                 self._close(name)
@@ -197,7 +231,7 @@ class Transfers:
         now = time.monotonic()
         for name, transfer in list(self._open.items()):
             if not transfer.busy and now - transfer.used > IDLE_S:
-                log.info("transfer %s is over: nobody asked for it", name[:8])
+                log.info("transfer %s has expired: no client asked for it", name[:8])
                 self._close(name)
 
     def _close(self, name: str) -> int:

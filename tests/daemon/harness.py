@@ -40,7 +40,7 @@ from spilld.protocol.messages import (
     Resume,
     Token,
 )
-from spilld.requests.request_state import NOBODY, Phase
+from spilld.requests.request_state import NO_CLIENT, Phase
 
 from .forked import spawned
 from .tiny_models import VOCAB, build
@@ -60,7 +60,7 @@ class Harness:
         self.engine: Engine = build_engine(config, model, self._post, planner, tier=tier)
 
     def _post(self, client: bytes, event: Reply) -> None:
-        if client == NOBODY:
+        if client == NO_CLIENT:
             return
         assert client == CLIENT
         assert isinstance(event, Event)

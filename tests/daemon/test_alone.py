@@ -415,7 +415,7 @@ def test_sessions_that_cannot_be_tended_stop_nobody(
     def full(*_: object) -> None:
         raise OSError(28, "no space left on device")
 
-    for name in ("expired", "write_held"):
+    for name in ("expired", "write_pending"):
         monkeypatch.setattr(SessionStore, name, full)
     with engine(model, tmp_path) as harness:
         assert harness.ask(GOOD, **FIELDS) == alone

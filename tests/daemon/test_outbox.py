@@ -17,7 +17,7 @@ from spilld.errors import Cancelled
 from spilld.models.model import Model
 from spilld.offload.store.store import Store
 from spilld.protocol.messages import Done, Token
-from spilld.requests.request_state import NOBODY
+from spilld.requests.request_state import NO_CLIENT
 from spilld.requests.requests import Requests
 from spilld.runner.sequence_manager import SequenceManager
 
@@ -173,7 +173,7 @@ def test_an_end_amid_a_tick_is_durable_with_its_session(
     with decoding(model, tmp_path, max_tokens=300) as harness:
         state = harness.engine.requests.find("r0")
         assert state is not None
-        state.listen(NOBODY)
+        state.listen(NO_CLIENT)
         harness.engine._upkeep.retention_s = 0.0
         harness.engine._upkeep._ticked = 0.0
         harness.engine.turn()

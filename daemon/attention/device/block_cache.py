@@ -1,7 +1,7 @@
-"""Stored blocks of open sequences of which the device has a copy.
+"""Device block cache: stored blocks of open sequences of which the device has a copy.
 
-Attention is dense and passes all blocks in the same order for every token: a share of them that stays is
-worth its size, a cache that replaces the oldest nothing. What has a place keeps it until its sequence ends.
+Attention is dense and passes all blocks in the same order for every token: keeping a fixed share of them
+pays, while a cache that evicts the oldest would never hit. A block keeps its slot until its sequence ends.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from spilld.kv.visibility import BLOCKS_PER_CELL
 from spilld.kv.visible_kv import Blocks
 
 PASSING = 16
-"""Slots for records that come, are attended to, and go."""
+"""Slots for records that are fetched for one call."""
 
 SPARE = BLOCKS_PER_CELL + PASSING
-"""Slots that nobody keeps: with those in which a cell is sealed."""
+"""Slots that stay free: PASSING, and those in which a cell is sealed."""
 
 Slots = npt.NDArray[np.int64]
 
@@ -29,7 +29,15 @@ class DeviceBlockCache:
     """Slots of a pool, by sequence, layer and block."""
 
     def __init__(self, pool: RecordPool, layers: int) -> None:
-        """Raises ValueError if the pool has not even slots for what passes."""
+        """Create an empty cache.
+
+        Args:
+            pool: Where the slots are.
+            layers: Number of layers.
+
+        Raises:
+            ValueError: The pool has fewer than SPARE slots.
+        """
         if pool.capacity < SPARE:
             raise ValueError(
                 f"a budget of {pool.budget_bytes} bytes holds fewer than {SPARE} records of"
@@ -40,11 +48,11 @@ class DeviceBlockCache:
 
     @property
     def room(self) -> int:
-        """How many more can stay."""
+        """Number of blocks that can still be kept."""
         return self._pool.free - SPARE
 
     def slots(self, sequence: KVSequence, layer: int, blocks: Blocks) -> Slots:
-        """Where they lie; -1 for those of which the device has no copy."""
+        """Return the slots of blocks; -1 for those of which the device has no copy."""
         table = self._slots.get(sequence.window)
         if table is None:
             return np.full(len(blocks), -1)
@@ -52,7 +60,7 @@ class DeviceBlockCache:
         return np.where(known, table[layer, np.where(known, blocks, 0)], -1)
 
     def keep(self, sequence: KVSequence, layer: int, blocks: Blocks, slots: Slots) -> None:
-        """Slots that hold these blocks are theirs from now on."""
+        """Keep these blocks in these slots, which hold them, from now on."""
         table = self._slots.get(sequence.window, np.empty((self._layers, 0), np.int64))
         if len(blocks) and blocks[-1] >= table.shape[1]:
             wider = np.full((self._layers, 2 * int(blocks[-1]) + 2), -1)
@@ -62,15 +70,19 @@ class DeviceBlockCache:
         table[layer, blocks] = slots
 
     def drop(self, sequence: KVSequence) -> None:
-        """Nothing of a sequence is kept any more."""
+        """Give back all slots of a sequence."""
         table = self._slots.pop(sequence.window, None)
         if table is not None:
             self._pool.give_back(table[table >= 0].tolist())
 
     def check_integrity(self, sequences: Iterable[KVSequence]) -> None:
-        """Every taken slot has a block of one of these sequences. AssertionError says otherwise."""
+        """Check that every taken slot has a block of one of these sequences.
+
+        Raises:
+            AssertionError: One has not.
+        """
         assert self._slots.keys() <= {sequence.window for sequence in sequences}, (
             "a slot outlives its sequence"
         )
-        held = sum(int((table >= 0).sum()) for table in self._slots.values())
-        assert held * self._pool.record_bytes == self._pool.used_bytes, "a slot is nobody's, or two blocks'"
+        taken = sum(int((table >= 0).sum()) for table in self._slots.values())
+        assert taken * self._pool.record_bytes == self._pool.used_bytes, "a taken slot has no block, or two"

@@ -1,4 +1,4 @@
-"""What attending to a record costs here, measured at start: by the device that fetches it, or by the CPU."""
+"""Costs of attending to a record, measured at start: by the device that fetches it, or by the CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spilld.offload.record import BLOCK, Layout
 from spilld.offload.system import PAGE, page_aligned
 
 MEASURED = 256
-"""Records: megabytes, so that what a call takes whatever its bytes is little of it."""
+"""Records of a measurement: megabytes, so that a call's fixed time matters little."""
 
 ROUNDS = 3
 LEAST_S = 1e-9
@@ -30,8 +30,11 @@ LEAST_S = 1e-9
 def measure(
     device: Device[Any], ops: Ops, flash: Flash | None, layout: Layout, records: int = MEASURED
 ) -> Costs:
-    """Time both with one query and with ROWS of them, and flash attention. Raises OutOfMemory and
-    RegistrationRefused.
+    """Time both with one query and with ROWS of them, and flash attention.
+
+    Raises:
+        OutOfMemory: The device has no memory for the trial.
+        RegistrationRefused: Host memory cannot be registered with the device.
     """
     trial = _Trial(device, ops, flash, layout, records)
     try:
@@ -50,7 +53,7 @@ def _rates(trial: _Trial, records: int, queries: int) -> Rates:
 
 
 def _line(work: Callable[[int, int], None], records: int, queries: int) -> tuple[float, float]:
-    """Records a second, and seconds of a call with one of them: the best of some rounds."""
+    """Return records a second, and seconds of a call with one record: the best of some rounds."""
     seconds = []
     for count in (1, records):
         rounds = []
@@ -79,7 +82,7 @@ class _Trial:
         self._bounds = np.zeros(ROWS, np.int64), np.full(ROWS, (records + 1) * BLOCK)
         self._partial = Partial(layout)
         rows = max(3 * ROWS * ops.heads + ops.partial_rows(ROWS), 2 * PROMPT * ops.heads)
-        self._landing = Landing(device, 4 * rows * (layout.head_dim + 1) + 16 * records + PAGE)
+        self._staging = Landing(device, 4 * rows * (layout.head_dim + 1) + 16 * records + PAGE)
         self._pool = RecordPool(device, records * layout.record_bytes, layout.record_bytes)
         self._slots = self._pool.take(records)
         device.register(self._host.ctypes.data, self._host.nbytes)
@@ -89,31 +92,31 @@ class _Trial:
         self._pool.fill(self._slots[:count], sources).synchronise()
 
     def fetch(self, count: int, queries: int) -> None:
-        ops, landing, pool, slots = self._ops, self._landing, self._pool, self._slots[:count]
+        ops, staging, pool, slots = self._ops, self._staging, self._pool, self._slots[:count]
         pool.fill(slots, (self._host.ctypes.data + self._places[:count]).tolist())
-        with landing.turn(), pool.use(Stream.COMPUTE, reads=slots):
+        with staging.turn(), pool.use(Stream.COMPUTE, reads=slots):
             low, high = (bound[:queries] for bound in self._bounds)
             places = np.array(slots) * self._layout.record_bytes
             q = self._queries[:queries]
-            at = landing.bring(q, low, high, places, self._positions[:count])
-            to = ops.room(landing, ops.parts(count, queries), queries)
+            at = staging.bring(q, low, high, places, self._positions[:count])
+            to = ops.room(staging, ops.parts(count, queries), queries)
             records = Records(pool.address(0), at[3], at[4], count)
             ops.attend_records(to, Queries(at[0], queries), records, at[1], at[2], 1.0, 0.0)
-            landing.fetch(to.out, q.shape)
-        landing.settle()
+            staging.fetch(to.out, q.shape)
+        staging.settle()
 
     def flash(self, count: int, queries: int) -> None:
-        """Over what `copy` has brought."""
+        """Run flash attention over what `copy` has brought."""
         assert self._flash is not None
-        landing, pool, slots = self._landing, self._pool, self._slots[:count]
-        with landing.turn(), pool.use(Stream.COMPUTE, reads=slots):
+        staging, pool, slots = self._staging, self._pool, self._slots[:count]
+        with staging.turn(), pool.use(Stream.COMPUTE, reads=slots):
             places = np.array(slots) * self._layout.record_bytes
-            at = landing.bring(self._queries[:queries], places, self._positions[:count])
-            to = self._ops.room(landing, 1, queries)
+            at = staging.bring(self._queries[:queries], places, self._positions[:count])
+            to = self._ops.room(staging, 1, queries)
             records = Records(pool.address(0), at[1], at[2], count)
             self._flash.attend(to, Queries(at[0], queries), records, 1.0)
-            landing.fetch(to.lse, (1,))
-        landing.settle()
+            staging.fetch(to.lse, (1,))
+        staging.settle()
 
     def attend(self, count: int, queries: int) -> None:
         low, high = (bound[:queries] for bound in self._bounds)
@@ -124,5 +127,5 @@ class _Trial:
 
     def close(self) -> None:
         self._pool.close()
-        self._landing.close()
+        self._staging.close()
         self._device.unregister(self._host.ctypes.data)

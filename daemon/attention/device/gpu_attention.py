@@ -1,7 +1,7 @@
 """Attention where a device has the KV windows and a copy of some blocks.
 
-Kernels attend over the KV window, over records that stay on the device and over such as are fetched for one
-call; meanwhile the CPU attends over the other records in host memory, where they lie, and over what comes
+Kernels attend over the KV window, over records that stay on the device and over records that are fetched for
+one call; meanwhile the CPU attends over the other records in host memory, where they lie, and over what comes
 from disk. All are partials that merge exactly. Queries, K and V cross to host memory and results go back to
 where torch has them: what crosses for a layer is little beside its weights. `cpu()` waits for torch's stream
 and `Landing.settle` for ours, so neither stream need wait for the other.
@@ -59,7 +59,7 @@ from spilld.offload.store.store import Store
 from .block_cache import PASSING, DeviceBlockCache, Slots
 
 TRIES, PAUSE_S = 100, 0.05
-"""For an event behind what must be over."""
+"""How often, and after how many seconds, an event is requested again behind work that must end."""
 
 
 class OnDevice(NamedTuple):
@@ -78,6 +78,7 @@ class ItemCall(NamedTuple):
 
     @property
     def item(self) -> BatchItem:
+        """The batch item."""
         return self.seen.item
 
 
@@ -92,55 +93,74 @@ class DeviceAttention(Attention):
         ops: Ops,
         windows: KVWindows,
         pool: RecordPool,
-        landing: Landing,
+        staging: Landing,
         costs: Costs,
         flash: Flash | None,
     ) -> None:
-        """The store's records lie in memory that the device has registered. flash: what prompts take.
+        """Compose attention of its parts.
 
-        Raises ValueError if the pool is too small.
+        Args:
+            geometry: Sizes of the model.
+            store: Its records lie in memory that the device has registered.
+            device: Has the windows and the pool.
+            ops: Kernels of the device.
+            windows: KV windows on the device.
+            pool: Device memory for copies of records.
+            staging: Staging memory for what crosses between host and device.
+            costs: What attending to a record costs.
+            flash: What prompts use in place of our kernels; None for our kernels.
+
+        Raises:
+            ValueError: The pool is too small.
         """
         super().__init__(geometry, store)
         self._device, self._ops, self._flash = device, ops, flash
-        self._windows, self._landing = windows, landing
+        self._windows, self._staging = windows, staging
         self._pool, self._cached = pool, DeviceBlockCache(pool, len(geometry.layers))
         self._records, self._costs = RecordAttention(geometry, store), costs
         self._sealed: list[DeviceEvent] = []
-        """Behind records on their way to host memory."""
+        """Events behind records that are on their way to host memory."""
 
     def plan(self, batch: Batch) -> AttentionPlan:
+        """See Attention.plan."""
         return AttentionPlan(batch, self.geometry, self.store, self._reads)
 
     def _reads(self, item: BatchItem, layer: int, blocks: Blocks) -> bool:
-        """Blocks of which the device has a copy are not wanted from disk."""
+        """Return whether some of the blocks are needed from disk: those of which the device has no copy."""
         return bool((self._cached.slots(item.sequence, layer, blocks) < 0).any())
 
     @property
     def device_bytes(self) -> int:
+        """See Attention.device_bytes."""
         return self._pool.budget_bytes + self._working_bytes
 
     @property
     def device_used_bytes(self) -> int:
+        """See Attention.device_used_bytes."""
         return self._pool.used_bytes + self._working_bytes
 
     @property
     def _working_bytes(self) -> int:
-        """Taken as long as the daemon runs."""
-        return self._landing.nbytes + (self._flash.nbytes if self._flash else 0)
+        """Bytes of working memory, taken as long as the daemon runs."""
+        return self._staging.nbytes + (self._flash.nbytes if self._flash else 0)
 
     def forget(self, sequence: KVSequence) -> None:
+        """See Attention.forget."""
         self._cached.drop(sequence)
 
     def check_integrity(self, sequences: Sequence[KVSequence]) -> None:
+        """See Attention.check_integrity."""
         self._pool.check_integrity()
         self._cached.check_integrity(sequences)
 
     def close(self) -> None:
+        """Close the device; KV windows are gone, too."""
         self._device.close()
 
     def forward(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
     ) -> torch.Tensor:
+        """See Attention.forward."""
         self.calls += 1
         here = q.cpu(), k.cpu(), v.cpu()
         out = torch.zeros(q.shape)
@@ -153,7 +173,7 @@ class DeviceAttention(Attention):
         return out.to(q.device)
 
     def _attend(self, call: ItemCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """The rows of one item."""
+        """Attend from the rows of one item."""
         queries = q.float().contiguous().numpy()
         keys, values = (
             element_view(x.transpose(0, 1).to(self._windows.shape.dtype).contiguous()) for x in (k, v)
@@ -161,11 +181,11 @@ class DeviceAttention(Attention):
         try:
             return torch.from_numpy(self._attend_cells(queries, keys, values, call))
         except Exception:
-            self._settle_surely()  # what work still uses may soon be another's
+            self._settle_surely()  # memory that work still uses may soon be reused
             raise
 
     def _attend_cells(self, queries: Floats, keys: Numbers, values: Numbers, call: ItemCall) -> Floats:
-        """Cell by cell, as cells are sealed on the way; the CPU's share while the device has the last."""
+        """Attend cell by cell, as cells are sealed on the way; the CPU works during the last cell."""
         item, in_host = call.item, call.seen.in_host
         out, lse = np.zeros_like(queries), np.full(queries.shape[:2], -np.inf, np.float32)
         with self._passing(call) as passing:
@@ -179,17 +199,21 @@ class DeviceAttention(Attention):
                     rest = in_host[~np.isin(in_host, there.blocks)]
                     to = (call.seen, call.plan, out, lse)
                     self._records.merge(call.layer, queries, *to, in_host=rest, but=there.blocks)
-                self._landing.settle()
+                self._staging.settle()
                 merge(out[these], lse[these], *found)
         return out
 
     def _launch(
         self, q: Floats, k: Numbers, v: Numbers, call: ItemCall, start: int, there: OnDevice
     ) -> tuple[Floats, Floats]:
-        """Queries of one cell, the first at position `start`, over their KV window, which takes their K and
-        V, and the records on the device: out and lse, there once landing has settled.
+        """Launch attention of one cell's queries over their KV window and the records on the device.
+
+        The first query is at position `start`. The window takes the queries' K and V.
+
+        Returns:
+            out and lse, valid once staging has settled.
         """
-        item, ops, landing, shape = call.item, self._ops, self._landing, self._windows.shape
+        item, ops, staging, shape = call.item, self._ops, self._staging, self._windows.shape
         window, planes = item.sequence.window, self._windows.address(item.sequence.window, call.layer)
         count, geometry = len(q), self.geometry.layers[call.layer]
         low, high = (x[start - item.position :][:count] for x in (call.seen.low, call.seen.high))
@@ -202,35 +226,42 @@ class DeviceAttention(Attention):
         flash = self._flash if blocks and self._is_prompt(call, count) else None
         tiles, others = ops.parts(ops.tiles, count), 1 if flash else ops.parts(blocks, count)
         with (
-            landing.turn(),
+            staging.turn(),
             self._windows.arena.use(Stream.COMPUTE, writes=[window]),
             self._pool.use(Stream.COMPUTE, reads=there.slots.tolist()),
         ):
-            at = landing.bring(q, k, v, ranges, low, high, places, positions)
+            at = staging.bring(q, k, v, ranges, low, high, places, positions)
             self._device.copy(Stream.COMPUTE, list(self._appends(planes, at[1:3], start, count)))
             queries = Queries(at[0], count)
-            partial = ops.room(landing, tiles + others, count)
+            partial = ops.room(staging, tiles + others, count)
             exact, stored = ops.split(partial, tiles, count)
             factors = (geometry.scaling, geometry.softcap)
             ops.attend_window(exact, queries, planes, WindowRanges(at[3], ranges.shape[1]), *factors)
             if blocks:
-                rotated = ops.rotate(landing.room(q.shape), queries) if ops.rotates else queries
+                rotated = ops.rotate(staging.room(q.shape), queries) if ops.rotates else queries
                 records = Records(self._pool.address(0), at[6], at[7], blocks)
                 if flash:
                     flash.attend(stored, rotated, records, geometry.scaling)
                 else:
                     ops.attend_records(stored, rotated, records, at[4], at[5], *factors)
-            out, lse = landing.room(q.shape), landing.room(q.shape[:2])
+            out, lse = staging.room(q.shape), staging.room(q.shape[:2])
             ops.merge(out, lse, partial, queries)
-            return landing.fetch(out, q.shape), landing.fetch(lse, q.shape[:2])
+            return staging.fetch(out, q.shape), staging.fetch(lse, q.shape[:2])
 
     def _is_prompt(self, call: ItemCall, queries: int) -> bool:
-        """More queries than a kernel of ours has at a time, and each sees all of a record that one sees."""
+        """Return whether flash attention can be used.
+
+        It can for more queries than our kernels take at a time, each of which sees all of a record that one
+        sees.
+        """
         geometry = self.geometry.layers[call.layer]
         return queries > ROWS and geometry.sliding_window is None and not geometry.softcap
 
     def _appends(self, planes: int, sources: Sequence[int], start: int, count: int) -> Iterator[Copy]:
-        """K and V of tokens within one cell, [kv_heads, count, head_dim] each, into the window."""
+        """Yield the copies of K and V of tokens within one cell into the window.
+
+        Each of the sources is [kv_heads, count, head_dim].
+        """
         shape = self._windows.shape
         token = shape.head_dim * shape.dtype.itemsize
         for which, source in enumerate(sources):
@@ -242,8 +273,9 @@ class DeviceAttention(Attention):
                     yield Copy(row + start * token, mine, min(SINKS - start, count) * token)
 
     def _seal_before(self, start: int, call: ItemCall) -> None:
-        """If a cell begins at `start`, pack the one whose half of the window it takes, if there is one, into
-        records: for host memory, and to stay here as long as there is room.
+        """If a cell begins at `start`, seal the cell whose half of the window it takes, if any.
+
+        Its records go to host memory, and stay on the device as long as there is room.
         """
         if start % CELL or start < 2 * CELL:
             return
@@ -255,11 +287,11 @@ class DeviceAttention(Attention):
                 np.array([window_offset(b * BLOCK) for b in blocks.tolist()]),
             )
             with (
-                self._landing.turn(),
+                self._staging.turn(),
                 self._windows.arena.use(Stream.COMPUTE, reads=[sequence.window]),
                 self._pool.use(Stream.COMPUTE, writes=slots.tolist()),
             ):
-                places_at, firsts_at = self._landing.bring(places, firsts)
+                places_at, firsts_at = self._staging.bring(places, firsts)
                 planes = self._windows.address(sequence.window, call.layer)
                 self._ops.seal(self._pool.address(0), places_at, planes, firsts_at, len(blocks))
             rows = self._host(call, blocks)
@@ -270,15 +302,16 @@ class DeviceAttention(Attention):
 
     @contextmanager
     def _passing(self, call: ItemCall) -> Iterator[OnDevice]:
-        """Fetch as many cold records as that is sooner than attending to them where they lie; as many as
-        there is room for stay, those it gives only as long as the scope lasts.
+        """Fetch as many uncached records as is faster than attending to them in host memory.
+
+        As many as there is room for are kept; the others are yielded, and valid within the context.
         """
         item, here = call.item, call.seen.in_host
         sealed = here[here < sealed_by(item.position - 1)] if item.position else here[:0]
-        cold = sealed[self._cached.slots(item.sequence, call.layer, sealed) < 0]
+        uncached = sealed[self._cached.slots(item.sequence, call.layer, sealed) < 0]
         room = max(0, self._cached.room) + PASSING
         rates = self._costs.rates(item.count, flash=self._is_prompt(call, item.count))
-        fetched = cold[: to_fetch(len(cold), self._pool.record_bytes, rates, room)]
+        fetched = uncached[: to_fetch(len(uncached), self._pool.record_bytes, rates, room)]
         with self._taken(len(fetched)) as slots:
             try:
                 self._pool.fill(slots.tolist(), self._host(call, fetched))
@@ -293,12 +326,12 @@ class DeviceAttention(Attention):
             yield passing
 
     def _staying(self, taken: int, call: ItemCall) -> int:
-        """How many of so many slots that were taken are kept. What slides out of sight is not worth one."""
+        """Return how many of `taken` slots are kept: none where a sliding window hides the blocks soon."""
         return 0 if call.seen.sliding_window is not None else min(taken, max(0, taken + self._cached.room))
 
     @contextmanager
     def _taken(self, count: int) -> Iterator[Slots]:
-        """Slots of the pool for as long as the scope lasts, but for those that it overwrites by -1."""
+        """Take slots of the pool within the context; those that it overwrites by -1 stay taken."""
         slots = np.array(self._pool.take(count), np.int64)
         try:
             yield slots
@@ -306,7 +339,7 @@ class DeviceAttention(Attention):
             self._pool.give_back(slots[slots >= 0].tolist())
 
     def _on_device(self, call: ItemCall, passing: OnDevice) -> OnDevice:
-        """What is visible to the call and lies on the device, wherever else it lies."""
+        """Return what is visible to the call and lies on the device, wherever else it lies."""
         visible = np.arange(call.seen.stored.start, call.seen.stored.stop)
         slots = self._cached.slots(call.item.sequence, call.layer, visible)
         cached = slots >= 0
@@ -314,24 +347,24 @@ class DeviceAttention(Attention):
         return OnDevice(blocks, np.concatenate([slots[cached], passing.slots]))
 
     def _host(self, call: ItemCall, blocks: Blocks) -> list[int]:
-        """Addresses of a layer's records in host memory."""
+        """Return addresses of a layer's records in host memory."""
         rows = call.item.sequence.table.rows[call.layer, blocks]
         addresses: list[int] = (self.store.memory.ctypes.data + rows * self._pool.record_bytes).tolist()
         return addresses
 
     def _settle(self) -> None:
-        """Have all records in host memory that are on their way there. Raises OutOfMemory."""
+        """Wait for all records that are on their way to host memory; raise OutOfMemory if that fails."""
         while self._sealed:
             self._sealed[-1].synchronise()
             self._sealed.pop()
 
     def _settle_surely(self) -> None:
-        """Have all work of a call done, on every stream. Raises LaunchFailed if that is not to be had."""
+        """Wait for all work of a call, on every stream; raise LaunchFailed if that fails too often."""
         for _ in range(TRIES):
             with contextlib.suppress(OutOfMemory):
                 self._pool.settle()
                 self._sealed.clear()  # it was work on the pool
-                self._landing.settle()
+                self._staging.settle()
                 return
             time.sleep(PAUSE_S)
         raise LaunchFailed("the device has had no memory for an event for too long; restart the daemon")

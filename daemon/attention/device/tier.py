@@ -1,4 +1,4 @@
-"""The device tier: windows, and attention over them and the store, within the device's budget."""
+"""Device tier: windows, and attention over them and the store, within the device's budget."""
 
 from __future__ import annotations
 
@@ -36,19 +36,25 @@ from .gpu_attention import DeviceAttention
 log = logging.getLogger(__name__)
 
 WINDOWS_SHARE = 4
-"""Windows have at most one part in so many of what is left beside working memory."""
+"""Windows take at most this fraction, as its denominator, of what working memory leaves."""
 
 DEFAULT_WINDOWS = 4
-"""Where the CPU is the device."""
+"""Windows without a device_budget where the CPU is the device."""
 
 
 class DeviceTier(NamedTuple):
+    """KV windows, and attention over them and the store."""
+
     windows: KVWindows
     attention: Attention
 
 
 def on_cpu(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
-    """Raises ValueError if the budget holds no window."""
+    """Build the tier where the CPU is the device.
+
+    Raises:
+        ValueError: The budget holds no window.
+    """
     shape = window_shape(config, geometry)
     budget = DEFAULT_WINDOWS * shape.nbytes if config.device_budget is None else config.device_budget
     windows = CpuKVWindows(shape, budget)
@@ -56,9 +62,13 @@ def on_cpu(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
 
 
 def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
-    """On the first GPU.
+    """Build the tier on the first GPU.
 
-    Raises ConfigError without a budget, ValueError if it is too small, DeviceError and BuildError.
+    Raises:
+        ConfigError: There is no budget.
+        ValueError: The budget is too small.
+        DeviceError: The GPU cannot be used.
+        BuildError: A kernel cannot be compiled.
     """
     if config.device_budget is None:
         raise ConfigError('device = "cuda" takes a device_budget: memory of the GPU that is for spilld alone')
@@ -77,8 +87,9 @@ def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
 
 
 def has_flash(device: Device[Any], shape: KVWindowShape, geometry: Geometry) -> bool:
-    """Whether torch finds the GPU, and its flash attention takes such numbers, is for a layer of the model,
-    and runs there.
+    """Return whether prompts can use torch's flash attention.
+
+    torch must find the GPU, and flash attention must take the dtype, suit a layer of the model, and run.
     """
     of_use = any(layer.sliding_window is None and not layer.softcap for layer in geometry.layers)
     if not torch.cuda.is_available() or shape.dtype is torch.float32 or not of_use:
@@ -94,10 +105,11 @@ def has_flash(device: Device[Any], shape: KVWindowShape, geometry: Geometry) -> 
 Tier = Callable[[Config, Store, Geometry], DeviceTier]
 
 TIERS: dict[str, Tier] = {"cpu": on_cpu, "cuda": on_cuda}
-"""By the configured device."""
+"""What builds the tier, by the configured device."""
 
 
 def window_shape(config: Config, geometry: Geometry) -> KVWindowShape:
+    """Return the shape of a KV window of the model in the configured dtype."""
     return KVWindowShape(
         tokens=WINDOW_TOKENS,
         layers=len(geometry.layers),
@@ -117,14 +129,26 @@ def build(
     costs: Costs,
     flash: Flash | None,
 ) -> DeviceTier:
-    """max_context: tokens of the longest sequence. flash: what prompts take, if not our kernels. The store's
-    records are pinned.
+    """Build the tier within a budget. The store's records are pinned.
 
-    Raises ValueError if the budget is too small, OutOfMemory and RegistrationRefused.
+    Args:
+        device: The device.
+        ops: Its kernels.
+        geometry: Sizes of the model.
+        store: The tiers below.
+        budget_bytes: Device memory that the tier may take.
+        max_context: Tokens of the longest sequence.
+        costs: What attending to a record costs.
+        flash: What prompts use in place of our kernels; None for our kernels.
+
+    Raises:
+        ValueError: The budget is too small.
+        OutOfMemory: The device has less memory than the budget.
+        RegistrationRefused: Host memory cannot be registered with the device.
     """
     shape, record_bytes = ops.shape, store.layout.record_bytes
-    landing_bytes = crossing(ops, highest_block(max_context))
-    working_bytes = landing_bytes + (flash.nbytes if flash else 0)
+    staging_bytes = crossing(ops, highest_block(max_context))
+    working_bytes = staging_bytes + (flash.nbytes if flash else 0)
     page = device.page_bytes
     one = -(-shape.nbytes // page) * page
     least = working_bytes + one + SPARE * record_bytes
@@ -134,16 +158,16 @@ def build(
         )
     share = min((budget_bytes - working_bytes) // WINDOWS_SHARE, budget_bytes - least + one)
     for_windows = max(1, share // shape.nbytes) * shape.nbytes
-    landing = Landing(device, landing_bytes)
-    windows = DeviceKVWindows(device, landing, shape, -(-for_windows // page) * page)
+    staging = Landing(device, staging_bytes)
+    windows = DeviceKVWindows(device, staging, shape, -(-for_windows // page) * page)
     pool = RecordPool(device, budget_bytes - working_bytes - windows.budget_bytes, record_bytes)
     store.pin_memory(device.register)
-    attention = DeviceAttention(geometry, store, device, ops, windows, pool, landing, costs, flash)
+    attention = DeviceAttention(geometry, store, device, ops, windows, pool, staging, costs, flash)
     return DeviceTier(windows, attention)
 
 
 def crossing(ops: Ops, blocks: int) -> int:
-    """The most bytes of landing that a call takes, over at most so many stored blocks."""
+    """Return the most bytes of staging that a call takes, over at most so many stored blocks."""
     shape = ops.shape
     row = 4 * (shape.head_dim + 1)  # of a result, with its lse
     queries = 5 * CELL * ops.heads * row  # given, rotated, merged, and fetched

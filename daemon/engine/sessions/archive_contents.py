@@ -1,4 +1,4 @@
-"""Contents of a session's archive: which blocks and tokens, from which runs of the store and into which.
+"""Contents of a session's archive: which blocks and tokens, from and into which runs of the store.
 
 Nothing here touches a disk. Positions are those of the visibility rule.
 """
@@ -48,11 +48,11 @@ AGAIN = "export the session again and copy the file whole"
 
 @dataclass(frozen=True, kw_only=True)
 class SessionContents:
-    """What an archive says of a session beside its tokens: the manifest's `about`."""
+    """What an archive holds of a session beside its tokens: the manifest's `about`."""
 
     model: Annotated[str, Text()]
     identity: Annotated[bytes, Blob(16)] = b""
-    """Of the model (Model.identity)."""
+    """The model's identity (Model.identity)."""
     messages: Annotated[tuple[Message, ...] | None, Maybe(ListOf(Struct(Message)))]
     ttl_s: Annotated[float | None, Maybe(Real(0, above=True))]
 
@@ -65,13 +65,13 @@ class Unreadable(Exception):
         self.run = run
 
 
-# Out.
+# Exports.
 
 
 def manifest_of(
     session: Session, resume: ResumePoint | None, store: Store, model: Model
 ) -> tuple[Manifest, dict[RunKey, RunRef]]:
-    """The manifest of a session's archive, and where each of its runs comes from."""
+    """Return the manifest of a session's archive, and where each of its runs comes from."""
     messages = None if session.messages is None else [vars(message) for message in session.messages]
     ttl_s = session.ttl_s if session.listed else None
     sources = {} if resume is None else _sources(resume)
@@ -106,9 +106,12 @@ def copy_records(
     layer: int,
     into: Bytes,
 ) -> None:
-    """Copy records of the store for an archive: of a run the session's blocks, of a checkpoint its tokens.
+    """Copy records of the store for an archive: the session's blocks of a run, or the tokens of a checkpoint.
 
-    On an I/O thread. Raises Unreadable.
+    Called on an I/O thread.
+
+    Raises:
+        Unreadable: The run cannot be read.
     """
     assert departure is not None, "an archive without KV has no runs"
     ref = sources[run.run]
@@ -124,25 +127,29 @@ def copy_records(
 
 
 def _checkpoint_tokens(position: int) -> int:
-    """Tokens of a checkpoint: the sinks, and what is exact before `position`."""
+    """Return the number of tokens of a checkpoint: the sinks, and what is exact before `position`."""
     return SINKS + position - boundary(position - 1)
 
 
 def _checkpoint_blocks(position: int) -> tuple[int, int]:
-    """(first, count) of a checkpoint's blocks."""
+    """Return (first, count) of a checkpoint's blocks."""
     return boundary(position - 1) // BLOCK, -(-_checkpoint_tokens(position) // BLOCK)
 
 
 def _anchor(position: int) -> int:
-    """Blocks before the tokens of a checkpoint."""
+    """Return the number of blocks before the tokens of a checkpoint."""
     return (position - 1) // CELL * BLOCKS_PER_CELL
 
 
-# In.
+# Imports.
 
 
 def contents_of(manifest: Manifest) -> SessionContents:
-    """What an archive says of its session. Raises CorruptArchive if its runs do not fit it."""
+    """Return what an archive holds of its session.
+
+    Raises:
+        CorruptArchive: Its runs do not fit the session, or its fields are invalid.
+    """
     try:
         _check_runs(manifest)
         return read(SessionContents, manifest.about)
@@ -167,7 +174,7 @@ def _check_runs(manifest: Manifest) -> None:
 
 
 def split_runs(manifest: Manifest, most: int) -> list[tuple[ArchivedRun, ArchivedRun]]:
-    """Runs of at most `most` blocks, each with the run of the archive that it is part of."""
+    """Return runs of at most `most` blocks, each with the run of the archive that it is part of."""
     found = []
     for run in manifest.runs:
         if run.checkpoint:
@@ -182,7 +189,7 @@ def split_runs(manifest: Manifest, most: int) -> list[tuple[ArchivedRun, Archive
 def incoming_runs(
     manifest: Manifest, spans: Sequence[ArchivedRun], root: bytes, store: Store
 ) -> list[ImportedRun]:
-    """The runs to write, in the chain that begins with `root`: that of the importing tenant."""
+    """Return the runs to write, in the chain that begins with `root`: that of the importing tenant."""
     tokens = manifest.tokens
     hashes = [root, *chain(root, tokens, len(tokens) // BLOCK)]
     found = []

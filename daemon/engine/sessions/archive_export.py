@@ -33,13 +33,14 @@ SETTLE_S = 10.0
 
 @dataclass(eq=False)
 class ExportTask(ArchiveTask):
-    """One export: the transfer that it fills, the runs that it keeps from being deleted."""
+    """One export: the transfer that it fills, and the runs that it keeps from being deleted."""
 
     request: ExportSession
     transfer: str = ""
     departure: ExportedRuns | None = None
 
     def release(self, transfers: Transfers) -> None:
+        """See ArchiveTask.release."""
         if self.departure is not None:
             self.departure.end()
         if self.transfer:
@@ -47,7 +48,7 @@ class ExportTask(ArchiveTask):
 
 
 class Exporter:
-    """Writes archives of sessions, once what was computed of them is on disk."""
+    """Writes archives of sessions, once their computed KV is on disk."""
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class Exporter:
         self._waiting: list[tuple[ExportTask, float]] = []
 
     def begin(self, request: ExportSession, answer: Answer) -> None:
-        """Queue an export until the disk has what was computed."""
+        """Queue an export until the session's KV is on disk."""
         export = ExportTask(request, answer)
         self._tasks.add(export)
         self._waiting.append((export, time.monotonic()))
@@ -78,7 +79,7 @@ class Exporter:
                 self._tasks.step(export, self._pack, export)
 
     def _pack(self, export: ExportTask, *, bare: bool = False) -> None:
-        """Begin to write the archive; `bare`: without KV, which cannot be read."""
+        """Begin to write the archive; `bare`: without KV, as that cannot be read."""
         session = self._sessions.store.get(export.request.tenant, export.request.session)
         self._sessions.refuse_foreign(session)
         resume = self._sessions.stored(session)

@@ -35,10 +35,10 @@ from .manager import SessionManager
 
 @dataclass(eq=False)
 class ImportTask(ArchiveTask):
-    """One import: the transfer that it reads, the disk space that it has reserved.
+    """One import: the transfer that it reads, and the disk space that it has reserved.
 
     Attributes:
-        note: Why the KV is not taken over, if so.
+        note: Why the KV is not imported; empty if it is.
     """
 
     request: ImportSession
@@ -48,6 +48,7 @@ class ImportTask(ArchiveTask):
     note: str = ""
 
     def release(self, transfers: Transfers) -> None:
+        """See ArchiveTask.release."""
         if self.arrival is not None:
             self.arrival.abandon()
         if self.claimed:
@@ -55,7 +56,7 @@ class ImportTask(ArchiveTask):
 
 
 class Importer:
-    """Verifies archives and takes them over, whole or not at all."""
+    """Verifies archives and imports them, whole or not at all."""
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class Importer:
         self._tasks.build(task, work, partial(self._imported, task))
 
     def _no_room(self, manifest: Manifest) -> str:
-        """Why the KV cannot be taken over, if so."""
+        """Return why the KV cannot be imported; empty if it can."""
         here, there = self._store.layouts, manifest.layouts
         if manifest.runs and here != there:
             return (
@@ -153,7 +154,7 @@ class Importer:
         return found is not None and found.position >= manifest.position
 
     def _move(self, archive: Archive, arrival: ImportedRuns, sources: Sequence[ArchivedRun]) -> None:
-        """On the archive thread: from the file to the disk tier."""
+        """Copy the KV from the archive to the disk tier, on the archive thread."""
         for place, source in zip(arrival.places, sources, strict=True):
             at = place.identity.first - source.first
             for layer in range(len(archive.manifest.layouts)):
@@ -195,7 +196,7 @@ class Importer:
         )
 
     def _commit(self, task: ImportTask) -> None:
-        """Make the KV findable; without it the session is as right, and slower."""
+        """Make the KV findable; without it the session is correct, only slower."""
         arrival, task.arrival = task.arrival, None
         if arrival is None:
             return

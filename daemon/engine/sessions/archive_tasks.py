@@ -1,4 +1,4 @@
-"""Exports and imports under way: steps on the engine's thread, work of the archive thread between them."""
+"""Archive tasks: steps on the engine's thread, with work of the archive thread between them."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ Answer = Callable[[Reply], None]
 
 
 class _Stopped(Exception):
-    """The daemon stops."""
+    """The daemon is stopping."""
 
 
 @dataclass(eq=False)
 class ArchiveTask(ABC):
-    """One export or import, and what it holds."""
+    """One export or import, and the resources that it has."""
 
     request: ExportSession | ImportSession
     answer: Answer
 
     @abstractmethod
     def release(self, transfers: Transfers) -> None:
-        """Give back what it holds."""
+        """Give back the task's resources."""
 
 
 class ArchiveTasks:
-    """Those that have no reply yet. For the engine's thread."""
+    """The tasks that have no reply yet. For the engine's thread."""
 
     def __init__(self, transfers: Transfers) -> None:
         self._transfers = transfers
@@ -64,15 +64,15 @@ class ArchiveTasks:
         return len(self._tasks)
 
     def add(self, task: ArchiveTask) -> None:
-        """Begin a task: it has a reply coming."""
+        """Add a task, which will get a reply."""
         self._tasks.add(task)
 
     def done(self, task: ArchiveTask) -> None:
-        """Forget a task that holds nothing any more."""
+        """Forget a task that has no resources any more."""
         self._tasks.discard(task)
 
     def drop(self, task: ArchiveTask) -> None:
-        """End a task, and give back what it holds."""
+        """End a task, and give back its resources."""
         self._tasks.discard(task)
         task.release(self._transfers)
 
@@ -82,19 +82,19 @@ class ArchiveTasks:
         task.answer(Failed.because(error, task.request.request_id))
 
     def tend(self) -> None:
-        """Continue tasks whose work has ended."""
+        """Continue the tasks whose work has ended."""
         while not self._ended.empty():
             self._ended.get()()
 
     def close(self) -> None:
-        """Stop the thread, and fail what is left."""
+        """Stop the thread, and fail the remaining tasks."""
         self._stopping = True
         self._thread.shutdown(cancel_futures=True)
         for task in list(self._tasks):
             self.fail(task, Draining("the daemon has stopped"))
 
     def step(self, task: ArchiveTask, step: Callable[..., None], *given: object) -> None:
-        """Run a step of a task; whatever goes wrong ends the task with a typed error."""
+        """Run a step of a task; an error ends the task with a typed error."""
         if task not in self._tasks:
             return
         try:
@@ -110,7 +110,13 @@ class ArchiveTasks:
     def build(
         self, task: ArchiveTask, work: Callable[[], None], then: Callable[[Exception | None], None]
     ) -> None:
-        """Run `work` on the archive thread, then `then` on the engine's, with the exception that ended it."""
+        """Run `work` on the archive thread, then `then` on the engine's thread.
+
+        Args:
+            task: The task that the work is for; `then` is one of its steps.
+            work: What the archive thread does.
+            then: Called with the exception that ended `work`, or None.
+        """
 
         def run() -> None:
             failure: Exception | None = None
@@ -123,13 +129,13 @@ class ArchiveTasks:
         self._thread.submit(run)
 
     def check(self, _done: int = 0, _all: int = 0) -> None:
-        """Called amid work: ends it when the daemon stops."""
+        """Raise an exception that ends the work if the daemon is stopping; called amid work."""
         if self._stopping:
             raise _Stopped
 
 
 def raise_typed(failure: Exception | None) -> None:
-    """Raise what the archive thread ended with, as an error that says what to do."""
+    """Raise the error of the archive thread as a typed error; do nothing if it is None."""
     match failure:
         case None:
             return

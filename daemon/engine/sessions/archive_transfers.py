@@ -1,4 +1,4 @@
-"""Exports sessions to archives and imports them, while the engine goes on.
+"""Exports sessions to archives and imports them, while the engine continues.
 
 The engine's thread looks up, pins, reserves and commits; one thread reads and writes archives; another serves
 the pieces that clients download and upload. Results come back to the engine's thread by `tend`.
@@ -38,11 +38,14 @@ from .manager import SessionManager
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0
-"""Seconds between looks for transfers that have expired."""
+"""Seconds between checks for transfers that have expired."""
 
 
 class ArchiveTransfers:
-    """Each request gets one reply. `serve` is thread-safe, all else is for the engine's thread."""
+    """Exports and imports sessions: each request gets one reply.
+
+    `serve` is thread-safe, everything else is for the engine's thread.
+    """
 
     def __init__(
         self,
@@ -59,9 +62,9 @@ class ArchiveTransfers:
             transfers: The files.
             sessions: What is exported, and where imports go.
             store: Where the KV is.
-            model: What is served.
+            model: The model that is served.
             refuse_if_busy: Raises InvalidRequest if a request runs on a session.
-            longest: Tokens that a session may have.
+            longest: Returns the most tokens that a session may have.
         """
         self._transfers = transfers
         self._tasks = tasks = ArchiveTasks(transfers)

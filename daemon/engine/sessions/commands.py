@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class SessionCommands:
-    """Carries out what clients ask about sessions, between two steps."""
+    """Carries out clients' requests about sessions, between two steps."""
 
     def __init__(
         self, sessions: SessionManager, contexts: Contexts, sequences: SequenceManager, requests: Requests
@@ -40,12 +40,12 @@ class SessionCommands:
 
         Raises:
             ContextNotFound: There is no such session.
-            InvalidRequest: It is in use, or the change makes no sense.
+            InvalidRequest: The session is in use, or the change is invalid.
         """
         if isinstance(request, Release):
             key = (request.tenant, request.context)
             self.refuse_if_busy(key)
-            if self._sessions.store.get(*key).listed:  # only `delete` ends what its user gave a name
+            if self._sessions.store.get(*key).listed:  # a named session ends by `delete` only
                 self._drop(key)
             else:
                 self._release(key)
@@ -58,12 +58,16 @@ class SessionCommands:
         return Sessions(request_id=request.request_id, sessions=infos)
 
     def refuse_if_busy(self, key: Key) -> None:
-        """Raise InvalidRequest if a request runs or waits on this session."""
+        """Refuse a change of a session that is in use.
+
+        Raises:
+            InvalidRequest: A request runs or waits on this session.
+        """
         if self._requests.on_session(key) is not None:
             raise InvalidRequest(f"a request runs on session {key[1]!r}: wait for it, or cancel it first")
 
     def tend(self) -> None:
-        """End sessions that have expired, and pin what was written meanwhile."""
+        """End sessions that have expired, and pin KV that was written meanwhile."""
         for key in self._sessions.store.expired():
             if self._requests.on_session(key) is None:
                 log.info("session %s has expired", key[1][:8])
@@ -97,7 +101,7 @@ class SessionCommands:
             self._sequences.discard(sequence)
 
     def _in_use(self, key: Key) -> tuple[KVSequence | None, bool]:
-        """The sequence of a session, if it is in memory, and whether a request runs on it."""
+        """Return the sequence of a session, if it is in memory, and whether a request runs on it."""
         running = self._requests.on_session(key)
         if running is not None and running.session is not None:
             return running.sequence, True

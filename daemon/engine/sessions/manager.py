@@ -24,15 +24,15 @@ from spilld.sessions.store import Session, SessionStore
 from spilld.tokenizer.tokenizer import Tokenizer
 
 OF_A_SESSION = 1
-"""Priority of KV that a named session goes on with; that of other requests is 0."""
+"""Priority of the KV of a named session; that of other requests is 0."""
 
 KEPT_AT_ONCE = 8
-"""Sessions whose KV is looked up in one go."""
+"""Sessions whose KV is looked up at a time."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """Makes the prompt of messages that a session goes on with: in any thread, and it may take long."""
+    """Makes the prompt of messages that continue a session. Thread-safe; it may take long."""
 
     tokenizer: Tokenizer
     past: tuple[Message, ...]
@@ -47,7 +47,7 @@ class Chat:
             The prompt, and the prompt without the beginning of an answer.
 
         Raises:
-            SpilldError: The template refuses them, or they are too long.
+            SpilldError: The template refuses the messages, or they are too long.
         """
         turns = self._tokens(answer=False)
         return (self._tokens(answer=True) if self.answer else turns), turns
@@ -59,7 +59,7 @@ class Chat:
 
 
 class SessionManager:
-    """Knows what sessions hold, and keeps their KV in the tiered store: pinned, or evicted last.
+    """Knows what sessions contain, and keeps their KV in the tiered store: pinned, or evicted last.
 
     Attributes:
         store: The sessions on disk.
@@ -75,15 +75,19 @@ class SessionManager:
         self._to_keep = dict.fromkeys(store.names())
 
     def root(self, tenant: str) -> bytes:
-        """First value of a tenant's token chains."""
+        """Return the first value of a tenant's token chains."""
         return root(self._model.fingerprint, self._blocks.layout.format, tenant.encode())
 
     def session(self, request: Generate, handle: str | None) -> Session | None:
-        """The session that a request continues or will leave behind, under `handle` if it names none.
+        """Return the session that a request continues or will leave behind, if any.
+
+        Args:
+            request: The client's message.
+            handle: Name of the session if the request names none.
 
         Raises:
             ContextNotFound: The context is unknown.
-            ForeignSession: It is of another model.
+            ForeignSession: The session is of another model.
         """
         session = self._session(request, handle)
         if session is not None:
@@ -101,7 +105,11 @@ class SessionManager:
         return None
 
     def refuse_foreign(self, session: Session) -> None:
-        """Raise ForeignSession if the session's tokens are another model's."""
+        """Refuse a session whose tokens are another model's.
+
+        Raises:
+            ForeignSession: They are.
+        """
         if session.identity not in (b"", self._model.identity):
             raise ForeignSession(
                 f"session {session.name!r} is of model {session.model!r}, here is {self._model.name!r}, or "
@@ -109,8 +117,9 @@ class SessionManager:
             )
 
     def prompt(self, request: Generate, tokens: list[int], session: Session) -> list[int]:
-        """The prompt of a text or of token ids as the session needs it: a text that begins a sequence gets
-        what the model's texts begin with.
+        """Return a prompt of text or token ids as the session needs it.
+
+        A text that begins a sequence gets the tokens that the model's texts begin with.
         """
         new = request.session is not None and not session.tokens
         if isinstance(request.prompt, str) and new:
@@ -118,7 +127,7 @@ class SessionManager:
         return tokens
 
     def chat(self, request: Generate, session: Session, most: int) -> Chat | None:
-        """What makes a prompt of messages, of at most `most` tokens; None where there are none.
+        """Return what makes a prompt of messages, of at most `most` tokens; None if there are no messages.
 
         Raises:
             InvalidRequest: The session holds a raw prompt.
@@ -132,8 +141,9 @@ class SessionManager:
         return Chat(self._model.tokenizer, past, messages, request.max_tokens > 0, most)
 
     def tokens_after(self, state: RequestState) -> list[int]:
-        """Tokens of the sequence after a request, ending where the text does that was told. Before anything
-        was told of an answer to messages, the model's turn has not begun.
+        """Return the tokens of the sequence after a request, ending where the sent text does.
+
+        As long as nothing was sent of an answer to messages, the model's turn has not begun.
         """
         if state.session is None:
             return list(state.tokens)
@@ -142,32 +152,40 @@ class SessionManager:
             prompt = state.turns
         return [*state.before, *prompt, *state.kept()]
 
-    def after(self, session: Session, state: RequestState, held: list[int]) -> Session:
-        """The session after a request that has left it these tokens."""
+    def after(self, session: Session, state: RequestState, tokens: list[int]) -> Session:
+        """Return the session after a request that has left it these tokens."""
         return replace(
             session,
-            tokens=tuple(held),
+            tokens=tuple(tokens),
             messages=_chat(session, state),
             model=self._model.name,
             identity=self._model.identity,
         )
 
     def hold(self, session: Session) -> None:
-        """As SessionStore.hold; its KV on disk is kept as that of a session."""
+        """See SessionStore.hold; the session's KV on disk gets its priority later."""
         self.store.hold(session)
         self._to_keep[session.key] = None
 
     def put(self, session: Session) -> None:
-        """As SessionStore.put; its KV on disk is kept as that of a session."""
+        """See SessionStore.put; the session's KV on disk gets its priority later."""
         self.store.put(session)
         self._to_keep[session.key] = None
 
     def stored(self, session: Session) -> ResumePoint | None:
-        """Up to where its KV is on disk."""
+        """Return up to where the session's KV is on disk, None if none is."""
         return find_resume_point(self._blocks, self.root(session.tenant), session.tokens)
 
     def change(self, request: ChangeSession) -> Session:
-        """Fork, rename, pin, unpin or expire a session; the session afterwards."""
+        """Fork, rename, pin, unpin or expire a session.
+
+        Returns:
+            The session afterwards.
+
+        Raises:
+            ContextNotFound: There is no such session.
+            InvalidRequest: The change is invalid.
+        """
         tenant, name, into = request.tenant, request.session, request.into
         match request.action:
             case "fork":
@@ -186,8 +204,12 @@ class SessionManager:
         return session
 
     def forget(self, key: Key) -> None:
-        """Delete a session. KV that it shares with another is evicted like that of requests until the other
-        is used again. Raises ContextNotFound.
+        """Delete a session.
+
+        KV that it shares with another is evicted like that of requests until the other is used again.
+
+        Raises:
+            ContextNotFound: There is no such session.
         """
         runs = self._runs(self.store.get(*key))
         self.store.delete(*key)
@@ -195,10 +217,10 @@ class SessionManager:
         self._blocks.prioritise(runs, 0)
 
     def info(self, session: Session, in_use: tuple[KVSequence | None, bool]) -> SessionInfo:
-        """What a client is told of a session.
+        """Return what a client learns of a session.
 
         Args:
-            session: Any.
+            session: Any session.
             in_use: Its sequence if that is in memory, and whether a request runs on it.
         """
         sequence, running = in_use
@@ -216,7 +238,7 @@ class SessionManager:
         )
 
     def kv_bytes(self, sequence: KVSequence) -> dict[str, int]:
-        """Bytes of KV by tier: exact tokens on the device, records where they are served from."""
+        """Return bytes of KV by tier: exact tokens on the device, records where they are served from."""
         exact = sequence.computed - (sequence.table.stop - 1) * BLOCK
         token = self._model.geometry.token_numbers * int(self._model.module.dtype.itemsize)
         return {"device": exact * token, **self._blocks.usage(sequence.table)}
@@ -227,8 +249,10 @@ class SessionManager:
         return {"device": 0, "host": 0, "disk": blocks * self._blocks.column_bytes}
 
     def keep_what_waits(self) -> None:
-        """Give the KV of changed sessions its priority, once it is on disk: evicted after that of requests
-        without a session, or not at all if pinned. A few at a time: each is looked up block by block.
+        """Give the KV of changed sessions its priority, once it is on disk.
+
+        It is evicted after that of requests without a session, or not at all if pinned. Only a few sessions
+        are done at a time, as each is looked up block by block.
         """
         if not self._blocks.writing:
             for key in list(self._to_keep)[:KEPT_AT_ONCE]:
@@ -247,7 +271,7 @@ class SessionManager:
             self._blocks.pin(runs)
 
     def _runs(self, session: Session) -> list[RunKey]:
-        """Runs on disk that hold its KV."""
+        """Return the runs on disk that hold the session's KV."""
         resume = self.stored(session)
         return resume.runs if resume else []
 
@@ -263,12 +287,12 @@ def _given(action: str, into: str | None) -> str:
 
 
 def _unanswered(messages: tuple[Message, ...] | None) -> bool:
-    """Whether the model is to speak next."""
+    """Return whether the model is to speak next."""
     return messages is not None and len(messages) > 0 and messages[-1].role != "assistant"
 
 
 def _chat(session: Session, state: RequestState) -> tuple[Message, ...] | None:
-    """The chat after a request; None once anything but messages went into the session."""
+    """Return the chat after a request; None once anything but messages went into the session."""
     asked = state.request.prompt
     new = tuple(message for message in asked if isinstance(message, Message))
     if len(new) != len(asked) or (session.tokens and session.messages is None):
@@ -276,7 +300,7 @@ def _chat(session: Session, state: RequestState) -> tuple[Message, ...] | None:
     chat = (*(session.messages or ()), *new)
     if not chat or not state.answered:
         return chat or None
-    if chat[-1].role == "assistant":  # it went on with that
+    if chat[-1].role == "assistant":  # the answer continues that message
         chat, text = chat[:-1], chat[-1].content + state.completion.text
     else:
         text = state.completion.text
