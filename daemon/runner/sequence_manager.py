@@ -41,7 +41,7 @@ class SequenceManager:
         self._store = store
         self._runner = runner
         self.lost = False
-        """Whether the store may lack KV of open sequences that it has noted: then nothing of them is saved."""
+        """Whether the store may have less of open sequences than it knows: nothing of them is saved."""
 
     @property
     def windows(self) -> int:
