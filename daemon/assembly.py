@@ -99,7 +99,7 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
 
     Args:
         config: The settings.
-        again: Reads the settings anew, on SIGHUP.
+        again: Reads the settings again, on SIGHUP.
 
     Raises:
         ConfigError: The daemon cannot start with these settings.

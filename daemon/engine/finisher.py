@@ -69,11 +69,11 @@ class Finisher:
         state.completion.conclude()
         sequence, session, tokens = state.running_sequence, state.session, self._sessions.tokens_after(state)
         after = None if session is None else self._sessions.after(session, state, tokens)
-        goes_on = self._leave(state, tokens)
+        continues = self._leave(state, tokens)
         form, handle = str(self._store.layout.format), session.name if session else None
         event = state.done(self._sessions.kv_bytes(sequence), form, handle)
         self._outbox.put(state, event, after)
-        self.remove(state, keep=goes_on and session is not None)
+        self.remove(state, keep=continues and session is not None)
 
     def abort(self, state: RequestState, error: SpilldError) -> None:
         """Fail a request, even if cleaning up fails.
@@ -136,10 +136,10 @@ class Finisher:
         """
         if (sequence := state.sequence) is None:
             return False
-        goes_on = self._sequences.reaches(sequence, tokens)
-        self._sequences.save(sequence, state.checkpoint if goes_on else None)
+        continues = self._sequences.reaches(sequence, tokens)
+        self._sequences.save(sequence, state.checkpoint if continues else None)
         self._sequences.end(sequence, tokens)
-        return goes_on
+        return continues
 
     def _give_back(self, state: RequestState, *, keep: bool) -> None:
         sequence, session = state.sequence, state.session

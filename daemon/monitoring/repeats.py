@@ -14,7 +14,7 @@ BURST = 20
 SPAN_S = 60.0
 
 KINDS = 1000
-"""The most kinds of records that are counted separately; beyond that, counting begins anew."""
+"""The most kinds of records that are counted separately; beyond that, counting starts again."""
 
 
 @dataclass

@@ -247,7 +247,7 @@ class RequestState:
             del self.prompt_logprobs[0 if self.first else 1 :]  # nothing predicts a sequence's first token
 
     def progress(self, sequence: KVSequence) -> Event:
-        """Return a Progress event: computed tokens of the prefill, which a recomputation starts anew."""
+        """Return a Progress event: computed tokens of the prefill, which a recomputation starts again."""
         cached = min(self._cached or 0, sequence.computed)
         done, total = sequence.computed - cached, len(sequence.tokens) - cached
         return Progress(request_id=self.request.request_id, seq=self.next_seq, done=done, total=total)

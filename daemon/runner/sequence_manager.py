@@ -115,7 +115,7 @@ class SequenceManager:
         The window must hold what follows the beginning that they share: numbers of a cell replace those of
         the cell before the last, which its first token seals.
         """
-        position = _goes_on_at(sequence, tokens)
+        position = _continuation(sequence, tokens)
         newest = max(0, sequence.computed - 1)
         within = boundary(position) == boundary(newest) and not _seals(position)
         return position == sequence.computed or within
@@ -126,7 +126,7 @@ class SequenceManager:
         The first token that differs will be computed next, or the last, whose logits are wanted. A sequence
         that does not reach so far is to be discarded.
         """
-        sequence.computed = _goes_on_at(sequence, tokens)
+        sequence.computed = _continuation(sequence, tokens)
         sequence.tokens[:] = tokens
 
     def saved(self, sequence: KVSequence, checkpoint: RunKey | None) -> bool:
@@ -197,7 +197,8 @@ class SequenceManager:
         self._runner.check_integrity(mine)
 
 
-def _goes_on_at(sequence: KVSequence, tokens: list[int]) -> int:
+def _continuation(sequence: KVSequence, tokens: list[int]) -> int:
+    """Return the position of the first token to compute when the sequence continues with these tokens."""
     pairs = enumerate(zip(sequence.tokens, tokens, strict=False))
     common = next((i for i, (a, b) in pairs if a != b), min(len(sequence.tokens), len(tokens)))
     position, last = min(sequence.computed, common), max(0, len(tokens) - 1)

@@ -228,7 +228,7 @@ class Scheduler:
         self._running[job].position = 0
 
     def pause(self, jobs: Collection[JobId]) -> None:
-        """Leave these jobs out of steps for now, and no others."""
+        """Compute all running jobs but these from now on."""
         for job in self._running.values():
             job.paused = job.id in jobs
 

@@ -189,7 +189,7 @@ class Journal:
     def unfinished(self) -> list[Unfinished]:
         """Return the requests that the last process left, in order of arrival; delete unreadable ones.
 
-        To be called once, at start: the retention of ended requests begins anew, as their clients may have
+        To be called once, at start: the retention of ended requests starts again, as their clients may have
         waited for this start.
         """
         with self._noting("ended requests may be forgotten too early"):

@@ -64,8 +64,10 @@ class Session:
 class SessionStore:
     """Every session of a state folder. Not thread-safe.
 
-    Methods raise what Database does, and ContextNotFound for unknown names. Sessions that are not written yet
-    are kept in memory, and found there, until they are.
+    Sessions that are not written yet are kept in memory, and found there, until they are.
+
+    Methods that use the database raise OSError where it cannot be read or written, and IndexDamaged where it
+    is damaged; methods that need a session raise ContextNotFound for an unknown name.
     """
 
     def __init__(self, db: Database) -> None:

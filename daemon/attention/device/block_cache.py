@@ -60,7 +60,7 @@ class DeviceBlockCache:
         return np.where(known, table[layer, np.where(known, blocks, 0)], -1)
 
     def keep(self, sequence: KVSequence, layer: int, blocks: Blocks, slots: Slots) -> None:
-        """Keep these blocks in these slots, which hold them, from now on."""
+        """Keep these slots, which have the records of these blocks, until the sequence is dropped."""
         table = self._slots.get(sequence.window, np.empty((self._layers, 0), np.int64))
         if len(blocks) and blocks[-1] >= table.shape[1]:
             wider = np.full((self._layers, 2 * int(blocks[-1]) + 2), -1)

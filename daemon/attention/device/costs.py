@@ -30,7 +30,7 @@ LEAST_S = 1e-9
 def measure(
     device: Device[Any], ops: Ops, flash: Flash | None, layout: Layout, records: int = MEASURED
 ) -> Costs:
-    """Time both with one query and with ROWS of them, and flash attention.
+    """Time the device and the CPU with one query and with ROWS of them, and flash attention.
 
     Raises:
         OutOfMemory: The device has no memory for the trial.

@@ -122,7 +122,7 @@ class ArchiveTasks:
             failure: Exception | None = None
             try:
                 work()
-            except Exception as error:  # noqa: BLE001 (it goes on to the engine's thread)
+            except Exception as error:  # noqa: BLE001 (the engine thread gets it)
                 failure = error
             self._ended.put(partial(self.step, task, then, failure))
 
