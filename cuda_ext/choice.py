@@ -1,7 +1,7 @@
-"""Where records in host memory are attended to: fetched to the device, or where they lie, by the CPU.
+"""Whether records in host memory are attended to on the device, after a copy, or by the CPU where they lie.
 
-Both go on at once and their partials merge, so the records of one layer and step are divided so that the
-later of the two ends as soon as it can. Which rates there are is measured on the machine, not assumed.
+Both go on at once and their partial results merge, so the records of one layer and step are divided such
+that the later of the two ends as early as possible. The rates are measured on the machine, not assumed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PROMPT = 256
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured: bytes of records a second, and seconds that a call takes whatever its bytes."""
+    """Measured rates in bytes of records a second, and the fixed cost of a call in seconds."""
 
     fetch_bytes: float
     """Over PCIe and through the device's attention, of which copies are the slower part."""
@@ -34,7 +34,7 @@ class Rates:
 
 
 class Costs(NamedTuple):
-    """Rates as they depend on the number of queries, measured with one and with ROWS of them."""
+    """Rates as they depend on the number of queries, measured with one query and with ROWS."""
 
     one: Rates
     many: Rates
@@ -44,8 +44,15 @@ class Costs(NamedTuple):
     """Of flash attention alone, with PROMPT queries; 0 without it."""
 
     def rates(self, queries: int, *, flash: bool = False) -> Rates:
-        """Of the CPU, seconds a byte grow in a line with the queries; the device takes ROWS at a time, or by
-        flash attention PROMPT."""
+        """Estimate the rates for a number of queries.
+
+        For the CPU, seconds per byte grow linearly with the queries. The device takes ROWS of them at a time,
+        or PROMPT by flash attention.
+
+        Args:
+            queries: How many queries there are.
+            flash: Whether the device uses flash attention; ignored where it was not measured.
+        """
         more = max(0, queries - 1) / (ROWS - 1)
         cpu = 1 / self.one.cpu_bytes + more * max(0, 1 / self.many.cpu_bytes - 1 / self.one.cpu_bytes)
         if flash and self.flash_bytes:
@@ -58,7 +65,14 @@ class Costs(NamedTuple):
 
 
 def to_fetch(records: int, record_bytes: int, rates: Rates, room: int) -> int:
-    """How many of these records to fetch; the rest is the CPU's. room: how many the device has slots for."""
+    """Choose how many records to copy to the device; the CPU attends to the rest.
+
+    Args:
+        records: How many records there are.
+        record_bytes: Size of one record in bytes.
+        rates: The measured rates.
+        room: How many records the device has slots for.
+    """
     most = min(records, room)
     # Where both end at once: fetch_s + n * fetch = cpu_s + (records - n) * cpu.
     fetch, cpu = record_bytes / rates.fetch_bytes, record_bytes / rates.cpu_bytes
@@ -68,7 +82,14 @@ def to_fetch(records: int, record_bytes: int, rates: Rates, room: int) -> int:
 
 
 def seconds(records: int, fetched: int, record_bytes: int, rates: Rates) -> float:
-    """The estimate: until all records are attended to, so many of which are fetched."""
+    """Estimate the seconds until all records are attended to.
+
+    Args:
+        records: How many records there are.
+        fetched: How many of them are copied to the device.
+        record_bytes: Size of one record in bytes.
+        rates: The measured rates.
+    """
     fetch = rates.fetch_s + fetched * record_bytes / rates.fetch_bytes if fetched else 0.0
     rest = records - fetched
     cpu = rates.cpu_s + rest * record_bytes / rates.cpu_bytes if rest else 0.0

@@ -15,7 +15,7 @@ class DeviceError(Exception):
 
 
 class OutOfMemory(DeviceError):
-    """The device has no such memory left. What was asked for was not taken; everything else is as it was."""
+    """The device has not enough memory left. What was asked for was not taken; nothing else has changed."""
 
 
 class RegistrationRefused(DeviceError):
@@ -23,8 +23,8 @@ class RegistrationRefused(DeviceError):
 
 
 class NoDevice(DeviceError):
-    """There is no device that could be used."""
+    """There is no device that can be used."""
 
 
 class LaunchFailed(DeviceError):
-    """Work on the device ended in an error, maybe that of an earlier call. Nothing works on it any more."""
+    """Work on the device failed, maybe that of an earlier call. The device cannot be used any more."""

@@ -1,9 +1,8 @@
-"""torch's flash attention over records, for prompts: each is unpacked once for all queries of a call.
+"""Torch's flash attention over records, for prompts: each record is unpacked once for all queries of a call.
 
-Kernels of ours unpack a record again for every 16 rows of queries, which many queries pay for more often than
-for keys and values that are written to memory, a tile of records at a time, and read as ordinary ones. These,
-and queries, are then in the compute dtype. torch's kernel knows no softcap, and here every query sees every
-token.
+The kernels of this package unpack a record again for every 16 rows of queries. With many queries it is faster
+to write keys and values to memory, a tile of records at a time, and attend over these. They, and the queries,
+are then in the compute dtype. Torch's kernel has no softcap, and here every query sees every token.
 """
 
 from __future__ import annotations
@@ -31,7 +30,12 @@ TILE = 32
 
 
 def try_out(device: Device[Any], shape: KVWindowShape) -> None:
-    """Run torch's kernel once. Raises DeviceError or RuntimeError where it does not take such numbers."""
+    """Run torch's kernel once.
+
+    Raises:
+        DeviceError: The device fails.
+        RuntimeError: Torch's kernel does not take this head size or dtype.
+    """
     memory = device.allocate(BLOCK * shape.head_dim * shape.dtype.itemsize)
     try:
         array = Array(memory, (1, BLOCK, shape.head_dim), shape.dtype)
@@ -42,7 +46,10 @@ def try_out(device: Device[Any], shape: KVWindowShape) -> None:
 
 
 class Flash:
-    """Nothing is checked; what is launched is done later, on the compute stream."""
+    """Flash attention over records on a device.
+
+    Arguments are not checked; what is launched is done later, on the compute stream.
+    """
 
     def __init__(
         self,
@@ -53,7 +60,19 @@ class Flash:
         heads: int,
         tile: int = TILE,
     ) -> None:
-        """load, layout, heads: as Ops. tile: records that are unpacked at a time. Raises OutOfMemory."""
+        """Allocate memory for a tile.
+
+        Args:
+            device: Where the records are.
+            load: See Ops.
+            layout: See Ops.
+            shape: Of the KV windows.
+            heads: Query heads.
+            tile: Records that are unpacked at a time.
+
+        Raises:
+            OutOfMemory: The device has no memory for a tile.
+        """
         self._device, self._shape, self._group, self._tile = device, shape, heads // shape.kv_heads, tile
         self._dequantise = load(variant.dequantise(layout))
         self.nbytes = 2 * self._plane(tile).nbytes
@@ -61,7 +80,17 @@ class Flash:
         self._memory = device.allocate(self.nbytes)
 
     def attend(self, to: Parts, q: Queries, records: Records, scale: float) -> None:
-        """As Ops.attend_records, into the first part. Raises OutOfMemory; the part means nothing then."""
+        """Attend over records as Ops.attend_records does, into the first part.
+
+        Args:
+            to: Where the result goes.
+            q: The queries.
+            records: The records, of which each query sees all tokens.
+            scale: Factor of the logits.
+
+        Raises:
+            OutOfMemory: The part is undefined then.
+        """
         rows = q.rows * self._group
         kv_heads, head_dim = self._shape.kv_heads, self._shape.head_dim
         queries = Array(q.address, (q.rows, kv_heads, self._group, head_dim), torch.float32)
@@ -82,7 +111,7 @@ class Flash:
 
 
 class _Softmax:
-    """What the tiles that were taken give together; done in the stream's order, as all of torch's work."""
+    """Attention merged over the tiles taken so far; done in the order of the stream, as all of torch's."""
 
     def __init__(self, scale: float) -> None:
         self._scale = scale
@@ -91,8 +120,15 @@ class _Softmax:
     def take(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
     ) -> None:
-        """One more tile. q: [M, kv_heads, group, head_dim], the same in each call; what comes of it is in out
-        [kv_heads, M * group, head_dim] and lse, as what came before is."""
+        """Attend over one more tile and merge the result into out and lse.
+
+        Args:
+            q: `[M, kv_heads, group, head_dim]`, the same in each call.
+            k: `[kv_heads, tokens, head_dim]`.
+            v: `[kv_heads, tokens, head_dim]`.
+            out: `[kv_heads, M * group, head_dim] float32`, the result so far, updated.
+            lse: `[kv_heads, M * group] float32`, updated with it.
+        """
         if self._rows is None:
             self._rows = q.transpose(0, 1).reshape(out.shape).to(k.dtype)
             found, found_lse = _flash(self._rows, k, v, self._scale)
@@ -108,7 +144,7 @@ class _Softmax:
 def _flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch's kernel: out, like q [heads, M, head_dim], and lse float32 [heads, M]."""
+    """Run torch's kernel: out, like q [heads, M, head_dim], and lse float32 [heads, M]."""
     aten = torch.ops.aten
     kernel = (
         aten._scaled_dot_product_flash_attention

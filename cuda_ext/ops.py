@@ -1,4 +1,4 @@
-"""The kernels of one model's KV: what a step gives the device to do, on the compute stream."""
+"""The kernels for the KV of one model: the work of a step on the device's compute stream."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ Load = Callable[[Variant], Kernel]
 
 
 class Queries(NamedTuple):
-    """float32 [rows, heads, head_dim] on the device."""
+    """Queries on the device, `[rows, heads, head_dim] float32`."""
 
     address: int
     rows: int
 
 
 class Parts(NamedTuple):
-    """Places for partial attentions: out float32 [parts, kv_heads, rows * group, head_dim], lse float32
-    [parts, kv_heads, rows * group]."""
+    """Places for partial attentions on the device.
+
+    `out` is `[parts, kv_heads, rows * group, head_dim] float32`, `lse` is
+    `[parts, kv_heads, rows * group] float32`.
+    """
 
     out: int
     lse: int
@@ -51,12 +54,23 @@ class Records(NamedTuple):
 
 
 class Ops:
-    """Nothing is checked; what is launched is done later."""
+    """Launches the kernels of a model.
+
+    Arguments are not checked; what is launched is done later.
+    """
 
     def __init__(
         self, load: Load, layout: Mapping[str, int], shape: KVWindowShape, heads: int, *, warps: int = WARPS
     ) -> None:
-        """load: gives the device's kernel. layout: a record's, as variant.py takes it. heads: of queries."""
+        """Load the kernels.
+
+        Args:
+            load: Returns the device's kernel for a variant.
+            layout: A record's, as variant.py takes it.
+            shape: Of the KV windows.
+            heads: Query heads.
+            warps: Into about as many warps the work of a call is divided.
+        """
         self.shape, self.heads, self._warps = shape, heads, warps
         self.rotates = layout["K_BITS"] == 4
         """Whether queries over records are to be rotated."""
@@ -73,25 +87,34 @@ class Ops:
 
     @property
     def tiles(self) -> int:
-        """Of a window."""
+        """Tiles of 64 tokens in a window."""
         return -(-self.shape.tokens // BLOCK)
 
     def parts(self, units: int, rows: int) -> int:
-        """How many parts attention of so many queries over so many blocks, or tiles, is divided into."""
+        """Return into how many parts attention is divided.
+
+        Args:
+            units: Blocks or tiles that are attended to.
+            rows: Queries.
+        """
         warps = self.shape.kv_heads * -(-rows * self.group // ROWS)
         return -(-units // self._each(units, max(1, self._warps // warps)))
 
     def partial_rows(self, rows: int) -> int:
-        """The most rows of out, over all parts and heads, that attention of up to so many queries leaves."""
+        """Return the most rows of `out`, over parts and heads, that attention of `rows` queries writes."""
         return max(self._warps * ROWS, rows * self.heads)
 
     def room(self, landing: Landing, parts: int, rows: int) -> Parts:
-        """Places for so many partials of so many queries. Raises LandingFull."""
+        """Return places for the partial attentions of so many queries.
+
+        Raises:
+            LandingFull: There is not enough staging memory.
+        """
         sums = (parts, self.shape.kv_heads, rows * self.group)
         return Parts(landing.room((*sums, self.shape.head_dim)), landing.room(sums), parts)
 
     def split(self, parts: Parts, first: int, rows: int) -> tuple[Parts, Parts]:
-        """The first so many of them, and the others."""
+        """Divide places into the first so many parts and the others."""
         sums = 4 * first * rows * self.heads
         others = Parts(parts.out + sums * self.shape.head_dim, parts.lse + sums, parts.parts - first)
         return parts._replace(parts=first), others
@@ -99,7 +122,16 @@ class Ops:
     def attend_window(
         self, to: Parts, q: Queries, planes: int, seen: WindowRanges, scale: float, softcap: float
     ) -> None:
-        """planes: of one layer of a window."""
+        """Attend over one layer of a KV window.
+
+        Args:
+            to: Where the partial attentions go.
+            q: The queries.
+            planes: Address of the layer's planes in the window.
+            seen: Which offsets each query sees.
+            scale: Factor of the logits.
+            softcap: Bound of the logits; 0 means none.
+        """
         self._attend_window.launch(
             *(Stream.COMPUTE, self._grid(to, q), to.out, to.lse, q.address, planes, seen.address, seen.each),
             *(self.shape.tokens, self._each(self.tiles, to.parts), q.rows, self.group, scale, softcap),
@@ -108,8 +140,17 @@ class Ops:
     def attend_records(
         self, to: Parts, q: Queries, records: Records, low: int, high: int, scale: float, softcap: float
     ) -> None:
-        """q: rotated, where keys are. low, high: int64 [rows] on the device: of records a query sees
-        the positions low <= t < high."""
+        """Attend over records.
+
+        Args:
+            to: Where the partial attentions go.
+            q: The queries, rotated where keys are.
+            records: The records.
+            low: `[rows] int64` on the device: a query sees the positions low <= t < high of records.
+            high: `[rows] int64` on the device.
+            scale: Factor of the logits.
+            softcap: Bound of the logits; 0 means none.
+        """
         self._attend_records.launch(
             *(Stream.COMPUTE, self._grid(to, q), to.out, to.lse, q.address, records.pool, records.places),
             *(records.positions, low, high, records.blocks, self._each(records.blocks, to.parts), q.rows),
@@ -117,14 +158,26 @@ class Ops:
         )
 
     def merge(self, out: int, lse: int, parts: Parts, q: Queries) -> None:
-        """out: float32, as q; lse: float32 [queries, heads]."""
+        """Merge partial attentions.
+
+        Args:
+            out: Address of the result, float32 in the shape of q.
+            lse: Address of its log-sum-exp, `[rows, heads] float32`.
+            parts: The partial attentions.
+            q: The queries.
+        """
         grid = (q.rows * self.group, self.shape.kv_heads, 1)
         self._merge.launch(Stream.COMPUTE, grid, out, lse, parts.out, parts.lse, parts.parts, self.group)
 
     def seal(self, pool: int, places: int, planes: int, firsts: int, count: int) -> None:
-        """Pack blocks that begin at these offsets in a layer of a KV window into records.
+        """Pack blocks of a layer of a KV window into records.
 
-        firsts, and places, which are byte offsets in the pool: int64 [count] on the device.
+        Args:
+            pool: Address that places count from.
+            places: `[count] int64` on the device: byte offsets of the records in the pool.
+            planes: Address of the layer's planes in the window.
+            firsts: `[count] int64` on the device: the blocks' first tokens, as offsets in the window.
+            count: How many blocks there are.
         """
         head, token = self.shape.tokens * self.shape.head_dim, self.shape.head_dim
         values = planes + self.shape.layer_bytes // 2
@@ -132,7 +185,7 @@ class Ops:
         self._seal.launch(Stream.COMPUTE, grid, pool, places, planes, values, firsts, head, token)
 
     def rotate(self, to: int, q: Queries) -> Queries:
-        """The queries as records want them, at `to`; only where `rotates`."""
+        """Rotate queries for records with rotated keys, into memory at `to`; only where `rotates`."""
         assert self._rotate is not None
         self._rotate.launch(Stream.COMPUTE, (q.rows * self.heads, 1, 1), to, q.address)
         return q._replace(address=to)

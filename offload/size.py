@@ -9,7 +9,8 @@ UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 def size(nbytes: int, *, least: bool = False) -> str:
     """In the unit that leaves the fewest digits, three of them: 1536 is 1.5 KiB. least: rounded up, for what
-    is needed at the least."""
+    is needed at the least.
+    """
     power = min(max(0, nbytes.bit_length() - 1) // 10, len(UNITS) - 1)
     value = nbytes / 2 ** (10 * power)
     places = 0 if power == 0 else max(0, 3 - len(str(int(value))))

@@ -34,7 +34,8 @@ def page_aligned(nbytes: int, *, huge: bool = False) -> Bytes:
 
 def give_back(memory: Bytes, start: int, stop: int) -> None:
     """Let the kernel have the whole pages within bytes [start, stop) of page_aligned memory: they read as
-    zeros from now on, and are backed again once touched."""
+    zeros from now on, and are backed again once touched.
+    """
     first, last = round_up(start, PAGE), stop // PAGE * PAGE
     if first < last:
         mapping: object = memory

@@ -1,8 +1,9 @@
 """Compiles kernels to CUBIN with NVRTC, through cuda.core: without a toolkit, a GPU or a driver.
 
-NVRTC and cuda.core come with the extra `cuda`. A CUBIN lies in a folder under a name made of what it was
-compiled from. One that came with spilld is used beside any NVRTC, or none; its folder says which compiled it.
-The cache has a folder for each version, so that what an older one compiled, perhaps wrongly, goes with it.
+NVRTC and cuda.core come with the extra `cuda`. A CUBIN lies in a folder under a name derived from what it was
+compiled from. A CUBIN that was shipped with spilld is used whether or not NVRTC is installed; a file in its
+folder says which version compiled it. The cache has a folder for each version of NVRTC, so that CUBINs of an
+older version, perhaps compiled wrongly, are not used after an update.
 """
 
 from __future__ import annotations
@@ -48,21 +49,38 @@ class KernelRejected(BuildError):
 
 
 def cubin(variant: Variant, architecture: str, cache: Path) -> bytes:
-    """The machine code of a kernel for one architecture, such as sm_90; compiled unless it is there already.
+    """Return the machine code of a kernel, compiling it if it is not there yet.
 
-    Raises CompilerMissing and KernelRejected; on any error the cache is as it was.
+    Args:
+        variant: The kernel and its constants.
+        architecture: For example sm_90.
+        cache: The folder for compiled kernels. On any error it is unchanged.
+
+    Raises:
+        CompilerMissing: It has to be compiled, and there is no NVRTC.
+        KernelRejected: NVRTC does not compile it.
     """
     return path_of(variant, architecture, cache).read_bytes()
 
 
 def path_of(variant: Variant, architecture: str, cache: Path) -> Path:
-    """The file that has it. Raises as cubin."""
+    """Return the file that holds a kernel's machine code, compiling it if it is not there yet.
+
+    Raises:
+        CompilerMissing: It has to be compiled, and there is no NVRTC.
+        KernelRejected: NVRTC does not compile it.
+    """
     shipped = SHIPPED / name_of(variant, architecture)
     return shipped if shipped.exists() else compiled(variant, architecture, cache / f"nvrtc-{compiler()}")
 
 
 def compiled(variant: Variant, architecture: str, folder: Path) -> Path:
-    """Its file in this folder of one compiler's, compiled unless it is there already. Raises as cubin."""
+    """Return a kernel's file in the folder of one NVRTC version, compiling it if it is not there yet.
+
+    Raises:
+        CompilerMissing: It has to be compiled, and there is no NVRTC.
+        KernelRejected: NVRTC does not compile it.
+    """
     path = folder / name_of(variant, architecture)
     if not path.exists():
         code = _compile(variant, architecture)
@@ -74,12 +92,12 @@ def compiled(variant: Variant, architecture: str, folder: Path) -> Path:
 
 
 def name_of(variant: Variant, architecture: str) -> str:
-    """The name of the file that the machine code lies in."""
+    """Return the name of the file that holds a kernel's machine code."""
     return f"{variant.name}-{architecture}-{recipe(variant, architecture)}.cubin"
 
 
 def recipe(variant: Variant, architecture: str) -> str:
-    """A name for what is compiled, and how: sources, constants, architecture and options."""
+    """Return a digest of all that goes into the machine code: sources, constants, architecture, options."""
     digest = hashlib.blake2b(digest_size=16)
     for part in (architecture, *OPTIONS, repr(variant)):
         digest.update(part.encode() + b"\0")
@@ -89,7 +107,11 @@ def recipe(variant: Variant, architecture: str) -> str:
 
 
 def compiler() -> str:
-    """The version of NVRTC. Raises CompilerMissing."""
+    """Return the version of NVRTC.
+
+    Raises:
+        CompilerMissing: There is no NVRTC.
+    """
     try:
         return version("nvidia-cuda-nvrtc")
     except PackageNotFoundError:
@@ -97,7 +119,11 @@ def compiler() -> str:
 
 
 def find_driver() -> None:
-    """Raises DriverMissing. Takes nothing of the extra `cuda`, which is of no use without a driver."""
+    """Check that the NVIDIA driver can be loaded, without packages of the extra `cuda`.
+
+    Raises:
+        DriverMissing: There is no NVIDIA driver.
+    """
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -105,7 +131,13 @@ def find_driver() -> None:
 
 
 def check_driver() -> None:
-    """Raises DriverMissing, DriverTooOld and, where there are no kernels at all, CompilerMissing."""
+    """Check that the driver is new enough for the kernels.
+
+    Raises:
+        DriverMissing: There is no NVIDIA driver, or it does not answer.
+        DriverTooOld: It is of an older CUDA than the NVRTC that compiled the kernels.
+        CompilerMissing: There is no NVRTC and no shipped kernel, or cuda.bindings is missing.
+    """
     needed, present = max(map(_major, _compilers())), _driver_version()
     if present // 1000 < needed:
         has = f"{present // 1000}.{present % 1000 // 10}"
@@ -137,7 +169,7 @@ def _compile(variant: Variant, architecture: str) -> bytes:
 
 
 def _compilers() -> list[str]:
-    """The versions of NVRTC whose machine code may be loaded: of what came with spilld, and the one here."""
+    """List the NVRTC versions whose machine code may be loaded: of shipped kernels, and the installed one."""
     note = SHIPPED / COMPILER
     shipped = [note.read_text().strip()] if note.exists() else []
     try:
@@ -153,7 +185,7 @@ def _major(release: str) -> int:
 
 
 def _driver_version() -> int:
-    """As the driver counts: 13020 is CUDA 13.2."""
+    """Return the CUDA version of the driver as it counts: 13020 is CUDA 13.2."""
     try:
         from cuda.bindings import driver
         from cuda.pathfinder import DynamicLibNotFoundError

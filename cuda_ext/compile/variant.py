@@ -1,6 +1,6 @@
 """Kernels, and the constants that each is compiled with.
 
-A record's layout comes as integers from who knows it: HEAD_DIM, KV_HEADS, K_BITS and V_BITS (32 and 16:
+A record's layout is a mapping of names to integers: HEAD_DIM, KV_HEADS, K_BITS and V_BITS (32 and 16:
 float32 and bfloat16; 8 and 4: codes), ELEMENT_BYTES (of the compute dtype), FLOAT16 (1 where its 16 bits are
 float16; it may be left out), and the byte offsets K_CODES, K_SCALES, V_CODES and V_SCALES.
 """
@@ -37,6 +37,7 @@ class Variant:
 
     @property
     def source(self) -> Path:
+        """The kernel's source file."""
         return KERNELS / f"{self.name}.cu"
 
 
@@ -45,6 +46,7 @@ PLANES = ("HEAD_DIM", "KV_HEADS", "K_BITS", "V_BITS", "K_CODES", "K_SCALES", "V_
 
 
 def attend_records(layout: Mapping[str, int]) -> Variant:
+    """Attention of queries over records in the layout."""
     defines = {name: layout[name] for name in PLANES}
     if layout["K_BITS"] == 16:
         defines["FLOAT16"] = layout.get("FLOAT16", 0)
@@ -52,26 +54,36 @@ def attend_records(layout: Mapping[str, int]) -> Variant:
 
 
 def attend_window(bits: int, head_dim: int, *, float16: bool = False) -> Variant:
-    """bits: 32 or 16, of the window's numbers."""
+    """Attention of queries over a KV window.
+
+    Args:
+        bits: Bits of the window's numbers, 32 or 16.
+        head_dim: Numbers of a head.
+        float16: Whether 16 bits are float16, not bfloat16.
+    """
     defines = {"HEAD_DIM": head_dim, "K_BITS": bits, "V_BITS": bits, "FLOAT16": int(float16)}
     return _attention("attend_window", defines, keys_by_token=True)
 
 
 def merge(head_dim: int, kv_heads: int) -> Variant:
+    """The merge of partial attentions by log-sum-exp."""
     return _variant("merge", {"HEAD_DIM": head_dim, "KV_HEADS": kv_heads})
 
 
 def rotate(head_dim: int) -> Variant:
+    """The rotation of queries for records with rotated keys."""
     return _variant("rotate", {"HEAD_DIM": head_dim}, shared_bytes=4 * head_dim)
 
 
 def seal(layout: Mapping[str, int]) -> Variant:
+    """Packing of a window's blocks into records."""
     shared = 4 * BLOCK * (layout["HEAD_DIM"] + 1) if layout["K_BITS"] <= 8 else 0
     defines = _numbers(layout) | {"SHARED_BYTES": shared}
     return _variant("seal", defines, threads=BLOCK, shared_bytes=shared)
 
 
 def dequantise(layout: Mapping[str, int]) -> Variant:
+    """Unpacking of records into keys and values of the compute dtype."""
     return _variant("dequantise", _numbers(layout), threads=128)
 
 
@@ -80,7 +92,7 @@ def _variant(name: str, defines: Mapping[str, int], *, threads: int = 32, shared
 
 
 def _attention(name: str, defines: Mapping[str, int], *, keys_by_token: bool) -> Variant:
-    """As many planes ahead as fit beside queries and logits."""
+    """Choose how many planes are loaded ahead: as many as fit beside queries and logits."""
     fixed = _query_bytes(defines) + 4 * ROWS * (BLOCK + 8)
     plane = max(_shared_plane(defines, "K_BITS", keys_by_token), _shared_plane(defines, "V_BITS", True))
     fits = [n for n in (4, 3, 2) if fixed + n * plane <= SHARED_WITHOUT_ASKING]
@@ -98,7 +110,7 @@ def _query_bytes(defines: Mapping[str, int]) -> int:
 
 
 def _shared_plane(defines: Mapping[str, int], side: str, by_token: bool) -> int:
-    """Rows of whole vectors are 16 bytes apart (tile.cuh)."""
+    """Bytes of a plane in shared memory. Rows of whole vectors are padded by 16 bytes (tile.cuh)."""
     dim, bits = defines["HEAD_DIM"], defines[side]
     if by_token:
         rows, row = BLOCK, dim * bits // 8
@@ -109,7 +121,7 @@ def _shared_plane(defines: Mapping[str, int], side: str, by_token: bool) -> int:
 
 
 def _numbers(layout: Mapping[str, int]) -> dict[str, int]:
-    """Of records that are made of numbers of the compute dtype, or become such."""
+    """Constants of kernels that read or write numbers of the compute dtype."""
     more = {"ELEMENT_BYTES": layout["ELEMENT_BYTES"], "FLOAT16": layout.get("FLOAT16", 0)}
     return {name: layout[name] for name in PLANES} | more
 

@@ -49,7 +49,11 @@ class _Call:
 
 
 class CpuDevice:
-    """All memory is the process's own; an image is a mapping of names to Python functions."""
+    """The CPU behind the interface of a device.
+
+    All memory is the process's own; an image is a mapping of names to Python functions. Work is done when
+    it is given, so events have always passed.
+    """
 
     name = "CPU"
     page_bytes = mmap.PAGESIZE
@@ -60,47 +64,58 @@ class CpuDevice:
     def load(
         self, image: Mapping[str, Function], name: str, *, threads: int = 32, shared_bytes: int = 0
     ) -> _Call:
+        """See Device.load."""
         return _Call(image[name])
 
     def allocate(self, nbytes: int) -> int:
+        """See Device.allocate."""
         address = _map(None, nbytes, _READ_WRITE)
         self._allocated.add(address, nbytes)
         return address
 
     def free(self, address: int) -> None:
+        """See Device.free."""
         _libc.munmap(address, self._allocated.remove(address))
 
     def register(self, address: int, nbytes: int) -> None:
+        """See Device.register; raises ValueError unless these are whole pages."""
         if address % mmap.PAGESIZE or nbytes % mmap.PAGESIZE:
             raise ValueError(f"{nbytes} bytes at {address:#x} are not whole pages")
         self._registered.add(address, nbytes)
 
     def unregister(self, address: int) -> None:
+        """See Device.unregister."""
         self._registered.remove(address)
 
     def copy(self, stream: Stream, copies: Sequence[Copy]) -> None:
+        """See Device.copy."""
         for to, source, nbytes in copies:
             ctypes.memmove(to, source, nbytes)
 
     def compute(self, stream: Stream, work: Callable[..., object], *arrays: Array) -> None:
+        """See Device.compute."""
         work(*map(in_process, arrays))
 
     def record(self, stream: Stream) -> _Passed:
+        """See Device.record."""
         return _Passed()
 
     def reserve(self, nbytes: int) -> int:
+        """See Device.reserve."""
         _whole_pages(nbytes, self.page_bytes)
         address = _map(None, nbytes, _NO_ACCESS)
         self._reserved.add(address, nbytes)
         return address
 
     def release(self, address: int) -> None:
+        """See Device.release; raises ValueError if nothing was reserved there or a part of it is mapped."""
         nbytes = self._reserved.size(address)
         if nbytes is None or self._mapped.touched(address, nbytes):
             raise ValueError(f"no range was reserved at {address:#x}, or a part of it is mapped")
         _libc.munmap(address, self._reserved.remove(address))
 
     def map(self, address: int, nbytes: int) -> None:
+        """See Device.map; raises ValueError if the range was not reserved."""
         _whole_pages(address | nbytes, self.page_bytes)
         if self._reserved.holder(address, nbytes) is None:
             raise ValueError(f"{nbytes} bytes at {address:#x} were not reserved")
@@ -112,12 +127,14 @@ class CpuDevice:
             raise
 
     def unmap(self, address: int, nbytes: int) -> None:
+        """See Device.unmap; raises ValueError if no call of `map` backed exactly this range."""
         if self._mapped.size(address) != nbytes:
             raise ValueError(f"no call of map backed {nbytes} bytes at {address:#x}")
         self._mapped.remove(address)
         _map(address, nbytes, _NO_ACCESS)
 
     def close(self) -> None:
+        """See Device.close."""
         for ranges in (self._allocated, self._reserved):
             for address, _ in list(ranges):
                 _libc.munmap(address, ranges.remove(address))
@@ -132,7 +149,7 @@ def _whole_pages(number: int, page_bytes: int) -> None:
 
 
 def _map(address: int | None, nbytes: int, protection: int) -> int:
-    """New pages, at an address or anywhere. Raises OutOfMemory."""
+    """Map new pages at an address, or anywhere; raises OutOfMemory."""
     if nbytes < 1:
         raise ValueError(f"{nbytes} bytes are no range")
     flags = (

@@ -36,7 +36,17 @@ class CudaDevice:
     """
 
     def __init__(self, number: int = 0, *, register_bytes: int = REGISTER_BYTES) -> None:
-        """Raises NoDevice, and build's DriverMissing and DriverTooOld."""
+        """Open the GPU of this number.
+
+        Args:
+            number: As the driver counts GPUs.
+            register_bytes: Host memory is registered in parts of this size.
+
+        Raises:
+            NoDevice: There is no such GPU, or it cannot map memory on demand.
+            DriverMissing: There is no NVIDIA driver.
+            DriverTooOld: The driver is too old for the kernels.
+        """
         self.driver = Driver()
         api = self.driver.api
         self._number, self._device = number, self.driver("cuDeviceGet", number)
@@ -69,7 +79,18 @@ class CudaDevice:
             raise
 
     def load(self, image: bytes, name: str, *, threads: int = 32, shared_bytes: int = 0) -> CudaKernel:
-        """image: a CUBIN for this GPU's architecture, ValueError if it is for another."""
+        """See Device.load.
+
+        Args:
+            image: A CUBIN for this GPU's architecture.
+            name: The kernel's name in the image.
+            threads: Threads of each block.
+            shared_bytes: Dynamic shared memory of each block.
+
+        Raises:
+            KeyError: The image has no kernel of that name.
+            ValueError: The CUBIN is for another architecture, or a block cannot have so much shared memory.
+        """
         try:
             library = self.driver("cuLibraryLoadData", image, [], [], 0, [], [], 0)
         except Refused as refused:
@@ -89,11 +110,21 @@ class CudaDevice:
         return CudaKernel(self, name, function, tuple(self._sizes(kernel)), threads, shared_bytes)
 
     def compiled(self, variant: Variant, cache: Path) -> CudaKernel:
-        """A kernel of ours, from the folder of CUBINs or compiled into it. Raises as build.cubin."""
+        """Load a kernel of this package, compiling it if it is not there yet.
+
+        Args:
+            variant: The kernel and its constants.
+            cache: The folder for compiled kernels.
+
+        Raises:
+            CompilerMissing: It has to be compiled, and there is no NVRTC.
+            KernelRejected: NVRTC does not compile it.
+        """
         image = cubin(variant, self.architecture, cache)
         return self.load(image, variant.name, threads=variant.threads, shared_bytes=variant.shared_bytes)
 
     def allocate(self, nbytes: int) -> int:
+        """See Device.allocate."""
         if nbytes < 1:
             raise ValueError(f"{nbytes} bytes are none")
         address = int(self.driver("cuMemAlloc", nbytes))
@@ -101,11 +132,13 @@ class CudaDevice:
         return address
 
     def free(self, address: int) -> None:
+        """See Device.free; raises ValueError if nothing was allocated there."""
         self._known(self._allocated, address)
         self.driver("cuMemFree", address)
         self._allocated.remove(address)
 
     def register(self, address: int, nbytes: int) -> None:
+        """See Device.register; raises ValueError unless these are whole pages."""
         if address % 4096 or nbytes % 4096:
             raise ValueError(f"{nbytes} bytes at {address:#x} are not whole pages")
         self._registered.add(address, nbytes)
@@ -122,6 +155,7 @@ class CudaDevice:
             ) from error
 
     def unregister(self, address: int) -> None:
+        """See Device.unregister; raises ValueError if nothing was registered there."""
         nbytes = self._known(self._registered, address)
         for part in self._parts.touched(address, nbytes):
             self.driver("cuMemHostUnregister", part)
@@ -129,6 +163,7 @@ class CudaDevice:
         self._registered.remove(address)
 
     def copy(self, stream: Stream, copies: Sequence[Copy]) -> None:
+        """See Device.copy."""
         parts = [part for copy in copies for part in self._within_parts(copy)]
         if not parts:
             return
@@ -144,7 +179,7 @@ class CudaDevice:
         )
 
     def compute(self, stream: Stream, work: Callable[..., object], *arrays: Array) -> None:
-        """Only where torch finds this GPU."""
+        """See Device.compute; only where torch finds this GPU."""
         here, gpu = int(self._streams[stream]), torch.device("cuda", self._number)
         with gpu_errors():
             there = torch.cuda.ExternalStream(here, gpu)  # type: ignore[no-untyped-call]
@@ -152,11 +187,13 @@ class CudaDevice:
                 work(*(on_gpu(array, self._number) for array in arrays))
 
     def record(self, stream: Stream) -> CudaEvent:
+        """See Device.record."""
         event = CudaEvent(self, self._idle_events.pop() if self._idle_events else self._new_event())
         self.driver("cuEventRecord", event.handle, self._streams[stream])
         return event
 
     def reserve(self, nbytes: int) -> int:
+        """See Device.reserve."""
         self._whole_pages(nbytes)
         try:
             address = int(self.driver("cuMemAddressReserve", nbytes, 0, 0, 0))
@@ -166,6 +203,7 @@ class CudaDevice:
         return address
 
     def release(self, address: int) -> None:
+        """See Device.release; raises ValueError if nothing was reserved there or a part of it is mapped."""
         nbytes = self._known(self._reserved, address)
         if self._mapped.touched(address, nbytes):
             raise ValueError(f"a part of what was reserved at {address:#x} is mapped")
@@ -173,6 +211,7 @@ class CudaDevice:
         self._reserved.remove(address)
 
     def map(self, address: int, nbytes: int) -> None:
+        """See Device.map; raises ValueError if the range was not reserved."""
         self._whole_pages(address, nbytes)
         if self._reserved.holder(address, nbytes) is None:
             raise ValueError(f"{nbytes} bytes at {address:#x} were not reserved")
@@ -184,12 +223,14 @@ class CudaDevice:
             raise
 
     def unmap(self, address: int, nbytes: int) -> None:
+        """See Device.unmap; raises ValueError if no call of `map` backed exactly this range."""
         if self._mapped.size(address) != nbytes:
             raise ValueError(f"no call of map backed {nbytes} bytes at {address:#x}")
         self.driver("cuMemUnmap", address, nbytes)
         self._mapped.remove(address)
 
     def close(self) -> None:
+        """See Device.close."""
         if self._closed:
             return
         self._closed = True
@@ -203,7 +244,7 @@ class CudaDevice:
                 ranges.remove(address)
 
     def _what_is_left(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """The calls that give everything back."""
+        """Yield the driver calls that give everything back."""
         yield from (("cuMemUnmap", mapped) for mapped in self._mapped)
         yield from (("cuMemAddressFree", reserved) for reserved in self._reserved)
         yield from (("cuMemFree", (address,)) for address, _ in self._allocated)
@@ -224,7 +265,7 @@ class CudaDevice:
         return int(self.driver("cuDeviceGetAttribute", attribute, self._device))
 
     def _properties(self) -> Any:
-        """Of memory that `map` takes: this GPU's own."""
+        """Properties of memory that `map` takes: this GPU's own."""
         api = self.driver.api
         properties = api.CUmemAllocationProp()
         properties.type = api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
@@ -233,7 +274,7 @@ class CudaDevice:
         return properties
 
     def _map(self, address: int, nbytes: int) -> None:
-        """Nothing is mapped, and no memory kept, if it fails."""
+        """Create memory and map it. If it fails, nothing is mapped and no memory kept."""
         api = self.driver.api
         access = api.CUmemAccessDesc()
         access.location = self._memory.location
@@ -250,13 +291,13 @@ class CudaDevice:
             self.driver("cuMemRelease", handle)  # the memory stays as long as it is mapped
 
     def _sizes(self, kernel: Any) -> Iterator[int]:
-        """Bytes of each argument of a kernel."""
+        """Yield the bytes of each argument of a kernel."""
         with contextlib.suppress(Refused):
             for number in range(4096 // 4):
                 yield int(self.driver("cuKernelGetParamInfo", kernel, number)[1])
 
     def _within_parts(self, copy: Copy) -> Iterator[Copy]:
-        """A copy, cut where its host memory goes from one registered part into the next."""
+        """Yield a copy, cut where its host memory goes from one registered part into the next."""
         ends = (copy.to, copy.source)
         cuts = {part - end for end in ends for part in self._parts.touched(end, copy.nbytes) if part > end}
         starts = [0, *sorted(cuts)] if copy.nbytes else []
@@ -275,6 +316,8 @@ class CudaDevice:
 
 
 class CudaEvent:
+    """An event of the driver, reused once nothing refers to it."""
+
     def __init__(self, device: CudaDevice, handle: Any) -> None:
         self._device, self.handle = device, handle
 
@@ -282,9 +325,11 @@ class CudaEvent:
         self._device._idle_events.append(self.handle)
 
     def before(self, stream: Stream) -> None:
+        """See DeviceEvent.before."""
         self._device.driver("cuStreamWaitEvent", self._device._streams[stream], self.handle, 0)
 
     def passed(self) -> bool:
+        """See DeviceEvent.passed."""
         try:
             self._device.driver("cuEventQuery", self.handle)
         except Refused as refused:
@@ -294,11 +339,14 @@ class CudaEvent:
         return True
 
     def synchronise(self) -> None:
+        """See DeviceEvent.synchronise."""
         self._device.driver("cuEventSynchronize", self.handle)
 
 
 @dataclass(frozen=True)
 class CudaKernel:
+    """A kernel that is loaded on a GPU, with its block size; `sizes` are the bytes of each argument."""
+
     device: CudaDevice
     name: str
     function: Any
@@ -307,6 +355,7 @@ class CudaKernel:
     shared_bytes: int
 
     def launch(self, stream: Stream, grid: tuple[int, int, int], *arguments: int | float) -> None:
+        """See Kernel.launch."""
         if len(arguments) != len(self.sizes):
             raise TypeError(f"{self.name} takes {len(self.sizes)} arguments, not {len(arguments)}")
         types = tuple(self._type(*pair) for pair in zip(arguments, self.sizes, strict=True))

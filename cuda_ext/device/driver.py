@@ -24,7 +24,7 @@ _LOST = {
 
 
 class Refused(DeviceError):
-    """The driver did not do it; `status` is its word, without CUDA_ERROR_."""
+    """A driver call failed; `status` is the driver's name for it, without CUDA_ERROR_."""
 
     def __init__(self, function: str, status: str) -> None:
         super().__init__(f"{function} failed: {status}")
@@ -35,7 +35,13 @@ class Driver:
     """Calls functions of the driver by name."""
 
     def __init__(self) -> None:
-        """Raises NoDevice, and build's DriverMissing and DriverTooOld."""
+        """Load and initialise the driver.
+
+        Raises:
+            NoDevice: cuda.bindings or the compiler of kernels is missing.
+            DriverMissing: There is no NVIDIA driver.
+            DriverTooOld: The driver is too old for the kernels.
+        """
         try:
             from cuda.bindings import driver
         except ImportError as error:
@@ -50,13 +56,20 @@ class Driver:
         self("cuInit", 0)
 
     def attach(self, context: Any) -> None:
-        """Have all calls of any thread work in this context: which is current is each thread's own affair."""
+        """Make all calls of any thread work in this context; the driver's current context is per thread."""
         self._context, self._thread = context, threading.local()
 
     def __call__(self, function: str, *arguments: Any) -> Any:
-        """What the function returns beside its status: nothing, one thing, or a tuple.
+        """Call a function of the driver.
 
-        Raises OutOfMemory, LaunchFailed, NoDevice or Refused.
+        Returns:
+            What the function returns beside its status: None, one value, or a tuple.
+
+        Raises:
+            OutOfMemory: The GPU has no memory left.
+            LaunchFailed: Earlier work failed, and the context is lost.
+            NoDevice: The GPU cannot be used.
+            Refused: The call failed for any other reason.
         """
         if self._context is not None and not hasattr(self._thread, "attached"):
             self._thread.attached = True

@@ -1,4 +1,4 @@
-"""Which bytes of an address space belong to somebody: disjoint ranges, each known by its start."""
+"""Bookkeeping of address ranges in use: disjoint ranges, each known by its start."""
 
 from __future__ import annotations
 
@@ -22,28 +22,37 @@ class AddressRanges:
 
     @property
     def nbytes(self) -> int:
+        """Sum of the ranges' bytes."""
         return sum(self._bytes.values())
 
     def add(self, start: int, nbytes: int) -> None:
-        """Raises ValueError if it is empty or overlaps another."""
+        """Add a range.
+
+        Raises:
+            ValueError: It is empty or overlaps another.
+        """
         if nbytes < 1 or self.touched(start, nbytes):
             raise ValueError(f"{nbytes} bytes at {start:#x} are empty, or belong to somebody already")
         self._starts.insert(bisect_right(self._starts, start), start)
         self._bytes[start] = nbytes
 
     def remove(self, start: int) -> int:
-        """Its bytes. Raises ValueError if no range starts there."""
+        """Remove the range that starts there and return its bytes.
+
+        Raises:
+            ValueError: No range starts there.
+        """
         if start not in self._bytes:
             raise ValueError(f"nothing begins at {start:#x}")
         self._starts.remove(start)
         return self._bytes.pop(start)
 
     def size(self, start: int) -> int | None:
-        """The bytes of the range that starts there."""
+        """Return the bytes of the range that starts there, or None."""
         return self._bytes.get(start)
 
     def holder(self, address: int, nbytes: int) -> int | None:
-        """The start of the one range that holds all of this."""
+        """Return the start of the one range that contains all of these bytes, or None."""
         at = bisect_right(self._starts, address) - 1
         if at < 0:
             return None
@@ -51,7 +60,7 @@ class AddressRanges:
         return start if address + nbytes <= start + self._bytes[start] else None
 
     def touched(self, address: int, nbytes: int) -> list[int]:
-        """The starts of ranges that hold some byte of this."""
+        """Return the starts of the ranges that contain some of these bytes."""
         first = max(0, bisect_right(self._starts, address) - 1)
         found = []
         for start in self._starts[first:]:

@@ -1,4 +1,4 @@
-"""Device memory as torch sees it, and torch's failures on a GPU as those of a device."""
+"""Device memory as torch tensors, and torch's GPU errors as errors of a device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OUT_OF_MEMORY = 2
 
 
 class Array(NamedTuple):
-    """Numbers in device memory, in C order."""
+    """An array in device memory, in C order."""
 
     address: int
     shape: tuple[int, ...]
@@ -25,23 +25,29 @@ class Array(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all its numbers."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def in_process(array: Array) -> torch.Tensor:
-    """A view of the process's own memory."""
+    """Return a tensor that is a view of the process's own memory."""
     memory = (ctypes.c_uint8 * array.nbytes).from_address(array.address)
     return torch.frombuffer(memory, dtype=array.dtype).view(array.shape)
 
 
 def on_gpu(array: Array, number: int) -> torch.Tensor:
-    """A view of memory of torch's GPU of that number, where torch has its primary context."""
+    """Return a tensor that is a view of GPU memory.
+
+    Args:
+        array: Memory of torch's GPU of that number, where torch has its primary context.
+        number: As torch counts GPUs.
+    """
     found = torch.as_tensor(_Bytes(array), device=torch.device("cuda", number))
     return found.view(array.dtype).view(array.shape)
 
 
 class _Bytes:
-    """What torch takes for somebody else's GPU memory; as bytes, since the protocol knows no bfloat16."""
+    """Foreign GPU memory as torch accepts it; as bytes, since the protocol has no bfloat16."""
 
     def __init__(self, array: Array) -> None:
         self.__cuda_array_interface__: dict[str, Any] = {
@@ -54,7 +60,12 @@ class _Bytes:
 
 @contextmanager
 def gpu_errors() -> Iterator[None]:
-    """torch's failures on a GPU as those of a device. Raises OutOfMemory and LaunchFailed."""
+    """Raise torch's GPU errors as errors of a device.
+
+    Raises:
+        OutOfMemory: Torch or CUDA found no memory.
+        LaunchFailed: Any other error of the GPU.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:

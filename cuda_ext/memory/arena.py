@@ -1,7 +1,7 @@
-"""Windows in device memory: one range of addresses for all of them, backed by memory where one is taken.
+"""KV windows in device memory: one address range for all of them, backed by memory where one is taken.
 
-The idea is that of vAttention (Prabhu et al., 2024): what a kernel sees is contiguous, so that stock
-attention runs over it; how much memory stands behind it changes with use.
+The idea is that of vAttention (Prabhu et al., 2024): a kernel sees contiguous addresses, so that stock
+attention runs over them, while the memory behind them changes with use.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ class ArenaFull(Exception):
 
 
 class Arena:
-    """`windows` windows of window_bytes side by side; pages between two neighbours are shared. A window of
-    whole pages is mapped as one.
+    """A fixed number of windows of window_bytes, side by side.
 
-    Pages stay mapped when their windows are given back, for the next one, until `trim` is called.
-    Owned by one thread.
+    Pages between two neighbours are shared; a window of whole pages is mapped as one. Pages stay mapped when
+    their windows are given back, for the next one, until `trim` is called. Owned by one thread.
     """
 
     def __init__(self, device: Device[Any], window_bytes: int, windows: int, budget_bytes: int) -> None:
-        """Raises ValueError if the budget backs not even one window, and OutOfMemory."""
+        """Reserve the addresses.
+
+        Raises:
+            ValueError: The budget backs not even one window.
+            OutOfMemory: No such range of addresses is free.
+        """
         self.window_bytes, self.windows, self.budget_bytes = window_bytes, windows, budget_bytes
         self._device = device
         self._page = device.page_bytes if window_bytes % device.page_bytes else max(1, window_bytes)
@@ -43,19 +47,25 @@ class Arena:
 
     @property
     def taken(self) -> int:
-        """How many windows are somebody's."""
+        """Number of windows that are taken."""
         return len(self._taken)
 
     @property
     def mapped_bytes(self) -> int:
-        """Device memory that stands behind windows, taken and given back ones."""
+        """Device memory behind windows, taken or given back."""
         return len(self._mapped) * self._page
 
     def address(self, window: int) -> int:
+        """Return the address of a window."""
         return self.base + window * self.window_bytes
 
     def take(self) -> int:
-        """A window that is now the caller's and holds anything. Raises ArenaFull and OutOfMemory."""
+        """Return a window that is now the caller's, uninitialised.
+
+        Raises:
+            ArenaFull: No window is free, or the budget backs no more of them.
+            OutOfMemory: The device has no memory for it.
+        """
         free = [window for window in range(self.windows) if window not in self._taken]
         if not free:
             raise ArenaFull(f"all {self.windows} windows are taken")
@@ -68,7 +78,11 @@ class Arena:
         return window
 
     def give_back(self, window: int) -> None:
-        """Pending work may still use it. Raises ValueError if it is not taken, or within a scope of `use`."""
+        """Give a window back; pending work may still use it.
+
+        Raises:
+            ValueError: It is not taken, or a scope of `use` is open on it.
+        """
         if window not in self._taken or self._fences.open(window):
             raise ValueError(f"window {window} is not taken, or is given back within its use")
         self._taken.remove(window)
@@ -76,10 +90,16 @@ class Arena:
     def use(
         self, stream: Stream, *, reads: Iterable[int] = (), writes: Iterable[int] = ()
     ) -> AbstractContextManager[DeviceEvent]:
-        """A scope: work given to the stream in it reads these windows, and writes those.
+        """Return a scope for work on windows, which gives the event behind that work.
 
-        It gives the event behind that work. Raises OutOfMemory before the scope is entered, and ValueError
-        if a window is not taken.
+        Args:
+            stream: The stream that the work in the scope is given to.
+            reads: Windows that the work reads.
+            writes: Windows that it writes.
+
+        Raises:
+            OutOfMemory: Before the scope is entered.
+            ValueError: A window is not taken.
         """
         reads, writes = tuple(reads), tuple(writes)
         if not self._taken.issuperset((*reads, *writes)):
@@ -87,13 +107,17 @@ class Arena:
         return self._fences.use(stream, reads=reads, writes=writes)
 
     def trim(self) -> None:
-        """Unmap what is behind no window that is taken or still used; never blocks. Raises OutOfMemory."""
+        """Unmap pages behind no window that is taken or in use; never blocks.
+
+        Raises:
+            OutOfMemory: An event could not be recorded.
+        """
         used = {window for window in range(self.windows) if not self._fences.settled([window])}
         for page in self._mapped.difference(*map(self._pages, self._taken | used)):
             self._release(page)
 
     def close(self) -> None:
-        """Wait for all work on windows and give back everything; again if it raised OutOfMemory."""
+        """Wait for all work on windows and give back everything; after OutOfMemory it may be called again."""
         if self.base:
             self._taken.clear()
             self._fences.settle(range(self.windows))
@@ -103,14 +127,14 @@ class Arena:
             self.base = 0
 
     def check_integrity(self) -> None:
-        """AssertionError says what is wrong."""
+        """Raise AssertionError if the bookkeeping is inconsistent."""
         whole = [window for window in range(self.windows) if not self._missing(window)]
         assert self._taken.issubset(whole), "a taken window is not backed"
         assert not self._mapped.difference(*map(self._pages, whole)), "a page stands behind no whole window"
         assert self.mapped_bytes <= self.budget_bytes, "more is mapped than the budget allows"
 
     def _back(self, window: int) -> None:
-        """Map what is missing behind a window. On an error nothing is mapped that was not before."""
+        """Map the missing pages of a window. On an error nothing is mapped that was not before."""
         new: list[int] = []
         try:
             for page in self._missing(window):

@@ -19,8 +19,8 @@ from .windows import KVWindows, KVWindowShape, Numbers
 class CpuKVWindows(KVWindows):
     """KV windows in ordinary memory.
 
-    `tensor` is all of them, [windows, layers, 2, kv_heads, tokens, head_dim]: only those that were taken may
-    be touched.
+    `tensor` is a view of all of them, `[windows, layers, 2, kv_heads, tokens, head_dim]`: only windows
+    that are taken may be touched.
     """
 
     def __init__(self, shape: KVWindowShape, budget_bytes: int) -> None:
@@ -33,19 +33,21 @@ class CpuKVWindows(KVWindows):
         self.tensor = torch.frombuffer(memory, dtype=shape.dtype).view(self.capacity, *shape.dims)
 
     def read(self, window: int) -> Numbers:
-        """A view."""
+        """See KVWindows.read; returns a view."""
         return element_view(self.tensor[window])
 
     def trim(self) -> None:
+        """See KVWindows.trim."""
         self.arena.trim()
 
     @contextmanager
     def written(self, window: int) -> Iterator[Numbers]:
+        """See KVWindows.written."""
         yield self.read(window)
 
 
 def element_view(tensor: torch.Tensor) -> npt.NDArray[np.float32] | npt.NDArray[np.uint16]:
-    """The tensor's memory as numpy sees it: float32, or the bits of bfloat16."""
+    """Return the tensor's memory as a numpy array: float32, or the bits of bfloat16 as uint16."""
     if tensor.dtype is torch.bfloat16:
         return tensor.view(torch.uint16).numpy()
     return tensor.numpy()

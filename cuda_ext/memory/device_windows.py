@@ -1,4 +1,4 @@
-"""KV windows in the memory of a device that the CPU does not reach."""
+"""KV windows in the memory of a device that the CPU cannot address."""
 
 from __future__ import annotations
 
@@ -16,13 +16,21 @@ from .windows import KVWindows, KVWindowShape, Numbers
 
 
 class DeviceKVWindows(KVWindows):
-    """They cross layer by layer: `landing` must have room for one. Memory is behind all of them from the
-    start: a request that was admitted shall not find that another program has taken it."""
+    """KV windows that are copied to and from the host layer by layer: the staging memory must hold one layer.
+
+    All of them are backed by memory from the start, so that an admitted request does not fail because another
+    program has taken the memory.
+    """
 
     def __init__(
         self, device: Device[Any], landing: Landing, shape: KVWindowShape, budget_bytes: int
     ) -> None:
-        """Raises ValueError if the budget does not hold one window, and OutOfMemory."""
+        """Allocate the windows.
+
+        Raises:
+            ValueError: The budget does not hold one window.
+            OutOfMemory: The device has not enough memory.
+        """
         super().__init__(device, shape, budget_bytes)
         for window in [self.take() for _ in range(self.capacity)]:
             self.give_back(window)
@@ -30,7 +38,11 @@ class DeviceKVWindows(KVWindows):
         self._element = np.dtype(np.uint16 if shape.dtype is torch.bfloat16 else np.float32)
 
     def read(self, window: int) -> Numbers:
-        """A copy. Raises OutOfMemory."""
+        """See KVWindows.read; returns a copy.
+
+        Raises:
+            OutOfMemory: The copy could not be made.
+        """
         numbers = np.empty(self.shape.dims, self._element)
         for layer, planes in enumerate(numbers):
             with self._landing.turn(), self.arena.use(Stream.COMPUTE, reads=[window]):
@@ -40,11 +52,16 @@ class DeviceKVWindows(KVWindows):
         return numbers
 
     def trim(self) -> None:
+        """See KVWindows.trim; does nothing, as all windows stay backed."""
         pass
 
     @contextmanager
     def written(self, window: int) -> Iterator[Numbers]:
-        """Raises OutOfMemory at the end of the scope; the window then holds anything."""
+        """See KVWindows.written.
+
+        Raises:
+            OutOfMemory: At the end of the scope; the window's contents are undefined then.
+        """
         numbers = np.zeros(self.shape.dims, self._element)
         yield numbers
         for layer, planes in enumerate(numbers):

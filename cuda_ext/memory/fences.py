@@ -1,4 +1,4 @@
-"""Who used a place of device memory last: what must be over before it is used again."""
+"""Ordering of uses of device memory: what must have ended before a place is used again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spilld.cuda_ext.errors import OutOfMemory
 
 
 class Mark:
-    """An event behind some work; if it could not be recorded for want of memory, it is when it is asked for.
+    """An event behind some work; if it cannot be recorded for want of memory, it is when it is needed.
 
     An event that is recorded late passes late, but never too early.
     """
@@ -23,18 +23,22 @@ class Mark:
         self._behind = {stream}  # streams whose later work comes after it
 
     def record(self) -> None:
+        """Record the event now, if there is memory for it."""
         with contextlib.suppress(OutOfMemory):
             self._recorded()
 
     def before(self, stream: Stream) -> None:
+        """See DeviceEvent.before."""
         if stream not in self._behind:
             self._recorded().before(stream)
             self._behind.add(stream)
 
     def passed(self) -> bool:
+        """See DeviceEvent.passed."""
         return self._recorded().passed()
 
     def synchronise(self) -> None:
+        """See DeviceEvent.synchronise."""
         self._recorded().synchronise()
 
     def _recorded(self) -> DeviceEvent:
@@ -44,7 +48,7 @@ class Mark:
 
 
 class Fences:
-    """Orders uses of numbered places on several streams; the host never waits for one."""
+    """Orders uses of numbered places on several streams; the host does not wait for them."""
 
     def __init__(self, device: Device[Any]) -> None:
         self._device = device
@@ -56,11 +60,21 @@ class Fences:
     def use(
         self, stream: Stream, *, reads: Iterable[int] = (), writes: Iterable[int] = ()
     ) -> Iterator[DeviceEvent]:
-        """Work that is given to the stream in this scope uses these places.
+        """Return a scope: work that is given to the stream in it uses these places.
 
-        It begins after the last write of what it reads, and after every use of what it writes. Yields the
-        event behind that work, which means something once the scope is left. Raises OutOfMemory before the
-        scope is entered. An error in the scope counts as work that was given.
+        The work begins after the last write of what it reads, and after every use of what it writes. An error
+        in the scope counts as work that was given.
+
+        Args:
+            stream: The stream that the work in the scope is given to.
+            reads: Places that the work reads.
+            writes: Places that it writes.
+
+        Yields:
+            The event behind that work, which is meaningful once the scope is left.
+
+        Raises:
+            OutOfMemory: Before the scope is entered.
         """
         reads, writes = tuple(reads), tuple(writes)
         for before in self._before(reads, writes):
@@ -76,20 +90,28 @@ class Fences:
             mark.record()
 
     def open(self, place: int) -> bool:
-        """Whether a scope that uses the place is not left yet."""
+        """Return whether a scope that uses the place is not left yet."""
         return any(place in places for places in self._open)
 
     def settled(self, places: Iterable[int]) -> bool:
-        """Whether nothing pending uses these places; never blocks. Raises OutOfMemory."""
+        """Return whether no pending work uses these places; never blocks.
+
+        Raises:
+            OutOfMemory: An event could not be recorded.
+        """
         return all(self._settled(place) for place in places)
 
     def settle(self, places: Iterable[int]) -> None:
-        """Block until nothing pending uses these places. Raises OutOfMemory."""
+        """Block until no pending work uses these places.
+
+        Raises:
+            OutOfMemory: An event could not be recorded.
+        """
         for mark in self._before((), tuple(places)):
             mark.synchronise()
 
     def _before(self, reads: tuple[int, ...], writes: tuple[int, ...]) -> Iterable[Mark]:
-        """What must be over before these uses; each once, in a fixed order."""
+        """What must have ended before these uses; each once, in a fixed order."""
         marks = [*map(self._written.get, (*reads, *writes))]
         for read in self._read.values():
             marks += map(read.get, writes)

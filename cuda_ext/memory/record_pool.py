@@ -1,4 +1,4 @@
-"""Hot blocks in device memory: a pool of slots, each of which holds a record."""
+"""A pool of slots in device memory, each of which holds a record that is cached on the device."""
 
 from __future__ import annotations
 
@@ -18,18 +18,23 @@ from .fences import Fences
 
 
 class PoolFull(Exception):
-    """Fewer slots are free than were asked for. Nothing was taken."""
+    """Fewer slots are free than were asked for. None was taken."""
 
 
 class RecordPool:
-    """A fixed number of slots in one allocation, and the only ledger of their bytes.
+    """A fixed number of slots in one allocation, and the only place where their bytes are counted.
 
     Slots may be given back and taken again while work still uses them: what is written to a slot waits, on
     the device, for the last reader of what was there before. Owned by one thread.
     """
 
     def __init__(self, device: Device[Any], budget_bytes: int, record_bytes: int) -> None:
-        """Raises ValueError when not even one record fits, and OutOfMemory."""
+        """Allocate the pool.
+
+        Raises:
+            ValueError: Not even one record fits the budget.
+            OutOfMemory: The device has not enough memory.
+        """
         self.budget_bytes, self.record_bytes = budget_bytes, record_bytes
         self.capacity = budget_bytes // record_bytes
         if self.capacity < 1:
@@ -42,17 +47,24 @@ class RecordPool:
 
     @property
     def free(self) -> int:
+        """Number of free slots."""
         return len(self._free)
 
     @property
     def used_bytes(self) -> int:
+        """Bytes of the slots that are taken."""
         return len(self._filled) * self.record_bytes
 
     def address(self, slot: int) -> int:
+        """Return the address of a slot."""
         return self._base + slot * self.record_bytes
 
     def take(self, n: int) -> list[int]:
-        """Slots that are now the caller's, and hold nothing. Raises PoolFull."""
+        """Return n slots that are now the caller's, and empty.
+
+        Raises:
+            PoolFull: Fewer are free.
+        """
         if n > len(self._free):
             raise PoolFull(f"{n} slots asked of the device, {len(self._free)} are free")
         slots = [self._free.popleft() for _ in range(n)]
@@ -60,7 +72,11 @@ class RecordPool:
         return slots
 
     def give_back(self, slots: Sequence[int]) -> None:
-        """Raises ValueError, changing nothing, if one is not taken, is named twice or is in use."""
+        """Give slots back; pending work may still use them.
+
+        Raises:
+            ValueError: A slot is not taken, is named twice or is within a scope of `use`; nothing changes.
+        """
         if len(set(slots)) != len(slots) or any(
             slot not in self._filled or self._fences.open(slot) for slot in slots
         ):
@@ -70,9 +86,14 @@ class RecordPool:
         self._free.extend(slots)
 
     def fill(self, slots: Sequence[int], sources: Sequence[int]) -> DeviceEvent:
-        """Copy records in from these addresses of registered host memory, which must stay until the event.
+        """Copy records into slots and return the event behind the copies.
 
-        Raises OutOfMemory; the slots then hold nothing, or what they held.
+        Args:
+            slots: Where they go.
+            sources: Addresses in registered host memory, which must stay as it is until the event.
+
+        Raises:
+            OutOfMemory: The slots are then empty, or hold what they held.
         """
         pairs = zip(slots, sources, strict=True)
         copies = [Copy(self.address(slot), source, self.record_bytes) for slot, source in pairs]
@@ -81,9 +102,14 @@ class RecordPool:
         return landed
 
     def drain(self, slots: Sequence[int], targets: Sequence[int]) -> DeviceEvent:
-        """Copy records out to these addresses of registered host memory, which are theirs until the event.
+        """Copy records out of slots and return the event behind the copies.
 
-        Raises OutOfMemory; nothing is copied then.
+        Args:
+            slots: Where they are.
+            targets: Addresses in registered host memory, which must not be used until the event.
+
+        Raises:
+            OutOfMemory: Nothing is copied then.
         """
         pairs = zip(slots, targets, strict=True)
         copies = [Copy(target, self.address(slot), self.record_bytes) for slot, target in pairs]
@@ -95,11 +121,21 @@ class RecordPool:
     def use(
         self, stream: Stream, *, reads: Iterable[int] = (), writes: Iterable[int] = ()
     ) -> Iterator[DeviceEvent]:
-        """Work given to the stream in this scope reads these slots, and overwrites those.
+        """Return a scope: work given to the stream in it reads and overwrites slots.
 
-        Yields the event behind that work, which means something once the scope is left.
-        An error in the scope leaves those that it writes with nothing. Raises OutOfMemory before the scope is
-        entered, and ValueError if a slot is not taken or what is read holds nothing.
+        An error in the scope leaves the slots that it writes empty.
+
+        Args:
+            stream: The stream that the work in the scope is given to.
+            reads: Slots that the work reads.
+            writes: Slots that it overwrites.
+
+        Yields:
+            The event behind that work, which is meaningful once the scope is left.
+
+        Raises:
+            OutOfMemory: Before the scope is entered.
+            ValueError: A slot is not taken, or one that is read is empty.
         """
         reads, writes = tuple(reads), tuple(writes)
         if not all(map(self._filled.get, reads)) or not self._filled.keys() >= set(writes):
@@ -110,18 +146,26 @@ class RecordPool:
             self._filled |= dict.fromkeys(writes, True)
 
     def settle(self) -> None:
-        """Block until nothing pending uses a slot. Raises OutOfMemory."""
+        """Block until no pending work uses a slot.
+
+        Raises:
+            OutOfMemory: An event could not be recorded.
+        """
         self._fences.settle(range(self.capacity))
 
     def close(self) -> None:
-        """Wait for all work on slots and free them. Raises OutOfMemory, and may be called again then."""
+        """Wait for all work on slots and free them.
+
+        Raises:
+            OutOfMemory: It may be called again then.
+        """
         if self._base:
             self.settle()
             self._device.free(self._base)
             self._base = 0
 
     def check_integrity(self) -> None:
-        """Free and taken slots partition the pool. AssertionError says otherwise."""
+        """Raise AssertionError unless free and taken slots partition the pool."""
         assert sorted([*self._free, *self._filled]) == list(range(self.capacity)), (
             "a slot is lost, or twice there"
         )

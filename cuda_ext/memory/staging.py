@@ -1,4 +1,4 @@
-"""Where what a step's kernels take and give crosses between host and device memory."""
+"""Staging memory for what a step's kernels read and write: it crosses between host and device here."""
 
 from __future__ import annotations
 
@@ -19,17 +19,22 @@ ALIGNMENT = 256
 
 
 class LandingFull(Exception):
-    """More is to cross at a time than there is room for."""
+    """More is to cross at a time than there is staging memory for."""
 
 
 class Landing:
-    """As much registered host memory as device memory, both used from the start again in each `turn`.
+    """Staging: as much registered host memory as device memory, used from the start again in each `turn`.
 
     Owned by one thread; all work is on the compute stream.
     """
 
     def __init__(self, device: Device[Any], nbytes: int) -> None:
-        """Raises OutOfMemory and RegistrationRefused."""
+        """Allocate and register the memory.
+
+        Raises:
+            OutOfMemory: The device has not enough memory.
+            RegistrationRefused: The host memory cannot be pinned.
+        """
         self.nbytes = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self._device = device
         self._fences = Fences(device)
@@ -44,43 +49,79 @@ class Landing:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """A scope in which memory is taken; all of the last one's is free again. Raises OutOfMemory."""
+        """Return a scope in which staging memory is taken; what the last scope took is free again.
+
+        Raises:
+            OutOfMemory: An event could not be recorded.
+        """
         self._fences.settle([0])
         self._used = 0
         with self._fences.use(Stream.COMPUTE, writes=[0]):
             yield
 
     def settle(self) -> None:
-        """Block until what was given to the device in the last turn is done. Raises OutOfMemory."""
+        """Block until what was given to the device in the last turn is done.
+
+        Raises:
+            OutOfMemory: An event could not be recorded.
+        """
         self._fences.settle([0])
 
     def bring(self, *arrays: npt.NDArray[Any]) -> list[int]:
-        """The addresses on the device of these arrays' numbers, in C order. Raises as `send`."""
+        """Copy arrays to the device, in C order, and return their addresses there.
+
+        Raises:
+            LandingFull: There is not enough staging memory.
+            OutOfMemory: The copies could not be begun.
+        """
         places = [self._take(array.nbytes) for array in arrays]
         self._send([(array, at, self._there + at) for array, at in zip(arrays, places, strict=True)])
         return [self._there + at for at in places]
 
     def send(self, array: npt.NDArray[Any], to: int) -> None:
-        """Copy an array's numbers, in C order, to an address. Raises LandingFull and OutOfMemory."""
+        """Copy an array's numbers, in C order, to an address on the device.
+
+        Raises:
+            LandingFull: There is not enough staging memory.
+            OutOfMemory: The copy could not be begun.
+        """
         self._send([(array, self._take(array.nbytes), to)])
 
     def room(self, shape: Sequence[int], dtype: npt.DTypeLike = np.float32) -> int:
-        """The address of so much device memory, which holds anything. Raises LandingFull."""
+        """Return the address of uninitialised device memory for an array.
+
+        Raises:
+            LandingFull: There is not enough staging memory.
+        """
         return self._there + self._take(math.prod(shape) * np.dtype(dtype).itemsize)
 
     def fetch(
         self, address: int, shape: Sequence[int], dtype: npt.DTypeLike = np.float32
     ) -> npt.NDArray[Any]:
-        """What lies at an address on the device: it is there once the turn has settled, until the next.
+        """Copy an array from the device to the host.
 
-        Raises LandingFull and OutOfMemory.
+        Args:
+            address: Where it lies on the device.
+            shape: The array's.
+            dtype: The array's.
+
+        Returns:
+            The array, which is filled once the turn has settled, and valid until the next turn.
+
+        Raises:
+            LandingFull: There is not enough staging memory.
+            OutOfMemory: The copy could not be begun.
         """
         found = self._view(self._take(math.prod(shape) * np.dtype(dtype).itemsize), shape, dtype)
         self._device.copy(Stream.COMPUTE, [Copy(found.ctypes.data, address, found.nbytes)])
         return found
 
     def close(self) -> None:
-        """Raises OutOfMemory, and may be called again then."""
+        """Give back the memory.
+
+        Raises:
+            OutOfMemory: It may be called again then.
+        """
         self._fences.settle([0])
         self._device.unregister(self._here.ctypes.data)
         self._device.free(self._there)
@@ -92,7 +133,7 @@ class Landing:
         return at
 
     def _send(self, pieces: Iterable[tuple[npt.NDArray[Any], int, int]]) -> None:
-        """Of each array the place in host memory, and the address on the device."""
+        """Copy arrays, each given with its place in host memory and its address on the device."""
         copies = []
         for array, at, to in pieces:
             here = self._view(at, array.shape, array.dtype)

@@ -21,7 +21,7 @@ Numbers = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class KVWindowShape:
-    """What one KV window holds: K and V of so many tokens in every layer."""
+    """Shape of a KV window: K and V of so many tokens in every layer."""
 
     tokens: int
     layers: int
@@ -31,23 +31,30 @@ class KVWindowShape:
 
     @property
     def layer_bytes(self) -> int:
+        """Bytes of one layer."""
         return 2 * self.kv_heads * self.tokens * self.head_dim * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
+        """Bytes of a window."""
         return self.layers * self.layer_bytes
 
     @property
     def dims(self) -> tuple[int, int, int, int, int]:
-        """Of Numbers: token-major, so that stock attention kernels run over a layer."""
+        """Dimensions of Numbers: token-major, so that stock attention kernels run over a layer."""
         return self.layers, 2, self.kv_heads, self.tokens, self.head_dim
 
 
 class KVWindows(ABC):
-    """As many windows as a budget of device bytes holds; memory stands behind those that were taken."""
+    """As many KV windows as a budget of device bytes holds; those that were taken are backed by memory."""
 
     def __init__(self, device: Device[Any], shape: KVWindowShape, budget_bytes: int) -> None:
-        """Raises ValueError if the budget does not hold one window, and OutOfMemory."""
+        """Reserve addresses for the windows.
+
+        Raises:
+            ValueError: The budget does not hold one window.
+            OutOfMemory: No such range of addresses is free.
+        """
         self.shape = shape
         self.budget_bytes = budget_bytes
         self.capacity = budget_bytes // device.page_bytes * device.page_bytes // shape.nbytes
@@ -60,35 +67,46 @@ class KVWindows(ABC):
 
     @property
     def free(self) -> int:
-        """Windows that can be taken now."""
+        """Number of windows that can be taken now."""
         return self.capacity - self.arena.taken
 
     @property
     def used_bytes(self) -> int:
+        """Bytes of the windows that are taken."""
         return self.arena.taken * self.shape.nbytes
 
     def take(self) -> int:
-        """The number of a window that is now the caller's, and holds anything. Raises ArenaFull, and
-        OutOfMemory where none is behind it yet."""
+        """Return the number of a window that is now the caller's, uninitialised.
+
+        Raises:
+            ArenaFull: No window is free, or the budget backs no more of them.
+            OutOfMemory: The window is not backed yet, and the device has no memory for it.
+        """
         return self.arena.take()
 
     def give_back(self, window: int) -> None:
-        """Raises ValueError if it is not taken."""
+        """Give a window back.
+
+        Raises:
+            ValueError: It is not taken.
+        """
         self.arena.give_back(window)
 
     def address(self, window: int, layer: int) -> int:
-        """Of the layer's planes, [2, kv_heads, tokens, head_dim]."""
+        """Return the address of a layer's planes, `[2, kv_heads, tokens, head_dim]`."""
         return self.arena.address(window) + layer * self.shape.layer_bytes
 
     @abstractmethod
     def read(self, window: int) -> Numbers:
-        """What a window holds, to be looked at before anything else is asked of the device."""
+        """Return what a window holds, valid until the device is used again."""
 
     @abstractmethod
     def written(self, window: int) -> AbstractContextManager[Numbers]:
-        """Memory for what a window is to hold from the end of the scope on; what is not written there may be
-        anything."""
+        """Return a scope that gives memory for what the window is to hold from the scope's end on.
+
+        What is not written there is undefined.
+        """
 
     @abstractmethod
     def trim(self) -> None:
-        """Give back memory of the process that is behind windows that nobody has."""
+        """Give back memory of the process behind windows that are not taken."""

@@ -50,7 +50,8 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class ArchivedRun:
     """Blocks [first, first + count) of the sequence, or its checkpoint. upto: it belongs to the chain of so
-    many blocks, which of a checkpoint are those before its tokens."""
+    many blocks, which of a checkpoint are those before its tokens.
+    """
 
     run: RunKey
     first: int
@@ -62,7 +63,8 @@ class ArchivedRun:
 @dataclass(frozen=True)
 class Manifest:
     """What an archive holds. position: so many tokens need not be computed, 0 without runs; the checkpoint is
-    the last of the runs. about: plain data that means something to whoever wrote it."""
+    the last of the runs. about: plain data that means something to whoever wrote it.
+    """
 
     layouts: StoreLayout
     fingerprint: bytes
@@ -84,7 +86,7 @@ class Manifest:
 
     @cached_property
     def chain(self) -> list[bytes]:
-        """root and the chain hashes of all whole blocks, without a tenant."""
+        """Root and the chain hashes of all whole blocks, without a tenant."""
         first = root(self.fingerprint, self.layouts.format)
         return [first, *chain(first, self.tokens, len(self.tokens) // BLOCK)]
 

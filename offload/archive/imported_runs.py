@@ -35,7 +35,8 @@ class ImportedRuns:
 
     def __init__(self, store: Store, parts: Sequence[ImportedRun]) -> None:
         """Reserve room for all. Raises TierFull or WriteFailed; nothing has changed then, but that other
-        runs may have been evicted."""
+        runs may have been evicted.
+        """
         if store.disk is None:
             raise ExtentMissing("there is no disk tier")
         self._store = store

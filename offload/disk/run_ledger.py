@@ -43,7 +43,8 @@ class StoredRun:
 
 class RunLedger:
     """Runs by key, those of a run that is being moved in the place that its row names; and all by place, also
-    where runs are being moved to, and where those that were moved are still held."""
+    where runs are being moved to, and where those that were moved are still held.
+    """
 
     def __init__(self) -> None:
         self._runs: dict[RunKey, StoredRun] = {}

@@ -59,7 +59,8 @@ class Spiller:
         self, disk: DiskTier, extent_bytes: int, on_write: Callable[[float], object] = lambda seconds: None
     ) -> None:
         """extent_bytes: the largest extent that will be written. on_write: told how long each run took that
-        was written, by the owner's thread."""
+        was written, by the owner's thread.
+        """
         self._disk = disk
         self._on_write = on_write
         self._scratch = page_aligned(round_up(extent_bytes, PAGE), huge=True)

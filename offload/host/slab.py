@@ -111,7 +111,8 @@ class HostSlab:
 
     def give_back(self) -> None:
         """Let the kernel have the memory of free rows, as far as it is whole pages; of a pinned slab it gets
-        nothing, for a device would go on using the pages that were there."""
+        nothing, for a device would go on using the pages that were there.
+        """
         if self.pinned:
             return
         for pool in self._pools:

@@ -1,7 +1,7 @@
-"""Bits and bytes inside numba kernels: float32 <-> bfloat16, planes, byte tiles.
+"""Bits and bytes in numba kernels: float32 <-> bfloat16, planes, byte tiles.
 
 A bfloat16 is the uint16 of its bits; numpy has none. A NaN becomes the one quiet NaN 0x7FC0, whatever
-its sign and payload: what a CPU or a GPU makes of `inf - inf` differs, the stored bytes must not.
+its sign and payload: CPUs and GPUs differ in what they make of `inf - inf`, and the stored bytes must not.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ device = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc
 inlined = njit(
     nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True
 )
-"""The same, which LLVM copies to where it is called; inside.py says why numba does not."""
+"""The same, which LLVM copies to where it is called; inline.py says why numba does not."""
 
 
 @intrinsic
 def f32_bits(_context: Any, _x: Any) -> Any:
-    """uint32 bits of a float32."""
+    """Return the bits of a float32 as uint32."""
 
     def build(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(32))
@@ -40,7 +40,7 @@ def f32_bits(_context: Any, _x: Any) -> Any:
 
 @intrinsic
 def bits_f32(_context: Any, _bits: Any) -> Any:
-    """The float32 whose bits a uint32 holds."""
+    """Return the float32 with these uint32 bits."""
 
     def build(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
@@ -50,13 +50,13 @@ def bits_f32(_context: Any, _bits: Any) -> Any:
 
 @device
 def bf16_to_f32(bits: Any) -> Any:
-    """Exact."""
+    """Widen a bfloat16 to float32, exactly."""
     return bits_f32(np.uint32(bits) << np.uint32(16))
 
 
 @device
 def f32_to_bf16_nearest(x: Any) -> Any:
-    """Ties to even; beyond the largest finite bfloat16 to infinity."""
+    """Round to the nearest bfloat16, ties to even; beyond the largest finite one to infinity."""
     bits = f32_bits(x)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     rounded = np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
@@ -65,7 +65,7 @@ def f32_to_bf16_nearest(x: Any) -> Any:
 
 @device
 def f32_to_bf16_up(x: Any) -> Any:
-    """The smallest bfloat16 >= x, possibly +inf."""
+    """Return the smallest bfloat16 >= x, possibly +inf."""
     bits = f32_bits(x)
     away = np.uint32(0) if bits >> np.uint32(31) else np.uint32(0xFFFF)
     rounded = np.uint16((bits + away) >> np.uint32(16))
@@ -74,7 +74,7 @@ def f32_to_bf16_up(x: Any) -> Any:
 
 @device
 def f32_to_bf16_down(x: Any) -> Any:
-    """The largest bfloat16 <= x, possibly -inf."""
+    """Return the largest bfloat16 <= x, possibly -inf."""
     bits = f32_bits(x)
     away = np.uint32(0xFFFF) if bits >> np.uint32(31) else np.uint32(0)
     rounded = np.uint16((bits + away) >> np.uint32(16))
@@ -83,7 +83,7 @@ def f32_to_bf16_down(x: Any) -> Any:
 
 @device
 def part(record: Any, planes: Any, plane: Any, parts: Any, index: Any) -> Any:
-    """One of the equal parts of a plane, as bytes; planes is int64 [planes, (offset, size)]."""
+    """Return one of the equal parts of a plane, as bytes; planes is int64 [planes, (offset, size)]."""
     size = planes[plane, 1] // parts
     start = planes[plane, 0] + index * size
     return record[start : start + size]
@@ -91,7 +91,7 @@ def part(record: Any, planes: Any, plane: Any, parts: Any, index: Any) -> Any:
 
 @device
 def words(source: Any) -> Any:
-    """The whole uint32 words of an array of bytes."""
+    """Return the whole uint32 words of an array of bytes."""
     return source[: len(source) // 4 * 4].view(np.uint32)
 
 
@@ -106,7 +106,7 @@ def copy_rows(source: Any, source_stride: Any, target: Any, target_stride: Any, 
 
 @device
 def transpose8(source: Any, at: Any, tile: Any) -> None:
-    """tile[0..7] = the transposed 8 x 8 bytes whose rows are the uint64 source[at], source[at + 8], ...
+    """Transpose 8 x 8 bytes, whose rows are the uint64 source[at], source[at + 8], ..., into tile[0..7].
 
     Exchanges the off-diagonal squares of 1, 2 and 4 bytes (Warren, Hacker's Delight, section 7-3).
     """

@@ -1,9 +1,9 @@
 """Functions that are compiled as parts of the kernels that call them.
 
-What numba compiles as a function of its own is optimised and made machine code, and then, in each kernel that
-calls it, once more. Its inline="always" avoids that, but copies every variable of the caller for every block
-of the callee: putting a large kernel together takes seconds. A function of this kind is typed by itself, and
-joins the kernel's module before that is optimised.
+A function that numba compiles on its own is optimised and made machine code, and then, in each kernel that
+calls it, once more. Numba's inline="always" avoids that, but copies every variable of the caller for every
+block of the callee: building a large kernel then takes seconds. A function of this kind is typed by itself,
+and joins the kernel's module before that is optimised.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from numba.extending import intrinsic
 
 
 def inside(function_for: Callable[..., Any], literals: int = 0) -> Any:
-    """A function for kernels, call(*numbers, *args): function(*args), which returns nothing.
+    """Return a function for kernels, call(*numbers, *args), that runs function(*args) and returns nothing.
 
-    function_for: gives the function, one compiled by numba, for as many numbers as `literals`, which kernels
-    capture or name as constants.
+    Args:
+        function_for: Returns the function, one compiled by numba, for as many numbers as `literals`, which
+            kernels capture or name as constants.
+        literals: How many leading numbers there are.
     """
 
     @intrinsic(prefer_literal=True)
@@ -41,12 +43,12 @@ def inside(function_for: Callable[..., Any], literals: int = 0) -> Any:
 
 
 def joined(function: Any) -> Any:
-    """`inside` for a function that is always the same one."""
+    """Return a function for kernels, as `inside` does, where it is always the same one."""
     return inside(lambda: function)
 
 
 def compile_inside(context: Any, dispatcher: Any, kinds: Any) -> Any:
-    """What a dispatcher's function is for these types, as a part of the kernel that is being compiled."""
+    """Compile a dispatcher's function for these types, as a part of the kernel that is being compiled."""
     flags = compiler.Flags()
     dispatcher.targetdescr.options.parse_as_flags(flags, dispatcher.targetoptions)
     flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
@@ -59,7 +61,7 @@ def compile_inside(context: Any, dispatcher: Any, kinds: Any) -> Any:
 
 
 def call_compiled(context: Any, builder: Any, compiled: Any, values: Any) -> Any:
-    """(status, result)"""
+    """Emit a call of a compiled function and return (status, result)."""
     function = context.declare_function(builder.module, compiled.fndesc)
     result, kinds = compiled.signature.return_type, compiled.signature.args
     return context.call_conv.call_function(builder, function, result, kinds, values)

@@ -1,20 +1,20 @@
-"""numba's cache on disk, for processes that compile at the same time.
+"""Makes numba's cache on disk safe for processes that compile at the same time.
 
-numba writes a kernel into a function's index, then its machine code into a file, and locks neither. Of two
+Numba writes a kernel into a function's index, then its machine code into a file, and locks neither. Of two
 processes that compile two kernels of one function, both may choose the same file: the index then names one
-and the file has the other, and whoever loads it runs code for other shapes, over memory that is not its own.
-Here each holds a lock on the function's index meanwhile.
+and the file has the other, and a process that loads it runs code for other shapes, over memory that is not
+its own. Here each process locks the function's index meanwhile.
 
-It names what it compiles by counting, from 1 in every process: two kernels of one function that two processes
-compiled may have parts of one name, and a third that loads both calls the parts of one from the other. Here
-each process counts from somewhere else.
+Numba names compiled functions by a counter that starts from 1 in every process: kernels of one function that
+two processes compiled may have parts of the same name, and a third process that loads both calls the parts of
+one from the other. Here each process starts the counter at a random number.
 
-And both would compile the same kernel. Here the second waits for what the first compiles, and loads it.
+Two processes would also both compile the same kernel. Here the second waits for the first, and loads it.
 
-numba compiles a kernel again when the file that it is in has changed; here also when what it may have inlined
-has, so that an update does not go on with the old machine code.
+Numba compiles a kernel again when the file that it is in has changed. Here it does so, too, when a file that
+the kernel may have inlined has changed, so that an update does not go on with the old machine code.
 
-Importing this is enough; whatever decorates a kernel that is cached imports it before.
+Importing this module is enough; every module that decorates a cached kernel imports it first.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ CONSTANTS = KERNELS.parent / "record.py"
 
 @cache
 def sources(folder: Path = KERNELS, *others: Path) -> bytes:
-    """A hash of all modules of a folder, and of other files."""
+    """Return a hash of all modules of a folder, and of other files."""
     digest = sha256()
     for path in (*sorted(folder.rglob("*.py")), *others):
         digest.update(sha256(path.read_bytes()).digest())
@@ -70,7 +70,7 @@ def _whole(stamp: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _opened(path: str) -> Iterator[int | None]:
-    """A file for locks; None where nobody writes."""
+    """Open a file for locks; gives None where it cannot be opened."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -114,7 +114,7 @@ def _once(compile_kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wait(lock: int, key: object) -> None:
-    """Lock a kernel's byte of a file, if that can be had in time."""
+    """Lock a kernel's byte of a file, unless that takes longer than PATIENCE_S."""
     place = int.from_bytes(sha256(repr(key).encode()).digest()[:7])
     request = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0)
     deadline = time.monotonic() + PATIENCE_S

@@ -1,13 +1,13 @@
-"""Threads that share the units of a kernel: OpenMP's parallel loop, for a machine that has other work, too.
+"""Threads that share the units of a kernel: a parallel loop for a machine that also does other work.
 
 OpenMP's threads meet at the end of every loop, also those that came too late to find work: where another
 process has the core of one, each of a token's hundred loops waits for the scheduler. Here units are claimed
-one by one, and a loop ends when its units have: a thread that does not run holds up nobody but in the midst
-of a unit. A thread without work spins for microseconds and then sleeps.
+one by one, and a loop ends when its units have ended: a thread that is descheduled delays the loop only while
+it is in a unit. A thread without work spins for microseconds and then sleeps.
 
 A word holds the number of the loop and that of the next unit. A claim is a compare-and-swap of it: if it
-succeeds the loop had not ended when its description was read, so that this was whole. Loops of two callers do
-not meet: the second one runs its units itself.
+succeeds, the loop had not ended when its description was read, so that the description was consistent. Loops
+of two callers do not share the threads: the second caller runs its units itself.
 """
 
 from __future__ import annotations
@@ -65,8 +65,14 @@ _lock = threading.Lock()
 
 
 def use(count: int | None) -> None:
-    """From now on loops are shared by so many threads, the caller's among them; None: one for each core that
-    this process may use. Raises ValueError unless count is positive."""
+    """Set how many threads share a loop from now on, the caller's among them.
+
+    Args:
+        count: The number of threads; None means one for each core that this process may use.
+
+    Raises:
+        ValueError: The count is not positive.
+    """
     count = len(os.sched_getaffinity(0)) if count is None else count
     if count < 1:
         raise ValueError(f"{count} threads cannot run a loop")
@@ -79,22 +85,30 @@ def use(count: int | None) -> None:
 
 
 def used() -> int:
-    """How many threads share a loop."""
+    """Return how many threads share a loop."""
     return max(1, int(_state[LIMIT]))
 
 
 def check(failed: int) -> None:
-    """Raises MemoryError if units failed: what they should have written is undefined."""
+    """Check how many units of a loop failed; what these should have written is undefined.
+
+    Raises:
+        MemoryError: Some units failed, for want of memory.
+    """
     if failed:
         raise MemoryError(f"{failed} parts of a kernel got no memory")
 
 
 def spreading(unit_for: Callable[..., Any], literals: int = 0) -> Any:
-    """A function for kernels, spread(count, *numbers, *args): unit(i, *args) for every 0 <= i < count, in any
-    order, on all threads. It returns how many units failed, for which there was no memory.
+    """Return a function for kernels, spread(count, *numbers, *args), that runs a loop on all threads.
 
-    unit_for: gives the unit, a function compiled by numba that returns nothing, for as many numbers as
-    `literals`, which kernels capture or name as constants.
+    It runs unit(i, *args) for every 0 <= i < count, in any order, and returns how many units failed, for
+    want of memory.
+
+    Args:
+        unit_for: Returns the unit, a function compiled by numba that returns nothing, for as many numbers as
+            `literals`, which kernels capture or name as constants.
+        literals: How many leading numbers there are.
     """
 
     @intrinsic(prefer_literal=True)
@@ -119,7 +133,7 @@ def spreading(unit_for: Callable[..., Any], literals: int = 0) -> Any:
 
 
 def _body(context: Any, builder: Any, compiled: Any, block: Any) -> Any:
-    """A function (context, unit) that calls a unit with what the context, a block, holds."""
+    """Emit a function (context, unit) that calls a unit with the arguments that the context holds."""
     name = builder.module.get_unique_name("spilld_unit")
     function = ir.Function(builder.module, BODY, name)
     function.linkage = "internal"
@@ -138,7 +152,7 @@ _compiled = njit(nogil=True, error_model="numpy", cache=True)
 
 @_compiled
 def _share(body: Any, context: Any, count: Any) -> Any:
-    """The caller's part of a loop."""
+    """Run a loop on the caller's thread, and on others where they are free."""
     failed = 0
     if count < 2 or _load(LIMIT) < 2 or not _swap(OWNED, 0, 1):
         for unit in range(count):
@@ -167,7 +181,7 @@ def _share(body: Any, context: Any, count: Any) -> Any:
 
 @_compiled
 def _claim() -> None:
-    """Run units of the loop that there is while it has any."""
+    """Claim and run units of the current loop while it has any."""
     while True:
         word = _load(WORD)
         unit, count = word & NUMBER, _load(COUNT)
@@ -182,7 +196,7 @@ def _claim() -> None:
 
 @_compiled
 def _help(number: Any) -> None:
-    """A thread's life."""
+    """Run a worker thread: take part in loops, spin, sleep."""
     seen = looks = 0
     while True:
         epoch = _load(EPOCH)
@@ -232,7 +246,7 @@ def _add(_typing: Any, _line: Any, _value: Any) -> Any:
 
 @intrinsic
 def _swap(_typing: Any, _line: Any, _old: Any, _new: Any) -> Any:
-    """Whether the old value was there, and the new one is."""
+    """Replace the old value by the new one and return whether the old one was there."""
 
     def build(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         pair = builder.cmpxchg(_place(builder, args[0]), args[1], args[2], "seq_cst")
@@ -243,7 +257,7 @@ def _swap(_typing: Any, _line: Any, _old: Any, _new: Any) -> Any:
 
 @intrinsic
 def _run(_typing: Any, _body: Any, _context: Any, _unit: Any) -> Any:
-    """What the function at an address returns for a unit."""
+    """Call the function at an address for a unit and return its result."""
 
     def build(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         body = builder.inttoptr(args[0], BODY.as_pointer())
@@ -254,7 +268,7 @@ def _run(_typing: Any, _body: Any, _context: Any, _unit: Any) -> Any:
 
 @intrinsic
 def _pause(_typing: Any) -> Any:
-    """Tell the core that this is a loop which waits."""
+    """Tell the core that this is a spin loop."""
 
     def build(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
         name, values = PAUSE
@@ -267,7 +281,7 @@ def _pause(_typing: Any) -> Any:
 
 @intrinsic
 def _yield(_typing: Any) -> Any:
-    """Let another thread have the core."""
+    """Yield the core to another thread."""
 
     def build(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
         function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, []), "sched_yield")
@@ -279,7 +293,7 @@ def _yield(_typing: Any) -> Any:
 
 @intrinsic
 def _futex(_typing: Any, _line: Any, _operation: Any, _value: Any) -> Any:
-    """futex(2) on the lower half of a line, without a timeout."""
+    """Call futex(2) on the lower half of a line, without a timeout."""
 
     def build(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(I64, [I64], var_arg=True)

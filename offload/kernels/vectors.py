@@ -1,4 +1,4 @@
-"""Vectors of float32 in LLVM's own language: what lanes.py builds its loops from.
+"""Vectors of float32 in LLVM IR, which tiles.py, products.py and row_operations.py build their loops from.
 
 Every function emits code at `builder` and returns IR values; nothing here runs when a kernel does.
 """
@@ -37,10 +37,12 @@ class Sums:
         return slot
 
     def add(self, row: int, part: int, factor: Any, vector: Any) -> None:
+        """Add factor * vector to one of the sums."""
         slot = self._slots[row][part]
         self._builder.store(multiply_add(self._builder, factor, vector, self._builder.load(slot)), slot)
 
     def store(self, places: Sequence[Sequence[Any]]) -> None:
+        """Store every sum at its place."""
         for row, slots in zip(places, self._slots, strict=True):
             for place, slot in zip(row, slots, strict=True):
                 target = vector_address(self._builder, place, self._width)
@@ -48,7 +50,7 @@ class Sums:
 
 
 def exp(builder: Any, x: Any) -> Any:
-    """exp of a vector, relative error below 2^-21 + |x| 2^-24; 0 below -87, infinity above 88, NaN of NaN.
+    """Emit exp of a vector: relative error below 2^-21 + |x| 2^-24; 0 below -87, inf above 88, NaN of NaN.
 
     exp(x) = 2^n 2^f, n + f = x / ln 2, |f| <= 1/2. The polynomial is 1 at 0 and else the best for the
     relative error of 2^f, found by least squares at Chebyshev's nodes: 1.5e-7. n is added to the exponent.
@@ -74,14 +76,14 @@ def exp(builder: Any, x: Any) -> Any:
 
 @contextmanager
 def each(builder: Any, first: Any, last: Any) -> Iterator[Any]:
-    """A loop over first <= index < last; gives the index."""
+    """Emit a loop over first <= index < last; gives the index."""
     bounds = [I64(end) if isinstance(end, int) else end for end in (first, last)]
     with cgutils.for_range_slice(builder, *bounds, I64(1)) as (index, _):
         yield index
 
 
 def pointers(context: Any, builder: Any, signature: Any, args: Any) -> list[Any]:
-    """The data pointer of every array argument, None in the place of others."""
+    """Return the data pointer of every array argument, None in the place of others."""
     return [
         context.make_array(kind)(context, builder, arg).data if isinstance(kind, types.Array) else None
         for kind, arg in zip(signature.args, args, strict=True)
@@ -89,7 +91,7 @@ def pointers(context: Any, builder: Any, signature: Any, args: Any) -> list[Any]
 
 
 def address(builder: Any, pointer: Any, terms: Sequence[Any]) -> Any:
-    """pointer + the sum of terms: an int, an IR integer, or a pair (IR integer, factor)."""
+    """Return pointer + the sum of terms: each is an int, an IR integer, or a pair (IR integer, factor)."""
     index: Any = I64(0)
     for term in terms:
         if isinstance(term, tuple):
@@ -99,11 +101,12 @@ def address(builder: Any, pointer: Any, terms: Sequence[Any]) -> Any:
 
 
 def vector_address(builder: Any, place: Any, width: int) -> Any:
+    """Cast the address of a number to that of a vector of `width` numbers."""
     return builder.bitcast(place, ir.VectorType(place.type.pointee, width).as_pointer())
 
 
 def load(builder: Any, pointer: Any, terms: Sequence[Any], width: int) -> Any:
-    """`width` neighbours from pointer + terms; no alignment beyond the element's is assumed."""
+    """Load `width` neighbours from pointer + terms; no alignment beyond the element's is assumed."""
     place = vector_address(builder, address(builder, pointer, terms), width)
     element = pointer.type.pointee
     return builder.load(place, align=4 if element == F32 else element.width // 8)
@@ -121,27 +124,29 @@ def fetch(builder: Any, pointer: Any, terms: Sequence[Any], count: int) -> None:
 
 
 def broadcast(builder: Any, scalar: Any, width: int) -> Any:
+    """Return a vector with the scalar in every lane."""
     empty = ir.Constant(ir.VectorType(scalar.type, width), ir.Undefined)
     return builder.shuffle_vector(builder.insert_element(empty, scalar, I32(0)), empty, constant(0, width))
 
 
 def splat(builder: Any, pointer: Any, terms: Sequence[Any], width: int) -> Any:
-    """The number at pointer + terms in every lane."""
+    """Load the number at pointer + terms into every lane."""
     return broadcast(builder, builder.load(address(builder, pointer, terms)), width)
 
 
 def constant(value: float, width: int) -> Any:
+    """Return a constant vector with the value in every lane."""
     element = F32 if isinstance(value, float) else I32
     return ir.Constant(ir.VectorType(element, width), [value] * width)
 
 
 def multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
-    """x * y + z, fused where the machine can."""
+    """Return x * y + z, fused where the machine can."""
     return builder.fadd(builder.fmul(x, y, flags=("contract",)), z, flags=("contract",))
 
 
 def floats(builder: Any, codes: Any) -> Any:
-    """A vector of int8, bf16 bits or float32 as float32, exactly."""
+    """Convert a vector of int8, bf16 bits or float32 to float32, exactly."""
     element, width = codes.type.element, codes.type.count
     floats = ir.VectorType(F32, width)
     if element == F32:
@@ -153,7 +158,7 @@ def floats(builder: Any, codes: Any) -> Any:
 
 
 def call(builder: Any, name: str, result: Any, *args: Any, flags: Sequence[str] = ()) -> Any:
-    """An LLVM intrinsic overloaded on its last argument, a vector of float32."""
+    """Call an LLVM intrinsic overloaded on its last argument, a vector of float32."""
     kind = ir.FunctionType(result, [arg.type for arg in args])
     function = cgutils.get_or_insert_function(builder.module, kind, f"{name}.v{args[-1].type.count}f32")
     return builder.call(function, args, fastmath=flags)

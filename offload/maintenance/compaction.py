@@ -69,7 +69,8 @@ class Compaction:
     ) -> None:
         """extent_bytes: the largest extent that is moved; rate: bytes of runs that move in a second, and may
         move at once. The last move may exceed them, and the next waits for that. wear: what moves count
-        against, and wait for while it is short."""
+        against, and wait for while it is short.
+        """
         self._disk = disk
         self._cache = cache
         self._clock = clock

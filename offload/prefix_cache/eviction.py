@@ -108,7 +108,8 @@ class S3Fifo:
 
 class Eviction:
     """All entries, and which goes next: of the lowest priority that may, the first by the policy. Changes of
-    an unknown key raise KeyError, and change nothing."""
+    an unknown key raise KeyError, and change nothing.
+    """
 
     def __init__(self, policy: Callable[[], Policy] = S3Fifo) -> None:
         self.used_bytes = 0

@@ -71,7 +71,8 @@ class RunCache:
 
     def find(self, hashes: Sequence[bytes], first: int) -> list[RunRef]:
         """The longest chain of blocks first, first + 1, ... that is here and whose extents a reader with
-        buffers of extent_bytes can take. An index that cannot be asked knows none."""
+        buffers of extent_bytes can take. An index that cannot be asked knows none.
+        """
         found = _or_nothing(self._tier.index.chain, hashes, first)
         return list(itertools.takewhile(lambda ref: self._readable(ref.run), found))
 
@@ -94,7 +95,8 @@ class RunCache:
 
     def acquire(self, runs: Sequence[RunKey]) -> None:
         """Hold runs that a request found here, which tells the policy that they are worth keeping. Once a
-        request, the start of the chain first."""
+        request, the start of the chain first.
+        """
         self.hold(runs)
         for run in runs:
             self._eviction.hit(run)
@@ -126,7 +128,8 @@ class RunCache:
 
     def prioritise(self, runs: Iterable[RunKey], priority: int) -> None:
         """Runs of a higher priority are evicted after all of a lower one; 0 at first. Unknown ones are
-        ignored."""
+        ignored.
+        """
         for run in runs:
             if run in self._parents:
                 self._eviction.prioritise(run, priority)

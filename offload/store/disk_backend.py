@@ -94,7 +94,8 @@ class DiskBackend:
 
     def note(self, failure: WriteFailed) -> None:
         """A run was not written. Degrade to no disk tier: what is on disk stays readable, nothing more goes
-        there. Only this run has failed where the disk has not."""
+        there. Only this run has failed where the disk has not.
+        """
         if isinstance(failure, WriteRefused):
             self.refused, self.refusal = self.refused + 1, failure
             return

@@ -63,7 +63,8 @@ class HostRoom:
 
     def make(self, columns: int) -> None:
         """Give up copies of what is on disk, then begin the spills that will leave at least `columns` block
-        columns free. Never waits."""
+        columns free. Never waits.
+        """
         disk, writer = self._disk, self._writer
         if disk is None or writer is None:
             return
@@ -83,7 +84,8 @@ class HostRoom:
 
     def relieve(self) -> None:
         """Give host memory back to the kernel: copies of what is on disk, and what was written since the last
-        call. Begin to write one more run."""
+        call. Begin to write one more run.
+        """
         self.make(self._slab.free_columns + self._run_blocks)
         self._slab.give_back()
 

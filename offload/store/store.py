@@ -165,12 +165,14 @@ class Store:
 
     def make_room(self, columns: int) -> None:
         """Give up copies of what is on disk, then begin the spills that will leave at least `columns` block
-        columns free. Never waits."""
+        columns free. Never waits.
+        """
         self._room.make(columns)
 
     def relieve(self) -> None:
         """Give host memory back to the kernel: copies of what is on disk, and what was written since the last
-        call. Begin to write one more run."""
+        call. Begin to write one more run.
+        """
         self._room.relieve()
 
     def spill(self, table: BlockTable, first: int, count: int, *, keep: bool = False) -> None:
@@ -231,7 +233,8 @@ class Store:
 
     def find(self, hashes: Sequence[bytes]) -> list[RunRef]:
         """Where blocks 1, 2, ... of a chain lie on disk, as far as they do without a gap. hashes: of blocks
-        0, 1, ..."""
+        0, 1, ...
+        """
         return [] if self._disk is None else self._disk.cache.find(hashes[1:], 1)
 
     def attach(self, table: BlockTable, refs: Sequence[RunRef], hashes: Sequence[bytes]) -> None:
@@ -306,7 +309,8 @@ class Store:
 
     def promotion(self, table: BlockTable, runs: Iterable[RunRef]) -> Promotion:
         """Of one of these runs of a sequence that lies on disk only, or several short ones, if host memory is
-        free beyond what growth and spills want. To be ended before anything else is asked of the store."""
+        free beyond what growth and spills want. To be ended before anything else is asked of the store.
+        """
         spare = self._slab.free_columns - 2 * self.run_blocks - PROMOTION_MARGIN
         columns = min(spare, self.run_blocks) if self.promotes else 0
         return Promotion(self._slab, table, runs, columns)

@@ -33,7 +33,8 @@ class StoreFolder:
 
     def __init__(self, path: Path, system: SystemCalls) -> None:
         """Raises FolderInUse if another daemon holds the folder, FolderUnusable if its parent is missing
-        or it cannot be written."""
+        or it cannot be written.
+        """
         self.path = path
         self._system = system
         self._lock = _lock(path)

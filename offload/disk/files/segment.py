@@ -133,7 +133,8 @@ class SegmentSpace:
 
     def moves(self) -> Iterator[tuple[int, Range]]:
         """(segment, hole): were its last range in this hole instead, the segment would be shorter and none
-        longer. The emptiest segments come first, and the holes of the fullest; changes nothing."""
+        longer. The emptiest segments come first, and the holes of the fullest; changes nothing.
+        """
         for _, number, alike in heapq.merge(
             *(alike.sources() for alike in list(self._classes.values())), key=lambda source: source[:2]
         ):
@@ -142,7 +143,8 @@ class SegmentSpace:
     def adopt(self, number: int, taken: Sequence[Range]) -> None:
         """A segment that was there before: its file ends with the last of these disjoint ranges of one size,
         of which there is at least one, each at a multiple of that size. It may exceed the budget, which must
-        be mended before the next find."""
+        be mended before the next find.
+        """
         segment = _Segment(taken[0].nbytes)
         slots = {place.offset // segment.unit for place in taken}
         segment.stop = max(slots) + 1

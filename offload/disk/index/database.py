@@ -56,7 +56,8 @@ class Database:
 
     def __init__(self, path: Path, schema: int, create: str, upgrades: Mapping[int, str] = NONE) -> None:
         """Open, or make with the statements of `create`. schema is kept as PRAGMA user_version; upgrades:
-        statements that make of an older schema this one."""
+        statements that make of an older schema this one.
+        """
         self.path = path
         self._nbytes: int | None = None
         """What the files take; None where that has to be asked again."""

@@ -85,7 +85,8 @@ class Index:
 
     def entries(self) -> list[IndexRow]:
         """Every run whose row makes sense, the least recently used first; of its contents only the first
-        block. Rows that make none are removed."""
+        block. Rows that make none are removed.
+        """
         self.write_notes()
         rows = self._db.rows(_RUNS)
         senseless = [row[0] for row in rows if parse(row) is None]
@@ -146,7 +147,8 @@ class Index:
 
     def chain(self, hashes: Sequence[bytes], first: int) -> list[RunRef]:
         """The longest stored chain of blocks first, first + 1, ... with these hashes, in as few runs as can
-        be seen from the front: a run is followed as far as it goes."""
+        be seen from the front: a run is followed as far as it goes.
+        """
         found: list[RunRef] = []
         for block, name in enumerate(hashes, first):
             holders = self._holders_at(name, block)

@@ -1,4 +1,4 @@
-"""Attention over quantised records, where they lie.
+"""Attention over quantised records in place, without unpacking them to memory.
 
 A call splits its blocks into parts. Every part keeps running (maximum, sum of weights, weighted
 values) per query row and the parts are merged exactly, in an order that depends on the number of blocks and
@@ -92,8 +92,11 @@ class Partial:
         )
 
     def views(self, memory: NDArray[np.uint8]) -> tuple[NDArray[Any], ...]:
-        """The memory of records as `attend_blocks` takes it: as K codes, V codes, uint16, uint32, and where
-        in a record the codes and scales begin, in such numbers."""
+        """Return views of the memory of records for `attend_blocks`.
+
+        They are K codes, V codes, uint16, uint32, and the offsets of codes and scales in a record, each in
+        units of its view.
+        """
         kinds = (self._k_type, self._v_type, np.uint16, np.uint32)
         return (*(memory.view(kind) for kind in kinds), self._offsets)
 
@@ -110,15 +113,26 @@ class Partial:
         out: Floats,
         lse: Floats,
     ) -> None:
-        """Attend from q [M, heads, head_dim] over blocks of records; writes out (like q) and lse [M, heads].
+        """Attend over blocks of records and write out and lse.
 
-        memory: uint8 [bytes], C-contiguous, 64-byte aligned. places, positions: int64 [n], the byte offset of
-        each record, a multiple of 64, and the first token position of its block, in any order. low, high:
-        int64 [M], query m sees position t iff low[m] <= t < high[m]. Query head h reads KV head
-        h // (heads / kv_heads). logit = scale * q.k, then softcap * tanh(logit / softcap) unless softcap
-        is 0. Where nothing is visible out = 0 and lse = -inf.
-        What a query does not see cannot change its result, even if it is NaN.
-        Raises ValueError if shapes disagree.
+        What a query does not see cannot change its result, even if it is NaN. Where nothing is visible, out
+        is 0 and lse is -inf.
+
+        Args:
+            q: `[M, heads, head_dim] float32`. Query head h reads KV head h // (heads / kv_heads).
+            memory: `[bytes] uint8`, C-contiguous, 64-byte aligned.
+            places: `[n] int64`, the byte offset of each record, a multiple of 64, in any order.
+            positions: `[n] int64`, the first token position of each record's block.
+            low: `[M] int64`: query m sees position t iff low[m] <= t < high[m].
+            high: `[M] int64`.
+            scale: logit = scale * q.k.
+            softcap: The logit becomes softcap * tanh(logit / softcap), unless softcap is 0.
+            out: `[M, heads, head_dim] float32`, written.
+            lse: `[M, heads] float32`, written.
+
+        Raises:
+            ValueError: Shapes disagree, or a place is not one of a record in the memory.
+            MemoryError: A part of the call got no memory; out and lse are undefined.
         """
         kv_heads, head_dim = self.layout.kv_heads, self.layout.head_dim
         queries, heads = lse.shape
@@ -164,13 +178,13 @@ def kind_of(layout: Layout) -> tuple[int, int, int]:
 
 
 def parts_of(blocks: int, rows: int) -> int:
-    """Into how many parts a call of so many rows of a KV head splits so many blocks."""
+    """Return into how many parts a call with so many rows of a KV head splits so many blocks."""
     return min(MAX_PARTS, -(-blocks // BLOCKS_PER_PART), max(1, MAX_PART_ROWS // rows))
 
 
 @cache
 def _kernel(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Callable[..., int]:
-    """The parallel loop for one kind of record and one tile height.
+    """Return the parallel loop for one kind of record and one tile height.
 
     Only numbers are captured, because numba's on-disk cache is keyed by what a closure captures.
     """
@@ -218,7 +232,7 @@ def _kernel(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Call
 
 @cache
 def _unit(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Any:
-    """One KV head over the blocks of one part."""
+    """Return the function for one KV head over the blocks of one part."""
 
     @njit(nogil=True, error_model="numpy")
     def unit(
@@ -268,7 +282,10 @@ _spread = spreading(_unit, literals=5)
 
 @cache
 def _blocks(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Any:
-    """keys4, int4: whether keys, values have four bits."""
+    """Return the function for one KV head over some blocks.
+
+    keys4, int4: whether keys, values have four bits.
+    """
 
     @njit(nogil=True, error_model="numpy")
     def blocks(
@@ -286,11 +303,11 @@ def _blocks(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Any:
         top: Any,
         total: Any,
     ) -> None:
-        """One KV head over some blocks: weighted values into acc [rows, head_dim], the largest logit and the
-        sum of weights into top, total [rows].
+        """Attend with the queries of one KV head over some blocks.
 
-        q: float32 [rows, head_dim], rows a multiple of tile. records: as `views` gives them. The rest is as
-        in Partial.attend.
+        q is float32 [rows, head_dim], rows a multiple of tile; records are as `views` gives them. Written are
+        the weighted values, acc [rows, head_dim], the largest logit, top [rows], and the sum of weights,
+        total [rows]. The rest is as in Partial.attend.
         """
         k_codes, v_codes, halves, words, offsets = records
         if keys4:

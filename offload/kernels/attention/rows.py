@@ -40,7 +40,7 @@ Integers = NDArray[np.int64]
 
 
 class DecodeRow(NamedTuple):
-    """What one query sees in layers with one sliding window."""
+    """What one query sees in the layers that share a sliding window."""
 
     window: int
     """The number of its KV window."""
@@ -79,6 +79,7 @@ class DecodeRows(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[DecodeRow]) -> DecodeRows:
+        """Pack rows, of which there is at least one, into arrays."""
         counts = [len(row.positions) for row in rows]
         parts = [1 + parts_of(count, 1) for count in counts]
         most = max(len(row.ranges) for row in rows)
@@ -114,7 +115,7 @@ class RowAttention:
         self._queries, self._sums, self._tops, self._totals = self._workspace(1, 1)
 
     def views(self, memory: NDArray[np.uint8]) -> tuple[NDArray[Any], ...]:
-        """The memory of records as `attend` takes it."""
+        """Return views of the memory of records, as `attend` takes them."""
         return self._partial.views(memory)
 
     def attend(
@@ -129,19 +130,23 @@ class RowAttention:
         out: Floats,
         lse: Floats,
     ) -> None:
-        """Write each row's K and V to its KV window, attend over what it sees, write out and lse.
+        """Write each row's K and V to its KV window, attend over what it sees, and write out and lse.
 
-        Nothing is checked.
+        Arguments are not checked.
 
         Args:
-            heads: float32 [rows, heads + 2 kv_heads, head_dim], query, key and value heads of the rows.
-            planes: the KV windows, [windows, layers, 2, kv_heads, tokens, head_dim], float32 or bf16 bits.
-            layer: of the KV windows, and of the places of records.
-            scan: the rows.
-            records: as `views` gives them.
-            scale, softcap: as in Partial.attend.
-            out: float32 [rows, heads, head_dim].
-            lse: float32 [rows, heads].
+            heads: `[rows, heads + 2 kv_heads, head_dim] float32`, query, key and value heads of the rows.
+            planes: The KV windows, `[windows, layers, 2, kv_heads, tokens, head_dim]`, float32 or bf16 bits.
+            layer: The layer, of the KV windows and of the places of records.
+            scan: The rows.
+            records: As `views` gives them.
+            scale: As in Partial.attend.
+            softcap: As in Partial.attend.
+            out: `[rows, heads, head_dim] float32`.
+            lse: `[rows, heads] float32`.
+
+        Raises:
+            MemoryError: A part of the call got no memory; out and lse are undefined.
         """
         rows, parts = len(scan.windows), len(scan.rows)
         if rows > len(self._queries) or parts > len(self._sums):
@@ -151,7 +156,7 @@ class RowAttention:
         check(self._kernel(heads, planes, layer, scan, records, *factors, *room, out, lse))
 
     def _workspace(self, rows: int, parts: int) -> tuple[Floats, Floats, Floats, Floats]:
-        """Tiles of queries, and the sums, maxima and totals of the parts."""
+        """Allocate tiles of queries, and the sums, maxima and totals of the parts."""
         shape = (self._kv_heads, self._height)
         queries = np.zeros((rows, *shape, self._head_dim), np.float32)
         sums = np.zeros((parts, *shape, self._head_dim), np.float32)
@@ -160,7 +165,7 @@ class RowAttention:
 
 @cache
 def _kernel(keys4: int, int4: int, exact: int, wide: int, head_dim: int, tile: int) -> Callable[..., int]:
-    """Only numbers are captured, as in partial.py."""
+    """Return the kernel for one kind of record. Only numbers are captured, as in partial.py."""
 
     @njit(nogil=True, error_model="numpy", cache=True, no_cfunc_wrapper=True)
     def kernel(
@@ -222,7 +227,7 @@ def _kernel(keys4: int, int4: int, exact: int, wide: int, head_dim: int, tile: i
 
 @cache
 def _unit(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Any:
-    """One KV head over one part: a row's KV window, or some of its blocks."""
+    """Return the function for one KV head over one part: a row's KV window, or some of its blocks."""
 
     @njit(nogil=True, error_model="numpy")
     def unit(
@@ -292,7 +297,7 @@ def _window(head_dim: int, tile: int) -> Any:
         top: Any,
         total: Any,
     ) -> None:
-        """attend_blocks over a KV window, which lies token by token: keys, values [tokens * head_dim]."""
+        """Attend as attend_blocks does, over a KV window: token-major keys, values [tokens * head_dim]."""
         weights = np.empty((tile, BLOCK), np.float32)
         k_scale = np.empty(BLOCK, np.float32)
         start(acc, top, total, k_scale, scale)

@@ -1,7 +1,7 @@
 """The online softmax of partial.py: running (maximum, sum of weights, weighted values), and how they merge.
 
-A block's logits become weights relative to the maximum so far; when that rises, what was added up shrinks
-(Milakov and Gimelshein 2018; Dao et al. 2022, section 3.1).
+A block's logits become weights relative to the maximum so far; when that rises, the sums so far are scaled
+down (Milakov and Gimelshein 2018; Dao et al. 2022, section 3.1).
 """
 
 from __future__ import annotations
@@ -21,11 +21,19 @@ Floats = NDArray[np.float32]
 
 
 def merge(out: Floats, lse: Floats, other_out: Floats, other_lse: Floats) -> None:
-    """Merge another partial attention of the same queries into out [M, heads, head_dim] and lse [M, heads].
+    """Merge another partial attention of the same queries into out and lse, in place.
 
-    In place and exact: lse is the logarithm of the sum of weights, so out becomes the mean of both weighted
-    by exp(lse). A side with lse = -inf has seen nothing and changes nothing. Raises ValueError if shapes
-    disagree.
+    It is exact: lse is the logarithm of the sum of weights, so out becomes the mean of both weighted by
+    exp(lse). A side with lse = -inf has seen nothing and changes nothing.
+
+    Args:
+        out: `[M, heads, head_dim] float32`, updated.
+        lse: `[M, heads] float32`, updated.
+        other_out: Like out.
+        other_lse: Like lse.
+
+    Raises:
+        ValueError: Shapes disagree.
     """
     if out.shape != other_out.shape or lse.shape != other_lse.shape or out.shape[:2] != lse.shape:
         raise ValueError(f"cannot merge {other_out.shape}, {other_lse.shape} into {out.shape}, {lse.shape}")
@@ -84,6 +92,7 @@ def join(sums: Any, tops: Any, totals: Any, out: Any, lse: Any) -> None:
 
 @inlined
 def start(acc: Any, top: Any, total: Any, k_scale: Any, scale: Any) -> None:
+    """Initialise the sums of all rows, and the factors of the keys' tokens with the scale."""
     for r in range(len(acc)):
         top[r], total[r] = -np.inf, 0
         for d in range(acc.shape[1]):
@@ -94,13 +103,13 @@ def start(acc: Any, top: Any, total: Any, k_scale: Any, scale: Any) -> None:
 
 @inlined
 def seen(position: Any, low: Any, high: Any) -> Any:
-    """The tokens of a block [begin, end) that a query sees; begin >= end for none."""
+    """Return the tokens [begin, end) of a block that a query sees; begin >= end for none."""
     return min(max(low - position, 0), BLOCK), min(max(high - position, 0), BLOCK)
 
 
 @inlined
 def visibility(position: Any, low: Any, high: Any) -> Any:
-    """(some query sees some of the block, every query sees all of it)."""
+    """Return whether some query sees some of the block, and whether every query sees all of it."""
     some, whole = False, True
     for m in range(len(low)):
         begin, end = seen(position, low[m], high[m])
@@ -111,12 +120,14 @@ def visibility(position: Any, low: Any, high: Any) -> Any:
 
 @inlined
 def read_scales(halves: Any, start: Any, factor: Any, out: Any) -> None:
+    """Read the bfloat16 scales of a block's 64 tokens, times a factor."""
     for t in range(BLOCK):
         out[t] = factor * bf16_to_f32(halves[start + t])
 
 
 @inlined
 def multiply(numbers: Any, factors: Any) -> None:
+    """Multiply rows of 64 numbers by the factors of their columns, in place."""
     for i in range(len(numbers)):
         for t in range(BLOCK):
             numbers[i, t] *= factors[t]
@@ -124,7 +135,7 @@ def multiply(numbers: Any, factors: Any) -> None:
 
 @inlined
 def finish(logits: Any, k_scale: Any, softcap: Any) -> None:
-    """Dot products to logits."""
+    """Make logits of dot products: apply the scales of keys and the softcap."""
     multiply(logits, k_scale)
     if softcap != 0:
         for i in range(len(logits)):
@@ -133,7 +144,7 @@ def finish(logits: Any, k_scale: Any, softcap: Any) -> None:
 
 @inlined
 def hide(logits: Any, first: Any, group: Any, position: Any, low: Any, high: Any) -> None:
-    """-inf where the queries of the rows from `first` on do not see the token."""
+    """Set logits to -inf where the queries of the rows from `first` on do not see the token."""
     for i in range(len(logits)):
         m = min((first + i) // group, len(low) - 1)
         begin, end = seen(position, low[m], high[m])
@@ -144,8 +155,9 @@ def hide(logits: Any, first: Any, group: Any, position: Any, low: Any, high: Any
 
 @inlined
 def soften(logits: Any, first: Any, top: Any, total: Any, acc: Any) -> None:
-    """One step of the online softmax for the rows from `first` on: logits become weights relative to top,
-    which rises where it must.
+    """Take one step of the online softmax for the rows from `first` on.
+
+    Logits become weights relative to top, which rises where it must.
     """
     for i in range(len(logits)):
         row, largest = first + i, maximum64(logits, i)

@@ -52,10 +52,10 @@ MAX_TILE = 3
 def dot_tile(
     _context: Any, codes: Any, start: Any, ahead: Any, q: Any, top: Any, out: Any, head_dim: Any, tile: Any
 ) -> Any:
-    """out[r, t] = sum over d of q[top + r, d] * codes[start + 64 * d + t].
+    """Compute out[r, t] = sum over d of q[top + r, d] * codes[start + 64 * d + t].
 
-    q: float32 [rows, head_dim]; out: float32 [tile, 64]. Here and below, ahead is where the codes begin that
-    come next: they are fetched into the cache meanwhile, a line at a time, as many at once would stall.
+    q: float32 [rows, head_dim]; out: float32 [tile, 64]. Here and below, `ahead` is where the next codes
+    begin. They are fetched into the cache meanwhile, one line at a time, as many at once would stall.
     """
     dim, rows = head_dim.literal_value, tile.literal_value
 
@@ -83,7 +83,7 @@ def dot_tile(
 def dot_rows(
     _context: Any, keys: Any, start: Any, last: Any, q: Any, top: Any, out: Any, head_dim: Any, tile: Any
 ) -> Any:
-    """dot_tile over keys that lie token by token, for t < last.
+    """Do what dot_tile does for token-major keys, for t < last.
 
     out[r, t] = sum over d of q[top + r, d] * keys[start + head_dim * t + d].
     """
@@ -120,7 +120,7 @@ def weigh_tile(
     head_dim: Any,
     tile: Any,
 ) -> Any:
-    """out[top + r, d] += sum over tokens t of weights[r, t] * codes[start + head_dim * t + d].
+    """Add to out[top + r, d] the sum over tokens t of weights[r, t] * codes[start + head_dim * t + d].
 
     first <= t < last. weights: float32 [tile, 64]; out: float32 [rows, head_dim].
     """
@@ -149,7 +149,7 @@ def weigh_tile(
 
 
 def _passes(numbers: int) -> Iterator[range]:
-    """The numbers whose sums are in registers together, a vector at each."""
+    """Yield ranges of numbers whose sums are in registers together, in steps of a vector."""
     for first in range(0, numbers, _VECTORS * LANES):
         yield range(first, min(first + _VECTORS * LANES, numbers), LANES)
 
@@ -176,7 +176,7 @@ def widen(_context: Any, codes: Any, start: Any, ahead: Any, out: Any) -> Any:
 def widen4(
     _context: Any, codes: Any, start: Any, ahead: Any, pairs: Any, pairs_start: Any, out: Any, head_dim: Any
 ) -> Any:
-    """Values of four bits as numbers, code * scale + minimum: out float32 [64 * head_dim].
+    """Unpack values of four bits, code * scale + minimum, into out, float32 [64 * head_dim].
 
     codes: the record as uint8; byte i of a group of width w holds code[i] | code[i + w/2] << 4. pairs: the
     record as uint32 words, [64, groups] from pairs_start on: bf16 scale in the low half, minimum in the high.
@@ -207,7 +207,7 @@ def widen4(
 def widen_keys4(
     _context: Any, codes: Any, start: Any, ahead: Any, pairs: Any, pairs_start: Any, out: Any, head_dim: Any
 ) -> Any:
-    """Keys of four bits as numbers, code * scale + minimum, rotated as they are: out float32 [head_dim, 64].
+    """Unpack keys of four bits, code * scale + minimum, still rotated, into out, float32 [head_dim, 64].
 
     codes: the record as uint8, [head_dim / 2, 64] from start on, a group's bytes as in widen4. pairs: as
     there, but [groups, 64].
@@ -243,7 +243,7 @@ def widen_keys4(
 
 @intrinsic(prefer_literal=True)
 def rotate_rows(_context: Any, q: Any, out: Any, head_dim: Any) -> Any:
-    """out[r] = q[r] rotated as keys of four bits are; q, out: float32 [rows, head_dim]."""
+    """Rotate rows of q as keys of four bits are, into out; q, out: float32 [rows, head_dim]."""
     dim = head_dim.literal_value
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -306,7 +306,7 @@ def _store(builder: Any, vector: Any, pointer: Any, terms: Sequence[Any]) -> Non
 
 @intrinsic
 def maximum64(_context: Any, numbers: Any, row: Any) -> Any:
-    """Largest of a row of float32 [rows, 64]; if one of them is NaN, that or any of them."""
+    """Return the largest of a row of float32 [rows, 64]; if one of them is NaN, that or any of them."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         at = pointers(context, builder, signature, args)[0]
@@ -321,7 +321,7 @@ def maximum64(_context: Any, numbers: Any, row: Any) -> Any:
 
 @intrinsic
 def exponentials64(_context: Any, numbers: Any, row: Any, centre: Any) -> Any:
-    """numbers[row] = exp(numbers[row] - centre), for numbers <= centre; returns their sum."""
+    """Replace numbers[row] by exp(numbers[row] - centre), for numbers <= centre, and return their sum."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         place = _row(context, builder, signature, args)
@@ -335,7 +335,7 @@ def exponentials64(_context: Any, numbers: Any, row: Any, centre: Any) -> Any:
 
 @intrinsic
 def cap64(_context: Any, numbers: Any, row: Any, softcap: Any) -> Any:
-    """numbers[row] = softcap * tanh(numbers[row] / softcap), by tanh(x) = 1 - 2 / (exp(2x) + 1)."""
+    """Replace numbers[row] by softcap * tanh(numbers[row] / softcap), by tanh(x) = 1 - 2 / (exp(2x) + 1)."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         place = _row(context, builder, signature, args)

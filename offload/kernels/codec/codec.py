@@ -27,7 +27,7 @@ FLOAT32 = np.dtype(np.float32)
 
 
 class Codec:
-    """Seals and opens the records of one layout.
+    """Packs blocks into the records of one layout and unpacks them.
 
     The kernels run in parallel over (block, KV head) and release the GIL. They take arrays as bytes, so that
     one compiled version, made at the first call and cached on disk, serves every layout.
@@ -43,13 +43,15 @@ class Codec:
         """Pack n blocks, every byte of records[rows[i]]. NaN and infinity are stored as FORMAT.md says.
 
         Args:
-            k, v: `[kv_heads, n * 64, head_dim]` in the layout's element (bfloat16 as the uint16 of its bits),
+            k: `[kv_heads, n * 64, head_dim]` in the layout's element (bfloat16 as the uint16 of its bits),
                 last axis contiguous.
+            v: Like k.
             records: `[slots, record_bytes] uint8`, C-contiguous.
             rows: `[n] int64`, distinct.
 
         Raises:
-            ValueError: a shape, dtype, stride or row is not that; nothing was written.
+            ValueError: A shape, dtype, stride or row is not that; nothing was written.
+            MemoryError: A part of the call got no memory; the records are undefined.
         """
         self._check_rows(records, rows)
         self._check_numbers(k, v, rows.size, self.dtype)
@@ -64,11 +66,13 @@ class Codec:
         Args:
             memory: `[bytes] uint8`, contiguous, 64-byte aligned.
             places: `[n] int64`, byte offsets of the records, multiples of 64.
-            k_out, v_out: `[kv_heads, n * 64, head_dim] float32` whatever the layout's element is, last axis
+            k_out: `[kv_heads, n * 64, head_dim] float32` whatever the layout's element is, last axis
                 contiguous. Nothing is rounded to that element; `exact` bfloat16 is widened.
+            v_out: Like k_out.
 
         Raises:
-            ValueError: a shape, dtype, stride or place is not that; nothing was written.
+            ValueError: A shape, dtype, stride or place is not that; nothing was written.
+            MemoryError: A part of the call got no memory; k_out and v_out are undefined.
         """
         check_places(memory, places, self.layout)
         self._check_numbers(k_out, v_out, places.size, FLOAT32)
@@ -83,7 +87,7 @@ class Codec:
         return self.layout.kv_heads, self.layout.head_dim, self.layout.element.nbytes
 
     def _check_rows(self, records: Bytes, rows: Rows) -> None:
-        """The kernels check no bounds: this is what keeps them inside the arrays."""
+        """Check that all rows are rows of the records, because the kernels check no bounds."""
         if rows.dtype != np.int64 or rows.ndim != 1 or not rows.flags.c_contiguous:
             raise ValueError("rows must be a contiguous int64 vector")
         width = self.layout.record_bytes
@@ -103,7 +107,7 @@ class Codec:
 
 
 def _flat(array: Array) -> tuple[Bytes, int, int]:
-    """The bytes that a non-empty array spans, its head stride and its token stride in bytes."""
+    """Return the bytes that a non-empty array spans, its head stride and its token stride in bytes."""
     span = sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))
     flat = np.lib.stride_tricks.as_strided(array, (span // array.itemsize + 1,), (array.itemsize,))
     return flat.view(np.uint8), array.strides[0], array.strides[1]

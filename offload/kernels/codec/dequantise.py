@@ -51,7 +51,7 @@ def _unit(
     dim: Any,
     nbytes: Any,
 ) -> None:
-    """One KV head of one block; see Codec.open.
+    """Unpack one KV head of one block; see Codec.open.
 
     k, v: bytes, with strides in bytes; planes: int64 [4, (offset, size)].
 
@@ -88,7 +88,7 @@ _spread = spreading(lambda: _unit)
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def open_records(units: Any, *args: Any) -> Any:
-    """Open blocks * heads units; how many of them got no memory. args: what follows the unit of _unit."""
+    """Unpack blocks * heads units and return how many got no memory. args: what follows the unit of _unit."""
     return _spread(units, *args)
 
 
@@ -131,7 +131,7 @@ def _open_keys4(codes: Any, scales: Any, target: Any, stride: Any, dim: Any) -> 
 
 @device
 def read_keys4(codes: Any, scales: Any, x: Any, dim: Any) -> None:
-    """Keys of four bits as they were before the rotation, float32 [dim, 64]."""
+    """Unpack keys of four bits, with the rotation undone, into x, float32 [dim, 64]."""
     scale = np.empty(BLOCK, np.float32)
     minimum = np.empty(BLOCK, np.float32)
     for first in range(0, dim, 32):

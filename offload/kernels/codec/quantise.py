@@ -63,7 +63,7 @@ def _unit(
     dim: Any,
     nbytes: Any,
 ) -> None:
-    """K or V of one head of one block; see Codec.seal.
+    """Pack K or V of one head of one block; see Codec.seal.
 
     k, v: bytes, with strides in bytes; planes: int64 [4, (offset, size)].
     """
@@ -81,7 +81,10 @@ _spread = spreading(lambda: _unit)
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def seal(units: Any, *args: Any) -> Any:
-    """Seal 2 * blocks * heads units; how many of them got no memory. args: what follows the unit of _unit."""
+    """Pack 2 * blocks * heads units and return how many got no memory.
+
+    args: what follows the unit of _unit.
+    """
     return _spread(units, *args)
 
 
@@ -99,7 +102,7 @@ def _seal_side(
     dim: Any,
     nbytes: Any,
 ) -> None:
-    """K or V of one head of one block."""
+    """Pack K or V of one head of one block."""
     target = part(record, planes, V_CODES if side == VALUE else K_CODES, heads, head)
     if form == EXACT and side == VALUE:
         copy_rows(source, stride, target, dim * nbytes, dim * nbytes)
@@ -125,7 +128,7 @@ def _seal_side(
 @joined
 @device
 def _load(source: Any, stride: Any, x: Any, dim: Any, nbytes: Any) -> None:
-    """64 tokens of a head, stride bytes apart, as float32, channel-major."""
+    """Load 64 tokens of a head, stride bytes apart, as float32, channel-major."""
     wide, narrow = words(source), source.view(np.uint16)
     for first in range(0, dim, 16):
         for t in range(BLOCK):
@@ -141,7 +144,7 @@ def _load(source: Any, stride: Any, x: Any, dim: Any, nbytes: Any) -> None:
 @joined
 @device
 def _store_bits(x: Any, target: Any, nbytes: Any) -> None:
-    """The elements that x was loaded from, channel-major; a widened bfloat16 is the upper half."""
+    """Store the elements that x was loaded from, channel-major; a widened bfloat16 is the upper half."""
     if nbytes == 4:
         wide = target.view(np.uint32)
         for i in range(len(x)):
@@ -155,7 +158,7 @@ def _store_bits(x: Any, target: Any, nbytes: Any) -> None:
 @joined
 @device
 def _store_transposed(codes: Any, target: Any) -> None:
-    """Bytes [rows, 64] -> [64, rows], rows a multiple of 8; only as many rows as target holds."""
+    """Transpose bytes [rows, 64] to [64, rows], rows a multiple of 8; only as many rows as target holds."""
     source, out = codes.view(np.uint64), target.view(np.uint64)
     per_token = len(out) // BLOCK
     tile = np.empty(8, np.uint64)
@@ -168,7 +171,7 @@ def _store_transposed(codes: Any, target: Any) -> None:
 
 @device
 def _order(x: Any) -> Any:
-    """Bits of a float32 as an int32 that sorts the same, -0 before +0."""
+    """Return the bits of a float32 as an int32 that sorts the same, -0 before +0."""
     bits = np.int32(f32_bits(x))
     return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(MAGNITUDE)))
 
@@ -180,7 +183,10 @@ def _from_order(order: Any) -> Any:
 
 @device
 def _minimum_of(least: Any, most: Any) -> Any:
-    """bfloat16 bits of an ordered minimum, rounded down; NaN if a number was: least or most shows it."""
+    """Return the bfloat16 bits of an ordered minimum, rounded down.
+
+    NaN if one of the numbers was NaN, which shows in least or most.
+    """
     if least < -np.int64(INF_BITS) - 1 or most > np.int64(INF_BITS):
         return NAN
     return f32_to_bf16_down(_from_order(least))
@@ -188,14 +194,14 @@ def _minimum_of(least: Any, most: Any) -> Any:
 
 @device
 def _scale_of(x: Any) -> Any:
-    """x rounded up to bfloat16 bits; NaN if that is not finite."""
+    """Round a float32 up to bfloat16 bits; NaN if the result is not finite."""
     bits = f32_to_bf16_up(x)
     return bits if bits < np.uint16(0x7F80) else NAN
 
 
 @device
 def _code(x: Any, step: Any, low: Any, high: Any) -> Any:
-    """rint(x / step) within low..high, as float32; 0 where step is 0 or NaN."""
+    """Return rint(x / step) clipped to low..high, as float32; 0 where step is 0 or NaN."""
     usable = step > np.float32(0)
     q = np.rint(x / (step if usable else np.float32(1)))
     return min(max(q, np.float32(low)), np.float32(high)) if usable else np.float32(0)
@@ -204,7 +210,7 @@ def _code(x: Any, step: Any, low: Any, high: Any) -> Any:
 @joined
 @device
 def _quantise8(x: Any, codes: Any, scales: Any, dim: Any) -> None:
-    """codes[d * 64 + t] and scales[t] of a head."""
+    """Compute codes[d * 64 + t] and scales[t] of a head."""
     most = np.zeros(BLOCK, np.uint32)
     for d in range(dim):
         for t in range(BLOCK):
@@ -220,7 +226,10 @@ def _quantise8(x: Any, codes: Any, scales: Any, dim: Any) -> None:
 
 @device
 def _quantise4(x: Any, codes: Any, scales: Any, dim: Any, per_token: Any, per_group: Any) -> None:
-    """Packed codes[i * 64 + t] and scales[(t * per_token + g * per_group) * 2 + (0 step, 1 minimum)]."""
+    """Compute packed codes and the steps and minimums of their groups.
+
+    codes[i * 64 + t] and scales[(t * per_token + g * per_group) * 2 + (0 step, 1 minimum)].
+    """
     step = np.empty(BLOCK, np.float32)
     minimum = np.empty(BLOCK, np.float32)
     for first in range(0, dim, 32):
@@ -239,7 +248,7 @@ def _quantise4(x: Any, codes: Any, scales: Any, dim: Any, per_token: Any, per_gr
 
 @device
 def _int4_scales(x: Any, step: Any, minimum: Any, scales: Any, per_token: Any) -> None:
-    """Step and minimum of each token over the channels of one group, whose scales begin there."""
+    """Compute the step and minimum of each token over the channels of one group, whose scales begin there."""
     least = np.full(BLOCK, MOST)
     most = np.full(BLOCK, LEAST)
     for d in range(len(x) // BLOCK):

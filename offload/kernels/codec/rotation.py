@@ -1,7 +1,7 @@
-"""The rotation that keys take before they become codes of four bits: a fast Walsh-Hadamard transform.
+"""The rotation of keys before they become codes of four bits: a fast Walsh-Hadamard transform.
 
-It spreads what stands out in one channel over all. It is orthonormal, so that products of queries and keys
-rotated alike are those of queries and keys, and its own inverse up to rounding. FORMAT.md states the
+It spreads outliers of one channel over all channels. It is orthonormal, so that products of queries and keys
+that are rotated alike are unchanged, and it is its own inverse up to rounding. FORMAT.md states the
 arithmetic.
 """
 
@@ -16,7 +16,7 @@ from spilld.offload.kernels.bits import device
 
 @device
 def rotate(x: Any, lanes: Any) -> None:
-    """Rotate `lanes` vectors in place. x: float32 [channels, lanes], flat."""
+    """Rotate `lanes` vectors in place. x: float32 [channels, lanes], flat; a lane is one vector."""
     first = 0
     while first < len(x):
         size = lanes

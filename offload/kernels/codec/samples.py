@@ -1,4 +1,4 @@
-"""Records of random numbers, for measurements: zeros are faster to compute with than what there will be."""
+"""Records of random numbers, for measurements: zeros are faster to compute with than real KV."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DISTINCT = 4
 
 
 def fill(layout: Layout, records: npt.NDArray[np.uint8]) -> None:
-    """Overwrite records, uint8 [n, record_bytes], with some blocks of normal numbers, again and again."""
+    """Overwrite records, uint8 [n, record_bytes], with a few blocks of normal numbers, repeated."""
     count = min(DISTINCT, len(records))
     shape = (layout.kv_heads, count * BLOCK, layout.head_dim)
     k, v = np.random.default_rng(count).standard_normal((2, *shape), np.float32)

@@ -1,7 +1,7 @@
-"""A decoder layer over packed weights, but for its attention: what comes before that and what follows it.
+"""A decoder layer over packed weights: the kernels before and after its attention.
 
 One description fits the families: norms before each half of a layer, in Gemma also after it; heads normed in
-Qwen3 and Gemma3; a gated MLP. Activations are float32 throughout, in memory that is there from the start.
+Qwen3 and Gemma3; a gated MLP. Activations are float32 throughout, in memory that is allocated once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Floats = NDArray[np.float32]
 
 
 class Layer(NamedTuple):
-    """Weights; a norm or bias that its family lacks is NOTHING."""
+    """Weights of a layer; a norm or bias that its family lacks is NOTHING."""
 
     qkv: Matrix
     bias: Floats
@@ -42,7 +42,7 @@ class Layer(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """Of so many rows; a step uses the first."""
+    """Memory for the activations of a number of rows; a step uses the first of them."""
 
     inputs: Inputs
     x: Floats
@@ -58,7 +58,7 @@ class Activations(NamedTuple):
     def of(
         cls, rows: int, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int
     ) -> Activations:
-        """rows: a multiple of TOGETHER."""
+        """Allocate memory for so many rows, a multiple of TOGETHER."""
 
         def zeros(*shape: int) -> Floats:
             return np.zeros((rows, *shape), np.float32)
@@ -74,7 +74,7 @@ class Activations(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """What they take."""
+        """Bytes of all arrays."""
         return sum(array.nbytes for array in (*self.inputs[:-1], *self[1:]))
 
 
@@ -83,7 +83,7 @@ _kernel = njit(nogil=True, error_model="numpy", cache=True)
 
 @_kernel
 def before_attention(layer: Any, rows: Any, cos: Any, sin: Any, eps: Any) -> None:
-    """From rows.x to rows.heads; cos, sin: float32 [rows, rotary]."""
+    """Compute rows.heads from rows.x; cos, sin: float32 [rows, rotary]."""
     count, heads = len(cos), rows.attended.shape[1]
     take_normed(rows.x[:count], layer.before_attention, eps, rows.inputs)
     flat = rows.heads.reshape(len(rows.heads), -1)
@@ -97,7 +97,7 @@ def before_attention(layer: Any, rows: Any, cos: Any, sin: Any, eps: Any) -> Non
 
 @_kernel
 def after_attention(layer: Any, rows: Any, count: Any, eps: Any, gelu: Any) -> None:
-    """From rows.attended, of so many rows, and rows.x to the next layer's rows.x."""
+    """Compute the next layer's rows.x from rows.x and rows.attended, for `count` rows."""
     take(rows.attended.reshape(len(rows.attended), -1)[:count], rows.inputs)
     _add(layer.out, layer.after_attention, rows, count, eps)
     take_normed(rows.x[:count], layer.before_mlp, eps, rows.inputs)
@@ -120,7 +120,10 @@ def _add(weights: Any, norm: Any, rows: Any, count: Any, eps: Any) -> None:
 
 @_kernel
 def _clear(numbers: Any, count: Any) -> None:
-    """The first rows. By loops: of an assignment numba compiles what its error would say, for seconds."""
+    """Set the first rows to 0.
+
+    By loops: of an assignment numba also compiles its error message, which takes seconds.
+    """
     for r in range(count):
         for i in range(numbers.shape[1]):
             numbers[r, i] = 0

@@ -46,7 +46,7 @@ class Form(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Packed:
-    """tiles: uint16 [outputs / 8, inputs / 32, form.words], C-contiguous."""
+    """A packed matrix. tiles: uint16 [outputs / 8, inputs / 32, form.words], C-contiguous."""
 
     form: Form
     tiles: Words
@@ -63,18 +63,24 @@ class Packed:
 
 
 def fits(outputs: int, inputs: int) -> bool:
-    """Whether a matrix can be packed."""
+    """Return whether a matrix of this shape can be packed."""
     return outputs % LANES == 0 and inputs % GROUP == 0
 
 
 def stack(parts: Sequence[Packed]) -> Packed:
-    """The outputs of several layers of one input, one after another. All are of one form."""
+    """Stack the outputs of several matrices of one input and one form."""
     (form,) = {part.form for part in parts}
     return Packed(form, np.concatenate([part.tiles for part in parts]))
 
 
 def pack4(codes: NDArray[Any], scales: NDArray[Any], minimums: NDArray[Any]) -> Packed:
-    """codes: 0..15 [outputs, inputs]; scales, minimums: [outputs, inputs / 32], rounded to float16."""
+    """Pack codes of four bits.
+
+    Args:
+        codes: `[outputs, inputs]`, 0 to 15.
+        scales: `[outputs, inputs / 32]`, rounded to float16.
+        minimums: `[outputs, inputs / 32]`, rounded to float16.
+    """
     outputs, inputs = codes.shape
     by_lane = codes.reshape(outputs // LANES, LANES, inputs // GROUP, 4, 4, 2).astype(np.uint16)
     by_lane = by_lane.transpose(0, 2, 3, 1, 5, 4)  # tile, group, j, output, e, s
@@ -85,7 +91,12 @@ def pack4(codes: NDArray[Any], scales: NDArray[Any], minimums: NDArray[Any]) -> 
 
 
 def pack8(codes: NDArray[Any], scales: NDArray[Any]) -> Packed:
-    """codes: -128..127 [outputs, inputs]; scales: [outputs, inputs / 32], rounded to float16."""
+    """Pack codes of eight bits.
+
+    Args:
+        codes: `[outputs, inputs]`, -128 to 127.
+        scales: `[outputs, inputs / 32]`, rounded to float16.
+    """
     outputs, inputs = codes.shape
     bits = codes.astype(np.int8).view(np.uint8).astype(np.uint16)
     by_lane = bits.reshape(outputs // LANES, LANES, inputs // GROUP, 8, 2, 2).transpose(0, 2, 3, 1, 5, 4)
@@ -102,7 +113,7 @@ def _packed(form: Form, words: Words, *scales: NDArray[Any]) -> Packed:
 
 
 def unpack(packed: Packed) -> Floats:
-    """The weights, float32 [outputs, inputs]."""
+    """Return the weights, float32 [outputs, inputs]."""
     tiles, groups, _ = packed.tiles.shape
     planes = 2 if packed.form is Form.INT4 else 1
     words = packed.tiles[..., : -LANES * planes].reshape(tiles, groups, -1, LANES, 2)
@@ -120,9 +131,10 @@ def unpack(packed: Packed) -> Floats:
 
 
 def quantise(weight: Floats, form: Form) -> Packed:
-    """The nearest codes for float32 [outputs, inputs]; int4 spans each group's minimum to its maximum.
+    """Pack float32 [outputs, inputs] as the nearest codes; int4 spans each group's minimum to its maximum.
 
-    Raises ValueError for numbers that are not finite or beyond float16.
+    Raises:
+        ValueError: A number is not finite, or beyond float16.
     """
     groups = weight.reshape(len(weight), -1, GROUP)
     if not np.abs(groups).max(initial=0) < np.finfo(np.float16).max:

@@ -76,17 +76,17 @@ class Matrix(NamedTuple):
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def multiply_rows(inputs: Any, weights: Any, out: Any, rows: Any) -> None:
-    """out[:rows] += the rows of `inputs` times the weights; out: float32 [., outputs], C-contiguous.
+    """Add the rows of `inputs` times the weights to out[:rows]; out: float32 [., outputs], C-contiguous.
 
-    The result is what float32 products of the quantised inputs give, up to the rounding of their sums. Up to
-    the next multiple of TOGETHER rows mean nothing afterwards.
+    The result is what float32 products of the quantised inputs give, up to the rounding of their sums. Rows
+    of out up to the next multiple of TOGETHER are undefined afterwards.
     """
     _spread(min(inputs.parts, out.shape[1] // LANES), inputs, weights, out, rows)  # its units need no memory
 
 
 @njit(nogil=True, error_model="numpy")
 def _unit(part: Any, inputs: Any, weights: Any, out: Any, rows: Any) -> None:
-    """A stretch of the tiles."""
+    """Multiply one part of the tiles."""
     count = out.shape[1] // LANES
     parts = min(inputs.parts, count)
     first, last = count * part // parts, count * (part + 1) // parts
@@ -126,7 +126,7 @@ def _tiles(
     width: Any,
     int4: Any,
 ) -> None:
-    """Tiles first <= t < last, `width` at a time, times rows top <= r < end, `height` at a time.
+    """Multiply tiles first <= t < last, `width` at a time, by rows top <= r < end, `height` at a time.
 
     height, width, int4: literals.
     """
@@ -164,7 +164,7 @@ def multiply_tiles(
     width: Any,
     int4: Any,
 ) -> Any:
-    """out[r, 8 tile:8 (tile + width)] += `width` tiles of weights times row r, top <= r < top + height.
+    """Add `width` tiles of weights times row r to out[r, 8 tile:8 (tile + width)], top <= r < top + height.
 
     lines: vectors of codes in a group of a tile. pairs: int32 [rows, .], two neighbouring int16 inputs each;
     scales, sums: of each group's inputs. height, width, int4: literals.
@@ -209,7 +209,7 @@ def multiply_tiles(
 
 
 def _codes(builder: Any, words: Any, start: Any, line: Any, form: Form) -> list[Any]:
-    """A vector's codes, int16 [8 outputs, 2 inputs], pair by pair of inputs; packed.py says where."""
+    """Load a vector's codes, int16 [8 outputs, 2 inputs], pair by pair of inputs; see packed.py."""
     word = load(builder, words, [start, (line, 16)], 16)
     if form is Form.INT8:
         return [builder.ashr(builder.shl(word, _words(8)), _words(8)), builder.ashr(word, _words(8))]
@@ -218,7 +218,7 @@ def _codes(builder: Any, words: Any, start: Any, line: Any, form: Form) -> list[
 
 
 class _Place:
-    """Where things lie; args are those of multiply_tiles."""
+    """Addresses of the arguments of multiply_tiles."""
 
     def __init__(self, context: Any, builder: Any, signature: Any, args: Any) -> None:
         self._builder, self._args = builder, args
@@ -232,24 +232,25 @@ class _Place:
         self.words = self._at[0]
 
     def group(self, tile: int, group: Any, form: Form) -> Any:
-        """The index of a group's words, of the tile-th tile from args[1] on."""
+        """Return the index of a group's words, of the tile-th tile from args[1] on."""
         number = self._builder.add(self._args[1], I64(tile))
         index = self._builder.add(self._builder.mul(number, self._args[2]), group)
         return self._builder.mul(index, I64(form.words))
 
     def out(self, row: int, tile: int) -> Any:
+        """Return the address of a tile's 8 outputs of a row."""
         return address(
             self._builder, self._at[OUT], [(self._args[1], LANES), tile * LANES, self._row(OUT, row)]
         )
 
     def pair(self, row: int, group: Any, line: Any, s: int, form: Form) -> Any:
-        """Two inputs of a row, in all lanes: the s-th of those that a vector of codes is for."""
+        """Return two inputs of a row, in all lanes: the s-th pair of those that a vector of codes is for."""
         each_line = 4 if form is Form.INT4 else 2
         terms = [self._row(PAIRS, row), (group, GROUP // 2), (line, each_line), s]
         return splat(self._builder, self._at[PAIRS], terms, LANES)
 
     def number(self, array: int, row: int, group: Any) -> Any:
-        """A number of a group of a row, in all lanes."""
+        """Return a number of a group of a row, in all lanes."""
         return splat(self._builder, self._at[array], [self._row(array, row), group], LANES)
 
     def _row(self, array: int, row: int) -> Any:
@@ -258,7 +259,7 @@ class _Place:
 
 
 def _pairwise(builder: Any, a: Any, b: Any) -> Any:
-    """int32 [8]: a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1] of int16 [16]."""
+    """Return a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1], int32 [8], of int16 [16]."""
     wide = ir.VectorType(I32, 16)
     products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
     halves = [
@@ -275,7 +276,7 @@ def _words(value: int) -> Any:
 
 
 def _halves(builder: Any, tile: Any, at: Any, plane: int, form: Form) -> Any:
-    """The scales of a group, or its minimums (plane 1), as float32 [8]."""
+    """Load the scales of a group, or its minimums (plane 1), as float32 [8]."""
     planes = 2 if form is Form.INT4 else 1
     bits = load(builder, tile, [at, form.words - LANES * (planes - plane)], LANES)
     halves = builder.bitcast(bits, ir.VectorType(ir.HalfType(), LANES))

@@ -1,4 +1,4 @@
-"""What a step does with its rows between products, on the CPU, without allocating."""
+"""Operations of a step on its rows between products, on the CPU, without allocating."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ NOTHING: Floats = np.empty(0, np.float32)
 
 
 class Inputs(NamedTuple):
-    """Rows as products with packed weights take them: int16 codes with a scale for each group of 32 numbers,
-    and the sum of its numbers. One layer after another writes them.
+    """Rows quantised for products with packed weights.
 
-    A number that is not finite makes its row's products NaN.
+    They are int16 codes with a scale for each group of 32 numbers, and the sum of the group's numbers. One
+    layer after another overwrites them. A number that is not finite makes its row's products NaN.
     """
 
     codes: NDArray[np.int16]
@@ -57,7 +57,12 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, rows: int, width: int) -> Inputs:
-        """rows: the most, a multiple of TOGETHER; width: the most numbers of a row, a multiple of 32."""
+        """Allocate memory for rows.
+
+        Args:
+            rows: The most rows, a multiple of TOGETHER.
+            width: The most numbers of a row, a multiple of 32.
+        """
         groups = (rows, width // GROUP)
         return cls(
             codes=np.zeros((rows, width), np.int16),
@@ -78,7 +83,7 @@ _unit = njit(nogil=True, error_model="numpy")
 
 @_plain
 def take(x: Any, inputs: Any) -> None:
-    """Rows as they are: float32 [rows, width]."""
+    """Quantise rows as they are: float32 [rows, width]."""
     _spread_take(_units(x), x, inputs)
 
 
@@ -93,7 +98,7 @@ _spread_take = spreading(lambda: _take)
 
 @_plain
 def take_normed(x: Any, weight: Any, eps: Any, inputs: Any) -> None:
-    """weight * x / rms(x), rms(x)^2 = mean(x^2) + eps (Zhang and Sennrich 2019)."""
+    """Quantise weight * x / rms(x), where rms(x)^2 = mean(x^2) + eps (Zhang and Sennrich 2019)."""
     _spread_take_normed(_units(x), x, weight, eps, inputs)
 
 
@@ -112,7 +117,7 @@ _spread_take_normed = spreading(lambda: _take_normed)
 
 @_plain
 def take_gated(x: Any, gelu: Any, inputs: Any) -> None:
-    """act(gate) * up of rows [gate, up]; act is SiLU, or GELU in its tanh form (Shazeer 2020)."""
+    """Quantise act(gate) * up of rows [gate, up]; act is SiLU, or GELU in its tanh form (Shazeer 2020)."""
     _spread_take_gated(_units(x), x, gelu, inputs)
 
 
@@ -131,7 +136,7 @@ _spread_take_gated = spreading(lambda: _take_gated)
 
 @_plain
 def add_normed(x: Any, y: Any, weight: Any, eps: Any) -> None:
-    """x += weight * y / rms(y), row by row."""
+    """Add weight * y / rms(y) to x, row by row."""
     _spread_add_normed(_units(x), x, y, weight, eps)
 
 
@@ -148,7 +153,7 @@ _spread_add_normed = spreading(lambda: _add_normed)
 
 @_plain
 def rotate(heads: Any, first: Any, last: Any, cos: Any, sin: Any, weight: Any, eps: Any) -> None:
-    """RoPE (Su et al. 2021) in place on heads [rows, heads, head_dim], those of number first <= h < last.
+    """Apply RoPE (Su et al. 2021) in place to heads first <= h < last of heads [rows, heads, head_dim].
 
     cos, sin: float32 [rows, rotary], rotary <= head_dim. Unless weight is NOTHING, each head is first
     normalised as in take_normed.
@@ -177,7 +182,7 @@ _spread_rotate = spreading(lambda: _rotate)
 
 @_unit
 def _units(x: Any) -> Any:
-    """Into how many units the rows of x are cut."""
+    """Return into how many units the rows of x are divided."""
     return (len(x) + ROWS_PER_UNIT - 1) // ROWS_PER_UNIT
 
 
@@ -203,7 +208,10 @@ def _quantise(x: Any, inputs: Any, row: Any) -> None:
 
 @intrinsic
 def _quantise32(_context: Any, x: Any, start: Any, codes: Any, scales: Any, group: Any) -> Any:
-    """codes[start:start + 32] = round(x / scale), scales[group] = scale; returns scale * sum(codes)."""
+    """Quantise 32 numbers from x[start] on, with one scale, and return scale * sum(codes).
+
+    codes[start:start + 32] = round(x / scale), scales[group] = scale.
+    """
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         at = pointers(context, builder, signature, args)
@@ -229,7 +237,7 @@ def _quantise32(_context: Any, x: Any, start: Any, codes: Any, scales: Any, grou
 
 @intrinsic
 def _gate8(_context: Any, x: Any, gate: Any, up: Any, gelu: Any, out: Any) -> Any:
-    """out[gate:gate + 8] = g * sigmoid(s) * x[up:up + 8], g = x[gate:gate + 8].
+    """Compute out[gate:gate + 8] = g * sigmoid(s) * x[up:up + 8], g = x[gate:gate + 8].
 
     SiLU has s = g; GELU s = 2 sqrt(2 / pi) (g + 0.044715 g^3), as (1 + tanh(u)) / 2 = sigmoid(2 u).
     """
@@ -250,5 +258,5 @@ def _gate8(_context: Any, x: Any, gate: Any, up: Any, gelu: Any, out: Any) -> An
 
 
 def padded(rows: int) -> int:
-    """Memory for so many rows is for this many."""
+    """Return for how many rows memory is allocated: a multiple of TOGETHER."""
     return -(-rows // TOGETHER) * TOGETHER
