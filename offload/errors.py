@@ -51,11 +51,11 @@ class TierFull(OffloadError):
 
 
 class ReadFailed(OffloadError):
-    """A stored extent did not come back: its KV must be recomputed, never guessed."""
+    """A stored extent did not come back: its KV must be recomputed."""
 
 
 class ExtentMissing(ReadFailed):
-    """No such run in the tier."""
+    """There is no such run in the tier."""
 
 
 class ExtentCorrupt(ReadFailed):
@@ -87,4 +87,4 @@ class ArchiveDamaged(OffloadError):
 
 
 class ArchiveUnknown(OffloadError):
-    """An archive of a version that this one does not read."""
+    """An archive of a version that this program does not read."""

@@ -49,6 +49,7 @@ class Element(enum.StrEnum):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of a number."""
         return 4 if self is Element.FLOAT32 else 2
 
 
@@ -80,7 +81,7 @@ class Layout:
 
     @property
     def raw(self) -> Layout:
-        """Of tails beside records of this layout."""
+        """The layout of checkpoints beside records of this layout."""
         return Layout(Format.RAW, self.element, self.kv_heads, self.head_dim)
 
     @property
@@ -109,10 +110,11 @@ class Layout:
         return {name: (begin, size) for (name, size), begin in zip(sizes.items(), begins, strict=False)}
 
     def plane(self, name: str) -> tuple[int, int]:
-        """(offset, size) of a plane, each a multiple of 64."""
+        """Return (offset, size) of a plane, each a multiple of 64."""
         return self._planes[name]
 
     def offset(self, name: str) -> int:
+        """Return the offset of a plane."""
         return self._planes[name][0]
 
     @property
@@ -122,8 +124,9 @@ class Layout:
 
     @property
     def constants(self) -> dict[str, int]:
-        """What CUDA kernels are compiled with: the bits of a key's and of a value's number, sizes, and where
-        planes begin. Of the sealed formats only.
+        """What CUDA kernels are compiled with; for sealed formats only.
+
+        These are the bits of a key's and of a value's number, sizes, and where planes begin.
         """
         exact = 8 * self.element.nbytes
         codes = {Format.INT8: (8, 8), Format.K8V4: (8, 4), Format.INT4: (4, 4)}
@@ -134,14 +137,15 @@ class Layout:
 
 
 def check_places(memory: npt.NDArray[np.uint8], places: npt.NDArray[np.int64], layout: Layout) -> None:
-    """Keep kernels, which check no bounds, inside the memory.
+    """Check that records lie within the memory, for kernels, which check no bounds.
 
     Args:
         memory: `[bytes] uint8`.
         places: `[n] int64`, byte offsets of records of this layout.
+        layout: Of the records.
 
     Raises:
-        ValueError: a record would not lie in the memory, or not at a multiple of 64.
+        ValueError: A record would not lie in the memory, or not at a multiple of 64.
     """
     if memory.ndim != 1 or memory.dtype != "uint8" or not memory.flags.c_contiguous:
         raise ValueError("memory must be a contiguous uint8 vector")
@@ -154,5 +158,5 @@ def check_places(memory: npt.NDArray[np.uint8], places: npt.NDArray[np.int64], l
 
 
 def round_up(n: int, unit: int) -> int:
-    """The smallest multiple of unit that is at least n."""
+    """Return the smallest multiple of unit that is at least n."""
     return -(-n // unit) * unit

@@ -1,4 +1,4 @@
-"""A number of bytes, for people."""
+"""Formatting of a number of bytes for people."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def size(nbytes: int, *, least: bool = False) -> str:
-    """In the unit that leaves the fewest digits, three of them: 1536 is 1.5 KiB. least: rounded up, for what
-    is needed at the least.
+    """Format a number of bytes with three digits, in the unit that needs the fewest: 1536 is 1.5 KiB.
+
+    Args:
+        nbytes: The number.
+        least: Whether to round up, for minimum requirements.
     """
     power = min(max(0, nbytes.bit_length() - 1) // 10, len(UNITS) - 1)
     value = nbytes / 2 ** (10 * power)

@@ -1,4 +1,4 @@
-"""How the records of all layers lie. Layers may differ in size, not in format."""
+"""The layouts of all layers' records. Layers may differ in size, not in format."""
 
 from __future__ import annotations
 
@@ -32,12 +32,16 @@ class StoreLayout:
 
     @classmethod
     def uniform(cls, layout: Layout, layers: int) -> StoreLayout:
-        """So many layers that are alike."""
+        """Make a layout of so many equal layers."""
         return cls((layout,) * layers)
 
     @classmethod
     def of(cls, form: Format, element: Element, shapes: Iterable[Shape]) -> StoreLayout:
-        """From what `shapes` says. Raises ValueError."""
+        """Make a layout from what `shapes` returns.
+
+        Raises:
+            ValueError: There is no such layout.
+        """
         layers: list[Layout] = []
         for count, kv_heads, head_dim in shapes:
             if not 1 <= count <= MOST_LAYERS:
@@ -47,14 +51,18 @@ class StoreLayout:
 
     @classmethod
     def unpack(cls, form: Format, element: Element, packed: bytes) -> StoreLayout:
-        """From what `pack` gave. Raises ValueError."""
+        """Make a layout from what `pack` returned.
+
+        Raises:
+            ValueError: There is no such layout.
+        """
         return _unpacked(form, element, packed)
 
     def __len__(self) -> int:
         return len(self.layers)
 
     def __getitem__(self, layer: int) -> Layout:
-        """The layout of a layer. Raises ValueError if there is none of this number."""
+        """Return the layout of a layer; raises ValueError if there is none of this number."""
         if not 0 <= layer < len(self.layers):
             raise ValueError(f"layer {layer} of {len(self.layers)}")
         return self.layers[layer]
@@ -64,29 +72,31 @@ class StoreLayout:
 
     @cached_property
     def groups(self) -> tuple[tuple[int, Layout], ...]:
-        """(number of layers, their layout) of layers that follow one another and are alike."""
+        """(number of layers, their layout) of consecutive layers that are equal."""
         return tuple((len(list(alike)), layout) for layout, alike in groupby(self.layers))
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
-        """As groups, of what is not the same in all layers."""
+        """The groups, each as what may differ between layers."""
         return tuple((count, layout.kv_heads, layout.head_dim) for count, layout in self.groups)
 
     def pack(self) -> bytes:
-        """shapes, each as three unsigned 32-bit integers, little endian."""
+        """Return shapes as bytes, each as three unsigned 32-bit integers, little endian."""
         return b"".join(_SHAPE.pack(*shape) for shape in self.shapes)
 
     @property
     def format(self) -> Format:
+        """The format of all records."""
         return self.layers[0].format
 
     @property
     def element(self) -> Element:
+        """The compute dtype of all layers."""
         return self.layers[0].element
 
     @cached_property
     def raw(self) -> StoreLayout:
-        """Of checkpoints beside records of this layout."""
+        """The layout of checkpoints beside records of this layout."""
         return StoreLayout(tuple(layout.raw for layout in self.layers))
 
     @property
@@ -109,7 +119,7 @@ class StoreLayout:
 
 @lru_cache(maxsize=64)
 def _unpacked(form: Format, element: Element, packed: bytes) -> StoreLayout:
-    """One object for all runs of a model: a store has many."""
+    """Make one object for all runs of a model, because a store has many runs."""
     if len(packed) % _SHAPE.size:
         raise ValueError(f"{len(packed)} bytes are no shapes")
     return StoreLayout.of(form, element, _SHAPE.iter_unpack(packed))

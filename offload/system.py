@@ -1,4 +1,4 @@
-"""The seam to the operating system: calls that tests can make fail, and loops that finish what they begin."""
+"""System calls that tests can make fail, and loops that complete partial reads and writes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ Rows = npt.NDArray[np.int64]
 
 
 def page_aligned(nbytes: int, *, huge: bool = False) -> Bytes:
-    """Private anonymous memory, uint8[nbytes]: zero, page-aligned, backed by pages only once touched.
+    """Return private anonymous memory, uint8 [nbytes]: zero, page-aligned, backed by pages only once touched.
 
-    huge asks the kernel for 2 MiB pages; it may decline, and memory then grows in steps of 4 KiB.
+    Args:
+        nbytes: How many bytes there are.
+        huge: Whether to ask the kernel for 2 MiB pages; it may decline, and memory then grows in steps of
+            4 KiB.
     """
     memory = mmap.mmap(-1, round_up(nbytes, PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if huge:
@@ -33,8 +36,9 @@ def page_aligned(nbytes: int, *, huge: bool = False) -> Bytes:
 
 
 def give_back(memory: Bytes, start: int, stop: int) -> None:
-    """Let the kernel have the whole pages within bytes [start, stop) of page_aligned memory: they read as
-    zeros from now on, and are backed again once touched.
+    """Return the whole pages within bytes [start, stop) of page_aligned memory to the kernel.
+
+    They read as zeros from now on, and are backed again once touched.
     """
     first, last = round_up(start, PAGE), stop // PAGE * PAGE
     if first < last:
@@ -47,21 +51,26 @@ def give_back(memory: Bytes, start: int, stop: int) -> None:
 
 
 class SystemCalls:
-    """What the disk tier asks of the kernel. Each raises OSError as `os` does."""
+    """The disk tier's system calls. Each raises OSError as `os` does."""
 
     def open(self, path: Path, flags: int) -> int:
+        """Open a file, with mode 0600 if it is made; links are not followed."""
         return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
     def close(self, file: int) -> None:
+        """See os.close."""
         os.close(file)
 
     def preadv(self, file: int, buffers: Sequence[memoryview], offset: int) -> int:
+        """See os.preadv."""
         return os.preadv(file, buffers, offset)
 
     def pwritev(self, file: int, buffers: Sequence[memoryview], offset: int) -> int:
+        """See os.pwritev."""
         return os.pwritev(file, buffers, offset)
 
     def fdatasync(self, file: int) -> None:
+        """See os.fdatasync."""
         os.fdatasync(file)
 
     def fsync_folder(self, folder: Path) -> None:
@@ -73,19 +82,21 @@ class SystemCalls:
             os.close(file)
 
     def ftruncate(self, file: int, nbytes: int) -> None:
+        """See os.ftruncate."""
         os.ftruncate(file, nbytes)
 
     def free_bytes(self, folder: Path) -> int:
-        """What its file system has left for such as us."""
+        """Return how many bytes the folder's file system has left for unprivileged users."""
         status = os.statvfs(folder)
         return status.f_bavail * status.f_frsize
 
     def unlink(self, path: Path) -> None:
+        """Remove a file, if it exists."""
         path.unlink(missing_ok=True)
 
 
 def read_fully(system: SystemCalls, file: int, buffer: Bytes, offset: int) -> int:
-    """Fill the buffer from the file; returns the bytes read, fewer than len(buffer) only at its end.
+    """Fill the buffer from the file and return the bytes read, fewer than len(buffer) only at the file's end.
 
     A short read is resumed at the page it stopped in, because O_DIRECT refuses any other offset.
     """
@@ -103,7 +114,11 @@ def read_fully(system: SystemCalls, file: int, buffer: Bytes, offset: int) -> in
 
 
 def write_fully(system: SystemCalls, file: int, buffer: Bytes, offset: int) -> None:
-    """Write the whole buffer. Raises OSError; what lies in the file is then undefined."""
+    """Write the whole buffer.
+
+    Raises:
+        OSError: The file does not take it; what lies in the file is then undefined.
+    """
     done = 0
     while done < len(buffer):
         start = done - done % PAGE

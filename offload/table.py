@@ -1,4 +1,4 @@
-"""Where the blocks of one sequence lie."""
+"""The block table: where the blocks of one sequence lie."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class RunRef:
 
     @property
     def blocks(self) -> range:
+        """The blocks' numbers."""
         return range(self.first, self.first + self.count)
 
     @property
@@ -40,11 +41,11 @@ class BlockTable:
         rows: int64 [layers, blocks], the host row of each record, or ABSENT. A block is in host memory in
             every layer or in none.
         chain: The token-chain hash of each block.
-        runs: What of it is on disk; never two runs of one block.
+        runs: The blocks that are on disk; never two runs of one block.
         copies: Those of `runs` that may have blocks in host memory, too, the oldest copies first.
-        leaving: What of it is being written.
+        leaving: The blocks that are being written.
         sealed: The rows of blocks from here on are there, but the step that fills them may not have ended.
-        adopts: What others stored of the same chain may become its own.
+        adopts: Whether runs that other sequences stored of the same chain may be used.
         offered: Blocks below were offered to the disk, which may have refused them.
         idle: No request is running on the sequence.
         reserved: Up to this block it may grow.
@@ -70,14 +71,14 @@ class BlockTable:
         return max(1, len(self.chain))
 
     def reach(self, blocks: int) -> None:
-        """Let there be a column for every block number up to `blocks`."""
+        """Add columns, so that there is one for every block number up to `blocks`."""
         more = blocks + 1 - self.rows.shape[1]
         if more > 0:
             self.rows = np.pad(self.rows, ((0, 0), (0, more)), constant_values=ABSENT)
             self._run_of = np.pad(self._run_of, (0, more), constant_values=ABSENT)
 
     def add_runs(self, refs: Iterable[RunRef]) -> None:
-        """These blocks are on disk from now on."""
+        """Note that these blocks are on disk."""
         for ref in refs:
             self._run_of[ref.columns] = len(self.runs)
             self.runs.append(ref)
@@ -85,16 +86,16 @@ class BlockTable:
                 self.copies[ref] = None
 
     def copied(self, ref: RunRef) -> None:
-        """Blocks of one of `runs` are in host memory from now on, too."""
+        """Note that blocks of one of `runs` are in host memory, too."""
         self.copies[ref] = None
 
     def begin_write(self, ref: RunRef) -> None:
-        """These blocks are on their way to disk."""
+        """Note that these blocks are being written to disk."""
         self._run_of[ref.columns] = LEAVING
         self.leaving.append(ref)
 
     def end_write(self, ref: RunRef) -> bool:
-        """They no longer are; False if the table was emptied meanwhile."""
+        """Note that a write has ended; return False if the table was emptied meanwhile."""
         if ref not in self.leaving:
             return False
         self.leaving.remove(ref)
@@ -111,35 +112,36 @@ class BlockTable:
         self.leaving.clear()
 
     def host_spans(self) -> tuple[range, ...]:
-        """Sealed blocks that lie in host memory only and are not being written, as ascending ranges."""
+        """Return ascending ranges of sealed blocks that lie in host memory only and are not being written."""
         mine = (self.rows[0] >= 0) & (self._run_of == ABSENT)
         mine[self.sealed :] = False
         edges = np.flatnonzero(np.diff(np.concatenate(([0], mine.view(np.int8), [0]))))
         return tuple(range(a, b) for a, b in edges.reshape(-1, 2).tolist())
 
     def runs_to_read(self, visible: range) -> list[RunRef]:
-        """The runs of which a scan of the visible blocks must read something, in the order of `runs`."""
+        """Return the runs that a scan of the visible blocks must read from, in the order of `runs`."""
         seen = slice(visible.start, max(visible.start, visible.stop))
         absent = self._run_of[seen][self.rows[0, seen] < 0]
         return [self.runs[at] for at in np.unique(absent[absent >= 0])]
 
     def extent_blocks(self, ref: RunRef, visible: range) -> npt.NDArray[np.int64]:
-        """Blocks of a run that a scan of `visible` must read from disk, ascending."""
+        """Return the blocks of a run that a scan of `visible` must read from disk, ascending."""
         blocks = np.arange(max(ref.first, visible.start), min(ref.first + ref.count, visible.stop))
         absent: npt.NDArray[np.int64] = blocks[self.rows[0, blocks] < 0]
         return absent
 
     @property
     def host_blocks(self) -> int:
+        """Number of blocks in host memory."""
         return int(np.count_nonzero(self.rows[0] >= 0))
 
     @property
     def disk_blocks(self) -> int:
-        """Blocks that lie on disk only."""
+        """Number of blocks that lie on disk only."""
         return int(np.count_nonzero((self._run_of >= 0) & (self.rows[0] < 0)))
 
     def check_integrity(self) -> None:
-        """Every block below `stop` lies in host memory in all layers, or on disk; others nowhere."""
+        """Check that all blocks below `stop`, and no others, lie in host memory in all layers or on disk."""
         assert 1 <= self.sealed <= self.stop, "a block is sealed that has no place"
         present = self.rows >= 0
         assert (present == present[0]).all(), "a block is in host memory in some layers only"

@@ -1,4 +1,4 @@
-"""Runs that leave the store as copies while the engine goes on."""
+"""Runs that are copied out of the store while the engine goes on."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from spilld.offload.system import PAGE, Bytes, page_aligned
 
 
 class ExportedRuns:
-    """Runs that are copied: pinned, and their bytes held, until `end`.
+    """Runs that are being copied: pinned, and their bytes leased, until `end`.
 
     The owner thread makes and ends it; one I/O thread reads in between.
     """
 
     def __init__(self, store: Store, runs: Sequence[RunKey]) -> None:
-        """Raises ExtentMissing; nothing is held then."""
+        """Pin the runs and lease their bytes.
+
+        Raises:
+            ExtentMissing: One of them is not on disk; nothing is pinned or leased then.
+        """
         if store.disk is None:
             raise ExtentMissing("there is no disk tier")
         self._store = store
@@ -30,14 +34,22 @@ class ExportedRuns:
         self._buffer = page_aligned(largest)
 
     def read(self, run: RunKey, layer: int) -> Bytes:
-        """On the I/O thread: verified records, uint8 [count, record_bytes], valid until the next.
+        """On the I/O thread: read one layer of a run.
 
-        Raises ReadFailed.
+        Returns:
+            Verified records, `[count, record_bytes] uint8`, valid until the next read.
+
+        Raises:
+            ReadFailed: The extent could not be read, or is not what was written.
         """
         return self._disk.tier.io.read_extent(self._places[run], layer, self._buffer)
 
     def end(self, damaged: RunKey | None = None) -> None:
-        """damaged: a run that is not what was written, which nobody shall find again."""
+        """Release the runs.
+
+        Args:
+            damaged: A run that is not what was written, which must not be found again.
+        """
         self._store.unpin(list(self._places))
         for place in self._places.values():
             self._disk.tier.release(place)

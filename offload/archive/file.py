@@ -1,7 +1,7 @@
 """The archive: tokens and KV of one sequence in one file, verified as a whole. FORMAT.md has the byte tables.
 
-It is sealed in the name of no tenant: a chain hash made with a tenant's secret, beside the tokens that it was
-made of, would let whoever has the file try out secrets.
+Its chain hashes are made without a tenant's secret: beside the tokens, a hash made with the secret would let
+a reader of the file guess secrets and check each guess.
 """
 
 from __future__ import annotations
@@ -49,8 +49,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ArchivedRun:
-    """Blocks [first, first + count) of the sequence, or its checkpoint. upto: it belongs to the chain of so
-    many blocks, which of a checkpoint are those before its tokens.
+    """Blocks [first, first + count) of the sequence, or its checkpoint.
+
+    Attributes:
+        run: The run's key.
+        first: Its first block.
+        count: How many blocks it has.
+        upto: The run belongs to the chain of so many blocks; those of a checkpoint are the ones before its
+            tokens.
+        checkpoint: Whether it is the checkpoint.
     """
 
     run: RunKey
@@ -62,8 +69,15 @@ class ArchivedRun:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an archive holds. position: so many tokens need not be computed, 0 without runs; the checkpoint is
-    the last of the runs. about: plain data that means something to whoever wrote it.
+    """What an archive holds.
+
+    Attributes:
+        layouts: Of the records.
+        fingerprint: 32 bytes, of the model that the KV depends on.
+        tokens: All tokens of the sequence.
+        position: How many tokens need not be computed; 0 without runs.
+        runs: Runs of blocks; the checkpoint is the last of them.
+        about: Plain data for the program that wrote the archive.
     """
 
     layouts: StoreLayout
@@ -86,12 +100,12 @@ class Manifest:
 
     @cached_property
     def chain(self) -> list[bytes]:
-        """Root and the chain hashes of all whole blocks, without a tenant."""
+        """The root and the chain hashes of all whole blocks, without a tenant."""
         first = root(self.fingerprint, self.layouts.format)
         return [first, *chain(first, self.tokens, len(self.tokens) // BLOCK)]
 
     def identity(self, run: ArchivedRun) -> ExtentIdentity:
-        """What the run's extents in the file say."""
+        """Return what the headers of the run's extents in the file contain."""
         layouts = self.layouts.raw if run.checkpoint else self.layouts
         chain_hash = self.chain[run.upto]
         return ExtentIdentity(layouts, self.fingerprint, run.run, chain_hash, run.first, run.count)
@@ -102,6 +116,7 @@ class Manifest:
         return max((self.identity(run).largest_extent for run in self.runs), default=0)
 
     def pack(self) -> bytes:
+        """Return the manifest as msgpack."""
         packed: bytes = msgpack.packb(
             {
                 "format": str(self.layouts.format),
@@ -118,7 +133,7 @@ class Manifest:
 
 
 def archive_bytes(manifest: Manifest) -> int:
-    """Length of the file."""
+    """Return the length of the file in bytes."""
     extents = sum(manifest.identity(run).run_bytes for run in manifest.runs)
     return _extents_at(len(manifest.pack())) + extents + _TRAILER.size
 
@@ -129,9 +144,16 @@ def write(
     records: Callable[[ArchivedRun, int, Bytes], None],
     progress: Progress = lambda _done, _all: None,
 ) -> None:
-    """Write a whole archive to an empty file. records(run, layer, into) fills uint8[count, record_bytes].
+    """Write a whole archive to an empty file.
 
-    Raises what `records` and `progress` raise, and OSError; what lies in the file is then no archive.
+    Args:
+        file: The file, at its beginning.
+        manifest: What the archive holds.
+        records: records(run, layer, into) fills `[count, record_bytes] uint8`. What it raises ends the work.
+        progress: Called with (bytes done, bytes in all) after each extent. What it raises ends the work.
+
+    Raises:
+        OSError: The file cannot be written. After any error it does not hold an archive.
     """
     packed = manifest.pack()
     total, hasher = archive_bytes(manifest), xxhash.xxh3_128()
@@ -156,10 +178,16 @@ def write(
 
 
 class Archive:
-    """An archive in a file that is open for reading. Not to be trusted before `verify` has returned."""
+    """An archive in a file that is open for reading. Do not trust it before `verify` has returned."""
 
     def __init__(self, file: BinaryIO) -> None:
-        """Read the manifest. Raises ArchiveDamaged, ArchiveUnknown or OSError."""
+        """Read the manifest.
+
+        Raises:
+            ArchiveDamaged: The file is no archive, or not what was written.
+            ArchiveUnknown: It is an archive of another version.
+            OSError: The file cannot be read.
+        """
         self._file = file
         self._nbytes = os.fstat(file.fileno()).st_size
         packed = self._packed()
@@ -177,7 +205,12 @@ class Archive:
         self._buffer = page_aligned(max(PAGE, self.manifest.largest))
 
     def verify(self, progress: Progress = lambda _done, _all: None) -> None:
-        """Read everything. Raises ArchiveDamaged unless every byte is what was written, or OSError."""
+        """Read and verify the whole file.
+
+        Raises:
+            ArchiveDamaged: Some byte is not what was written.
+            OSError: The file cannot be read.
+        """
         hasher = xxhash.xxh3_128()
         self._file.seek(0)
         first = min(self._at.values(), default=self._nbytes - _TRAILER.size)
@@ -192,9 +225,14 @@ class Archive:
             raise ArchiveDamaged("its end is not that of the rest")
 
     def read(self, run: ArchivedRun, layer: int) -> Bytes:
-        """The verified records of one layer, uint8[count, record_bytes], valid until the next read.
+        """Read the records of one layer of a run.
 
-        Raises ArchiveDamaged or OSError.
+        Returns:
+            Verified records, `[count, record_bytes] uint8`, valid until the next read.
+
+        Raises:
+            ArchiveDamaged: They are not what was written.
+            OSError: The file cannot be read.
         """
         identity = self.manifest.identity(run)
         wanted = self._buffer[: identity.extent_bytes(layer)]
@@ -222,7 +260,7 @@ class Archive:
 
 
 def _manifest(fields: dict[str, Any]) -> Manifest:
-    """Raises ValueError, TypeError or KeyError."""
+    """Parse a manifest; raises ValueError, TypeError or KeyError if it is malformed."""
     whole = operator.index
     shapes = [(whole(count), whole(heads), whole(dim)) for count, heads, dim in fields["shapes"]]
     layouts = StoreLayout.of(Format(fields["format"]), Element(fields["element"]), shapes)
@@ -245,7 +283,7 @@ def _extents_at(manifest_bytes: int) -> int:
 
 
 def _fill(file: BinaryIO, buffer: Bytes) -> int:
-    """Bytes read, fewer than len(buffer) only at the end of the file."""
+    """Fill the buffer and return the bytes read, fewer than len(buffer) only at the end of the file."""
     done = 0
     view = memoryview(buffer.data)
     while done < len(view) and (count := _readinto(file, view[done:])):

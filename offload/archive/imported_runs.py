@@ -1,4 +1,4 @@
-"""Runs that come into the store from elsewhere while the engine goes on."""
+"""Runs that are copied into the store while the engine goes on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spilld.offload.system import PAGE, Bytes, page_aligned
 
 @dataclass(frozen=True)
 class ImportedRun:
-    """A run to come; chain: the hash that its extents say."""
+    """A run that is to be imported; chain: the hash that its extents' headers contain."""
 
     first: int
     count: int
@@ -28,14 +28,18 @@ class ImportedRun:
 
 
 class ImportedRuns:
-    """Runs that come from elsewhere, under new keys: all of them come to exist, or none.
+    """Runs that are imported under new keys: either all of them come to exist, or none.
 
     The owner thread makes and ends it; one I/O thread writes in between.
     """
 
     def __init__(self, store: Store, parts: Sequence[ImportedRun]) -> None:
-        """Reserve room for all. Raises TierFull or WriteFailed; nothing has changed then, but that other
-        runs may have been evicted.
+        """Reserve room for all runs. On an error only other runs may have been evicted.
+
+        Raises:
+            ExtentMissing: There is no disk tier.
+            TierFull: There is no room beside what is reserved for requests.
+            WriteFailed: The disk tier takes no more runs, or a file cannot be made or grown.
         """
         if store.disk is None:
             raise ExtentMissing("there is no disk tier")
@@ -75,17 +79,29 @@ class ImportedRuns:
         return place
 
     def write(self, place: RunPlace, layer: int, records: Bytes) -> None:
-        """On the I/O thread: one layer, uint8[count, record_bytes]. Raises WriteFailed."""
+        """On the I/O thread: write one layer of a run, `[count, record_bytes] uint8`.
+
+        Raises:
+            WriteFailed: The extent could not be written.
+        """
         rows = np.arange(place.identity.count, dtype=np.int64)
         self._disk.tier.io.write_extent(place, layer, records, rows, self._scratch)
 
     def sync(self) -> None:
-        """On the I/O thread, after all writes. Raises WriteFailed."""
+        """On the I/O thread, after all writes: make them durable.
+
+        Raises:
+            WriteFailed: They may not be durable.
+        """
         for place in self.places:
             self._disk.tier.io.sync(place)
 
     def commit(self) -> None:
-        """They exist from now on. Raises WriteFailed; then none does."""
+        """Make all runs exist.
+
+        Raises:
+            WriteFailed: The index does not take them; none of them exists then.
+        """
         try:
             self._disk.tier.commit(*self.places)
         except WriteFailed:
@@ -96,7 +112,7 @@ class ImportedRuns:
         self._end()
 
     def abandon(self) -> None:
-        """None of them will exist."""
+        """Give up all runs: none of them will exist."""
         for place in self.places:
             if self._disk.tier.awaits(place):
                 self._disk.tier.abandon(place)

@@ -1,4 +1,4 @@
-"""A read of one extent, from when it is asked for until its buffer goes back."""
+"""A read of one extent, from its submission until its buffer is released."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ class ExtentRead:
 
 
 class ReadState(enum.Enum):
+    """State of a read; the values complete the phrase "a ticket that ..."."""
+
     QUEUED = "waits for a buffer"
     ISSUED = "has a buffer, and a thread has it or will"
     LOADED = "its records lie in its buffer"
@@ -28,7 +30,7 @@ class ReadState(enum.Enum):
 
 
 class Ticket:
-    """A read that was submitted. Owner thread only, except `wanted`, which I/O threads look at."""
+    """A read that was submitted. For the owner thread only, except `wanted`, which I/O threads read."""
 
     def __init__(self, read: ExtentRead) -> None:
         self.read = read
@@ -44,9 +46,17 @@ class Ticket:
 
 @dataclass
 class PrefetchStats:
-    """read_seconds sums over threads, stall_seconds over waits that blocked; cancelling is no failure.
+    """What the prefetcher has done so far.
 
-    hits, stalls: waits for what was there already, and waits that blocked. corrupt: of the failures.
+    Attributes:
+        reads: Reads that succeeded.
+        bytes_read: Their bytes.
+        read_seconds: Sum over threads.
+        hits: Waits for reads that had ended already.
+        stalls: Waits that blocked.
+        stall_seconds: Sum over waits that blocked.
+        failures: Reads that failed; cancelled ones are not counted.
+        corrupt: Those of the failures in which something else was read than was written.
     """
 
     reads: int = 0

@@ -56,7 +56,7 @@ class Prefetcher:
     """A ring of `buffers` staging buffers, filled in submission order by I/O threads.
 
     One owner thread calls every method. Each submitted read ends loaded, failed or cancelled; a read
-    that was issued ends by its deadline whether or not anybody waits for it. Each ticket ends in
+    that was issued ends by its deadline whether or not it is waited for. Each ticket ends in
     release or cancel.
 
     The rule of the ring: wait in submission order, and release (or cancel) before waiting for the
@@ -75,9 +75,20 @@ class Prefetcher:
         deadline_s: float = 30.0,
         on_read: Callable[[float], object] = lambda seconds: None,
     ) -> None:
-        """staging_bytes = buffers * extent_bytes, rounded up to 4096 a buffer, is all the memory there is.
+        """Allocate the buffers and start the threads.
 
-        on_read: told how long each read took that succeeded, by the owner's thread.
+        staging_bytes = buffers * extent_bytes, rounded up to 4096 a buffer, is all the memory there is.
+
+        Args:
+            disk: The disk tier.
+            buffers: Number of staging buffers.
+            extent_bytes: Bytes of the largest extent that is read.
+            threads: Number of I/O threads.
+            deadline_s: Seconds after which a read has failed.
+            on_read: Called by the owner's thread with the seconds of each read that succeeded.
+
+        Raises:
+            BudgetTooSmall: There is no buffer, or no thread.
         """
         size = round_up(extent_bytes, PAGE)
         if buffers < 1 or threads < 1:
@@ -122,17 +133,23 @@ class Prefetcher:
         return tickets
 
     def finished(self) -> list[Ticket]:
-        """Tickets that were loaded or failed and were not reported, waited for or released yet."""
+        """Return tickets that were loaded or failed and were not reported, waited for or released yet."""
         self._advance()
         ended = list(self._ended)
         self._ended.clear()
         return ended
 
     def wait(self, ticket: Ticket) -> Bytes:
-        """Block until the read ends: its verified records, uint8[count, record_bytes], valid until release.
+        """Block until the read ends.
 
-        Raises the ReadFailed it ended with: ReadTimeout when deadline_s has passed since the read was
-        issued, or since this wait began if it was not issued by then.
+        Returns:
+            Its verified records, `[count, record_bytes] uint8`, valid until release.
+
+        Raises:
+            ReadFailed: The error that the read ended with. It is ReadTimeout when deadline_s has passed since
+                the read was issued, or since this wait began if it was not issued by then.
+            RuntimeError: Every buffer that the read could get is held by the caller.
+            ValueError: The ticket was released before.
         """
         self._advance()
         if ticket.state in (ReadState.QUEUED, ReadState.ISSUED):
@@ -153,13 +170,13 @@ class Prefetcher:
         return ticket.records
 
     def offset(self, ticket: Ticket) -> int:
-        """Where in `memory`, the whole ring as bytes, the first record of a loaded ticket lies."""
+        """Return where in `memory`, the whole ring as bytes, the first record of a loaded ticket lies."""
         if ticket.state is not ReadState.LOADED:
             raise ValueError(f"a ticket that {ticket.state.value} has no records")
         return ticket.buffer * self._buffers.shape[1] + HEADER_BYTES
 
     def release(self, ticket: Ticket) -> None:
-        """The records are no longer looked at: their buffer takes the next read."""
+        """Let the buffer of a ticket take the next read; its records must not be used any more."""
         if ticket.state in (ReadState.QUEUED, ReadState.ISSUED, ReadState.RELEASED):
             raise ValueError(f"cannot release a ticket that {ticket.state.value}")
         self._ended.pop(ticket, None)
@@ -179,7 +196,7 @@ class Prefetcher:
         self._advance()
 
     def close(self) -> None:
-        """Cancel everything and stop the threads; one that is stuck in the kernel is left after CLOSE_S."""
+        """Cancel everything and stop the threads; one stuck in the kernel is abandoned after CLOSE_S."""
         self.cancel([*self._queued, *self._issued, *self._ended])
         for _ in self._threads:
             self._jobs.put(None)
@@ -191,7 +208,7 @@ class Prefetcher:
             log.warning("closed while %d reads are stuck in the kernel", len(self._adrift))
 
     def check_integrity(self) -> None:
-        """Every buffer is free, being read into for somebody or for nobody, or holds records."""
+        """Check that every buffer is free, being read into, left to an abandoned read, or holds records."""
         issued = [ticket.buffer for ticket in self._issued]
         everything = sorted([*self._free, *issued, *self._adrift, *self._loaded])
         assert everything == list(range(len(self._buffers))), "a buffer has two users, or none"
@@ -222,7 +239,7 @@ class Prefetcher:
             self._advance()
 
     def _advance(self) -> None:
-        """Take in what ended, end what is overdue, issue what can be."""
+        """Take in reads that ended, end those that are overdue, issue queued ones."""
         self._collect()
         now = time.monotonic()
         while self._issued:
@@ -244,7 +261,7 @@ class Prefetcher:
             self._settle(self._outcomes.get_nowait())
 
     def _settle(self, outcome: _ReadOutcome) -> None:
-        """A thread is done with a buffer and a place."""
+        """Take back the buffer and the place that a thread has finished with."""
         ticket = outcome.job.ticket
         self._disk.release(outcome.job.place)
         self.stats.read_seconds += outcome.seconds
@@ -276,7 +293,7 @@ class Prefetcher:
         self._fail(ticket, error)
 
     def _part(self, ticket: Ticket, state: ReadState, error: ReadFailed) -> None:
-        """End a ticket before its read: one that is queued lets go now, else the thread's return does."""
+        """End a ticket before its read: a queued one frees its place now, else the thread's return does."""
         assert ticket.place is not None
         if ticket.state is ReadState.QUEUED:
             self._disk.release(ticket.place)
@@ -301,7 +318,7 @@ class Prefetcher:
             ticket.error = ReadCancelled("cancelled by its owner")
 
     def _work(self) -> None:
-        """An I/O thread: whatever goes wrong with a read becomes its result, and the thread lives on."""
+        """Run an I/O thread; any error in a read becomes its result, and the thread goes on."""
         while (job := self._jobs.get()) is not None:
             began = time.monotonic()
             self._outcomes.put(_ReadOutcome(job, self._read(job), time.monotonic() - began))

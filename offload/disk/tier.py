@@ -45,10 +45,10 @@ class DiskTier:
     """Runs on disk. One owner thread calls everything; `io` is for I/O threads, on places that it holds.
 
     A run exists from commit until delete, also when the process ends in between; its bytes are not used again
-    while anybody holds it. used_bytes is what the segment files measure, at most budget_bytes.
+    while a lease on it is held. used_bytes is what the segment files measure, at most budget_bytes.
 
-    At start the index is held against the length of the files; what the extents contain is looked at when
-    they are read. Bytes that no row names are collected. Runs of other models are kept: they only take room.
+    At start the index is compared with the length of the files; the contents of extents are verified when
+    they are read. Bytes that no row names are freed. Runs of other models are kept: they only take room.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class DiskTier:
             raise FolderUnusable(f"{folder}: {error}") from error
 
     def _recover(self) -> None:
-        """Take over the runs that the index names and whose bytes the files have; collect all other bytes."""
+        """Take over the runs that the index names and whose bytes the files have; free all other bytes."""
         files = self._folder.segments()
         sizes = {number: path.stat().st_size for number, path in files.items()}
         found, lost = consistent(self.index.entries(), sizes)
@@ -160,17 +160,21 @@ class DiskTier:
         return run in self._ledger
 
     def run_bytes(self, count: int, layouts: StoreLayout | None = None) -> int:
-        """Bytes on disk of a run of count blocks, all layers."""
+        """Return the bytes on disk of a run of count blocks, all layers."""
         return run_bytes(layouts or self.layouts, count)
 
     def runs(self) -> list[RunPlace]:
-        """Every committed run, of any model, the least recently used first."""
+        """Return every committed run, of any model, the least recently used first."""
         places = self._ledger.places()
         keys = [row.identity.run for row in self.index.entries()]
         return [places[key] for key in keys if key in places]
 
     def contents(self, run: RunKey) -> Contents:
-        """What a committed run is found by. Raises ExtentMissing."""
+        """Return what a committed run is found by.
+
+        Raises:
+            ExtentMissing: There is no such run.
+        """
         return self._ledger.present(run).contents
 
     def touch(self, runs: Iterable[RunKey]) -> None:
@@ -178,7 +182,7 @@ class DiskTier:
         self.index.touch(runs, int(time.time()))
 
     def write_notes(self) -> None:
-        """Have the index write what it was told to note; what it cannot is logged and forgotten."""
+        """Write what the index has noted; if that fails, it is logged and forgotten."""
         try:
             self.index.write_notes()
         except (OSError, IndexDamaged) as error:
@@ -195,10 +199,22 @@ class DiskTier:
         contents: Contents = NAMELESS,
         layouts: StoreLayout | None = None,
     ) -> RunPlace:
-        """Space for a run of count blocks, the first of which is block `first` of its sequence.
+        """Reserve space for a run of count blocks; to be followed by commit or abandon.
 
-        contents: what the index finds it by once it is committed. Follow with commit or abandon. Raises
-        TierFull, or WriteFailed if the file cannot be made or grown; either way nothing has changed.
+        On an error nothing has changed.
+
+        Args:
+            run: The run's key, which is new.
+            first: Its first block, as a number of its sequence.
+            count: How many blocks it has.
+            chain_hash: Of its last block.
+            contents: What the index finds it by once it is committed.
+            layouts: Of its records, if they are not those of the tier.
+
+        Raises:
+            TierFull: There is no room.
+            WriteFailed: The file cannot be made or grown.
+            ValueError: The run is already there.
         """
         if self._ledger.knows(run):
             raise ValueError(f"run {run.hex()} is already there")
@@ -212,7 +228,7 @@ class DiskTier:
         return place
 
     def commit(self, *places: RunPlace) -> None:
-        """The runs exist from now on: every layer of each was written, then synced.
+        """Make runs exist; every layer of each has been written, then synced.
 
         Raises:
             WriteFailed: The index does not take their rows; all of them still wait, to be abandoned.
@@ -229,18 +245,18 @@ class DiskTier:
             self._files[stored.place.range.segment].durable_name = True
 
     def awaits(self, place: RunPlace) -> bool:
-        """Whether the place is reserved and neither committed nor abandoned."""
+        """Return whether the place is reserved and neither committed nor abandoned."""
         stored = self._ledger.at(place)
         return stored is not None and not stored.committed and not stored.deleted
 
     def abandon(self, place: RunPlace) -> None:
-        """The run will not be there; its space is free once nobody holds it. After commit, use delete."""
+        """Give up a reserved run; its space is free once no lease is left. After commit, use delete."""
         stored = self._ledger.waiting(place)
         stored.deleted = True
         self._reclaim(stored)
 
     def delete(self, *runs: RunKey) -> None:
-        """Forget runs; the space of each is free once nobody holds it.
+        """Forget runs; the space of each is free once no lease on it is left.
 
         If their rows cannot be removed, their space stays taken: a row must not come to name other bytes.
 
@@ -260,10 +276,12 @@ class DiskTier:
             self._reclaim(stored)
 
     def relocate(self, extent_bytes: int) -> RunMove | None:
-        """Space elsewhere for a run whose move would shorten a file; None if there is no such run.
+        """Reserve space elsewhere for a run whose move would shorten a file; None if there is no such run.
 
-        extent_bytes: the largest extent that can be copied. Hold both places, and follow with moved, or with
-        abandon of the target.
+        Hold both places, and follow with moved, or with abandon of the target.
+
+        Args:
+            extent_bytes: Bytes of the largest extent that can be copied.
         """
         space = self._files.space
         for number, hole in space.moves():
@@ -277,12 +295,13 @@ class DiskTier:
         return None
 
     def moved(self, move: RunMove) -> None:
-        """The run lies in its new place from now on: every layer was copied, then synced. Its old bytes are
-        free once nobody holds them.
+        """Let a run lie in its new place; every layer has been copied, then synced.
+
+        Its old bytes are free once no lease on them is left. On an error the target waits to be abandoned.
 
         Raises:
             ExtentMissing: The run was deleted or moved meanwhile.
-            WriteFailed: The index does not take the change. Either way the target waits to be abandoned.
+            WriteFailed: The index does not take the change.
         """
         target, source = self._ledger.waiting(move.target), self._ledger.present(move.run)
         if source.place != move.source:
@@ -297,11 +316,19 @@ class DiskTier:
         self._reclaim(source)
 
     def locate(self, run: RunKey) -> RunPlace:
-        """Where a committed run lies; hold it before reading. Raises ExtentMissing."""
+        """Return where a committed run lies; hold it before reading.
+
+        Raises:
+            ExtentMissing: There is no such run.
+        """
         return self._ledger.present(run).place
 
     def hold(self, place: RunPlace) -> None:
-        """A lease: the run's bytes stay as they are until the matching release."""
+        """Lease a place: the run's bytes stay as they are until the matching release.
+
+        Raises:
+            ExtentMissing: The run is not there, or was deleted.
+        """
         stored = self._ledger.at(place)
         if stored is None or stored.deleted:
             raise ExtentMissing(f"run {place.run.hex()} is not in the disk tier")
@@ -309,7 +336,11 @@ class DiskTier:
         self._files[place.range.segment].holds += 1
 
     def release(self, place: RunPlace) -> None:
-        """The end of a hold; the last one of a deleted place frees its space."""
+        """End a lease; the last one of a deleted place frees its space.
+
+        Raises:
+            ValueError: There is no lease to end.
+        """
         stored = self._ledger.at(place)
         if stored is None or stored.holds < 1:
             raise ValueError(f"run {place.run.hex()} is released more often than held")
@@ -324,7 +355,7 @@ class DiskTier:
                 self._folder.close()
 
     def check_integrity(self) -> None:
-        """Ranges partition the segments, files measure what the ledger says, and the index knows the runs."""
+        """Check that ranges partition the segments, file lengths fit, and the index knows the runs."""
         self._files.check_integrity([stored.place.range for stored in self._ledger])
         self._ledger.check_integrity()
         self.index.check_integrity()
@@ -336,8 +367,8 @@ class DiskTier:
         """Close the segments and the index, and unlock the folder. Runs that wait for a commit are lost.
 
         Files of runs still held stay open until their release: an I/O thread may be stuck in one, and its
-        descriptor must not come to mean another file. The lock stays as long: what such a thread writes must
-        not land in a file of the next daemon.
+        descriptor must not come to mean another file. The folder stays locked as long: what such a thread
+        writes must not end up in a file of the next daemon.
         """
         still_open = self._files.close()
         self._closed = True
@@ -351,7 +382,7 @@ class DiskTier:
             self._folder.close()
 
     def _reclaim(self, stored: StoredRun) -> None:
-        """Free the space of a deleted run, or of what a move left, that nobody holds."""
+        """Free the space of a deleted run, or of one that was moved away, once no lease on it is left."""
         if stored.unused and not self._closed:
             self._ledger.remove(stored)
             self._files.free(stored.place.range)

@@ -1,4 +1,4 @@
-"""Writes behind the engine's back: runs go from host memory to disk on I/O threads."""
+"""Writes in the background: runs go from host memory to disk on an I/O thread."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ CLOSE_S = 30.0
 
 @dataclass(frozen=True)
 class Spilled:
-    """A run is on disk, or error says why it is not."""
+    """The end of a write: the run is on disk, or `error` says why it is not."""
 
     run: RunKey
     error: WriteFailed | None
 
     @property
     def ok(self) -> bool:
+        """Whether the run is on disk."""
         return self.error is None
 
 
@@ -58,8 +59,12 @@ class Spiller:
     def __init__(
         self, disk: DiskTier, extent_bytes: int, on_write: Callable[[float], object] = lambda seconds: None
     ) -> None:
-        """extent_bytes: the largest extent that will be written. on_write: told how long each run took that
-        was written, by the owner's thread.
+        """Start the I/O thread.
+
+        Args:
+            disk: The disk tier.
+            extent_bytes: Bytes of the largest extent that will be written.
+            on_write: Called by the owner's thread with the seconds of each run that was written.
         """
         self._disk = disk
         self._on_write = on_write
@@ -76,10 +81,18 @@ class Spiller:
         self._thread.start()
 
     def submit(self, place: RunPlace, records: Sequence[Bytes], rows: Rows) -> None:
-        """Write records[layer][rows[layer]] for every layer; never blocks. rows is int64[layers, count].
+        """Write records[layer][rows[layer]] for every layer; never blocks.
 
         The rows must keep their records until the run is reported. The owner may abandon the place
         meanwhile: the run is then reported as failed.
+
+        Args:
+            place: Where the run is to lie, reserved.
+            records: Of each layer `[any, record_bytes] uint8`.
+            rows: `[layers, count] int64`, of the records.
+
+        Raises:
+            ValueError: The rows are not those of such a run, or an extent does not fit the scratch buffer.
         """
         if rows.shape != (len(records), place.identity.count) or len(records) != place.identity.layers:
             raise ValueError(
@@ -94,11 +107,11 @@ class Spiller:
         self._jobs.put(_SpillJob(place, records, rows.copy()))
 
     def finished(self) -> list[Spilled]:
-        """Runs that ended since the last call, committed or absent; never blocks."""
+        """Return runs that ended since the last call, committed or absent; never blocks."""
         return self._settle(self._ended())
 
     def wait(self, timeout_s: float) -> list[Spilled]:
-        """As finished, but blocks until at least one run ended, none is pending, or the time is over."""
+        """Return runs that ended, blocking until there is one, none is pending, or the time is over."""
         if not self.pending:
             return []
         try:
@@ -123,7 +136,7 @@ class Spiller:
         return found
 
     def _settle(self, outcomes: Sequence[_SpillOutcome]) -> list[Spilled]:
-        """Commit what was written in one transaction, and let go of everything."""
+        """Commit what was written in one transaction, and report all outcomes."""
         written = [o.job.place for o in outcomes if o.error is None and self._disk.awaits(o.job.place)]
         refused = self._commit(written)
         return [self._report(outcome, refused) for outcome in outcomes]
@@ -156,7 +169,7 @@ class Spiller:
         return Spilled(place.run, error)
 
     def _work(self) -> None:
-        """The I/O thread: whatever goes wrong with a run becomes its result, and the thread lives on."""
+        """Run the I/O thread; any error in a run becomes its result, and the thread goes on."""
         while (job := self._jobs.get()) is not None:
             began = time.monotonic()
             error = self._write(job)

@@ -1,4 +1,4 @@
-"""Runs on their way back: a scan that passes all layers of a run copies it into host memory."""
+"""Copies of runs back into host memory, made while a scan passes over all their layers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ from .slab import HostSlab
 
 
 class Promotion:
-    """Takes rows for whole runs at once; what was not copied in every layer by the end gives them back."""
+    """Takes rows for whole runs; runs that are not copied in every layer by the end give them back."""
 
     def __init__(self, slab: HostSlab, table: BlockTable, runs: Iterable[RunRef], columns: int) -> None:
-        """Of those of these runs of `table` that lie on disk only, the first that fit `columns` columns."""
+        """Choose the runs and take rows for them.
+
+        Args:
+            slab: Where the copies go.
+            table: The sequence's.
+            runs: Candidates, runs of the table. Of those that lie on disk only, the first that fit are
+                chosen.
+            columns: How many block columns may be taken.
+        """
         self._slab = slab
         self._table = table
         self._rows: dict[RunRef, Rows] = {}
@@ -28,7 +36,14 @@ class Promotion:
                 columns -= ref.count
 
     def copy(self, ref: RunRef, layer: int, memory: Bytes, offset: int) -> None:
-        """One layer of a run, if it is one of those. offset: of its extent's first record in memory."""
+        """Copy one layer of a run, if the run was chosen.
+
+        Args:
+            ref: The run.
+            layer: The layer.
+            memory: Where its extent lies.
+            offset: Of the extent's first record in the memory.
+        """
         if (rows := self._rows.get(ref)) is not None:
             width = self._slab.record_bytes[layer]
             start = offset + (ref.first - ref.base) * width
@@ -37,7 +52,7 @@ class Promotion:
             self._copied[ref] += 1
 
     def end(self) -> None:
-        """What was copied whole is read from host memory from now on."""
+        """Let runs that were copied in every layer be read from host memory; free the rows of the others."""
         for ref, rows in self._rows.items():
             if self._copied[ref] == len(rows):
                 self._table.rows[:, ref.columns] = rows

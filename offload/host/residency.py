@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Holding:
-    """Sealed blocks of one sequence that lie in host memory only and are not on their way out."""
+    """Sealed blocks of one sequence that lie in host memory only and are not being written to disk."""
 
     blocks: tuple[range, ...]
     """Ascending, disjoint."""
@@ -34,7 +34,7 @@ class Spill:
 
 
 def plan(holdings: Sequence[Holding], columns: int, run_blocks: int) -> list[Spill]:
-    """Spills that free at least `columns` block columns (a block in every layer), or all that can be freed.
+    """Choose spills that free at least `columns` block columns (a block in every layer), or all there are.
 
     Whole runs of `run_blocks` are taken first, always from the sequence that holds most; then short
     runs of idle sequences, then of running ones. The work for a spill does not grow with the number of spans.
@@ -60,7 +60,7 @@ def plan(holdings: Sequence[Holding], columns: int, run_blocks: int) -> list[Spi
 
 
 class _Left:
-    """What is left of one holding: whole runs, and what is shorter, each the oldest first."""
+    """The remaining runs of one holding: whole ones and shorter ones, each the oldest first."""
 
     def __init__(self, index: int, holding: Holding, run_blocks: int) -> None:
         self.index = index
@@ -75,7 +75,7 @@ class _Left:
 
     @property
     def key(self) -> tuple[int, int]:
-        """The fullest first, and of equally full ones the one that was there first."""
+        """Sorts the fullest first, and equally full ones in their order."""
         return -self.blocks, self.index
 
     def take(self, runs: deque[range]) -> Spill:

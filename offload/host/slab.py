@@ -1,4 +1,4 @@
-"""The host slab: records in ordinary memory, handed out by the block."""
+"""The host slab: memory for records, allocated by the block column."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spilld.offload.system import Bytes, Rows, give_back, page_aligned
 
 
 class HostSlab:
-    """Room for a fixed number of block columns in one mapping, and the only ledger of their bytes.
+    """Memory for a fixed number of block columns in one mapping, and the only place that counts their bytes.
 
     A column is a record in every layer. Records of one size share a pool; a row is a record's place in units
     of its size, so that it begins at byte row * record_bytes of `memory` whatever lies before it. Memory is
@@ -67,15 +67,17 @@ class HostSlab:
 
     @property
     def free_columns(self) -> int:
+        """Number of columns that can be taken."""
         pool = self._pools[0]
         return pool.n_free // len(pool.layers)
 
     @property
     def used_bytes(self) -> int:
+        """Bytes of the columns that are taken."""
         return (self.n_columns - self.free_columns) * self.column_bytes
 
     def allocate(self, columns: int) -> Rows:
-        """Take columns, which hold whatever was in them before.
+        """Take columns, uninitialised.
 
         Returns:
             int64 [layers, columns], their rows.
@@ -110,8 +112,9 @@ class HostSlab:
             pool.put(part)
 
     def give_back(self) -> None:
-        """Let the kernel have the memory of free rows, as far as it is whole pages; of a pinned slab it gets
-        nothing, for a device would go on using the pages that were there.
+        """Return the memory of free rows to the kernel, as far as it is whole pages.
+
+        Nothing of a pinned slab is returned, for a device would go on using the pages that were there.
         """
         if self.pinned:
             return
@@ -120,7 +123,7 @@ class HostSlab:
                 give_back(self.memory, begin, end)
 
     def check_integrity(self) -> None:
-        """Free and taken rows partition the slab. AssertionError says otherwise."""
+        """Raise AssertionError unless free and taken rows partition the slab."""
         assert len(self.memory) <= self.budget_bytes, "the slab is larger than its budget"
         for pool in self._pools:
             pool.check_integrity()
@@ -130,7 +133,7 @@ class HostSlab:
 
 
 class _SlabPool:
-    """Rows first .. first + n - 1 of records of one size, of these layers."""
+    """Rows first .. first + n - 1, for the records of one size in these layers."""
 
     def __init__(self, record_bytes: int, layers: list[int], first: int, n: int) -> None:
         self.record_bytes = record_bytes
@@ -143,11 +146,11 @@ class _SlabPool:
 
     @property
     def end(self) -> int:
-        """Where it ends, in bytes."""
+        """Where the pool ends in the memory, in bytes."""
         return (self.first + self.n) * self.record_bytes
 
     def take(self, columns: int) -> Rows:
-        """int64 [layers of the pool, columns], the lowest free rows; there must be so many."""
+        """Take the lowest free rows, int64 [layers of the pool, columns]; there must be so many."""
         n = len(self.layers) * columns
         rows = self._free[self.n_free - n : self.n_free][::-1].copy()
         self.n_free -= n
@@ -155,7 +158,7 @@ class _SlabPool:
         return rows.reshape(len(self.layers), columns)
 
     def check(self, rows: Rows) -> None:
-        """Raises ValueError unless all are taken, and none is named twice."""
+        """Raise ValueError unless all rows are taken, and none is named twice."""
         if rows.min() < self.first or rows.max() >= self.first + self.n:
             raise ValueError(f"rows outside {self.first}..{self.first + self.n - 1}")
         if len(np.unique(rows)) != len(rows) or not self._taken[rows - self.first].all():
@@ -167,7 +170,7 @@ class _SlabPool:
         self.n_free += len(rows)
 
     def free_bytes(self) -> list[tuple[int, int]]:
-        """Bytes [begin, end) of the memory in which free rows lie side by side."""
+        """Return the byte ranges [begin, end) of the memory in which free rows are adjacent."""
         free = np.sort(self._free[: self.n_free])
         spans = np.split(free, np.flatnonzero(np.diff(free) > 1) + 1)
         width = self.record_bytes
@@ -183,7 +186,7 @@ class _SlabPool:
 
 
 def columns_within(budget_bytes: int, record_bytes: Sequence[int]) -> int:
-    """How many block columns a slab of so many bytes holds, with records of these sizes in its layers."""
+    """Return how many block columns fit so many bytes, with records of these sizes in the layers."""
     columns = budget_bytes // sum(record_bytes)
     while columns and _places(record_bytes, columns)[1] > budget_bytes:
         columns -= 1
@@ -191,7 +194,7 @@ def columns_within(budget_bytes: int, record_bytes: Sequence[int]) -> int:
 
 
 def _pools(record_bytes: Sequence[int], columns: int) -> list[_SlabPool]:
-    """One for each size of records."""
+    """Make a pool for each size of records."""
     layers: dict[int, list[int]] = defaultdict(list)
     for layer, nbytes in enumerate(record_bytes):
         layers[nbytes].append(layer)
@@ -202,7 +205,10 @@ def _pools(record_bytes: Sequence[int], columns: int) -> list[_SlabPool]:
 
 
 def _places(record_bytes: Sequence[int], columns: int) -> tuple[list[tuple[int, int]], int]:
-    """(record size, first row) of each pool, which begins at a multiple of that size; where the last ends."""
+    """Return (record size, first row) of each pool, and where the last pool ends, in bytes.
+
+    A pool begins at a multiple of its record size.
+    """
     firsts, end = [], 0
     for nbytes, layers in Counter(record_bytes).items():
         firsts.append((nbytes, -(-end // nbytes)))

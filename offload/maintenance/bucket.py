@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 
 class Bucket:
-    """Bytes to spend: at most `capacity`, which comes back over period_s seconds of the clock.
+    """A budget of at most `capacity` bytes, which is refilled over period_s seconds of the clock.
 
-    More may be spent than is left, by whom cannot wait: the debt is paid off first. A clock that is set back
-    brings nothing and takes nothing.
+    More may be spent than is left, by writes that cannot wait: the debt is paid off first. A clock that is
+    set back neither adds nor takes anything.
     """
 
     def __init__(
         self, capacity: float, period_s: float, clock: Callable[[], float], spent: float = 0.0
     ) -> None:
-        """Full but for what was spent."""
+        """Begin with a full bucket, less what was spent."""
         self.capacity = capacity
         self._rate = capacity / period_s
         self._clock = clock
@@ -31,4 +31,5 @@ class Bucket:
         return self._left
 
     def spend(self, nbytes: int) -> None:
+        """Take bytes out of the bucket."""
         self._left = self.left - nbytes

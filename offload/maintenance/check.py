@@ -17,7 +17,7 @@ from spilld.offload.system import SystemCalls, page_aligned, read_fully
 
 @dataclass
 class Report:
-    """What was found. Bytes are those of segment files; orphans lie in them and belong to no run."""
+    """Results of a check. Bytes are those of segment files; orphans lie in them and belong to no run."""
 
     runs: int = 0
     extents: int = 0
@@ -32,7 +32,7 @@ class Report:
 
     @property
     def clean(self) -> bool:
-        """Nothing is lost. Orphans are no damage: a daemon that was killed leaves some."""
+        """Whether nothing is lost. Orphans are no damage: a daemon that was killed leaves some."""
         return not (self.lost or self.damaged or self.index)
 
 
@@ -43,10 +43,17 @@ def check(
     progress: Callable[[int, int], None] = lambda _done, _all: None,
     system: SystemCalls | None = None,
 ) -> Report:
-    """Verify every extent of a disk tier's folder; with repair, forget the runs that cannot be served, so
-    that they are computed again. progress is told (bytes read, bytes in all) after each run.
+    """Verify every extent of a disk tier's folder.
 
-    Raises FolderInUse if a daemon uses the folder, FolderUnusable if there is none or it cannot be read.
+    Args:
+        folder: The folder.
+        repair: Whether to forget the runs that cannot be served, so that they are computed again.
+        progress: Called with (bytes read, bytes in all) after each run.
+        system: The calls to the kernel.
+
+    Raises:
+        FolderInUse: A daemon uses the folder.
+        FolderUnusable: There is none, or it cannot be read.
     """
     if not folder.is_dir():
         raise FolderUnusable(f"{folder}: there is no store")

@@ -1,4 +1,4 @@
-"""Gives holes in segment files back to the file system: runs from the ends of files move into them.
+"""Compaction: runs from the ends of segment files move into holes, so that the files can be shortened.
 
 A hole takes only runs of one size, so runs that were evicted leave a quota full of holes that the next, of
 another size, cannot use. Every move makes a file shorter and none longer, so moving comes to an end.
@@ -43,7 +43,7 @@ PAUSE_S = 60.0
 
 @dataclass(frozen=True)
 class _MoveJob:
-    """What the I/O thread does for a move, and what the owner does once that has ended."""
+    """The I/O thread's work for a move, and what the owner does once that has ended."""
 
     move: RunMove
     work: Callable[[RunMove], None]
@@ -67,9 +67,16 @@ class Compaction:
         clock: Callable[[], float] = time.monotonic,
         wear: WriteBudget | None = None,
     ) -> None:
-        """extent_bytes: the largest extent that is moved; rate: bytes of runs that move in a second, and may
-        move at once. The last move may exceed them, and the next waits for that. wear: what moves count
-        against, and wait for while it is short.
+        """Start the I/O thread.
+
+        Args:
+            disk: The disk tier.
+            cache: Forgets runs whose bytes are not what was written.
+            extent_bytes: Bytes of the largest extent that is moved.
+            rate: Bytes of runs that move in a second, and may move at once. The last move may exceed it, and
+                the next waits for that.
+            clock: Seconds.
+            wear: The budget that moves count against; they wait while it is short.
         """
         self._disk = disk
         self._cache = cache
@@ -89,7 +96,7 @@ class Compaction:
         self._thread.start()
 
     def step(self, *, begin: bool) -> None:
-        """Take in what has ended, and begin a move if `begin` and one is worth it; never blocks."""
+        """Finish a move that has ended, and begin one if `begin` and one is worth it; never blocks."""
         self._take_in()
         if begin and self._due():
             self._begin()
@@ -104,7 +111,7 @@ class Compaction:
                 return
 
     def close(self) -> None:
-        """Stop: a move that is not in the index yet is given up; its I/O is left after CLOSE_S."""
+        """Stop: a move that is not in the index yet is given up; its I/O is abandoned after CLOSE_S."""
         self._stopping = True
         self._jobs.put(None)
         self._thread.join(CLOSE_S)
@@ -166,7 +173,7 @@ class Compaction:
         return None
 
     def _settled(self, move: RunMove, error: OffloadError | None) -> None:
-        """Nothing is read or written for the move any more."""
+        """End a move for which nothing is read or written any more."""
         self._disk.release(move.source)
         self.moving = False
         if isinstance(error, ExtentCorrupt):
@@ -178,7 +185,7 @@ class Compaction:
             self._not_before = self._clock() + PAUSE_S
 
     def _work(self) -> None:
-        """The I/O thread: whatever goes wrong with a move becomes its result, and the thread lives on."""
+        """Run the I/O thread; any error in a move becomes its result, and the thread goes on."""
         while (job := self._jobs.get()) is not None:
             self._outcomes.put((job, self._try(job)))
 
@@ -202,5 +209,5 @@ class Compaction:
         self._disk.io.sync(move.target)
 
     def _make_durable(self, _: RunMove) -> None:
-        """Before the old bytes are used again: a power cut must not bring the old row back."""
+        """Sync the index before the old bytes are used again: a power cut must not bring the old row back."""
         self._disk.io.sync_index()

@@ -1,4 +1,4 @@
-"""How much may be written to disk in a day: flash endures a limited number of writes."""
+"""The budget of writes to disk a day: flash endures a limited number of writes."""
 
 from __future__ import annotations
 
@@ -25,16 +25,22 @@ class WriteBudget:
     two budgets at most and a longer time one a day, but for writes that host memory waits for: they are never
     refused, and what they take beyond what is left is paid off before anything else is written.
 
-    Writes that nobody waits for are free while more than half is left. Below, only contents that were offered
-    before are written, because many are never asked for again; and none that exceeds what is left. Such
-    admission is usual in front of flash: CacheLib (Berg et al., OSDI 2020) refuses at random so as to meet a
-    rate of writes (DynamicRandomAP), or what it has not seen lately (RejectFirstAP); Flashield (Eisenman et
-    al., NSDI 2019) what is not expected to be read. Which contents were offered is forgotten when the
-    process ends; what was spent is not.
+    Writes that nothing waits for are free while more than half is left. Below, only contents that were
+    offered before are written, because many are never asked for again; and none that exceeds what is left.
+    Such admission is usual in front of flash: CacheLib (Berg et al., OSDI 2020) refuses at random so as to
+    meet a rate of writes (DynamicRandomAP), or what it has not seen lately (RejectFirstAP); Flashield
+    (Eisenman et al., NSDI 2019) what is not expected to be read. Which contents were offered is forgotten
+    when the process ends; what was spent is not.
     """
 
     def __init__(self, daily_bytes: int, index: Index, clock: Callable[[], float] = time.time) -> None:
-        """clock: seconds since 1970; what it says is compared with what it said in earlier processes."""
+        """Begin with what earlier processes left.
+
+        Args:
+            daily_bytes: The budget of a day.
+            index: Where the spending is noted.
+            clock: Seconds since 1970, which are compared with those that earlier processes noted.
+        """
         self.daily_bytes = daily_bytes
         self.refused = 0
         self._index = index
@@ -44,18 +50,24 @@ class WriteBudget:
 
     @property
     def left_bytes(self) -> int:
-        """What may be written now; 0 while there is a debt."""
+        """Bytes that may be written now; 0 while there is a debt."""
         return max(0, int(self._bucket.left))
 
     @property
     def comfortable(self) -> bool:
-        """More than half is left."""
+        """Whether more than half is left."""
         return self._bucket.left > self.daily_bytes / 2
 
     def admits(self, content: bytes, nbytes: int, *, again: bool = False) -> bool:
-        """Whether a write that nobody waits for may begin. content: the name of what it begins with.
+        """Return whether a write that nothing waits for may begin.
 
-        Each request offers a content once; again: it was counted, and so was its refusal.
+        Each request offers a content once.
+
+        Args:
+            content: The name of what the write begins with.
+            nbytes: The bytes of the write.
+            again: Whether the content was offered before by the same request: neither it nor its refusal is
+                counted again.
         """
         if not again:
             self._offers.add(content)
@@ -65,12 +77,12 @@ class WriteBudget:
         return admitted
 
     def spend(self, nbytes: int) -> None:
-        """A write begins, which the index writes down with its next transaction."""
+        """Count a write that begins; the index notes it with its next transaction."""
         self._bucket.spend(nbytes)
         self._index.note_spent(math.ceil(self.daily_bytes - self._bucket.left), int(self._clock()))
 
     def _spent_before(self) -> float:
-        """What earlier processes spent and time has not brought back."""
+        """Return what earlier processes spent and time has not brought back."""
         try:
             spent, at = self._index.spent()
         except (OSError, IndexDamaged) as error:

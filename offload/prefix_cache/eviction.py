@@ -1,10 +1,10 @@
-"""Which cached runs leave the disk when it is over its quota. Pure: the caller deletes the runs.
+"""Chooses which cached runs leave the disk when it is over its quota. Pure: the caller deletes the runs.
 
 Across requests, unlike within one (residency.py), past use says something about the next, so an ordinary
 policy decides. A key is a run's id, never used again; content is what a ghost is known by when it comes back
 under a new id. Give the chain hash of the run's *first* block: it names all tokens up to there, and a run
 that is computed again begins where the old one did, after ancestors that are still cached, but need not end
-there (the chat has grown). If it begins elsewhere, it meets no ghost: a chance lost, never a wrong answer.
+there (the chat has grown). If it begins elsewhere, it meets no ghost, which is never wrong but loses a hit.
 
 No operation looks at entries that have no part in it: the work for a victim does not grow with the cache.
 """
@@ -19,30 +19,34 @@ from .eviction_queue import CacheEntry, EvictionQueue
 
 
 class Policy(Protocol):
-    """The order in which entries of one priority leave."""
+    """The order in which entries of one priority are evicted."""
 
     def __iter__(self) -> Iterator[CacheEntry]: ...
     def add(self, entry: CacheEntry, *, proven: bool) -> None:
-        """A new entry; proven: it was here already, at another priority."""
+        """Add a new entry; proven: it was here already, at another priority."""
 
-    def hit(self, entry: CacheEntry) -> None: ...
+    def hit(self, entry: CacheEntry) -> None:
+        """Note that an entry was used."""
+
     def held(self, entry: CacheEntry) -> None:
-        """It may no longer go: entry.held is set."""
+        """Note that entry.held was set: it must not be evicted."""
 
     def released(self, entry: CacheEntry) -> None:
-        """It may go again: entry.held is cleared."""
+        """Note that entry.held was cleared: it may be evicted again."""
 
-    def remove(self, entry: CacheEntry) -> None: ...
+    def remove(self, entry: CacheEntry) -> None:
+        """Remove an entry."""
+
     def take(self) -> CacheEntry | None:
-        """Remove the first that is not held; None, changing nothing, if all are."""
+        """Remove and return the first entry that is not held; None, changing nothing, if all are."""
 
 
 class S3Fifo:
-    """Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023, algorithm 1.
+    """The policy of Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023, algorithm 1.
 
     New entries join the small queue, a tenth of the bytes held (the quota, when it matters). They leave it as
     ghosts, of which there are as many as entries, unless they were used twice: those, and ghosts that come
-    back, join the main queue, where each use, up to 3, is a second chance. What may not go keeps its place.
+    back, join the main queue, where each use, up to 3, is a second chance. A held entry keeps its place.
     """
 
     def __init__(self) -> None:
@@ -54,24 +58,30 @@ class S3Fifo:
         return chain(self._small, self._main)
 
     def add(self, entry: CacheEntry, *, proven: bool) -> None:
+        """See Policy.add."""
         entry.uses = 0
         known = self._ghosts.pop(entry.content, proven)
         (self._main if known else self._small).append(entry)
 
     def hit(self, entry: CacheEntry) -> None:
+        """See Policy.hit."""
         entry.uses = min(entry.uses + 1, 3)
         self._queue(entry).reconsider(entry)
 
     def held(self, entry: CacheEntry) -> None:
+        """See Policy.held."""
         self._queue(entry).held(entry)
 
     def released(self, entry: CacheEntry) -> None:
+        """See Policy.released."""
         self._queue(entry).released(entry)
 
     def remove(self, entry: CacheEntry) -> None:
+        """See Policy.remove."""
         self._queue(entry).remove(entry)
 
     def take(self) -> CacheEntry | None:
+        """See Policy.take."""
         if not (self._small.free or self._main.free):
             return None
         due = 10 * self._small.nbytes >= self._small.nbytes + self._main.nbytes
@@ -97,7 +107,7 @@ class S3Fifo:
         return None
 
     def _remember(self, content: bytes) -> None:
-        """The content of an entry that has just left."""
+        """Remember the content of an evicted entry as a ghost."""
         self._ghosts[content] = True
         while len(self._ghosts) > len(self._small) + len(self._main) + 1:
             del self._ghosts[next(iter(self._ghosts))]
@@ -107,8 +117,9 @@ class S3Fifo:
 
 
 class Eviction:
-    """All entries, and which goes next: of the lowest priority that may, the first by the policy. Changes of
-    an unknown key raise KeyError, and change nothing.
+    """All entries, and which is evicted next: the policy's first that is not held, of the lowest priority.
+
+    Changes of an unknown key raise KeyError, and change nothing.
     """
 
     def __init__(self, policy: Callable[[], Policy] = S3Fifo) -> None:
@@ -134,26 +145,26 @@ class Eviction:
         self._add(CacheEntry(key, nbytes, content, priority), proven=False)
 
     def hit(self, key: bytes) -> None:
-        """A request used it. Once a request, for each run of its chain, the root first."""
+        """Note that a request used an entry; once a request, for each run of its chain, the root first."""
         entry = self._entries[key]
         self._levels[entry.priority].hit(entry)
 
     def hold(self, key: bytes) -> None:
-        """It may not go until release; it keeps its place meanwhile."""
+        """Keep an entry from eviction until release; it keeps its place meanwhile."""
         entry = self._entries[key]
         if not entry.held:
             entry.held = True
             self._levels[entry.priority].held(entry)
 
     def release(self, key: bytes) -> None:
-        """It may go again."""
+        """Let an entry be evicted again."""
         entry = self._entries[key]
         if entry.held:
             entry.held = False
             self._levels[entry.priority].released(entry)
 
     def prioritise(self, key: bytes, priority: int) -> None:
-        """A change counts as a use."""
+        """Set the priority of an entry; a change counts as a use."""
         entry = self._entries[key]
         if priority != entry.priority:
             self.remove(key)
@@ -161,7 +172,7 @@ class Eviction:
             self._add(entry, proven=True)
 
     def take(self) -> CacheEntry | None:
-        """Remove the entry that goes next, or None if all are held. Its content may come back as a ghost."""
+        """Remove and return the entry to evict, or None if all are held; its content may become a ghost."""
         for _, level in sorted(self._levels.items()):
             if (entry := level.take()) is not None:
                 self.used_bytes -= self._entries.pop(entry.key).nbytes
@@ -169,13 +180,13 @@ class Eviction:
         return None
 
     def remove(self, key: bytes) -> None:
-        """Gone for another reason: deleted, corrupt, merged into a longer run."""
+        """Remove an entry for another reason: deleted, corrupt, merged into a longer run."""
         entry = self._entries.pop(key)
         self._levels[entry.priority].remove(entry)
         self.used_bytes -= entry.nbytes
 
     def check_integrity(self) -> None:
-        """Each entry is in one queue of its priority, and used_bytes is their sum."""
+        """Check that each entry is in one queue of its priority, and that used_bytes is their sum."""
         held = sorted((entry.key, priority) for priority, level in self._levels.items() for entry in level)
         assert held == sorted((key, entry.priority) for key, entry in self._entries.items()), "misplaced"
         assert self.used_bytes == sum(entry.nbytes for entry in self._entries.values()), "used_bytes is wrong"

@@ -1,4 +1,4 @@
-"""A queue of cache entries from which the next that may go is found without passing those that may not."""
+"""A queue of cache entries that finds the next one to evict without passing those that must stay."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SLACK = 64
 
 @dataclass(eq=False)
 class CacheEntry:
-    """A cached run. uses: since its queue last asked; held: it may not go now."""
+    """A cached run. uses: since its queue last examined it; held: it must not be evicted now."""
 
     key: bytes
     nbytes: int
@@ -23,9 +23,11 @@ class CacheEntry:
 
 
 class EvictionQueue:
-    """Entries in the order in which they came. One is due if it is not held, or was used more than `chances`
-    times, which its policy has to look at. Those that are not due keep their place, and `first` does not pass
-    them: the due ones lie in a heap, from which what no longer is due is dropped when it is met.
+    """Entries in the order in which they came.
+
+    An entry is due if it is not held, or was used more than `chances` times, which its policy has to look at.
+    Those that are not due keep their place, and `first` does not pass them: the due ones lie in a heap, from
+    which entries that are no longer due are dropped when they are met.
 
     Attributes:
         nbytes: Sum of the entries' bytes.
@@ -64,23 +66,23 @@ class EvictionQueue:
         self.reconsider(entry)
 
     def remove(self, entry: CacheEntry) -> None:
-        """Take an entry out, wherever it is. Raises KeyError."""
+        """Remove an entry, wherever it is; raises KeyError if it is not here."""
         del self._entries[entry.key], self._places[entry.key]
         self._queued.discard(entry.key)
         self.nbytes -= entry.nbytes
         self.free -= not entry.held
 
     def held(self, entry: CacheEntry) -> None:
-        """entry.held was set."""
+        """Note that entry.held was set."""
         self.free -= 1
 
     def released(self, entry: CacheEntry) -> None:
-        """entry.held was cleared."""
+        """Note that entry.held was cleared."""
         self.free += 1
         self.reconsider(entry)
 
     def reconsider(self, entry: CacheEntry) -> None:
-        """The entry may have become due."""
+        """Note that the entry may have become due."""
         if self._due(entry) and entry.key not in self._queued:
             self._queued.add(entry.key)
             heapq.heappush(self._heap, (self._places[entry.key], entry.key))
@@ -88,7 +90,7 @@ class EvictionQueue:
                 self._heap = sorted((self._places[key], key) for key in self._queued)
 
     def first(self) -> CacheEntry | None:
-        """The first entry that is due."""
+        """Return the first entry that is due, or None."""
         while self._heap:
             self.examined += 1
             place, key = self._heap[0]

@@ -1,4 +1,4 @@
-"""Runs on disk across requests: which are in use, which can be found again, which go when room is needed."""
+"""The prefix cache: which runs on disk are in use, can be found again, or are evicted when room is needed."""
 
 from __future__ import annotations
 
@@ -26,12 +26,19 @@ T = TypeVar("T")
 class RunCache:
     """The disk tier as a cache of everything that was ever computed.
 
-    A run that a sequence uses stays. One that none uses may be evicted, after the runs that continue it: a
+    A run that a sequence uses stays. An unused one may be evicted, after the runs that continue it: a
     chain is found from its start only. One thread calls everything.
     """
 
     def __init__(self, tier: DiskTier, extent_bytes: int, policy: Callable[[], Policy] = S3Fifo) -> None:
-        """extent_bytes: the largest extent that can be read; larger ones, of other budgets, are not found."""
+        """Enter all runs that the disk tier has.
+
+        Args:
+            tier: The disk tier.
+            extent_bytes: Bytes of the largest extent that can be read; runs with larger ones, of other
+                budgets, are not found.
+            policy: The order of eviction.
+        """
         self._tier = tier
         self._extent_bytes = extent_bytes
         self.evicted_runs = 0
@@ -49,7 +56,7 @@ class RunCache:
     def reserve(
         self, run: RunKey, *, first: int, count: int, chain: bytes, contents: Contents, layouts: StoreLayout
     ) -> RunPlace:
-        """As DiskTier.reserve; unused runs are evicted until it fits."""
+        """Reserve space for a run, evicting unused ones until it fits; see DiskTier.reserve."""
         while True:
             try:
                 return self._tier.reserve(
@@ -60,7 +67,7 @@ class RunCache:
                     raise
 
     def enter(self, place: RunPlace) -> None:
-        """A committed run is here from now on, used by nobody yet."""
+        """Add a committed run, which is unused at first."""
         contents = self._tier.contents(place.run)
         self._eviction.insert(place.run, place.range.nbytes, contents.name)
         if self._needs[place.run]:
@@ -70,14 +77,15 @@ class RunCache:
             self._need(parent)
 
     def find(self, hashes: Sequence[bytes], first: int) -> list[RunRef]:
-        """The longest chain of blocks first, first + 1, ... that is here and whose extents a reader with
-        buffers of extent_bytes can take. An index that cannot be asked knows none.
+        """Return the longest chain of blocks first, first + 1, ... that is here and can be read.
+
+        Runs with extents of more than extent_bytes cannot be read. If the index fails, nothing is found.
         """
         found = _or_nothing(self._tier.index.chain, hashes, first)
         return list(itertools.takewhile(lambda ref: self._readable(ref.run), found))
 
     def checkpoints(self, anchor: bytes) -> list[tuple[RunKey, list[int]]]:
-        """As Index.checkpoints, of those that can be read."""
+        """Return the checkpoints after a block that can be read; see Index.checkpoints."""
         found = _or_nothing(self._tier.index.checkpoints, anchor)
         return [(run, tokens) for run, tokens in found if self._readable(run)]
 
@@ -88,14 +96,15 @@ class RunCache:
         return identity.layers == len(self._tier.layouts) and identity.largest_extent <= self._extent_bytes
 
     def hold(self, runs: Iterable[RunKey]) -> None:
-        """They stay until as many releases."""
+        """Keep runs from eviction until as many releases."""
         for run in runs:
             self._uses[run] += 1
             self._need(run)
 
     def acquire(self, runs: Sequence[RunKey]) -> None:
-        """Hold runs that a request found here, which tells the policy that they are worth keeping. Once a
-        request, the start of the chain first.
+        """Hold runs that a request found here, and note their use for the policy.
+
+        To be called once a request, with the start of the chain first.
         """
         self.hold(runs)
         for run in runs:
@@ -103,6 +112,7 @@ class RunCache:
         self._tier.touch(runs)
 
     def release(self, run: RunKey) -> None:
+        """Undo a hold of a run."""
         self._uses[run] -= 1
         assert self._uses[run] >= 0, "a run is released more often than it was acquired"
         if not self._uses[run]:
@@ -118,6 +128,7 @@ class RunCache:
                 self.pinned_bytes += self._tier.locate(run).range.nbytes
 
     def unpin(self, runs: Iterable[RunKey]) -> None:
+        """Undo a call of `pin`."""
         for run in runs:
             self._pins[run] -= 1
             if not self._pins[run]:
@@ -127,19 +138,20 @@ class RunCache:
             self.release(run)
 
     def prioritise(self, runs: Iterable[RunKey], priority: int) -> None:
-        """Runs of a higher priority are evicted after all of a lower one; 0 at first. Unknown ones are
-        ignored.
+        """Set the priority of runs: those of a higher one are evicted after all of a lower one; 0 at first.
+
+        Unknown runs are ignored.
         """
         for run in runs:
             if run in self._parents:
                 self._eviction.prioritise(run, priority)
 
     def supersede(self, *runs: RunKey) -> None:
-        """Others serve all that these did: they go, unless they are held. Unknown runs are ignored."""
+        """Delete runs that others replace, unless they are held. Unknown runs are ignored."""
         self.discard(*(run for run in runs if run not in self._uses))
 
     def discard(self, *runs: RunKey) -> None:
-        """What they hold is not what was written: nobody shall find them again. Unknown runs are ignored."""
+        """Delete runs that are not what was written; unknown runs are ignored."""
         known = [run for run in dict.fromkeys(runs) if run in self._tier]
         self.pinned_bytes -= sum(self._tier.locate(run).range.nbytes for run in known if run in self._pins)
         self._tier.delete(*known)
@@ -153,7 +165,7 @@ class RunCache:
         return self._eviction.used_bytes
 
     def check_integrity(self, used: Mapping[RunKey, int]) -> None:
-        """The policy knows the tier's runs; `used` is how often sequences use each, beside pins."""
+        """Check that the policy knows the tier's runs; `used`: how often sequences use each, beside pins."""
         self._eviction.check_integrity()
         assert len(self._eviction) == len(self._tier.runs()), "the policy knows other runs than the tier"
         assert dict(self._uses) == Counter(used) + self._pins, "a use of a run is lost, or one too many"
@@ -161,7 +173,7 @@ class RunCache:
         assert self.pinned_bytes == pinned, "pinned_bytes is wrong"
 
     def _evict(self, nbytes: int) -> bool:
-        """Make so many bytes free, not always in one place; False if nothing could go."""
+        """Free so many bytes, not always in one place; return False if nothing could be evicted."""
         victims: list[RunKey] = []
         while nbytes > 0 and (entry := self._eviction.take()) is not None:
             log.info("run %s is evicted", entry.key.hex())

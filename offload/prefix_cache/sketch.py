@@ -1,4 +1,4 @@
-"""How often contents were seen lately, in a fixed amount of memory."""
+"""Estimates how often contents were seen lately, in a fixed amount of memory."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _HALVED = bytes(count // 2 for count in range(256))
 
 
 class Sketch:
-    """Einziger, Friedman, Manes, "TinyLFU: a highly efficient cache admission policy", ACM TOS 13(4), 2017.
+    """The sketch of Einziger, Friedman, Manes, "TinyLFU", ACM TOS 13(4), 2017.
 
     The first sighting is noted by the doorkeeper, a Bloom filter; those that follow are counted by a
-    count-min sketch. After `sample` sightings the doorkeeper forgets all and every count is halved. A count
+    count-min sketch. After `sample` sightings the doorkeeper is cleared and every count is halved. A count
     is never too low, and seldom too high.
     """
 
@@ -36,7 +36,7 @@ class Sketch:
         self._counts = bytearray(ROWS * WIDTH)
 
     def add(self, content: bytes) -> None:
-        """It was seen."""
+        """Count a sighting."""
         door, places = _places(content)
         if all(self._door[at] for at in door):
             for at in places:
@@ -48,7 +48,7 @@ class Sketch:
             self._age()
 
     def count(self, content: bytes) -> int:
-        """How often it was seen, up to 16; what lies an ageing back counts half."""
+        """Return how often a content was seen, up to 16; sightings before the last ageing count half."""
         door, places = _places(content)
         return all(self._door[at] for at in door) + min(self._counts[at] for at in places)
 
@@ -59,7 +59,7 @@ class Sketch:
 
 
 def _places(content: bytes) -> tuple[list[int], list[int]]:
-    """Of a content in the doorkeeper and in the counts, one in each row."""
+    """Return the places of a content in the doorkeeper and in the counts, one in each row."""
     digest = xxhash.xxh3_128_digest(content)
     return list(_row_places(digest[:8])), list(_row_places(digest[8:]))
 

@@ -1,4 +1,4 @@
-"""Blocks on their way from host memory to disk."""
+"""Writes of blocks from host memory to disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WRITES_AHEAD = 2
 class PendingWrite:
     """A run that is being written: its rows stay as they are until the write has ended.
 
-    keep: afterwards too, as the copy that is read.
+    keep: the rows stay afterwards, too, as a copy that is read from host memory.
     """
 
     table: BlockTable
@@ -48,11 +48,11 @@ class BlockWriter:
 
     @property
     def columns_to_come(self) -> int:
-        """Block columns that will be free once what is being written is durable."""
+        """Number of block columns that will be free once what is being written is durable."""
         return sum(write.ref.count for write in self.pending.values() if not write.keep)
 
     def spill(self, table: BlockTable, first: int, count: int, *, keep: bool = False) -> None:
-        """As Store.spill."""
+        """Begin to write blocks as one run; see Store.spill."""
         cache = self._disk.cache
         for known in cache.find(table.chain[first : first + count], first) if table.adopts else ():
             cache.acquire([known.run])
@@ -64,7 +64,7 @@ class BlockWriter:
             self._write(table, first, count, keep=keep)
 
     def drop(self, table: BlockTable, ref: RunRef) -> int:
-        """Free the rows of blocks that are also on disk; returns how many columns that were."""
+        """Free the rows of blocks that are also on disk and return how many columns that were."""
         table.copies.pop(ref, None)
         rows = table.rows[:, ref.columns]
         copies = rows[0] >= 0
@@ -90,7 +90,7 @@ class BlockWriter:
                     self._try_to_keep(table, first, min(self._run_blocks, span.stop - first))
 
     def settle(self, ended: Spilled) -> None:
-        """One of `pending` was written, or not: durable ones give up their rows, failed ones keep them."""
+        """Finish a pending write: a durable run gives up its rows, a failed one keeps them."""
         write = self.pending.pop(ended.run)
         table, ref = write.table, write.ref
         wanted = table.end_write(ref)
@@ -112,7 +112,7 @@ class BlockWriter:
         self.pending[run] = PendingWrite(table, ref, rows, keep)
 
     def _try_to_keep(self, table: BlockTable, first: int, count: int) -> bool:
-        """A write that nobody waits for: without room it is left. False if the write budget refuses it."""
+        """Begin a write that nothing waits for, if there is room; False if the budget refuses it."""
         again = first < table.offered
         table.offered = max(table.offered, first + count)
         if not self._disk.admits(table.chain[first], self._disk.tier.run_bytes(count), again=again):

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: the exact numbers of a sequence's window, which its sealed blocks do not tell."""
+"""Checkpoints on disk: the exact numbers of a sequence's window, which its sealed blocks do not contain."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """Writes and reads runs of raw records. They are found by the block that their tokens follow, the anchor.
+    """Writes and reads runs of raw records, found by the block that their tokens follow, the anchor.
 
     Attributes:
         layouts: Of the numbers, [64, 2, kv_heads, head_dim]: each token's K and V in the compute dtype.
-        pending: What is being written, and what goes once it is durable.
+        pending: For each run that is being written, its numbers, and the run that goes once it is durable.
     """
 
     def __init__(self, disk: DiskBackend | None, layouts: StoreLayout) -> None:
-        """Without a disk none is saved, and none is found."""
+        """Work on a disk; without one, no checkpoint is saved and none is found."""
         self.layouts = layouts
         self.pending: dict[RunKey, tuple[Sequence[Bytes], RunKey | None]] = {}
         self._disk = disk
 
     def find(self, anchor: bytes) -> list[tuple[RunKey, list[int]]]:
-        """Checkpoints after a block: (run, the tokens that follow the block), the newest first."""
+        """Return the checkpoints after a block, the newest first: (run, the tokens that follow the block)."""
         return [] if self._disk is None else self._disk.cache.checkpoints(anchor)
 
     def buffers(self, blocks: int) -> list[Bytes]:
-        """Memory for the numbers of so many blocks: of each layer uint8 [blocks, record_bytes]."""
+        """Allocate memory for the numbers of so many blocks: of each layer uint8 [blocks, record_bytes]."""
         memory, found, at = page_aligned(blocks * self.layouts.column_bytes), [], 0
         for nbytes in self.layouts.record_bytes:
             found.append(memory[at : at + blocks * nbytes].reshape(blocks, nbytes))
@@ -86,18 +86,21 @@ class Checkpoints:
         return run
 
     def saving(self, run: RunKey) -> bool:
-        """Whether a checkpoint is on its way to disk, and all that was written before it perhaps, too."""
+        """Return whether a checkpoint is being written, and so perhaps also what was begun before it."""
         return run in self.pending
 
     def settle(self, ended: Spilled) -> RunKey | None:
-        """One of `pending` was written, or not; returns the run that it supersedes, if it does."""
+        """Finish a pending write and return the run that it supersedes, if it is durable."""
         _, instead_of = self.pending.pop(ended.run)
         return instead_of if ended.ok else None
 
     def read(self, run: RunKey) -> Iterator[Bytes]:
-        """Its numbers, uint8 [blocks, record_bytes] for each layer, each valid until the next.
+        """Yield a checkpoint's numbers for each layer, uint8 [blocks, record_bytes], valid until the next.
 
-        Nothing else may be under way. Raises ReadFailed.
+        No other reads may be under way.
+
+        Raises:
+            ReadFailed: An extent did not come back.
         """
         if self._disk is None:
             raise ExtentMissing("there is no disk tier")

@@ -1,4 +1,4 @@
-"""The disk tier with what makes use of it: cache, threads that move bytes, and the budget of writes."""
+"""The disk tier with what uses it: prefix cache, I/O threads, compaction and the write budget."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class DiskBackend:
-    """Everything that a store with a disk has beyond host memory. One owner thread calls every method.
+    """All that a store with a disk has beyond host memory. One owner thread calls every method.
 
     Attributes:
         failure: Why nothing more is written; what is on disk stays readable.
-        refused: Runs that were not written for want of something that passes.
-        refusal: Why the last of them was not.
+        refused: Number of runs that were not written because of a shortage that may pass.
+        refusal: Why the last of them was not written.
     """
 
     tier: DiskTier
@@ -45,11 +45,11 @@ class DiskBackend:
 
     @property
     def moving(self) -> bool:
-        """A run is on its way to another place on disk."""
+        """Whether a run is being moved to another place on disk."""
         return self.compaction is not None and self.compaction.moving
 
     def admits(self, content: bytes, nbytes: int, *, again: bool = False) -> bool:
-        """Whether a write that nobody waits for may begin, as WriteBudget.admits."""
+        """Return whether a write that nothing waits for may begin; see WriteBudget.admits."""
         return self.wear is None or self.wear.admits(content, nbytes, again=again)
 
     def write(
@@ -66,14 +66,14 @@ class DiskBackend:
         Args:
             contents: What it is found by once it is durable.
             first: Its first block.
-            chain: The chain hash that its extents say.
+            chain: The chain hash that its extents' headers contain.
             layouts: Of its records.
             records: Of each layer uint8 [any, record_bytes].
             rows: int64 [layers, count], of the records. They stay as they are until the write has ended.
 
         Raises:
             TierFull: There is no room.
-            WriteFailed: The files cannot be made or grown. Either way nothing was begun.
+            WriteFailed: The files cannot be made or grown. On either error nothing was begun.
         """
         run = RunKey(uuid.uuid4().bytes)
         place = self.cache.reserve(
@@ -85,7 +85,7 @@ class DiskBackend:
         return run
 
     def take_in(self, spilled: Iterable[Spilled]) -> None:
-        """Let the runs that were written be found, and note why others were not."""
+        """Let runs that were written be found, and note why others were not written."""
         for ended in spilled:
             if ended.error is not None:
                 self.note(ended.error)
@@ -93,8 +93,10 @@ class DiskBackend:
                 self.cache.enter(self.tier.locate(ended.run))
 
     def note(self, failure: WriteFailed) -> None:
-        """A run was not written. Degrade to no disk tier: what is on disk stays readable, nothing more goes
-        there. Only this run has failed where the disk has not.
+        """Note that a run was not written.
+
+        Unless only this run has failed, and not the disk, nothing more is written to disk from now on; what
+        is there stays readable.
         """
         if isinstance(failure, WriteRefused):
             self.refused, self.refusal = self.refused + 1, failure
@@ -103,7 +105,7 @@ class DiskBackend:
         self.failure = failure
 
     def loaded(self, ticket: Ticket) -> Bytes:
-        """As Prefetcher.wait; a run that is not what was written is not found again."""
+        """Wait for a read, see Prefetcher.wait; a run that is not what was written is not found again."""
         try:
             return self.prefetch.wait(ticket)
         except ExtentCorrupt:
@@ -111,12 +113,12 @@ class DiskBackend:
             raise
 
     def compact(self) -> None:
-        """Take in a move that has ended; begin one while nothing is being written."""
+        """Finish a move that has ended; begin one while nothing is being written."""
         if self.compaction is not None:
             self.compaction.step(begin=self.failure is None and not self.spiller.pending)
 
     def stats(self) -> dict[str, object]:
-        """What it holds and has moved, for Store.stats."""
+        """Return what the disk holds and has moved, for Store.stats."""
         moved, scratch = 0, self.spiller.scratch_bytes
         if self.compaction is not None:
             moved, scratch = self.compaction.bytes_moved, scratch + self.compaction.scratch_bytes
@@ -144,6 +146,7 @@ class DiskBackend:
         return values
 
     def close(self) -> None:
+        """Stop all threads and close the disk tier."""
         self.prefetch.close()
         self.spiller.close()
         if self.compaction is not None:

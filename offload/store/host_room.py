@@ -1,4 +1,4 @@
-"""Room in host memory for what a step seals: what must leave leaves, and growth waits for it if need be."""
+"""Room in host memory for the blocks that a step seals: others are dropped or spilled, if need be."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Planner = Callable[[Sequence[Holding], int, int], list[Spill]]
 
 
 class HostRoom:
-    """Hands out rows of the slab, and makes room by giving up copies and by spilling.
+    """Allocates rows of the slab, and makes room by dropping copies and by spilling.
 
-    Without a disk there is only what is free.
+    Without a disk only what is free can be allocated.
     """
 
     def __init__(
@@ -42,7 +42,17 @@ class HostRoom:
         planner: Planner,
         settle: Callable[[Sequence[Spilled]], None],
     ) -> None:
-        """tables: the store's own list. planner: chooses what is spilled. settle: takes in ended writes."""
+        """Compose it of the store's parts.
+
+        Args:
+            slab: The host memory.
+            tables: The store's own list of its tables.
+            run_blocks: Blocks of a full run.
+            disk: None without a disk tier.
+            writer: None without a disk tier.
+            planner: Chooses what is spilled.
+            settle: Takes in ended writes.
+        """
         self._slab = slab
         self._tables = tables
         self._run_blocks = run_blocks
@@ -52,7 +62,7 @@ class HostRoom:
         self._settle = settle
 
     def allocate(self, columns: int) -> Rows:
-        """Rows for so many blocks, int64 [layers, columns]. May wait for spills.
+        """Take rows for so many blocks, int64 [layers, columns]. May wait for spills.
 
         Raises:
             TierFull: No spill can make room.
@@ -62,8 +72,9 @@ class HostRoom:
         return self._slab.allocate(columns)
 
     def make(self, columns: int) -> None:
-        """Give up copies of what is on disk, then begin the spills that will leave at least `columns` block
-        columns free. Never waits.
+        """Begin to make room for at least `columns` block columns; never waits.
+
+        Copies of what is on disk are dropped; then spills are begun that will leave so many columns free.
         """
         disk, writer = self._disk, self._writer
         if disk is None or writer is None:
@@ -83,8 +94,9 @@ class HostRoom:
                 return
 
     def relieve(self) -> None:
-        """Give host memory back to the kernel: copies of what is on disk, and what was written since the last
-        call. Begin to write one more run.
+        """Give host memory back to the kernel, and begin to write one more run.
+
+        What is given back are copies of what is on disk, and what was written since the last call.
         """
         self.make(self._slab.free_columns + self._run_blocks)
         self._slab.give_back()
@@ -101,7 +113,7 @@ class HostRoom:
                 columns -= writer.drop(table, ref)
 
     def _wait_for(self, columns: int) -> None:
-        """Spill, and wait for it, until so many columns are free. Raises TierFull."""
+        """Spill, and wait for it, until so many columns are free; raises TierFull."""
         before = 0 if self._disk is None else self._disk.refused
         while True:
             self.make(columns)

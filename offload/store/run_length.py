@@ -1,4 +1,4 @@
-"""How many blocks a full run has."""
+"""The number of blocks in a full run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RUN_STEP = 4
 
 
 def run_length(layouts: StoreLayout, host_columns: int, step_columns: int) -> int:
-    """Blocks in a full run: extents of EXTENT_TARGET bytes, or what host memory can spare.
+    """Return how many blocks a full run has: extents of EXTENT_TARGET bytes, or what host memory can spare.
 
     Args:
         layouts: Of the records.
@@ -24,7 +24,7 @@ def run_length(layouts: StoreLayout, host_columns: int, step_columns: int) -> in
             another run and these.
 
     Raises:
-        BudgetTooSmall: With the bytes needed.
+        BudgetTooSmall: The host budget is too small; the message says how many bytes are needed.
     """
     spare = (host_columns - step_columns) // 2 // RUN_STEP * RUN_STEP
     if spare < RUN_STEP:

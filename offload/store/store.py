@@ -48,8 +48,8 @@ class Store:
         layouts: Of the records.
         run_blocks: Blocks of a full run.
         promotes: Runs may be copied back from disk while host memory is free.
-        importing_bytes: Of runs that are being imported.
-        checkpoints: What lets sequences go on beside their sealed blocks.
+        importing_bytes: Bytes of runs that are being imported.
+        checkpoints: Checkpoints of windows, from which sequences go on beside their sealed blocks.
     """
 
     def __init__(
@@ -77,23 +77,24 @@ class Store:
 
     @property
     def layers(self) -> int:
+        """Number of layers."""
         return len(self.layouts)
 
     @property
     def layout(self) -> Layout:
-        """Of the records of every layer. Raises ValueError where layers differ."""
+        """The layout of the records of every layer. Raises ValueError where layers differ."""
         return self.layouts.alike
 
     @property
     def disk(self) -> DiskBackend | None:
-        """Where runs lie, for those that come from elsewhere or go there."""
+        """The disk backend, for exports and imports of runs; None without a disk tier."""
         return self._disk
 
     # Reservations.
 
     @property
     def capacity(self) -> int:
-        """Blocks (in every layer) that host memory and disk hold together, beside what is pinned."""
+        """Blocks (in every layer) that host memory and disk hold, beside pinned runs and imports."""
         host = self._slab.n_columns
         if self._disk is None or self._disk.failure is not None:
             return host
@@ -107,13 +108,17 @@ class Store:
         return max(0, self.capacity - self._reserved)
 
     def open(self) -> BlockTable:
-        """A table for a new sequence, with nothing reserved yet."""
+        """Return a table for a new sequence, with nothing reserved yet."""
         table = BlockTable(self.layers)
         self._tables.append(table)
         return table
 
     def reserve(self, table: BlockTable, blocks: int) -> None:
-        """Let a table grow up to block number `blocks`. On TierFull its reservation is what it was."""
+        """Let a table grow up to block number `blocks`.
+
+        Raises:
+            TierFull: There is no room for them; the reservation is unchanged then.
+        """
         more = blocks - table.reserved
         if more > self.unreserved:
             raise TierFull(f"{more} more blocks do not fit beside what is reserved; {self.unreserved} do")
@@ -130,8 +135,12 @@ class Store:
     def reset(self, table: BlockTable, *, damaged: bool = False) -> None:
         """Forget all blocks of a sequence that is to be computed again; its reservation stays.
 
-        damaged: one of its runs was not what was written, so none of them is trusted any more, for anybody.
         From now on the sequence adopts nothing that was stored before.
+
+        Args:
+            table: The sequence's.
+            damaged: One of its runs was not what was written, so none of them is trusted any more, for any
+                sequence.
         """
         runs = [ref.run for ref in table.runs]
         self._empty(table)
@@ -151,10 +160,18 @@ class Store:
     # Growth.
 
     def grow(self, table: BlockTable, hashes: Sequence[bytes]) -> None:
-        """Rows in every layer for the next blocks, one chain hash each (block 0 has a hash and no row).
+        """Take rows in every layer for the next blocks, one chain hash each (block 0 has a hash and no row).
 
         The step that asks for them seals them; they are not spilled before the settle that follows it.
-        May wait for spills. Raises TierFull when no spill can make room; the table is then as before.
+        May wait for spills.
+
+        Args:
+            table: The sequence's.
+            hashes: The chain hashes of the next blocks.
+
+        Raises:
+            TierFull: No spill can make room; the table is then as before.
+            ValueError: A block was not reserved.
         """
         start, stop = table.stop, len(table.chain) + len(hashes)
         if stop > table.reserved + 1:
@@ -164,22 +181,33 @@ class Store:
         table.chain.extend(hashes)
 
     def make_room(self, columns: int) -> None:
-        """Give up copies of what is on disk, then begin the spills that will leave at least `columns` block
-        columns free. Never waits.
+        """Begin to make room for at least `columns` block columns; never waits.
+
+        Copies of what is on disk are dropped; then spills are begun that will leave so many columns free.
         """
         self._room.make(columns)
 
     def relieve(self) -> None:
-        """Give host memory back to the kernel: copies of what is on disk, and what was written since the last
-        call. Begin to write one more run.
+        """Give host memory back to the kernel, and begin to write one more run.
+
+        What is given back are copies of what is on disk, and what was written since the last call.
         """
         self._room.relieve()
 
     def spill(self, table: BlockTable, first: int, count: int, *, keep: bool = False) -> None:
-        """Begin to write blocks [first, first + count) as one run; their rows are freed once it is durable,
-        unless `keep`. What is on disk already, computed by another request, is not written again.
+        """Begin to write blocks [first, first + count) as one run.
 
-        Raises TierFull or WriteFailed when the disk tier has no room for what is to be written.
+        What is on disk already, computed by another request, is not written again.
+
+        Args:
+            table: The sequence's.
+            first: The first block.
+            count: How many blocks there are.
+            keep: Whether the rows stay once the run is durable; otherwise they are freed then.
+
+        Raises:
+            TierFull: The disk tier has no room for what is to be written.
+            WriteFailed: The files cannot be made or grown.
         """
         assert self._writer is not None, "there is no disk tier"
         self._writer.spill(table, first, count, keep=keep)
@@ -195,11 +223,11 @@ class Store:
             self._writer.save(table)
 
     def holds(self, table: BlockTable) -> bool:
-        """Whether all sealed blocks of a sequence are on disk, or on their way there."""
+        """Return whether all sealed blocks of a sequence are on disk, or being written to it."""
         return self._disk is not None and not table.host_spans()
 
     def settle(self) -> None:
-        """Between steps: all blocks are sealed now, and some writes may have ended.
+        """Take in what has ended; to be called between steps, when all blocks are sealed.
 
         Durable runs give up their rows, failed ones keep them. While nothing is being written, runs on disk
         move together.
@@ -226,19 +254,27 @@ class Store:
 
     @property
     def spill_failure(self) -> WriteFailed | None:
-        """Why nothing more is written to disk."""
+        """Why nothing more is written to disk; None while it is."""
         return None if self._disk is None else self._disk.failure
 
     # What was computed before.
 
     def find(self, hashes: Sequence[bytes]) -> list[RunRef]:
-        """Where blocks 1, 2, ... of a chain lie on disk, as far as they do without a gap. hashes: of blocks
-        0, 1, ...
+        """Return where blocks 1, 2, ... of a chain lie on disk, as far as they do without a gap.
+
+        Args:
+            hashes: The chain hashes of blocks 0, 1, ...
         """
         return [] if self._disk is None else self._disk.cache.find(hashes[1:], 1)
 
     def attach(self, table: BlockTable, refs: Sequence[RunRef], hashes: Sequence[bytes]) -> None:
-        """Make stored blocks those of an empty table; hashes: of block 0 and of each of them."""
+        """Make stored blocks those of an empty table.
+
+        Args:
+            table: The sequence's.
+            refs: The stored blocks, as `find` returned them.
+            hashes: The chain hashes of block 0 and of each of them.
+        """
         self._need_disk().cache.acquire([ref.run for ref in refs])
         table.reach(len(hashes) - 1)
         table.add_runs(refs)
@@ -246,21 +282,22 @@ class Store:
         table.sealed = table.stop
 
     def pin(self, runs: Sequence[RunKey]) -> None:
-        """Keep runs that were found until unpin, whatever room is needed."""
+        """Keep runs that were found until `unpin`, whatever room is needed."""
         self._need_disk().cache.pin(runs)
 
     def unpin(self, runs: Sequence[RunKey]) -> None:
+        """Undo a call of `pin`."""
         self._need_disk().cache.unpin(runs)
 
     def prioritise(self, runs: Sequence[RunKey], priority: int) -> None:
-        """Runs of a lower priority are evicted first, whatever was used last."""
+        """Set the priority of runs: those of a lower one are evicted first, whatever was used last."""
         if self._disk is not None:
             self._disk.cache.prioritise(runs, priority)
 
     # Scans.
 
     def records(self, layer: int) -> Bytes:
-        """The host slab as records of one layer, uint8 [rows, record_bytes]: not all are that layer's."""
+        """Return the host slab as uint8 [rows, record_bytes] of a layer: not all rows are that layer's."""
         return self._slab.records[layer]
 
     @property
@@ -269,12 +306,12 @@ class Store:
         return self._slab.memory
 
     def pin_memory(self, register: Callable[[int, int], None]) -> None:
-        """Have a device register the host slab: it is given the address and the bytes, whole pages."""
+        """Have a device register the host slab: calls `register` with its address and bytes, whole pages."""
         register(self.memory.ctypes.data, round_up(self.memory.nbytes, PAGE))
         self._slab.pinned = True
 
     def runs_to_read(self, table: BlockTable, visible: range) -> list[RunRef]:
-        """The runs of which a scan of the visible blocks needs an extent, oldest first."""
+        """Return the runs of which a scan of the visible blocks needs an extent, the oldest first."""
         return table.runs_to_read(visible)
 
     def submit(self, reads: Sequence[ExtentRead]) -> list[Ticket]:
@@ -282,19 +319,26 @@ class Store:
         return self._disk.prefetch.submit(reads) if self._disk is not None else []
 
     def cancel(self, tickets: Iterable[Ticket]) -> None:
+        """Forget reads; see Prefetcher.cancel."""
         if self._disk is not None:
             self._disk.prefetch.cancel(tickets)
 
     @property
     def staging_batch(self) -> int:
-        """Extents that may be held at once while the other half of the ring goes on being filled."""
+        """Extents that may be in use at once while the other half of the ring goes on being filled."""
         return max(1, self._need_disk().prefetch.buffers // 2)
 
     @contextmanager
     def staged(self, tickets: Sequence[Ticket]) -> Iterator[tuple[Bytes, list[int]]]:
-        """Memory and, per ticket, the byte offset of the extent's first record, while the context lasts.
+        """Wait for reads and give their memory while the context lasts.
 
-        Raises ReadFailed if one of them did not come; all are given back in any case.
+        All tickets are released in any case.
+
+        Yields:
+            The staging memory and, per ticket, the byte offset of the extent's first record in it.
+
+        Raises:
+            ReadFailed: One of the reads failed.
         """
         disk, prefetch = self._need_disk(), self._need_disk().prefetch
         try:
@@ -308,8 +352,10 @@ class Store:
             prefetch.release(ticket)
 
     def promotion(self, table: BlockTable, runs: Iterable[RunRef]) -> Promotion:
-        """Of one of these runs of a sequence that lies on disk only, or several short ones, if host memory is
-        free beyond what growth and spills want. To be ended before anything else is asked of the store.
+        """Begin to copy runs back into host memory, if more is free there than growth and spills want.
+
+        One of the runs that lie on disk only is chosen, or several short ones. The promotion has to be ended
+        before anything else is asked of the store.
         """
         spare = self._slab.free_columns - 2 * self.run_blocks - PROMOTION_MARGIN
         columns = min(spare, self.run_blocks) if self.promotes else 0
@@ -319,7 +365,7 @@ class Store:
 
     @property
     def host_budget_bytes(self) -> int:
-        """Records that host memory holds."""
+        """Bytes of records that host memory holds."""
         return self._slab.budget_bytes
 
     @property
@@ -328,7 +374,7 @@ class Store:
         return self.layouts.column_bytes
 
     def usage(self, table: BlockTable) -> dict[str, int]:
-        """Record bytes of a sequence by the tier that serves them."""
+        """Return the record bytes of a sequence by the tier that serves them."""
         return {
             "host": table.host_blocks * self.column_bytes,
             "disk": table.disk_blocks * self.column_bytes,
@@ -336,7 +382,7 @@ class Store:
 
     @property
     def writing(self) -> bool:
-        """Runs or checkpoints are on their way to disk, or to another place there."""
+        """Whether runs or checkpoints are being written to disk, or moved there."""
         return self._pending or (self._disk is not None and self._disk.moving)
 
     @property
@@ -344,7 +390,7 @@ class Store:
         return bool(self.checkpoints.pending) or (self._writer is not None and bool(self._writer.pending))
 
     def stats(self) -> dict[str, object]:
-        """Capacity and use of the tiers in bytes, and what moved between them."""
+        """Return capacity and use of the tiers in bytes, and what moved between them."""
         values: dict[str, object] = {
             "host_used_bytes": self._slab.used_bytes,
             "host_budget_bytes": self._slab.budget_bytes,
@@ -365,11 +411,11 @@ class Store:
 
     @property
     def stall_seconds(self) -> float:
-        """How long attention has waited for reads so far."""
+        """Seconds that attention has waited for reads so far."""
         return 0.0 if self._disk is None else self._disk.prefetch.stats.stall_seconds
 
     def check_integrity(self, tables: Sequence[BlockTable]) -> None:
-        """These are all tables; every row belongs to one block of one table or to one write."""
+        """Check that these are all tables, and that every row belongs to one block or to one write."""
         assert {id(table) for table in tables} == {id(table) for table in self._tables}, "a table is lost"
         assert self._reserved == sum(table.reserved for table in self._tables), "a reservation is lost"
         self._slab.check_integrity()

@@ -69,10 +69,10 @@ for _name, _code in _FIELDS:
 
 @dataclass(frozen=True)
 class ExtentIdentity:
-    """What an extent must say about itself to be served.
+    """What the header of an extent must contain for the extent to be served.
 
     fingerprint and chain_hash are 32 bytes, run 16. first counts blocks of the sequence; chain_hash is
-    that of the run's last block. All extents of a run share everything but the layer and what it is like.
+    that of the run's last block. All extents of a run share everything but the layer and its layout.
     """
 
     layouts: StoreLayout
@@ -90,18 +90,19 @@ class ExtentIdentity:
 
     @property
     def layers(self) -> int:
+        """Number of layers."""
         return len(self.layouts)
 
     def payload_bytes(self, layer: int) -> int:
-        """Bytes of a layer's records."""
+        """Return the bytes of a layer's records."""
         return self.count * self.layouts[layer].record_bytes
 
     def extent_bytes(self, layer: int) -> int:
-        """Bytes of a layer's extent: a multiple of 4096."""
+        """Return the bytes of a layer's extent: a multiple of 4096."""
         return extent_bytes(self.layouts[layer], self.count)
 
     def offset(self, layer: int) -> int:
-        """Bytes of the extents before a layer's."""
+        """Return the bytes of the extents before a layer's."""
         if not 0 <= layer < self.layers:
             raise ValueError(f"layer {layer} of {self.layers}")
         before = 0
@@ -123,7 +124,7 @@ class ExtentIdentity:
 
 @dataclass(frozen=True)
 class RunPlace:
-    """Where a run lies and what its extents must say: all that an I/O thread needs to read or write it.
+    """Where a run lies and what its extents must contain: all that an I/O thread needs to read or write it.
 
     Extents are adjacent, layer 0 first. fresh: the name of the segment file may not be durable yet.
     """
@@ -135,52 +136,55 @@ class RunPlace:
 
     @property
     def run(self) -> RunKey:
+        """The run's key."""
         return self.identity.run
 
     def offset(self, layer: int) -> int:
-        """Where a layer's extent begins in the segment file, in bytes."""
+        """Return where a layer's extent begins in the segment file, in bytes."""
         return self.range.offset + self.identity.offset(layer)
 
 
 @dataclass(frozen=True)
 class RunMove:
-    """A run that is being copied from where it lies to where it shall lie."""
+    """A run that is being copied from one place to another."""
 
     source: RunPlace
     target: RunPlace
 
     @property
     def run(self) -> RunKey:
+        """The run's key."""
         return self.source.run
 
     @property
     def nbytes(self) -> int:
+        """Bytes that are copied."""
         return self.target.range.nbytes
 
 
 def extent_bytes(layout: Layout, count: int) -> int:
-    """Bytes on disk of one layer of a run of count blocks: a multiple of 4096."""
+    """Return the bytes on disk of one layer of a run of count blocks: a multiple of 4096."""
     return round_up(HEADER_BYTES + count * layout.record_bytes, PAGE)
 
 
 def run_bytes(layouts: StoreLayout, count: int) -> int:
-    """Bytes on disk of a run of count blocks, all layers."""
+    """Return the bytes on disk of a run of count blocks, all layers."""
     return sum(layers * extent_bytes(layout, count) for layers, layout in layouts.groups)
 
 
 def largest_extent(layouts: StoreLayout, count: int) -> int:
-    """Bytes of the largest extent of a run of count blocks."""
+    """Return the bytes of the largest extent of a run of count blocks."""
     return max(extent_bytes(layout, count) for _, layout in layouts.groups)
 
 
 def payload(buffer: Bytes, identity: ExtentIdentity, layer: int) -> Bytes:
-    """The records of an extent in a buffer: a view, uint8[count, record_bytes], 64-byte aligned."""
+    """Return a view of an extent's records in a buffer, uint8 [count, record_bytes], 64-byte aligned."""
     records = buffer[HEADER_BYTES : HEADER_BYTES + identity.payload_bytes(layer)]
     return records.reshape(identity.count, identity.layouts[layer].record_bytes)
 
 
 def seal(buffer: Bytes, identity: ExtentIdentity, layer: int) -> int:
-    """Write header, checksum and padding around the payload that lies in the buffer; returns the checksum."""
+    """Write header, checksum and padding around the payload in the buffer and return the checksum."""
     end = HEADER_BYTES + identity.payload_bytes(layer)
     buffer[:HEADER_BYTES] = np.frombuffer(_header(identity, layer, 0), dtype=np.uint8)
     buffer[end : identity.extent_bytes(layer)] = 0
@@ -191,9 +195,11 @@ def seal(buffer: Bytes, identity: ExtentIdentity, layer: int) -> int:
 
 
 def verify(buffer: Bytes, identity: ExtentIdentity, layer: int) -> Bytes:
-    """The records of the extent in the buffer, as payload does, if it is the one asked for.
+    """Check an extent in a buffer and return its records, as payload does.
 
-    Raises ExtentCorrupt naming the first field that differs, or the checksum.
+    Raises:
+        ExtentCorrupt: It is not the one asked for; the message names the first field of the header that
+            differs, or the checksum.
     """
     found = buffer[:HEADER_BYTES].tobytes()
     offset, size = HEADER_FIELDS["checksum"]

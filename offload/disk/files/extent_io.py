@@ -1,4 +1,4 @@
-"""Reads and writes of extents, as I/O threads do them: with a place, a buffer and a file, and no state."""
+"""Reads and writes of extents on I/O threads, without state beyond a place, a buffer and a file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN
 
 
 class ExtentIO:
-    """Any thread may call any method, on a place that the owner of the tier holds meanwhile."""
+    """Reads and writes extents.
+
+    Any thread may call any method, on a place that the owner of the tier holds meanwhile.
+    """
 
     def __init__(self, system: SystemCalls, folder: Path, index_log: Path) -> None:
         self._system = system
@@ -86,15 +89,22 @@ class ExtentIO:
         return extent.verify(wanted, place.identity, layer)
 
     def copy_extent(self, move: RunMove, layer: int, scratch: Bytes) -> None:
-        """Copy one layer of a run to where it shall lie, through memory as read_extent's.
+        """Copy one layer of a run to its new place, through memory as read_extent's.
 
-        Raises as read_extent, and then writes nothing; or WriteFailed.
+        Raises:
+            ReadError: The system call failed; nothing was written.
+            ExtentCorrupt: It returned anything but what was written for this run; nothing was written.
+            WriteFailed: What lies in the new place is undefined.
         """
         self.read_extent(move.source, layer, scratch)
         self._write(move.target, layer, scratch)
 
     def sync(self, place: RunPlace) -> None:
-        """Make durable what was written to the place. Raises WriteFailed."""
+        """Make durable what was written to the place.
+
+        Raises:
+            WriteFailed: It may not be durable.
+        """
         try:
             self._system.fdatasync(place.file)
             if place.fresh:
@@ -103,7 +113,11 @@ class ExtentIO:
             raise write_error(f"run {place.run.hex()} may not be durable", error) from error
 
     def sync_index(self) -> None:
-        """Let what the index has taken outlive a power cut. Raises WriteFailed."""
+        """Make durable what was committed to the index.
+
+        Raises:
+            WriteFailed: It may not be durable.
+        """
         try:
             file = self._system.open(self._index_log, os.O_RDONLY)
             try:
@@ -122,5 +136,5 @@ class ExtentIO:
 
 
 def write_error(what: str, error: OSError) -> WriteFailed:
-    """The error for a system call that did not write."""
+    """Return the error for a system call that did not write."""
     return (WriteRefused if error.errno in PASSING else WriteFailed)(f"{what}: {error}")

@@ -1,4 +1,4 @@
-"""The folder of the disk tier: who may use it, what is left in it, and what its file system can do."""
+"""The folder of the disk tier: its lock, the files in it, and what its file system can do."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ _SEGMENT_NAME = re.compile(r"\d{8}\.segment")
 
 
 class StoreFolder:
-    """A folder of mode 0700 that one process holds by a file lock until close.
+    """A folder of mode 0700 that one process locks until close.
 
     direct: O_DIRECT works here.
     """
 
     def __init__(self, path: Path, system: SystemCalls) -> None:
-        """Raises FolderInUse if another daemon holds the folder, FolderUnusable if its parent is missing
-        or it cannot be written.
+        """Make the folder if it is missing, lock it, and probe its file system.
+
+        Raises:
+            FolderInUse: Another daemon holds the folder.
+            FolderUnusable: Its parent is missing, or it cannot be written.
         """
         self.path = path
         self._system = system
@@ -45,28 +48,30 @@ class StoreFolder:
             raise FolderUnusable(f"{path}: {error}") from error
 
     def segment(self, number: int) -> Path:
+        """Return the path of a segment file."""
         return self.path / f"{number:08}.segment"
 
     def segments(self) -> dict[int, Path]:
-        """Segment files that lie in the folder now, by their numbers."""
+        """Return the segment files that are in the folder now, by their numbers."""
         names = {path.name: path for path in self.path.iterdir()}
         return {int(name[:8]): path for name, path in names.items() if _SEGMENT_NAME.fullmatch(name)}
 
     @property
     def flags(self) -> int:
-        """For opening segments, beside the access mode."""
+        """Flags for opening segments, beside the access mode."""
         return os.O_DIRECT if self.direct else 0
 
     @property
     def index(self) -> Path:
+        """Path of the index."""
         return self.path / "index.sqlite"
 
     def close(self) -> None:
-        """Let another process have the folder."""
+        """Unlock the folder."""
         os.close(self._lock)
 
     def _probe(self) -> bool:
-        """Whether O_DIRECT works here, found out by writing a page and reading it back."""
+        """Return whether O_DIRECT works here, by writing a page and reading it back."""
         if self._round_trip(os.O_DIRECT):
             return True
         log.warning("%s: no O_DIRECT here, the page cache will hold copies of what is read", self.path)
@@ -95,7 +100,7 @@ class StoreFolder:
 
 
 def _lock(path: Path) -> int:
-    """Descriptor of the folder's lock file; the kernel drops the lock with the process."""
+    """Return a descriptor of the folder's lock file; the kernel drops the lock with the process."""
     try:
         path.mkdir(mode=0o700, exist_ok=True)
         lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

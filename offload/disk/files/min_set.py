@@ -1,4 +1,4 @@
-"""A set of integers whose smallest member is found at once."""
+"""A set of integers whose smallest member is found without a search."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SLACK = 64
 
 
 class MinSet:
-    """A set and a heap; what was discarded stays in the heap until it is met, or most of it is stale."""
+    """A set with a heap; discarded numbers stay in the heap until they are met, or most of it is stale."""
 
     def __init__(self) -> None:
         self._members: set[int] = set()
@@ -35,7 +35,7 @@ class MinSet:
         self._members.discard(number)
 
     def smallest(self) -> int | None:
-        """The smallest member, or None if there is none."""
+        """Return the smallest member, or None if there is none."""
         while self._heap and self._heap[0] not in self._members:
             heapq.heappop(self._heap)
         return self._heap[0] if self._heap else None

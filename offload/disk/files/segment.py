@@ -1,4 +1,4 @@
-"""Space in segment files: where runs lie, and how long each file is. Bookkeeping only, no system calls."""
+"""Bookkeeping of space in segment files: where runs lie, and how long each file is. No system calls."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Range:
 
     @property
     def end(self) -> int:
+        """Where the range ends in the file."""
         return self.offset + self.nbytes
 
 
@@ -58,7 +59,7 @@ class _Segment:
 
 
 class _SizeClass:
-    """Segments with ranges of one size, in the orders in which they are looked for: (ranges, segment)."""
+    """Segments with ranges of one size, in the orders in which they are searched: (ranges, segment)."""
 
     def __init__(self, unit: int) -> None:
         self.unit = unit
@@ -67,6 +68,7 @@ class _SizeClass:
         self.growable = MinSet()
 
     def add(self, number: int, segment: _Segment, *, growable: bool) -> None:
+        """Add a segment."""
         insort(self.all, (segment.taken, number))
         if segment.holes:
             insort(self.with_holes, (segment.taken, number))
@@ -74,7 +76,7 @@ class _SizeClass:
             self.growable.add(number)
 
     def remove(self, number: int, segment: _Segment) -> None:
-        """Before the segment changes."""
+        """Remove a segment; to be called before the segment changes."""
         key = segment.taken, number
         del self.all[bisect_left(self.all, key)]
         if segment.holes:
@@ -82,7 +84,7 @@ class _SizeClass:
         self.growable.discard(number)
 
     def sources(self) -> Iterator[tuple[int, int, _SizeClass]]:
-        """(bytes taken, segment, self) of those no fuller than the fullest with a hole, emptiest first."""
+        """Yield (bytes taken, segment, self), the emptiest first, up to the fullest segment with a hole."""
         stop = bisect_left(self.all, self.with_holes[-1]) + 1 if self.with_holes else 0
         for i in range(stop):
             taken, number = self.all[i]
@@ -93,7 +95,7 @@ class SegmentSpace:
     """Ranges of segment files, each file for ranges of one size: first a hole, else the end of a file.
 
     used_bytes, the sum of the file lengths, never exceeds budget_bytes. Changes of a file's length are
-    two steps, so that the caller can let the system call come between: find, grow the file, take; and
+    two steps, so that the caller can make the system call in between: find, grow the file, take; and
     give_back, look at spare, shorten the file, cut. A file that could not be shortened stays counted. No
     operation looks at all files or ranges.
     """
@@ -110,11 +112,11 @@ class SegmentSpace:
         self._next = 0
 
     def sizes(self) -> dict[int, int]:
-        """Length of every segment file in bytes."""
+        """Return the length of every segment file in bytes."""
         return {number: segment.nbytes for number, segment in self._segments.items()}
 
     def size(self, number: int) -> int:
-        """Length of a segment file in bytes; 0 if there is none."""
+        """Return the length of a segment file in bytes; 0 if there is none."""
         return self._segments[number].nbytes if number in self._segments else 0
 
     @property
@@ -123,17 +125,18 @@ class SegmentSpace:
         return self.used_bytes - self.taken_bytes
 
     def uncut(self) -> list[int]:
-        """Segments that can be shortened."""
+        """Return the segments that can be shortened."""
         return list(self._uncut)
 
     def last(self, number: int) -> Range:
-        """The last range of a segment that has one."""
+        """Return the last range of a segment that has one."""
         segment = self._segments[number]
         return Range(number, segment.used - segment.unit, segment.unit)
 
     def moves(self) -> Iterator[tuple[int, Range]]:
-        """(segment, hole): were its last range in this hole instead, the segment would be shorter and none
-        longer. The emptiest segments come first, and the holes of the fullest; changes nothing.
+        """Yield (segment, hole) pairs: moving the segment's last range there shortens it and lengthens none.
+
+        The emptiest segments come first, and the holes of the fullest; changes nothing.
         """
         for _, number, alike in heapq.merge(
             *(alike.sources() for alike in list(self._classes.values())), key=lambda source: source[:2]
@@ -141,9 +144,13 @@ class SegmentSpace:
             yield number, self._hole(alike)
 
     def adopt(self, number: int, taken: Sequence[Range]) -> None:
-        """A segment that was there before: its file ends with the last of these disjoint ranges of one size,
-        of which there is at least one, each at a multiple of that size. It may exceed the budget, which must
-        be mended before the next find.
+        """Add a segment that was there before, whose file ends with the last of its ranges.
+
+        It may exceed the budget; then space has to be freed before the next find.
+
+        Args:
+            number: The segment's.
+            taken: Disjoint ranges of one size, at least one, each at a multiple of that size.
         """
         segment = _Segment(taken[0].nbytes)
         slots = {place.offset // segment.unit for place in taken}
@@ -159,7 +166,11 @@ class SegmentSpace:
         self._next = max(self._next, number + 1)
 
     def find(self, nbytes: int) -> Range:
-        """A range for nbytes, rounded up to 4096; changes nothing. Raises TierFull."""
+        """Return a free range for nbytes, rounded up to 4096; changes nothing.
+
+        Raises:
+            TierFull: The budget leaves no room.
+        """
         nbytes = round_up(nbytes, PAGE)
         if nbytes < PAGE:
             raise ValueError("an empty range has no place")
@@ -179,7 +190,11 @@ class SegmentSpace:
         return Range(self._next, 0, nbytes)
 
     def take(self, place: Range) -> None:
-        """Occupy what find returned. The file, which must be as long as place.end by now, may be new."""
+        """Occupy a range that find returned. The file, which must be as long as place.end by now, may be new.
+
+        Raises:
+            ValueError: The range is not free, or does not fit the budget.
+        """
         segment = self._segments.get(place.segment) or _Segment(place.nbytes)
         slot, rest = divmod(place.offset, place.nbytes)
         alike = segment.unit == place.nbytes or not segment.stop
@@ -200,7 +215,11 @@ class SegmentSpace:
         self._next = max(self._next, place.segment + 1)
 
     def give_back(self, place: Range) -> None:
-        """Free a range that was taken. Raises ValueError, changing nothing, if part of it is free."""
+        """Free a range that was taken.
+
+        Raises:
+            ValueError: Part of it is free, or it lies in no segment; nothing has changed.
+        """
         segment = self._segments.get(place.segment)
         if segment is None or place.end > segment.nbytes:
             raise ValueError(f"{place} lies in no segment")
@@ -216,11 +235,11 @@ class SegmentSpace:
         self._file(place.segment)
 
     def spare(self, number: int) -> int:
-        """The length to which a segment can be shortened; 0 means that its file can go."""
+        """Return the length to which a segment can be shortened; 0 means that its file can be unlinked."""
         return self._segments[number].used
 
     def cut(self, number: int) -> None:
-        """The file was shortened to spare(number), or unlinked if that is 0."""
+        """Note that the file was shortened to spare(number), or unlinked if that is 0."""
         segment = self._segments[number]
         self.used_bytes -= segment.nbytes - segment.used
         segment.nbytes = segment.used
@@ -229,7 +248,7 @@ class SegmentSpace:
             del self._segments[number]
 
     def check_integrity(self, taken: list[Range]) -> None:
-        """Free and taken ranges partition every file, and the files fit the budget."""
+        """Check that free and taken ranges partition every file, and that the files fit the budget."""
         assert self.used_bytes <= self.budget_bytes, "the segments are larger than the budget"
         assert self.used_bytes == sum(s.nbytes for s in self._segments.values()), "used_bytes is wrong"
         assert self.taken_bytes == sum(place.nbytes for place in taken), "taken_bytes is wrong"
@@ -253,14 +272,14 @@ class SegmentSpace:
         assert filed == {n for n, s in self._segments.items() if s.stop}, "a segment is misfiled"
 
     def _hole(self, alike: _SizeClass) -> Range:
-        """The first hole of the fullest segment that has one."""
+        """Return the first hole of the fullest segment that has one."""
         number = alike.with_holes[-1][1]
         slot = self._segments[number].holes.smallest()
         assert slot is not None, "it has a hole"
         return Range(number, slot * alike.unit, alike.unit)
 
     def _end(self, number: int, nbytes: int) -> int | None:
-        """Where a segment would end with one more range of this size at its end, if it takes one."""
+        """Return where a segment would end with one more range of this size at its end, if it takes one."""
         segment = self._segments[number]
         end = segment.used + nbytes
         alike = segment.unit == nbytes or not segment.stop
@@ -275,7 +294,7 @@ class SegmentSpace:
                 del self._classes[segment.unit]
 
     def _file(self, number: int) -> None:
-        """After a change: where it will be looked for."""
+        """Enter a segment, after a change, in the orders in which it is searched."""
         segment = self._segments[number]
         if segment.stop:
             alike = self._classes.setdefault(segment.unit, _SizeClass(segment.unit))

@@ -1,4 +1,4 @@
-"""Segment files: their descriptors, and their lengths, which follow what lies in them."""
+"""Segment files: their descriptors, and their lengths, which follow the ranges in them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class SegmentFile:
     """An open segment file.
 
     Attributes:
-        descriptor: What the kernel knows it by.
-        durable_name: A power cut leaves its name in the folder.
+        descriptor: The file's descriptor.
+        durable_name: Whether its name in the folder outlives a power cut.
         holds: Leases of places in it.
     """
 
@@ -42,7 +42,14 @@ class SegmentFiles:
     def __init__(
         self, folder: StoreFolder, system: SystemCalls, space: SegmentSpace, floor_bytes: int
     ) -> None:
-        """floor_bytes: what the file system must have left after each growth of a file."""
+        """Begin without files.
+
+        Args:
+            folder: Where the files are.
+            system: The calls to the kernel.
+            space: The bookkeeping of ranges.
+            floor_bytes: What the file system must have left after each growth of a file.
+        """
         self.space = space
         self.floor_bytes = floor_bytes
         self._folder = folder
@@ -57,9 +64,10 @@ class SegmentFiles:
         return len(self._files)
 
     def adopt(self, number: int, path: Path, taken: Sequence[Range]) -> None:
-        """Open a file that was there before, and cut off what lies behind these ranges; without any it goes.
+        """Open a file that was there before and cut it off behind these ranges; without any, unlink it.
 
-        Raises OSError.
+        Raises:
+            OSError: A system call failed.
         """
         if not taken:
             self._system.unlink(path)
@@ -70,11 +78,11 @@ class SegmentFiles:
         self._system.ftruncate(file, self.space.size(number))
 
     def allocate(self, nbytes: int) -> tuple[Range, SegmentFile]:
-        """Take a range, in a file that is long enough for it.
+        """Take a range, in a file that is long enough for it. On an error nothing has changed.
 
         Raises:
             TierFull: The budget or the floor leaves no room.
-            OSError: The file cannot be made or grown. Either way nothing has changed.
+            OSError: The file cannot be made or grown.
         """
         found = self.space.find(nbytes)
         self._respect_floor(found)
@@ -83,12 +91,12 @@ class SegmentFiles:
         return found, file
 
     def free(self, place: Range) -> None:
-        """Give a range back, and to the file system what it can have."""
+        """Give a range back, and shorten files where that is possible."""
         self.space.give_back(place)
         self.trim()
 
     def trim(self) -> None:
-        """Give the file system the free ends of files, also those that it did not take before."""
+        """Cut off the free ends of files, also those that could not be cut off before."""
         for number in self.space.uncut():
             spare = self.space.spare(number)
             try:
@@ -107,7 +115,7 @@ class SegmentFiles:
                 self._close(self._files.pop(number).descriptor)
 
     def close(self) -> int:
-        """Close the files of which nothing is held; returns how many stay open."""
+        """Close the files without leases and return how many stay open."""
         self.trim()
         for number, file in list(self._files.items()):
             if not file.holds:
@@ -115,10 +123,11 @@ class SegmentFiles:
         return len(self._files)
 
     def close_file(self, number: int) -> None:
+        """Close one file."""
         self._close(self._files.pop(number).descriptor)
 
     def check_integrity(self, taken: list[Range]) -> None:
-        """Ranges partition the segments, and the files in the folder measure what the ledger says."""
+        """Check that ranges partition the segments, and that the files have the lengths on record."""
         self.space.check_integrity(taken)
         sizes = {self._folder.segment(number): size for number, size in self.space.sizes().items()}
         found = {path: path.stat().st_size for path in self._folder.segments().values()}
@@ -126,7 +135,7 @@ class SegmentFiles:
         assert self._files.keys() == self.space.sizes().keys(), "a segment has no open file"
 
     def _respect_floor(self, found: Range) -> None:
-        """Raises TierFull if the growth that a range needs would leave less than the floor."""
+        """Raise TierFull if the growth that a range needs would leave less than the floor."""
         growth = found.end - self.space.size(found.segment)
         if growth > 0 and self.floor_bytes:
             left = self._system.free_bytes(self._folder.path) - growth
@@ -136,7 +145,7 @@ class SegmentFiles:
                 )
 
     def _grow(self, found: Range) -> SegmentFile:
-        """The file of a range, long enough for it. On OSError file and folder are as before."""
+        """Return the file of a range, long enough for it. On OSError file and folder are as before."""
         file = self._files.get(found.segment)
         if file is None:
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | self._folder.flags
@@ -153,7 +162,7 @@ class SegmentFiles:
         return file
 
     def _close(self, descriptor: int) -> None:
-        """A disk that is gone may say so here; the descriptor is given up all the same."""
+        """Close a descriptor, which is gone even if a failed disk reports an error here."""
         try:
             self._system.close(descriptor)
         except OSError as error:

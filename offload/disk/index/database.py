@@ -28,7 +28,7 @@ _TABLES = "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY na
 
 
 def _tables(create: str) -> list[tuple[Any, ...]]:
-    """What _TABLES finds in a new database."""
+    """Return what _TABLES finds in a new database."""
     db = sqlite3.connect(":memory:")
     try:
         db.executescript(create)
@@ -38,7 +38,7 @@ def _tables(create: str) -> list[tuple[Any, ...]]:
 
 
 def put_aside(path: Path, why: IndexDamaged) -> None:
-    """Rename a damaged file, to the suffix .damaged; its log goes."""
+    """Rename a damaged file, to the suffix .damaged, and remove its log."""
     aside = path.with_suffix(".damaged")
     log.error("%s; it is kept as %s and a new one begun", why, aside.name)
     path.replace(aside)
@@ -47,7 +47,7 @@ def put_aside(path: Path, why: IndexDamaged) -> None:
 
 
 class Database:
-    """One file of mode 0600. One thread calls everything, though not always the same.
+    """One file of mode 0600. One thread at a time calls everything, though not always the same.
 
     Every method raises IndexDamaged where SQLite finds the file broken, and OSError where the system refuses;
     the transaction in question has then not happened. A commit survives the process at once and a power cut
@@ -55,8 +55,13 @@ class Database:
     """
 
     def __init__(self, path: Path, schema: int, create: str, upgrades: Mapping[int, str] = NONE) -> None:
-        """Open, or make with the statements of `create`. schema is kept as PRAGMA user_version; upgrades:
-        statements that make of an older schema this one.
+        """Open the database, or make it.
+
+        Args:
+            path: The file.
+            schema: The version of the tables, which is kept as PRAGMA user_version.
+            create: Statements that make the tables.
+            upgrades: For older versions, statements that make this one of them.
         """
         self.path = path
         self._nbytes: int | None = None
@@ -85,7 +90,7 @@ class Database:
 
     @classmethod
     def open(cls, path: Path, schema: int, create: str, upgrades: Mapping[int, str] = NONE) -> Self:
-        """As the constructor, but a damaged file is put aside (suffix .damaged) and a new one made."""
+        """Open the database; a damaged file is put aside (suffix .damaged) and a new one made."""
         try:
             return cls(path, schema, create, upgrades)
         except IndexDamaged as error:
@@ -93,19 +98,19 @@ class Database:
             return cls(path, schema, create)
 
     def rows(self, statement: str, values: Iterable[object] = ()) -> list[tuple[Any, ...]]:
-        """What a SELECT finds."""
+        """Return what a SELECT finds."""
         with self._errors():
             return self._db.execute(statement, tuple(values)).fetchall()
 
     def run(self, statement: str, values: Iterable[object] = ()) -> int:
-        """One statement as a transaction of its own; returns how many rows it changed."""
+        """Execute one statement as a transaction of its own and return how many rows it changed."""
         self._nbytes = None
         with self._errors():
             return self._db.execute(statement, tuple(values)).rowcount
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """What is executed inside happens as a whole or not at all."""
+        """Return a scope: what is executed in it happens as a whole or not at all."""
         self._nbytes = None
         with self._errors():
             self._db.execute("BEGIN IMMEDIATE")
@@ -119,22 +124,24 @@ class Database:
 
     @property
     def log(self) -> Path:
-        """What was committed since it was last written into the file itself."""
+        """The file with commits that are not in the database file yet."""
         return self.path.with_name(self.path.name + "-wal")
 
     @property
     def nbytes(self) -> int:
-        """What it takes on disk, its log included."""
+        """Bytes on disk, including the log."""
         if self._nbytes is None:
             files = (self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal", "-shm"))
             self._nbytes = sum(file.stat().st_size for file in files if file.exists())
         return self._nbytes
 
     def check_integrity(self) -> None:
+        """Raise AssertionError if SQLite's own check fails."""
         ((word,),) = self.rows("PRAGMA integrity_check(1)")
         assert word == "ok", f"{self.path}: {word}"
 
     def close(self) -> None:
+        """Close the connection."""
         self._db.close()
 
     @contextmanager

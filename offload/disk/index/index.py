@@ -59,7 +59,16 @@ class Index:
     """Rows of one folder's runs. Errors are those of Database."""
 
     def __init__(self, path: Path, *, anew: bool = True) -> None:
-        """anew: put a damaged file aside and begin another; else raise IndexDamaged."""
+        """Open the index of a folder, or make it.
+
+        Args:
+            path: The file.
+            anew: Whether to put a damaged file aside and begin another.
+
+        Raises:
+            IndexDamaged: The file is damaged, unless `anew`.
+            OSError: The system refuses.
+        """
         try:
             self._db = self._open(path)
         except IndexDamaged as error:
@@ -72,7 +81,7 @@ class Index:
 
     @staticmethod
     def _open(path: Path) -> Database:
-        """With what names a run, and not with what names none. Raises IndexDamaged if it cannot be asked."""
+        """Open the database and remove rows that name no run; raises IndexDamaged if it cannot be queried."""
         db = Database(path, SCHEMA, _CREATE)
         try:
             db.rows(_RUNS)
@@ -84,8 +93,9 @@ class Index:
         return db
 
     def entries(self) -> list[IndexRow]:
-        """Every run whose row makes sense, the least recently used first; of its contents only the first
-        block. Rows that make none are removed.
+        """Return every run with a valid row, the least recently used first, and remove invalid rows.
+
+        Of a run's contents, only the first block is given.
         """
         self.write_notes()
         rows = self._db.rows(_RUNS)
@@ -96,7 +106,7 @@ class Index:
         return [entry for row in rows if (entry := parse(row)) is not None]
 
     def add(self, *entries: IndexRow) -> None:
-        """Runs that are durable, each with its blocks or as a checkpoint: all of them or none."""
+        """Add runs that are durable, each with its blocks or as a checkpoint: all of them or none."""
         with self._transaction() as db:
             for entry in entries:
                 self._insert(db, entry)
@@ -133,7 +143,7 @@ class Index:
                 db.executemany(f"DELETE FROM {table} WHERE run = ?", keys)
 
     def move(self, run: RunKey, place: Range) -> None:
-        """The extents of a run lie elsewhere now. Raises IndexDamaged if it has no row."""
+        """Change where the extents of a run lie; raises IndexDamaged if the run has no row."""
         with self._transaction() as db:
             found = db.execute(
                 "UPDATE runs SET segment = ?, offset = ? WHERE run = ?", (place.segment, place.offset, run)
@@ -146,8 +156,9 @@ class Index:
         self._used.update(dict.fromkeys(runs, now))
 
     def chain(self, hashes: Sequence[bytes], first: int) -> list[RunRef]:
-        """The longest stored chain of blocks first, first + 1, ... with these hashes, in as few runs as can
-        be seen from the front: a run is followed as far as it goes.
+        """Return the longest stored chain of blocks first, first + 1, ... with these hashes.
+
+        It is in as few runs as can be seen from the front: a run is followed as far as it goes.
         """
         found: list[RunRef] = []
         for block, name in enumerate(hashes, first):
@@ -163,7 +174,7 @@ class Index:
         return found
 
     def _holders_at(self, name: bytes, block: int) -> dict[RunKey, tuple[int, int]]:
-        """(end, first block) of the runs that hold a block, as far as their rows are what was written."""
+        """Return (end, first block) of the runs that hold a block, unless their rows are damaged."""
         rows = self._db.rows(
             "SELECT run, seal, first + count, first FROM blocks JOIN runs USING (run)"
             " WHERE hash = ? AND block = ? AND block BETWEEN first AND first + count - 1",
@@ -172,7 +183,7 @@ class Index:
         return {run: (stop, first) for run, seal, stop, first in rows if seal == _seal(name, run, block)}
 
     def checkpoints(self, anchor: bytes) -> list[tuple[RunKey, list[int]]]:
-        """Runs that hold the exact K/V of `tokens`, which follow the block `anchor`; the newest first."""
+        """Return (run, tokens) of checkpoints whose tokens follow the block `anchor`, the newest first."""
         self.write_notes()
         rows = self._db.rows(
             "SELECT run, tokens, seal FROM checkpoints JOIN runs USING (run) WHERE anchor = ?"
@@ -186,15 +197,15 @@ class Index:
         ]
 
     def holders(self, name: bytes) -> list[RunKey]:
-        """Runs that hold the block of this chain hash."""
+        """Return the runs that hold the block of this chain hash."""
         return [run for (run,) in self._db.rows("SELECT run FROM blocks WHERE hash = ?", [name])]
 
     def note_spent(self, spent: int, at: int) -> None:
-        """Note that of the write budget so many bytes were spent at `at`, seconds since 1970."""
+        """Note that so many bytes of the write budget were spent at `at`, seconds since 1970."""
         self._spent = spent, at
 
     def write_notes(self) -> None:
-        """Write what was noted, unless a transaction has taken it along since."""
+        """Write what was noted, unless a transaction has written it since."""
         if self._used or self._spent is not None:
             with self._transaction():
                 pass
@@ -205,7 +216,7 @@ class Index:
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
-        """As Database.transaction, with what was noted."""
+        """Return a scope as Database.transaction does, which also writes what was noted."""
         with self._db.transaction() as db:
             used = [(now, run) for run, now in self._used.items()]
             db.executemany("UPDATE runs SET used = ? WHERE run = ?", used)
@@ -216,7 +227,7 @@ class Index:
         self.forget_notes()
 
     def spent(self) -> tuple[int, int]:
-        """What was noted last; (0, 0) if nothing was, or if it makes no sense."""
+        """Return what note_spent noted last; (0, 0) if nothing was noted, or if the row is damaged."""
         self.write_notes()
         for spent, at, seal in self._db.rows("SELECT spent, at, seal FROM wear WHERE id = 0"):
             if type(spent) is type(at) is int and seal == _seal(spent, at):
@@ -225,16 +236,16 @@ class Index:
 
     @property
     def log(self) -> Path:
-        """The file that must be durable for what was last committed to be."""
+        """The file that must be durable for what was last committed to be durable."""
         return self._db.log
 
     @property
     def nbytes(self) -> int:
-        """What it takes on disk."""
+        """Bytes on disk."""
         return self._db.nbytes
 
     def check_integrity(self) -> None:
-        """SQLite's own check, and no row names a run that is not there."""
+        """Run SQLite's own check, and check that every row names a run that is there."""
         self._db.check_integrity()
         for table in ("blocks", "checkpoints"):
             ((lost,),) = self._db.rows(
@@ -243,10 +254,11 @@ class Index:
             assert lost == 0, f"{lost} {table} of runs that are not there"
 
     def close(self) -> None:
+        """Close the database."""
         self._db.close()
 
 
 def _seal(*parts: bytes | int) -> bytes:
-    """xxh3_64 of a row: SQLite does not notice a bit that flips, and a wrong row would name another's KV."""
+    """Return xxh3_64 of a row: SQLite notices no flipped bits, and a wrong row would name foreign KV."""
     words = [part if isinstance(part, bytes) else part.to_bytes(8, "little", signed=True) for part in parts]
     return xxhash.xxh3_64_digest(b"".join(words))

@@ -19,10 +19,12 @@ _TYPES = [bytes, int, int, int, str, str, bytes, bytes, int, int, bytes, bytes, 
 
 @dataclass(frozen=True)
 class Contents:
-    """What makes a run worth finding again.
+    """What a run is found by.
 
-    parent: the chain hash that its first block continues. blocks: the chain hash of each of its blocks, or
-    none for a checkpoint, whose `tokens` follow `parent`.
+    Attributes:
+        parent: The chain hash that its first block continues.
+        blocks: The chain hash of each of its blocks; none for a checkpoint.
+        tokens: Of a checkpoint, the tokens that follow `parent`.
     """
 
     parent: bytes
@@ -31,13 +33,13 @@ class Contents:
 
     @property
     def name(self) -> bytes:
-        """What the run begins with: all tokens up to the end of its first block, or up to a checkpoint."""
+        """Chain hash of the run's beginning: up to the end of its first block, or up to a checkpoint."""
         return self.blocks[0] if self.blocks else self.parent
 
 
 @dataclass(frozen=True)
 class IndexRow:
-    """One run: what its extents say, and where they lie. used: seconds since 1970."""
+    """One run: the contents of its extents' headers, and where they lie. used: seconds since 1970."""
 
     identity: ExtentIdentity
     range: Range
@@ -46,7 +48,7 @@ class IndexRow:
 
 
 def parse(row: tuple[Any, ...]) -> IndexRow | None:
-    """From a row of `runs` and the hash of the run's first block; None if it cannot be one."""
+    """Parse a row of `runs`, with the hash of the run's first block; None if it is invalid."""
     if [type(value) for value in row[:-1]] != _TYPES:
         return None
     run, segment, offset, nbytes, form, element, shapes, *rest, name = row
@@ -63,7 +65,11 @@ def parse(row: tuple[Any, ...]) -> IndexRow | None:
 def consistent(
     entries: Sequence[IndexRow], sizes: Mapping[int, int]
 ) -> tuple[list[IndexRow], list[IndexRow]]:
-    """Rows whose bytes are there, and rows whose bytes are not, or are also another's, in their order."""
+    """Divide rows, keeping their order, by whether their bytes are there.
+
+    Returns:
+        Rows whose bytes are there, and rows whose bytes are not, or overlap another's.
+    """
     by_segment: dict[int, list[IndexRow]] = defaultdict(list)
     for entry in entries:
         by_segment[entry.range.segment].append(entry)

@@ -1,4 +1,4 @@
-"""Kernels that attend over windows and records in place, without copying them.
+"""Kernels that attend over windows and records, where these lie.
 
 May import: offload.kernels, offload.record.
 """
