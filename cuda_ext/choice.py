@@ -13,7 +13,7 @@ from typing import NamedTuple
 from spilld.cuda_ext.compile.variant import ROWS
 
 PROMPT = 256
-"""Queries that flash attention has at a time, and was measured with."""
+"""Queries that flash attention takes at a time, and was measured with."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Rates:
     """Measured rates in bytes of records a second, and the fixed cost of a call in seconds."""
 
     fetch_bytes: float
-    """Over PCIe and through the device's attention, of which copies are the slower part."""
+    """Copied over PCIe and attended to on the device; the copies are the slower part."""
     fetch_s: float
     cpu_bytes: float
-    """Through the CPU's attention, for as many queries as the step has."""
+    """Attended to by the CPU, for the number of queries of the step."""
     cpu_s: float
-    """With handing the queries over and the partials back."""
+    """Including the transfer of queries to the CPU and of partial results back."""
 
     def __post_init__(self) -> None:
         if min(self.fetch_bytes, self.cpu_bytes) <= 0 or min(self.fetch_s, self.cpu_s) < 0:
@@ -41,7 +41,7 @@ class Costs(NamedTuple):
     copy_bytes: float
     """Bytes a second of the copies alone, which are made once for any number of queries."""
     flash_bytes: float = 0.0
-    """Of flash attention alone, with PROMPT queries; 0 without it."""
+    """Bytes a second of flash attention alone, with PROMPT queries; 0 without it."""
 
     def rates(self, queries: int, *, flash: bool = False) -> Rates:
         """Estimate the rates for a number of queries.

@@ -13,7 +13,7 @@ from spilld.cuda_ext.memory.windows import KVWindowShape
 from .compile import variant
 
 WARPS = 1024
-"""About as many as a GPU runs at a time: calls are divided into parts until there are so many."""
+"""About as many warps as a GPU runs at a time: calls are divided into parts to have so many."""
 
 Load = Callable[[Variant], Kernel]
 
@@ -73,7 +73,7 @@ class Ops:
         """
         self.shape, self.heads, self._warps = shape, heads, warps
         self.rotates = layout["K_BITS"] == 4
-        """Whether queries over records are to be rotated."""
+        """Whether queries over records have to be rotated."""
         self._attend_records = load(variant.attend_records(layout))
         self._attend_window = load(variant.attend_window(8 * shape.dtype.itemsize, shape.head_dim))
         self._merge = load(variant.merge(shape.head_dim, shape.kv_heads))
@@ -104,14 +104,14 @@ class Ops:
         """Return the most rows of `out`, over parts and heads, that attention of `rows` queries writes."""
         return max(self._warps * ROWS, rows * self.heads)
 
-    def room(self, landing: Landing, parts: int, rows: int) -> Parts:
+    def room(self, staging: Landing, parts: int, rows: int) -> Parts:
         """Return places for the partial attentions of so many queries.
 
         Raises:
             LandingFull: There is not enough staging memory.
         """
         sums = (parts, self.shape.kv_heads, rows * self.group)
-        return Parts(landing.room((*sums, self.shape.head_dim)), landing.room(sums), parts)
+        return Parts(staging.room((*sums, self.shape.head_dim)), staging.room(sums), parts)
 
     def split(self, parts: Parts, first: int, rows: int) -> tuple[Parts, Parts]:
         """Divide places into the first so many parts and the others."""

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # config.py takes the names of formats from here, and clients load no numpy
+if TYPE_CHECKING:  # config.py imports the names of formats, and clients load no numpy
     import numpy as np
     import numpy.typing as npt
 

@@ -15,7 +15,7 @@ MOST_LAYERS = 1 << 16
 _SHAPE = struct.Struct("<III")
 
 Shape = tuple[int, int, int]
-"""(number of layers, kv_heads, head_dim) of layers that follow one another."""
+"""(number of layers, kv_heads, head_dim) of consecutive layers."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class BlockTable:
         self.adopts = True
         self.offered = 1
         self._run_of: npt.NDArray[np.int64] = np.full(1, ABSENT)
-        """Of each block, the index in `runs` of the one that holds it; LEAVING or ABSENT."""
+        """For each block, the index in `runs` of the run that holds it; or LEAVING, or ABSENT."""
 
     @property
     def stop(self) -> int:

@@ -18,11 +18,11 @@ from .variant import KERNELS, Variant
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 SHIPPED = Path(__file__).parents[1] / "cubins"
-"""What `make cubins` compiled before the wheel was made; it need not be there."""
+"""Kernels that `make cubins` compiled before the wheel was made; the folder need not exist."""
 COMPILER = "nvrtc-version"
-"""The file in it that says by which NVRTC."""
+"""The file in that folder with the version of the NVRTC that compiled them."""
 OPTIONS = ("c++17",)
-"""What kernels are compiled with, beside their constants."""
+"""Compiler options, beside the constants of a kernel."""
 
 INSTALL = "pip install 'spilld[cuda]' brings it"
 NO_DRIVER = 'there is no NVIDIA driver (libcuda.so.1) on this machine: install it, or take device = "cpu"'

@@ -15,14 +15,14 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 
 BLOCK = 64
 ROWS = 16
-"""Query rows that a warp of attention has."""
+"""Query rows of a warp in attention."""
 SCALAR_BITS = 32
-"""Numbers that go one by one, not through tensor cores."""
+"""Numbers of this size are multiplied one by one, not by tensor cores."""
 
 SHARED_WITHOUT_ASKING = 48 << 10
 """Dynamic shared memory that a block may have; for more, a kernel's attribute must be raised first."""
 MOST_SHARED = 99 << 10
-"""What it may have on every architecture that is compiled for (sm_86, sm_89 and sm_120 have the least)."""
+"""The most that all architectures which are compiled for allow (sm_86, sm_89 and sm_120 allow least)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Variant:
     """One kernel with its constants: what is compiled, and what each launch of it needs."""
 
     name: str
-    """Of the kernel, and of its file."""
+    """Name of the kernel, and of its file."""
     defines: tuple[tuple[str, int], ...]
     threads: int = 32
     shared_bytes: int = 0
@@ -42,7 +42,7 @@ class Variant:
 
 
 PLANES = ("HEAD_DIM", "KV_HEADS", "K_BITS", "V_BITS", "K_CODES", "K_SCALES", "V_CODES", "V_SCALES")
-"""What the numbers of a record need."""
+"""Constants that describe the planes of a record."""
 
 
 def attend_records(layout: Mapping[str, int]) -> Variant:

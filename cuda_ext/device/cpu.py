@@ -14,7 +14,7 @@ from .ranges import AddressRanges
 from .tensors import Array, in_process
 
 Function = Callable[..., None]
-"""Takes the grid, then what a kernel takes; does the whole grid's work."""
+"""Takes the grid, then the arguments of a kernel, and does the work of the whole grid."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p

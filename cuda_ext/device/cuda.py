@@ -61,7 +61,7 @@ class CudaDevice:
         self._register_bytes = register_bytes
         self._allocated, self._reserved, self._mapped, self._registered = (AddressRanges() for _ in range(4))
         self._parts = AddressRanges()  # of registered memory, as the driver knows them
-        self._events: list[Any] = []  # all that were made
+        self._events: list[Any] = []  # all events, idle or not
         self._idle_events: list[Any] = []
         self._libraries: list[Any] = []
         self._streams: dict[Stream, Any] = {}
@@ -236,14 +236,14 @@ class CudaDevice:
         self._closed = True
         with contextlib.suppress(DeviceError):
             self.driver("cuCtxSynchronize")
-        for function, arguments in self._what_is_left():
-            with contextlib.suppress(DeviceError):  # a lost device refuses everything, and has nothing
+        for function, arguments in self._release_calls():
+            with contextlib.suppress(DeviceError):  # a lost device refuses every call
                 self.driver(function, *arguments)
         for ranges in (self._allocated, self._reserved, self._mapped, self._registered, self._parts):
             for address, _ in list(ranges):
                 ranges.remove(address)
 
-    def _what_is_left(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    def _release_calls(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
         """Yield the driver calls that give everything back."""
         yield from (("cuMemUnmap", mapped) for mapped in self._mapped)
         yield from (("cuMemAddressFree", reserved) for reserved in self._reserved)

@@ -15,7 +15,7 @@ from spilld.cuda_ext.errors import (
 
 _NO_MEMORY = {"OUT_OF_MEMORY"}
 _NO_DEVICE = {"NO_DEVICE", "INVALID_DEVICE", "DEVICE_UNAVAILABLE", "DEVICE_NOT_LICENSED", "STUB_LIBRARY"}
-# After these the context is of no use; the driver answers each call with the same status.
+# After these the context cannot be used; the driver answers each call with the same status.
 _LOST = {
     *("ILLEGAL_ADDRESS", "LAUNCH_TIMEOUT", "ASSERT", "HARDWARE_STACK_ERROR", "ILLEGAL_INSTRUCTION"),
     *("MISALIGNED_ADDRESS", "INVALID_ADDRESS_SPACE", "INVALID_PC", "LAUNCH_FAILED", "ECC_UNCORRECTABLE"),

@@ -69,7 +69,7 @@ def gpu_errors() -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
-        # What torch's own allocator does not find is one, what CUDA does not, to load a kernel, the other.
+        # Torch's allocator raises OutOfMemoryError; CUDA, when it loads a kernel, an AcceleratorError.
         full = (
             isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == OUT_OF_MEMORY
         )

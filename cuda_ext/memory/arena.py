@@ -69,7 +69,7 @@ class Arena:
         free = [window for window in range(self.windows) if window not in self._taken]
         if not free:
             raise ArenaFull(f"all {self.windows} windows are taken")
-        # A page behind no taken window is one of a free window that has all its pages: then it is this one.
+        # Mapped pages that back no taken window back a whole free window: min() finds that one first.
         window = min(free, key=lambda window: len(self._missing(window)))
         if self.mapped_bytes + len(self._missing(window)) * self._page > self.budget_bytes:
             raise ArenaFull(f"the budget of {self.budget_bytes} bytes backs no more windows")

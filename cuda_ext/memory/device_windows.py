@@ -23,7 +23,7 @@ class DeviceKVWindows(KVWindows):
     """
 
     def __init__(
-        self, device: Device[Any], landing: Landing, shape: KVWindowShape, budget_bytes: int
+        self, device: Device[Any], staging: Landing, shape: KVWindowShape, budget_bytes: int
     ) -> None:
         """Allocate the windows.
 
@@ -34,7 +34,7 @@ class DeviceKVWindows(KVWindows):
         super().__init__(device, shape, budget_bytes)
         for window in [self.take() for _ in range(self.capacity)]:
             self.give_back(window)
-        self._landing = landing
+        self._staging = staging
         self._element = np.dtype(np.uint16 if shape.dtype is torch.bfloat16 else np.float32)
 
     def read(self, window: int) -> Numbers:
@@ -45,15 +45,14 @@ class DeviceKVWindows(KVWindows):
         """
         numbers = np.empty(self.shape.dims, self._element)
         for layer, planes in enumerate(numbers):
-            with self._landing.turn(), self.arena.use(Stream.COMPUTE, reads=[window]):
-                found = self._landing.fetch(self.address(window, layer), planes.shape, self._element)
-            self._landing.settle()
+            with self._staging.turn(), self.arena.use(Stream.COMPUTE, reads=[window]):
+                found = self._staging.fetch(self.address(window, layer), planes.shape, self._element)
+            self._staging.settle()
             planes[...] = found
         return numbers
 
     def trim(self) -> None:
         """See KVWindows.trim; does nothing, as all windows stay backed."""
-        pass
 
     @contextmanager
     def written(self, window: int) -> Iterator[Numbers]:
@@ -65,6 +64,6 @@ class DeviceKVWindows(KVWindows):
         numbers = np.zeros(self.shape.dims, self._element)
         yield numbers
         for layer, planes in enumerate(numbers):
-            with self._landing.turn(), self.arena.use(Stream.COMPUTE, writes=[window]):
-                self._landing.send(planes, self.address(window, layer))
-        self._landing.settle()
+            with self._staging.turn(), self.arena.use(Stream.COMPUTE, writes=[window]):
+                self._staging.send(planes, self.address(window, layer))
+        self._staging.settle()

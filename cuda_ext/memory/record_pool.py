@@ -43,7 +43,7 @@ class RecordPool:
         self._base = device.allocate(self.capacity * record_bytes)
         self._fences = Fences(device)
         self._free = deque(range(self.capacity))  # what was given back first is taken first
-        self._filled: dict[int, bool] = {}  # of taken slots: whether a record is there, or on its way
+        self._filled: dict[int, bool] = {}  # of taken slots: whether a record is there, or being copied there
 
     @property
     def free(self) -> int:
@@ -97,9 +97,9 @@ class RecordPool:
         """
         pairs = zip(slots, sources, strict=True)
         copies = [Copy(self.address(slot), source, self.record_bytes) for slot, source in pairs]
-        with self.use(Stream.COPY_IN, writes=slots) as landed:
+        with self.use(Stream.COPY_IN, writes=slots) as copied:
             self._device.copy(Stream.COPY_IN, copies)
-        return landed
+        return copied
 
     def drain(self, slots: Sequence[int], targets: Sequence[int]) -> DeviceEvent:
         """Copy records out of slots and return the event behind the copies.
@@ -113,9 +113,9 @@ class RecordPool:
         """
         pairs = zip(slots, targets, strict=True)
         copies = [Copy(target, self.address(slot), self.record_bytes) for slot, target in pairs]
-        with self.use(Stream.COPY_OUT, reads=slots) as landed:
+        with self.use(Stream.COPY_OUT, reads=slots) as copied:
             self._device.copy(Stream.COPY_OUT, copies)
-        return landed
+        return copied
 
     @contextmanager
     def use(

@@ -39,12 +39,12 @@ _HEADER = struct.Struct("<8sIIQQ")
 _TRAILER = struct.Struct("<8sQ16s")
 
 EXTENT_LIMIT = 256 << 20
-"""The largest extent in bytes: what a reader must have memory for."""
+"""Bytes of the largest extent that an archive may have: a reader must have memory for it."""
 
 MANIFEST_LIMIT = 256 << 20
 
 Progress = Callable[[int, int], None]
-"""Told (bytes done, bytes in all) after each extent; what it raises ends the work."""
+"""Called with (bytes done, bytes in all) after each extent; what it raises ends the work."""
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class Prefetcher:
         self._free = deque(range(buffers))
         self._queued: deque[Ticket] = deque()
         self._issued: dict[Ticket, None] = {}  # the oldest first
-        self._adrift: set[int] = set()
+        self._abandoned: set[int] = set()
         self._loaded: set[int] = set()
         self._ended: dict[Ticket, None] = {}
         self._jobs: queue.SimpleQueue[_ReadJob | None] = queue.SimpleQueue()
@@ -191,7 +191,7 @@ class Prefetcher:
             if ticket.state is ReadState.LOADED:
                 self._drop(ticket, ReadState.CANCELLED)
             elif ticket.state in (ReadState.QUEUED, ReadState.ISSUED):
-                self._part(ticket, ReadState.CANCELLED, ReadCancelled("cancelled by its owner"))
+                self._abandon(ticket, ReadState.CANCELLED, ReadCancelled("cancelled by its owner"))
         self._queued = deque(ticket for ticket in self._queued if ticket.state is ReadState.QUEUED)
         self._advance()
 
@@ -204,13 +204,13 @@ class Prefetcher:
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
         self._collect()
-        if self._adrift:
-            log.warning("closed while %d reads are stuck in the kernel", len(self._adrift))
+        if self._abandoned:
+            log.warning("closed while %d reads are stuck in the kernel", len(self._abandoned))
 
     def check_integrity(self) -> None:
         """Check that every buffer is free, being read into, left to an abandoned read, or holds records."""
         issued = [ticket.buffer for ticket in self._issued]
-        everything = sorted([*self._free, *issued, *self._adrift, *self._loaded])
+        everything = sorted([*self._free, *issued, *self._abandoned, *self._loaded])
         assert everything == list(range(len(self._buffers))), "a buffer has two users, or none"
         assert all(ticket.state is ReadState.QUEUED for ticket in self._queued), (
             "an ended read waits to be issued"
@@ -229,7 +229,7 @@ class Prefetcher:
             if left <= 0:
                 self._time_out(ticket)
                 return
-            if ticket.state is ReadState.QUEUED and ticket not in islice(self._queued, len(self._adrift)):
+            if ticket.state is ReadState.QUEUED and ticket not in islice(self._queued, len(self._abandoned)):
                 raise RuntimeError("every staging buffer this read could get is held by the caller who waits")
             try:
                 outcome = self._outcomes.get(timeout=left)
@@ -257,7 +257,7 @@ class Prefetcher:
             self._jobs.put(_ReadJob(ticket, ticket.place, ticket.buffer))
 
     def _collect(self) -> None:
-        while not self._outcomes.empty():  # nobody else takes from it
+        while not self._outcomes.empty():  # only the owner takes from it
             self._settle(self._outcomes.get_nowait())
 
     def _settle(self, outcome: _ReadOutcome) -> None:
@@ -269,8 +269,8 @@ class Prefetcher:
             self.stats.reads += 1
             self.stats.bytes_read += outcome.job.place.identity.extent_bytes(ticket.read.layer)
             self._on_read(outcome.seconds)
-        if outcome.job.buffer in self._adrift:
-            self._adrift.remove(outcome.job.buffer)
+        if outcome.job.buffer in self._abandoned:
+            self._abandoned.remove(outcome.job.buffer)
             self._free.append(outcome.job.buffer)
             return
         del self._issued[ticket]
@@ -289,17 +289,17 @@ class Prefetcher:
         )
         if ticket.state is ReadState.QUEUED:
             self._queued.remove(ticket)
-        self._part(ticket, ReadState.FAILED, error)
+        self._abandon(ticket, ReadState.FAILED, error)
         self._fail(ticket, error)
 
-    def _part(self, ticket: Ticket, state: ReadState, error: ReadFailed) -> None:
+    def _abandon(self, ticket: Ticket, state: ReadState, error: ReadFailed) -> None:
         """End a ticket before its read: a queued one frees its place now, else the thread's return does."""
         assert ticket.place is not None
         if ticket.state is ReadState.QUEUED:
             self._disk.release(ticket.place)
         else:
             del self._issued[ticket]
-            self._adrift.add(ticket.buffer)
+            self._abandoned.add(ticket.buffer)
         ticket.state, ticket.error, ticket.wanted = state, error, False
 
     def _fail(self, ticket: Ticket, error: ReadFailed) -> None:

@@ -38,7 +38,7 @@ from .run_ledger import RunLedger, StoredRun
 log = logging.getLogger(__name__)
 
 NAMELESS = Contents(parent=b"")
-"""Of a run that nobody will look for."""
+"""Contents of a run that cannot be found again."""
 
 
 class DiskTier:
@@ -108,7 +108,7 @@ class DiskTier:
             raise FolderUnusable(f"{folder}: {error}") from error
 
     def _recover(self) -> None:
-        """Take over the runs that the index names and whose bytes the files have; free all other bytes."""
+        """Take over the runs that the index names and the files contain; free all other bytes."""
         files = self._folder.segments()
         sizes = {number: path.stat().st_size for number, path in files.items()}
         found, lost = consistent(self.index.entries(), sizes)

@@ -131,7 +131,7 @@ class Spiller:
 
     def _ended(self) -> list[_SpillOutcome]:
         found: list[_SpillOutcome] = []
-        while not self._outcomes.empty():  # nobody else takes from it
+        while not self._outcomes.empty():  # only the owner takes from it
             found.append(self._outcomes.get_nowait())
         return found
 

@@ -19,7 +19,7 @@ class Holding:
     """Sealed blocks of one sequence that lie in host memory only and are not being written to disk."""
 
     blocks: tuple[range, ...]
-    """Ascending, disjoint."""
+    """Ascending and disjoint."""
     idle: bool = False
     """No request is running on the sequence."""
 

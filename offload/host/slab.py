@@ -59,7 +59,7 @@ class HostSlab:
         self.pinned = False
         views = {pool.record_bytes: self._view(pool.record_bytes) for pool in self._pools}
         self.records: tuple[Bytes, ...] = tuple(views[nbytes] for nbytes in self.record_bytes)
-        """Of each layer uint8 [rows, record_bytes], in which a row lies at its number."""
+        """Of each layer uint8 [rows, record_bytes], a view of the memory indexed by row."""
 
     def _view(self, record_bytes: int) -> Bytes:
         rows = len(self.memory) // record_bytes

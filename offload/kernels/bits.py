@@ -25,7 +25,7 @@ device = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc
 inlined = njit(
     nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True
 )
-"""The same, which LLVM copies to where it is called; inline.py says why numba does not."""
+"""The same, inlined by LLVM; inline.py says why not by numba."""
 
 
 @intrinsic

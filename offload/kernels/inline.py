@@ -16,7 +16,7 @@ from numba.core import cgutils, compiler
 from numba.extending import intrinsic
 
 
-def inside(function_for: Callable[..., Any], literals: int = 0) -> Any:
+def inline_for(function_for: Callable[..., Any], literals: int = 0) -> Any:
     """Return a function for kernels, call(*numbers, *args), that runs function(*args) and returns nothing.
 
     Args:
@@ -32,7 +32,7 @@ def inside(function_for: Callable[..., Any], literals: int = 0) -> Any:
 
         def build(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
             given = cgutils.unpack_tuple(builder, values[0])[literals:]
-            status, _ = call_compiled(context, builder, compile_inside(context, function, kinds), given)
+            status, _ = call_compiled(context, builder, compile_inline(context, function, kinds), given)
             with cgutils.if_unlikely(builder, status.is_error):
                 context.call_conv.return_status_propagate(builder, status)
             return context.get_dummy_value()
@@ -42,12 +42,12 @@ def inside(function_for: Callable[..., Any], literals: int = 0) -> Any:
     return call
 
 
-def joined(function: Any) -> Any:
-    """Return a function for kernels, as `inside` does, where it is always the same one."""
-    return inside(lambda: function)
+def inline(function: Any) -> Any:
+    """Return a function for kernels, as `inline_for` does, where it is always the same one."""
+    return inline_for(lambda: function)
 
 
-def compile_inside(context: Any, dispatcher: Any, kinds: Any) -> Any:
+def compile_inline(context: Any, dispatcher: Any, kinds: Any) -> Any:
     """Compile a dispatcher's function for these types, as a part of the kernel that is being compiled."""
     flags = compiler.Flags()
     dispatcher.targetdescr.options.parse_as_flags(flags, dispatcher.targetoptions)

@@ -39,15 +39,15 @@ from numba.core.dispatcher import Dispatcher
 from numba.core.sigutils import normalize_signature
 
 PATIENCE_S = 60.0
-"""For another process's compiler, which may have been stopped: after that a kernel is compiled here, too."""
+"""Longest wait for the compiler of another process, which may hang; then a kernel is compiled here, too."""
 
 LOOK_S = 0.02
 
 KERNELS = Path(__file__).parent
-"""Kernels here inline what lies here; those elsewhere are whole."""
+"""Kernels in this folder inline functions of this folder; those elsewhere inline none."""
 
 CONSTANTS = KERNELS.parent / "record.py"
-"""Whose numbers are compiled into kernels."""
+"""The module whose constants are compiled into kernels."""
 
 
 @cache
@@ -104,7 +104,7 @@ def _once(compile_kernel: Callable[..., Any]) -> Callable[..., Any]:
             if kinds in self.overloads or isinstance(self._cache, NullCache):
                 return compile_kernel(self, signature)
             key = self._cache._index_key(signature, self.targetctx.codegen())
-            # A file of its own: NFS has locks of whole files and of bytes exclude each other.
+            # A separate file: on NFS, locks of whole files and locks of bytes exclude each other.
             with _opened(f"{self._cache._cache_file._index_path}.once") as lock:
                 if lock is not None:
                     _wait(lock, key)

@@ -26,14 +26,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import kernel_cache  # noqa: F401
-from .inline import call_compiled, compile_inside
+from .inline import call_compiled, compile_inline
 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 BODY = ir.FunctionType(I64, [I8.as_pointer(), I64])
-"""(context, unit) to 0, or 1 if it failed."""
+"""Type of a function that takes (context, unit) and returns 0, or 1 if the unit failed."""
 
 WORD, DONE, OWNED, EPOCH, SLEEPERS, LIMIT, UNIT, CONTEXT, COUNT, FAILED = (8 * line for line in range(10))
-"""Places in the state, a cache line each."""
+"""Offsets in the state, a cache line each."""
 
 NUMBER = (1 << 32) - 1
 """The half of the word that is the next unit's number; as a number, one that no loop has."""
@@ -45,14 +45,14 @@ STATE = "spilld_threads"
 """The symbol by which compiled code finds the state."""
 
 SPINS = 6000
-"""Looks at the epoch before a thread sleeps, for longer than what lies between two loops of a token; or at
-what is done before it yields."""
+"""How often a thread reads the epoch before it sleeps, longer than the time between two loops of a token; and
+how often a caller reads what is done before it yields."""
 
 FUTEX, PAUSE = {
     "x86_64": (202, ("llvm.x86.sse2.pause", [])),
     "aarch64": (98, ("llvm.aarch64.hint", [I32(1)])),
 }[platform.machine()]
-"""The number of futex(2); LLVM's name for the instruction of a loop that waits, and its arguments."""
+"""The number of futex(2); LLVM's name for the pause instruction of spin loops, and its arguments."""
 
 WAIT, WAKE = 128, 129
 """Operations of futex(2), for threads of one process."""
@@ -120,7 +120,7 @@ def spreading(unit_for: Callable[..., Any], literals: int = 0) -> Any:
         def build(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
             given = cgutils.unpack_tuple(builder, values[1])[literals:]
             block = cgutils.alloca_once_value(builder, cgutils.pack_struct(builder, given))
-            body = _body(context, builder, compile_inside(context, unit, kinds), block.type)
+            body = _body(context, builder, compile_inline(context, unit, kinds), block.type)
             share = _share.overloads[SHARE]
             context.active_code_library.add_linking_library(share.library)
             addresses = [builder.ptrtoint(pointer, I64) for pointer in (body, block)]

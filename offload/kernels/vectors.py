@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 
 CACHE_LINE = 64
-"""Bytes."""
+"""Bytes of a cache line."""
 
 F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 

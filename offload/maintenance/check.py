@@ -24,9 +24,9 @@ class Report:
     run_bytes: int = 0
     orphan_bytes: int = 0
     lost: list[str] = field(default_factory=list)
-    """Runs whose bytes are not there, in hexadecimal."""
+    """Keys of runs that are not in the files, in hexadecimal."""
     damaged: list[str] = field(default_factory=list)
-    """What is wrong with runs whose bytes are not those that were written."""
+    """For each run that is not what was written, what is wrong with it."""
     index: str = ""
     """What is wrong with the index."""
 

@@ -32,13 +32,13 @@ from .wear import WriteBudget
 log = logging.getLogger(__name__)
 
 WORTH = 8
-"""It is worth it when holes are more than one in so many of the files' bytes."""
+"""A move is worth it when holes are more than one in so many of the files' bytes."""
 
 LOOK_S = 1.0
-"""Seconds until it is looked again for a run to move, when there was none."""
+"""Seconds until the next search for a run to move, when there was none."""
 
 PAUSE_S = 60.0
-"""Seconds without moves after one that failed."""
+"""Seconds without moves after a failed one."""
 
 
 @dataclass(frozen=True)

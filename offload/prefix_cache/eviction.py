@@ -187,8 +187,8 @@ class Eviction:
 
     def check_integrity(self) -> None:
         """Check that each entry is in one queue of its priority, and that used_bytes is their sum."""
-        held = sorted((entry.key, priority) for priority, level in self._levels.items() for entry in level)
-        assert held == sorted((key, entry.priority) for key, entry in self._entries.items()), "misplaced"
+        queued = sorted((entry.key, priority) for priority, level in self._levels.items() for entry in level)
+        assert queued == sorted((key, entry.priority) for key, entry in self._entries.items()), "misplaced"
         assert self.used_bytes == sum(entry.nbytes for entry in self._entries.values()), "used_bytes is wrong"
 
     def _add(self, entry: CacheEntry, *, proven: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 SLACK = 64
-"""Items of the heap that may be stale beside as many as there are entries."""
+"""Stale items that the heap may have in addition to as many as there are entries."""
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class EvictionQueue:
         self.nbytes = 0
         self.free = 0
         self.examined = 0
-        """Items of the heap that were looked at so far."""
+        """Items of the heap that were examined so far."""
         self._chances = chances
         self._next = 0
         self._entries: dict[bytes, CacheEntry] = {}

@@ -49,7 +49,7 @@ class RunCache:
         self._eviction = Eviction(policy)
         self._parents: dict[RunKey, list[RunKey]] = {}
         self._needs: Counter[RunKey] = Counter()
-        """Why runs must stay, known or not: how often each is used, and how many cached runs continue it."""
+        """Why runs must stay, known or not: the number of uses, and of cached runs that continue the run."""
         for place in tier.runs():
             self.enter(place)
 

@@ -16,7 +16,7 @@ SAMPLE = 1 << 14
 doorkeeper: another is taken for one of them once in 400 times."""
 
 MOST = 15
-"""No count goes higher: what is seen often shall not stay for long once it no longer is."""
+"""The highest count: contents that are no longer seen must not keep a high one for long."""
 
 _HALVED = bytes(count // 2 for count in range(256))
 

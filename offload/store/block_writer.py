@@ -20,7 +20,7 @@ from .disk_backend import DiskBackend
 log = logging.getLogger(__name__)
 
 WRITES_AHEAD = 2
-"""Runs and checkpoints that may wait for the disk before more are written that need not be."""
+"""Runs and checkpoints that may wait for the disk while optional writes are still begun."""
 
 
 @dataclass(frozen=True)

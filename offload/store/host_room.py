@@ -16,10 +16,10 @@ from .block_writer import BlockWriter
 from .disk_backend import DiskBackend
 
 WRITE_DEADLINE_S = 60.0
-"""How long growth waits for a spill to end before it gives up."""
+"""Seconds that growth waits for a spill to end before it gives up."""
 
 REFUSALS = 3
-"""How often growth tries again to spill where the kernel lacks something that passes."""
+"""How often growth tries again to spill after a shortage that may pass."""
 
 REFUSED_S = 0.05
 

@@ -11,7 +11,7 @@ EXTENT_TARGET = 512 << 10
 """Bytes of the largest extent in a full run: reads of this size come near the disk's sequential rate."""
 
 RUN_STEP = 4
-"""Runs are multiples of a cell."""
+"""Blocks of a cell: runs are multiples of it."""
 
 
 def run_length(layouts: StoreLayout, host_columns: int, step_columns: int) -> int:

@@ -4,8 +4,7 @@ Sealed blocks are written to disk as soon as they fill a run, whether or not hos
 their rows are free at once, and what was computed outlives the process.
 
 One thread, the engine's, owns all state. The threads of the prefetcher and the spiller only move
-bytes; what they move is held until they are done, so neither rows nor disk space are used again
-under them.
+bytes; rows and disk space are not used again before these threads have finished with them.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class Store:
         self._disk = disk
         self._tables: list[BlockTable] = []
         self._reserved = 0
-        """Sum over the tables."""
+        """Sum of the tables' reservations."""
         self._writer = None if disk is None else BlockWriter(disk, slab, layouts, run_blocks)
         self._room = HostRoom(
             slab, self._tables, run_blocks, disk, self._writer, planner, settle=self._settle
@@ -257,7 +256,7 @@ class Store:
         """Why nothing more is written to disk; None while it is."""
         return None if self._disk is None else self._disk.failure
 
-    # What was computed before.
+    # Blocks that were computed before.
 
     def find(self, hashes: Sequence[bytes]) -> list[RunRef]:
         """Return where blocks 1, 2, ... of a chain lie on disk, as far as they do without a gap.
@@ -361,7 +360,7 @@ class Store:
         columns = min(spare, self.run_blocks) if self.promotes else 0
         return Promotion(self._slab, table, runs, columns)
 
-    # Accounts.
+    # Statistics.
 
     @property
     def host_budget_bytes(self) -> int:
@@ -420,9 +419,9 @@ class Store:
         assert self._reserved == sum(table.reserved for table in self._tables), "a reservation is lost"
         self._slab.check_integrity()
         pending = [] if self._writer is None else list(self._writer.pending.values())
-        held = [table.rows[:, table.rows[0] >= 0] for table in self._tables]
+        in_tables = [table.rows[:, table.rows[0] >= 0] for table in self._tables]
         orphans = [write.rows for write in pending if write.ref not in write.table.leaving]
-        rows = np.concatenate([np.empty((self.layers, 0), np.int64), *held, *orphans], axis=1)
+        rows = np.concatenate([np.empty((self.layers, 0), np.int64), *in_tables, *orphans], axis=1)
         places = rows * np.array(self.layouts.record_bytes)[:, None]
         assert len(np.unique(places)) == places.size, "two blocks share a row"
         used = self._slab.used_bytes // self.column_bytes

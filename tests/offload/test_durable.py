@@ -448,7 +448,7 @@ def test_a_damaged_checkpoint_is_told_and_gone(rig: Rig) -> None:
     assert rig.store.checkpoints.find(anchor) == []
     with pytest.raises(ExtentMissing):
         read_checkpoint(rig, run)
-    while rig.path.prefetch._adrift:  # reads of other layers that were under way hold the run
+    while rig.path.prefetch._abandoned:  # reads of other layers that were under way hold the run
         rig.path.prefetch.finished()
     rig.check()
     rig.assert_all_disk_can_be_had()
@@ -462,7 +462,7 @@ def test_a_checkpoint_half_read_leaves_nothing_behind(rig: Rig) -> None:
         reading = rig.store.checkpoints.read(run)
         np.testing.assert_array_equal(next(reading), numbers(1)[0])
         reading.close()  # type: ignore[attr-defined]
-    while rig.path.prefetch._adrift:
+    while rig.path.prefetch._abandoned:
         rig.path.prefetch.finished()
     rig.check()
     rig.assert_all_disk_can_be_had()

@@ -241,7 +241,7 @@ def test_a_read_that_stalls_ends_by_its_deadline(tmp_path: Path, waits: bool) ->
     assert tier.locate(key(3)).range != where, "the room of a run was given away under a read"
     prefetch.check_integrity()
     stall.over.set()
-    until(lambda: prefetch.finished() == [] and not prefetch._adrift)
+    until(lambda: prefetch.finished() == [] and not prefetch._abandoned)
     put(tier, 4)
     assert tier.locate(key(4)).range == where
     tickets = prefetch.submit([ExtentRead(key(n), layer) for n in (2, 3, 4) for layer in range(LAYERS)])

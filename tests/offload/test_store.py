@@ -245,7 +245,7 @@ class Rig:
         while time.monotonic() < until:
             self.store.settle()
             prefetch.finished()
-            if not (self.path.spiller.pending or self.path.moving or prefetch._issued or prefetch._adrift):
+            if not (self.path.spiller.pending or self.path.moving or prefetch._issued or prefetch._abandoned):
                 return
             time.sleep(0.001)
         raise AssertionError("a thread never ended")

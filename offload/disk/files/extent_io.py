@@ -26,7 +26,7 @@ from . import extent
 from .extent import RunMove, RunPlace
 
 PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EINTR}
-"""Errors that say nothing of the disk: what it would take comes back."""
+"""Errors of a shortage that may pass: they do not mean that the disk has failed."""
 
 
 class ExtentIO:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 
 SLACK = 64
-"""Items of the heap that may be stale beside as many as there are members."""
+"""Stale items that the heap may have in addition to as many as there are members."""
 
 
 class MinSet:

@@ -252,16 +252,16 @@ class SegmentSpace:
         assert self.used_bytes <= self.budget_bytes, "the segments are larger than the budget"
         assert self.used_bytes == sum(s.nbytes for s in self._segments.values()), "used_bytes is wrong"
         assert self.taken_bytes == sum(place.nbytes for place in taken), "taken_bytes is wrong"
-        held: dict[int, list[int]] = {number: [] for number in self._segments}
+        slots: dict[int, list[int]] = {number: [] for number in self._segments}
         for place in taken:
             assert place.segment in self._segments, f"{place} lies in no segment"
             segment = self._segments[place.segment]
             assert place.nbytes == segment.unit, f"{place} has another size than its segment"
             assert place.offset % segment.unit == 0, f"{place} is not where a place begins"
-            held[place.segment].append(place.offset // segment.unit)
+            slots[place.segment].append(place.offset // segment.unit)
         for number, segment in self._segments.items():
             free = [slot for slot in range(segment.stop) if slot in segment.holes]
-            assert sorted(held[number] + free) == list(range(segment.stop)), f"segment {number} is torn"
+            assert sorted(slots[number] + free) == list(range(segment.stop)), f"segment {number} is torn"
             assert len(free) == len(segment.holes), f"segment {number} has holes beyond its end"
             assert segment.unit % PAGE == 0, f"segment {number} has unaligned ranges"
             assert segment.used <= segment.nbytes, f"segment {number} ends in a range"

@@ -131,7 +131,7 @@ class SegmentFiles:
         self.space.check_integrity(taken)
         sizes = {self._folder.segment(number): size for number, size in self.space.sizes().items()}
         found = {path: path.stat().st_size for path in self._folder.segments().values()}
-        assert found == sizes, f"the folder holds {found}, the ledger says {sizes}"
+        assert found == sizes, f"the folder holds {found}, {sizes} are on record"
         assert self._files.keys() == self.space.sizes().keys(), "a segment has no open file"
 
     def _respect_floor(self, found: Range) -> None:

@@ -65,7 +65,7 @@ class Database:
         """
         self.path = path
         self._nbytes: int | None = None
-        """What the files take; None where that has to be asked again."""
+        """Bytes of the files; None where they have to be measured again."""
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
@@ -82,7 +82,7 @@ class Database:
                 found = schema
             if found != schema or self.rows(_TABLES) != _tables(create):
                 raise IndexDamaged(f"{path} does not have the tables of schema {schema}")
-            with self.transaction() as db:  # a header may say that the file is not to be written
+            with self.transaction() as db:  # a damaged header may mark the file as read-only
                 db.execute(f"PRAGMA user_version = {schema}")
         except BaseException:
             self.close()
@@ -151,6 +151,6 @@ class Database:
         except (sqlite3.Error, UnicodeDecodeError) as error:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if code == sqlite3.SQLITE_READONLY and os.access(self.path, os.W_OK):
-                code = sqlite3.SQLITE_CORRUPT  # only the header says so
+                code = sqlite3.SQLITE_CORRUPT  # the file can be written: its header is damaged
             kind = OSError if code in _SYSTEM else IndexDamaged
             raise kind(f"{self.path}: {error}") from error

@@ -1,8 +1,8 @@
 """What the disk tier holds, in SQLite beside the segments: one row a run, one a block, one a checkpoint.
 
 A row is written only after the run that it names is durable. It need not be durable itself: a run whose row
-a power cut takes is an orphan, whose space is collected at the next start; a row that such a cut brings back
-names an extent that is checked when it is read. FORMAT.md has the schema.
+a power cut takes is an orphan, whose space is freed at the next start; a deleted row that such a cut brings
+back names an extent that is verified when it is read. FORMAT.md has the schema.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from spilld.offload.record import Element, Format
 from spilld.offload.store_layout import StoreLayout
 
 _TYPES = [bytes, int, int, int, str, str, bytes, bytes, int, int, bytes, bytes, int]
-"""Of the columns of `runs`."""
+"""Types of the columns of `runs`."""
 
 
 @dataclass(frozen=True)

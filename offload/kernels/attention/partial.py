@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from spilld.offload.kernels.inline import inside
+from spilld.offload.kernels.inline import inline_for
 from spilld.offload.kernels.threads import check, spreading
 from spilld.offload.record import (
     BLOCK,
@@ -52,7 +52,7 @@ from .tiles import (
 __all__ = ["Partial", "merge"]
 
 FEW_TILES = 2
-"""More tiles than this share keys and values that were made float32."""
+"""With more tiles than this, keys and values are converted to float32 once for all of them."""
 
 BLOCKS_PER_PART = 8
 MAX_PARTS = 32
@@ -60,7 +60,7 @@ MAX_PART_ROWS = 2048
 """Rows of all parts of a KV head: their sums stay in the cache until they are joined."""
 
 MAX_QUERIES = 64
-"""Queries that pass over the records together; their tiles stay in the cache meanwhile."""
+"""Queries that scan the records together; their tiles stay in the cache meanwhile."""
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -378,4 +378,4 @@ def _blocks(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Any:
     return blocks
 
 
-attend_blocks = inside(_blocks, literals=5)
+attend_blocks = inline_for(_blocks, literals=5)

@@ -17,7 +17,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from spilld.offload.kernels.bits import f32_to_bf16_nearest
-from spilld.offload.kernels.inline import inside
+from spilld.offload.kernels.inline import inline_for
 from spilld.offload.kernels.threads import check, spreading
 from spilld.offload.record import BLOCK, Element, Layout
 
@@ -47,14 +47,14 @@ class DecodeRow(NamedTuple):
     offsets: tuple[int, ...]
     """Where in the KV window its own token goes; one place or two."""
     ranges: Sequence[tuple[int, int]]
-    """Offsets [start, stop) in the KV window of what it sees, its own token among them."""
+    """Offsets [start, stop) in the KV window of what it sees, including its own token."""
     places: Integers
     """Byte offsets of the records [layers, n], multiples of 64."""
     positions: Integers
     """The first token position of each record's block [n]."""
     low: int
     high: int
-    """Of the records it sees the positions low <= t < high."""
+    """In records it sees the positions low <= t < high."""
 
 
 class DecodeRows(NamedTuple):
@@ -64,9 +64,9 @@ class DecodeRows(NamedTuple):
     offsets: Integers
     """[rows, 2]"""
     ranges: Integers
-    """[rows, most, 2]; empty ones count nothing."""
+    """[rows, most, 2]; padded with empty ranges."""
     places: Integers
-    """[layers, n]: the blocks of all rows, one row's after another's."""
+    """[layers, n]: the blocks of all rows, row by row."""
     positions: Integers
     blocks: Integers
     """[rows + 1]: where in `positions` each row's begin."""
@@ -87,7 +87,7 @@ class DecodeRows(NamedTuple):
             windows=np.array([row.window for row in rows]),
             offsets=np.array([(row.offsets[0], row.offsets[-1]) for row in rows]),
             ranges=np.array([[*row.ranges, *[(0, 0)] * (most - len(row.ranges))] for row in rows]),
-            # Of what is picked by index numpy makes columns, and for those numba would compile once more.
+            # Joined columns may be Fortran-ordered, for which numba would compile the kernel again.
             places=np.ascontiguousarray(np.concatenate([row.places for row in rows], axis=1)),
             positions=np.concatenate([row.positions for row in rows]),
             blocks=np.array([*accumulate(counts, initial=0)]),
@@ -316,4 +316,4 @@ def _window(head_dim: int, tile: int) -> Any:
     return window
 
 
-attend_window = inside(_window, literals=2)
+attend_window = inline_for(_window, literals=2)

@@ -42,7 +42,7 @@ from spilld.offload.record import BLOCK, V4_GROUP
 LANES = 8
 
 _VECTORS = 4
-"""Of sums a row: with MAX_TILE rows, and what else a loop needs, as many as there are registers."""
+"""Vectors of sums a row: with MAX_TILE rows, and what else a loop needs, all registers are used."""
 
 MAX_TILE = 3
 """Rows of a tile."""

@@ -23,7 +23,7 @@ from spilld.offload.kernels.bits import (
     transpose8,
     words,
 )
-from spilld.offload.kernels.inline import joined
+from spilld.offload.kernels.inline import inline
 from spilld.offload.kernels.threads import spreading
 from spilld.offload.record import BLOCK
 
@@ -88,7 +88,7 @@ def seal(units: Any, *args: Any) -> Any:
     return _spread(units, *args)
 
 
-@joined
+@inline
 @device
 def _seal_side(
     source: Any,
@@ -125,7 +125,7 @@ def _seal_side(
         _store_transposed(codes, target)
 
 
-@joined
+@inline
 @device
 def _load(source: Any, stride: Any, x: Any, dim: Any, nbytes: Any) -> None:
     """Load 64 tokens of a head, stride bytes apart, as float32, channel-major."""
@@ -141,7 +141,7 @@ def _load(source: Any, stride: Any, x: Any, dim: Any, nbytes: Any) -> None:
                 x[to + np.uint64(i * BLOCK)] = bits_f32(np.uint32(bits))
 
 
-@joined
+@inline
 @device
 def _store_bits(x: Any, target: Any, nbytes: Any) -> None:
     """Store the elements that x was loaded from, channel-major; a widened bfloat16 is the upper half."""
@@ -155,7 +155,7 @@ def _store_bits(x: Any, target: Any, nbytes: Any) -> None:
             narrow[i] = np.uint16(f32_bits(x[i]) >> np.uint32(16))
 
 
-@joined
+@inline
 @device
 def _store_transposed(codes: Any, target: Any) -> None:
     """Transpose bytes [rows, 64] to [64, rows], rows a multiple of 8; only as many rows as target holds."""
@@ -207,7 +207,7 @@ def _code(x: Any, step: Any, low: Any, high: Any) -> Any:
     return min(max(q, np.float32(low)), np.float32(high)) if usable else np.float32(0)
 
 
-@joined
+@inline
 @device
 def _quantise8(x: Any, codes: Any, scales: Any, dim: Any) -> None:
     """Compute codes[d * 64 + t] and scales[t] of a head."""

@@ -10,7 +10,7 @@ from spilld.offload.record import BLOCK, Element, Layout
 from .codec import Codec
 
 DISTINCT = 4
-"""Blocks; where a record lies is what matters."""
+"""Blocks that differ; for measurements it matters where a record lies, not what it contains."""
 
 
 def fill(layout: Layout, records: npt.NDArray[np.uint8]) -> None:

@@ -45,7 +45,7 @@ PAIRS, SCALES, SUMS, OUT, TOP = range(4, 9)
 """Arguments of multiply_tiles."""
 
 CACHED_ROWS = 64
-"""Rows that pass by a tile while it is in the nearest cache: their inputs stay in the next."""
+"""Rows multiplied by a tile while it is in the L1 cache: their inputs stay in the L2 cache."""
 
 AHEAD = 1024
 """Words: how far before their use weights are fetched. Hardware fetches no further than a page."""
@@ -96,8 +96,8 @@ def _unit(part: Any, inputs: Any, weights: Any, out: Any, rows: Any) -> None:
         else:
             _tiles(inputs, weights, out, first, last, LINES8, 0, 1, 1, 1, 0)
         return
-    # LLVM does not know the value of weights.lines: a loop that it can unroll it does row by row, which
-    # needs all the codes at once.
+    # weights.lines, not a literal: LLVM would unroll the loop and then compute row by row, which needs all
+    # the codes at once.
     twos = first + (last - first) // 2 * 2
     for top in range(0, rows, CACHED_ROWS):
         end = min(top + CACHED_ROWS, rows)

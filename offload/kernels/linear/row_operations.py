@@ -26,10 +26,10 @@ from spilld.offload.kernels.vectors import (
 from .packed import GROUP
 
 TOGETHER = 4
-"""Rows that are multiplied together, unless there is one: memory for rows is for a multiple of so many."""
+"""Rows that are multiplied together, unless there is one: memory is for a multiple of so many rows."""
 
 ROWS_PER_UNIT = 8
-"""Rows between products that one thread takes: a decode step alone does not wake another for them."""
+"""Rows between products that one thread takes: a single decode row does not wake other threads."""
 
 _LANES = 8
 _LARGEST = 32767.0
@@ -37,7 +37,7 @@ _LARGEST = 32767.0
 Floats = NDArray[np.float32]
 
 NOTHING: Floats = np.empty(0, np.float32)
-"""In the place of a vector of factors: there is none."""
+"""Stands for a vector of factors that does not exist."""
 
 
 class Inputs(NamedTuple):
@@ -51,9 +51,9 @@ class Inputs(NamedTuple):
     scales: Floats
     sums: Floats
     numbers: Floats
-    """Rows on their way to codes."""
+    """Rows before they are quantised."""
     parts: int
-    """Into which the weights of a product are split, for the threads."""
+    """Number of parts that the weights of a product are divided into, for the threads."""
 
     @classmethod
     def of(cls, rows: int, width: int) -> Inputs:
@@ -75,7 +75,7 @@ class Inputs(NamedTuple):
 
 _plain = njit(nogil=True, error_model="numpy", cache=True)
 _sums = njit(nogil=True, error_model="numpy", cache=True, fastmath={"reassoc", "contract", "nsz"})
-"""Where only a sum's order may change: NaN and infinities keep their meaning."""
+"""For functions in which only the order of sums may change: NaN and infinities keep their meaning."""
 
 
 _unit = njit(nogil=True, error_model="numpy")
