@@ -45,7 +45,7 @@ class StoreLayout:
         layers: list[Layout] = []
         for count, kv_heads, head_dim in shapes:
             if not 1 <= count <= MOST_LAYERS:
-                raise ValueError(f"{count} layers are none")
+                raise ValueError(f"{count} layers are not 1 to {MOST_LAYERS}")
             layers += [Layout(form, element, kv_heads, head_dim)] * count
         return cls(tuple(layers))
 
@@ -62,7 +62,11 @@ class StoreLayout:
         return len(self.layers)
 
     def __getitem__(self, layer: int) -> Layout:
-        """Return the layout of a layer; raises ValueError if there is none of this number."""
+        """Return the layout of a layer.
+
+        Raises:
+            ValueError: There is no layer of this number.
+        """
         if not 0 <= layer < len(self.layers):
             raise ValueError(f"layer {layer} of {len(self.layers)}")
         return self.layers[layer]
@@ -101,7 +105,11 @@ class StoreLayout:
 
     @property
     def alike(self) -> Layout:
-        """The layout of every layer. Raises ValueError if they differ."""
+        """The layout of every layer.
+
+        Raises:
+            ValueError: The layers differ.
+        """
         if len(self.groups) > 1:
             raise ValueError("the layers of this store differ: ask for the layout of one")
         return self.layers[0]
@@ -121,5 +129,5 @@ class StoreLayout:
 def _unpacked(form: Format, element: Element, packed: bytes) -> StoreLayout:
     """Make one object for all runs of a model, because a store has many runs."""
     if len(packed) % _SHAPE.size:
-        raise ValueError(f"{len(packed)} bytes are no shapes")
+        raise ValueError(f"{len(packed)} bytes are not shapes of {_SHAPE.size} bytes each")
     return StoreLayout.of(form, element, _SHAPE.iter_unpack(packed))

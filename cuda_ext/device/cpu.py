@@ -78,7 +78,11 @@ class CpuDevice:
         _libc.munmap(address, self._allocated.remove(address))
 
     def register(self, address: int, nbytes: int) -> None:
-        """See Device.register; raises ValueError unless these are whole pages."""
+        """See Device.register.
+
+        Raises:
+            ValueError: These are not whole pages, or a part is registered already.
+        """
         if address % mmap.PAGESIZE or nbytes % mmap.PAGESIZE:
             raise ValueError(f"{nbytes} bytes at {address:#x} are not whole pages")
         self._registered.add(address, nbytes)
@@ -108,14 +112,23 @@ class CpuDevice:
         return address
 
     def release(self, address: int) -> None:
-        """See Device.release; raises ValueError if nothing was reserved there or a part of it is mapped."""
+        """See Device.release.
+
+        Raises:
+            ValueError: Nothing was reserved there, or a part of it is mapped.
+        """
         nbytes = self._reserved.size(address)
         if nbytes is None or self._mapped.touched(address, nbytes):
             raise ValueError(f"no range was reserved at {address:#x}, or a part of it is mapped")
         _libc.munmap(address, self._reserved.remove(address))
 
     def map(self, address: int, nbytes: int) -> None:
-        """See Device.map; raises ValueError if the range was not reserved."""
+        """See Device.map.
+
+        Raises:
+            OutOfMemory: Nothing is mapped then.
+            ValueError: The range was not reserved, a part of it is mapped, or these are not whole pages.
+        """
         _whole_pages(address | nbytes, self.page_bytes)
         if self._reserved.holder(address, nbytes) is None:
             raise ValueError(f"{nbytes} bytes at {address:#x} were not reserved")
@@ -127,7 +140,11 @@ class CpuDevice:
             raise
 
     def unmap(self, address: int, nbytes: int) -> None:
-        """See Device.unmap; raises ValueError if no call of `map` backed exactly this range."""
+        """See Device.unmap.
+
+        Raises:
+            ValueError: No call of `map` backed exactly this range.
+        """
         if self._mapped.size(address) != nbytes:
             raise ValueError(f"no call of map backed {nbytes} bytes at {address:#x}")
         self._mapped.remove(address)
@@ -151,7 +168,7 @@ def _whole_pages(number: int, page_bytes: int) -> None:
 def _map(address: int | None, nbytes: int, protection: int) -> int:
     """Map new pages at an address, or anywhere; raises OutOfMemory."""
     if nbytes < 1:
-        raise ValueError(f"{nbytes} bytes are no range")
+        raise ValueError(f"cannot map a range of {nbytes} bytes")
     flags = (
         _ANONYMOUS | (_FIXED if address is not None else 0) | (_NORESERVE if protection == _NO_ACCESS else 0)
     )

@@ -94,7 +94,7 @@ class CudaDevice:
         try:
             library = self.driver("cuLibraryLoadData", image, [], [], 0, [], [], 0)
         except Refused as refused:
-            raise ValueError(f"no CUBIN that {self.architecture} runs: {refused}") from refused
+            raise ValueError(f"this is not a CUBIN for {self.architecture}: {refused}") from refused
         self._libraries.append(library)
         try:
             kernel = self.driver("cuLibraryGetKernel", library, name.encode())
@@ -126,19 +126,28 @@ class CudaDevice:
     def allocate(self, nbytes: int) -> int:
         """See Device.allocate."""
         if nbytes < 1:
-            raise ValueError(f"{nbytes} bytes are none")
+            raise ValueError(f"cannot allocate {nbytes} bytes")
         address = int(self.driver("cuMemAlloc", nbytes))
         self._allocated.add(address, nbytes)
         return address
 
     def free(self, address: int) -> None:
-        """See Device.free; raises ValueError if nothing was allocated there."""
+        """See Device.free.
+
+        Raises:
+            ValueError: Nothing was allocated there.
+        """
         self._known(self._allocated, address)
         self.driver("cuMemFree", address)
         self._allocated.remove(address)
 
     def register(self, address: int, nbytes: int) -> None:
-        """See Device.register; raises ValueError unless these are whole pages."""
+        """See Device.register.
+
+        Raises:
+            RegistrationRefused: None of it is pinned then.
+            ValueError: These are not whole pages, or a part is registered already.
+        """
         if address % 4096 or nbytes % 4096:
             raise ValueError(f"{nbytes} bytes at {address:#x} are not whole pages")
         self._registered.add(address, nbytes)
@@ -155,7 +164,11 @@ class CudaDevice:
             ) from error
 
     def unregister(self, address: int) -> None:
-        """See Device.unregister; raises ValueError if nothing was registered there."""
+        """See Device.unregister.
+
+        Raises:
+            ValueError: Nothing was registered there.
+        """
         nbytes = self._known(self._registered, address)
         for part in self._parts.touched(address, nbytes):
             self.driver("cuMemHostUnregister", part)
@@ -203,7 +216,11 @@ class CudaDevice:
         return address
 
     def release(self, address: int) -> None:
-        """See Device.release; raises ValueError if nothing was reserved there or a part of it is mapped."""
+        """See Device.release.
+
+        Raises:
+            ValueError: Nothing was reserved there, or a part of it is mapped.
+        """
         nbytes = self._known(self._reserved, address)
         if self._mapped.touched(address, nbytes):
             raise ValueError(f"a part of what was reserved at {address:#x} is mapped")
@@ -211,7 +228,12 @@ class CudaDevice:
         self._reserved.remove(address)
 
     def map(self, address: int, nbytes: int) -> None:
-        """See Device.map; raises ValueError if the range was not reserved."""
+        """See Device.map.
+
+        Raises:
+            OutOfMemory: Nothing is mapped then.
+            ValueError: The range was not reserved, a part of it is mapped, or these are not whole pages.
+        """
         self._whole_pages(address, nbytes)
         if self._reserved.holder(address, nbytes) is None:
             raise ValueError(f"{nbytes} bytes at {address:#x} were not reserved")
@@ -223,7 +245,11 @@ class CudaDevice:
             raise
 
     def unmap(self, address: int, nbytes: int) -> None:
-        """See Device.unmap; raises ValueError if no call of `map` backed exactly this range."""
+        """See Device.unmap.
+
+        Raises:
+            ValueError: No call of `map` backed exactly this range.
+        """
         if self._mapped.size(address) != nbytes:
             raise ValueError(f"no call of map backed {nbytes} bytes at {address:#x}")
         self.driver("cuMemUnmap", address, nbytes)

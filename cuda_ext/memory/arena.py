@@ -130,7 +130,9 @@ class Arena:
         """Raise AssertionError if the bookkeeping is inconsistent."""
         whole = [window for window in range(self.windows) if not self._missing(window)]
         assert self._taken.issubset(whole), "a taken window is not backed"
-        assert not self._mapped.difference(*map(self._pages, whole)), "a page stands behind no whole window"
+        assert not self._mapped.difference(*map(self._pages, whole)), (
+            "a page backs no window that is backed as a whole"
+        )
         assert self.mapped_bytes <= self.budget_bytes, "more is mapped than the budget allows"
 
     def _back(self, window: int) -> None:

@@ -66,7 +66,7 @@ class RecordPool:
             PoolFull: Fewer are free.
         """
         if n > len(self._free):
-            raise PoolFull(f"{n} slots asked of the device, {len(self._free)} are free")
+            raise PoolFull(f"the device has no {n} free slots, but {len(self._free)}")
         slots = [self._free.popleft() for _ in range(n)]
         self._filled |= dict.fromkeys(slots, False)
         return slots

@@ -194,7 +194,7 @@ class Archive:
         try:
             self.manifest = _manifest(msgpack.unpackb(packed))
         except (ValueError, TypeError, KeyError, OverflowError, msgpack.UnpackException) as error:
-            raise ArchiveDamaged(f"the manifest is none: {error!r}") from error
+            raise ArchiveDamaged(f"malformed manifest: {error!r}") from error
         self._at: dict[RunKey, int] = {}
         at = _extents_at(len(packed))
         for run in self.manifest.runs:
@@ -222,7 +222,7 @@ class Archive:
                 hasher.update(self._buffer[: identity.extent_bytes(layer)].data)
                 progress(self._file.tell(), self._nbytes)
         if self._file.read() != _TRAILER.pack(END_MAGIC, self._nbytes, hasher.digest()):
-            raise ArchiveDamaged("its end is not that of the rest")
+            raise ArchiveDamaged("wrong checksum at its end")
 
     def read(self, run: ArchivedRun, layer: int) -> Bytes:
         """Read the records of one layer of a run.
@@ -238,7 +238,7 @@ class Archive:
         wanted = self._buffer[: identity.extent_bytes(layer)]
         self._file.seek(self._at[run.run] + identity.offset(layer))
         if _fill(self._file, wanted) < len(wanted):
-            raise ArchiveDamaged("it ends in an extent")
+            raise ArchiveDamaged("it ends within an extent")
         try:
             return extent.verify(wanted, identity, layer)
         except ExtentCorrupt as error:

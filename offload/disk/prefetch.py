@@ -285,7 +285,7 @@ class Prefetcher:
 
     def _time_out(self, ticket: Ticket) -> None:
         error = ReadTimeout(
-            f"layer {ticket.read.layer} of run {ticket.read.run.hex()} did not come in {self.deadline_s} s"
+            f"layer {ticket.read.layer} of run {ticket.read.run.hex()} was not read in {self.deadline_s} s"
         )
         if ticket.state is ReadState.QUEUED:
             self._queued.remove(ticket)

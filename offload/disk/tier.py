@@ -70,7 +70,7 @@ class DiskTier:
             folder: Where the files lie.
             budget_bytes: The most that the segment files may measure together.
             layouts: Of the records that are written unless others are named.
-            fingerprint: 32 bytes, of who may read what is written.
+            fingerprint: 32 bytes, of the model that may read what is written.
             system: The calls to the kernel.
             segment_bytes: How long a segment file may grow.
             floor_bytes: What the file system must have left after each growth of a file.
@@ -121,7 +121,7 @@ class DiskTier:
                 place = RunPlace(row.identity, row.range, self._files[number].descriptor, fresh=False)
                 self._ledger.add(StoredRun(place, row.contents, committed=True))
         if lost:
-            log.warning("%s: %d runs are lost, their bytes are not there", self._folder.path, len(lost))
+            log.warning("%s: %d runs are lost, their bytes are missing", self._folder.path, len(lost))
             self.index.remove(row.identity.run for row in lost)
         if self.used_bytes > self.budget_bytes:
             log.warning(

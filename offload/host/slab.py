@@ -88,7 +88,7 @@ class HostSlab:
         if columns < 0:
             raise ValueError(f"cannot allocate {columns} columns")
         if columns > self.free_columns:
-            raise TierFull(f"{columns} blocks asked of the host tier, {self.free_columns} are free")
+            raise TierFull(f"host memory has no room for {columns} blocks, {self.free_columns} are free")
         rows = np.empty((len(self.record_bytes), columns), np.int64)
         for pool in self._pools:
             rows[pool.layers] = pool.take(columns)

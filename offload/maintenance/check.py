@@ -121,5 +121,5 @@ def _verify(system: SystemCalls, file: int, entry: IndexRow, layer: int) -> None
     identity = entry.identity
     buffer = page_aligned(identity.extent_bytes(layer))
     if read_fully(system, file, buffer, entry.range.offset + identity.offset(layer)) < len(buffer):
-        raise ExtentCorrupt(f"layer {layer} of run {identity.run.hex()}: the file ends in it")
+        raise ExtentCorrupt(f"layer {layer} of run {identity.run.hex()}: the file ends within it")
     verify(buffer, identity, layer)

@@ -66,7 +66,11 @@ class EvictionQueue:
         self.reconsider(entry)
 
     def remove(self, entry: CacheEntry) -> None:
-        """Remove an entry, wherever it is; raises KeyError if it is not here."""
+        """Remove an entry, wherever it is.
+
+        Raises:
+            KeyError: It is not in the queue.
+        """
         del self._entries[entry.key], self._places[entry.key]
         self._queued.discard(entry.key)
         self.nbytes -= entry.nbytes

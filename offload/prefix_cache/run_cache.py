@@ -205,5 +205,5 @@ def _or_nothing(ask: Callable[P, list[T]], *args: P.args, **kwargs: P.kwargs) ->
     try:
         return ask(*args, **kwargs)
     except (OSError, IndexDamaged) as error:
-        log.error("the index cannot be asked: %s", error)
+        log.error("the index cannot be read: %s", error)
         return []

@@ -101,7 +101,7 @@ class DiskBackend:
         if isinstance(failure, WriteRefused):
             self.refused, self.refusal = self.refused + 1, failure
             return
-        log.error("the disk tier takes no more runs: %s", failure)
+        log.error("nothing more is written to the disk tier: %s", failure)
         self.failure = failure
 
     def loaded(self, ticket: Ticket) -> Bytes:

@@ -81,7 +81,11 @@ class Store:
 
     @property
     def layout(self) -> Layout:
-        """The layout of the records of every layer. Raises ValueError where layers differ."""
+        """The layout of the records of every layer.
+
+        Raises:
+            ValueError: The layers differ.
+        """
         return self.layouts.alike
 
     @property

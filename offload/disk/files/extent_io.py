@@ -85,7 +85,7 @@ class ExtentIO:
         except OSError as error:
             raise ReadError(f"layer {layer} of run {place.run.hex()}: {error}") from error
         if count < len(wanted):
-            raise ExtentCorrupt(f"layer {layer} of run {place.run.hex()}: the file ends in it")
+            raise ExtentCorrupt(f"layer {layer} of run {place.run.hex()}: the file ends within it")
         return extent.verify(wanted, place.identity, layer)
 
     def copy_extent(self, move: RunMove, layer: int, scratch: Bytes) -> None:

@@ -183,7 +183,9 @@ class SegmentSpace:
             if end is not None and end - self._segments[number].nbytes <= room:
                 return Range(number, end - nbytes, nbytes)
         if nbytes > room:
-            raise TierFull(f"{nbytes} bytes asked of the disk tier, {room} of {self.budget_bytes} are left")
+            raise TierFull(
+                f"the disk tier has no room for {nbytes} bytes, {room} of {self.budget_bytes} are left"
+            )
         growable = None if alike is None else alike.growable.smallest()
         if growable is not None:
             return Range(growable, self._segments[growable].used, nbytes)
@@ -261,7 +263,9 @@ class SegmentSpace:
             slots[place.segment].append(place.offset // segment.unit)
         for number, segment in self._segments.items():
             free = [slot for slot in range(segment.stop) if slot in segment.holes]
-            assert sorted(slots[number] + free) == list(range(segment.stop)), f"segment {number} is torn"
+            assert sorted(slots[number] + free) == list(range(segment.stop)), (
+                f"the places of segment {number} are inconsistent"
+            )
             assert len(free) == len(segment.holes), f"segment {number} has holes beyond its end"
             assert segment.unit % PAGE == 0, f"segment {number} has unaligned ranges"
             assert segment.used <= segment.nbytes, f"segment {number} ends in a range"

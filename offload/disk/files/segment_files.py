@@ -172,4 +172,4 @@ class SegmentFiles:
         try:
             self._system.unlink(self._folder.segment(number))
         except OSError as error:
-            log.warning("%s: segment %d stays behind: %s", self._folder.path, number, error)
+            log.warning("%s: cannot remove segment %d: %s", self._folder.path, number, error)

@@ -99,10 +99,10 @@ class Index:
         """
         self.write_notes()
         rows = self._db.rows(_RUNS)
-        senseless = [row[0] for row in rows if parse(row) is None]
-        if senseless:
-            log.warning("%d rows of the index make no sense and are dropped", len(senseless))
-            self.remove(senseless)
+        invalid = [row[0] for row in rows if parse(row) is None]
+        if invalid:
+            log.warning("%d rows of the index are invalid and removed", len(invalid))
+            self.remove(invalid)
         return [entry for row in rows if (entry := parse(row)) is not None]
 
     def add(self, *entries: IndexRow) -> None:
@@ -143,7 +143,11 @@ class Index:
                 db.executemany(f"DELETE FROM {table} WHERE run = ?", keys)
 
     def move(self, run: RunKey, place: Range) -> None:
-        """Change where the extents of a run lie; raises IndexDamaged if the run has no row."""
+        """Change where the extents of a run lie.
+
+        Raises:
+            IndexDamaged: The run has no row.
+        """
         with self._transaction() as db:
             found = db.execute(
                 "UPDATE runs SET segment = ?, offset = ? WHERE run = ?", (place.segment, place.offset, run)
@@ -251,7 +255,7 @@ class Index:
             ((lost,),) = self._db.rows(
                 f"SELECT count(*) FROM {table} WHERE run NOT IN (SELECT run FROM runs)"
             )
-            assert lost == 0, f"{lost} {table} of runs that are not there"
+            assert lost == 0, f"{lost} {table} of runs that are missing"
 
     def close(self) -> None:
         """Close the database."""
