@@ -32,9 +32,7 @@ class AddressRanges:
             ValueError: It is empty or overlaps another.
         """
         if nbytes < 1 or self.touched(start, nbytes):
-            raise ValueError(
-                f"{nbytes} bytes at {start:#x} are empty, or belong to a range already"
-            )
+            raise ValueError(f"{nbytes} bytes at {start:#x} are empty, or belong to a range already")
         self._starts.insert(bisect_right(self._starts, start), start)
         self._bytes[start] = nbytes
 
