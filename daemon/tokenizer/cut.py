@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 
 from .detokenizer import Detokenizer
@@ -34,7 +34,9 @@ def cut(
         The answer's tokens as far as they show nothing else; where the text ends inside a token, followed by
         the rest tokenised anew. Where no tokens show the text exactly, the answer's that end before it.
     """
-    whole = bisect_right(ends, len(text))
+    whole = _completed(tokenizer, answer, ends, len(text))
+    if (ends[whole - 1] if whole else 0) == len(text):
+        return list(answer[:whole])
     base = max(0, whole - LOOK_BACK - CONTEXT)
     while base and ends[base - 1] == (ends[base - 2] if base > 1 else 0):
         base -= 1  # where a token completes a character
@@ -45,6 +47,16 @@ def cut(
             if _shown(tokenizer, before, [*answer[base:kept], *rest]) == known:
                 return [*answer[:kept], *rest]
     return list(answer[:whole])
+
+
+def _completed(tokenizer: Tokenizer, answer: Sequence[int], ends: Sequence[int], length: int) -> int:
+    """How many tokens show what they complete of so many characters, and hold nothing back."""
+    behind = bisect_right(ends, length)
+    shown = ends[behind - 1] if behind else 0
+    whole = bisect_left(ends, shown) + 1 if shown else 0
+    while whole < behind and tokenizer.is_silent(answer[whole]):
+        whole += 1
+    return whole
 
 
 def _tokenised(tokenizer: Tokenizer, text: str) -> Iterator[list[int]]:

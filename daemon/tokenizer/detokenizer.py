@@ -23,6 +23,8 @@ class Detokenizer:
         """With the prompt's tokens, the first word keeps the space that some tokenizers would drop."""
         self._tokenizer = tokenizer
         self._window = [token for token in prompt[-16:] if not tokenizer.is_silent(token)]
+        if len(self._window) == 16:
+            self._window = self._window[self._whole_from(self._window) :]
         self._read = len(self._window)
         self._shown = len(tokenizer.decode(self._window).rstrip(_UNFINISHED))
 
@@ -50,3 +52,7 @@ class Detokenizer:
 
     def _ends_unfinished(self, tokens: list[int]) -> bool:
         return self._tokenizer.decode(tokens).endswith(_UNFINISHED)
+
+    def _whole_from(self, tokens: list[int]) -> int:
+        """Which of the first tokens begins a character: from there the fewest bytes are broken."""
+        return min(range(4), key=lambda start: self._tokenizer.decode(tokens[start:]).count(_UNFINISHED))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from spilld.tokenizer.cut import LOOK_BACK, cut
 from spilld.tokenizer.detokenizer import Detokenizer
 from spilld.tokenizer.tokenizer import Tokenizer
 
-from .tiny_models import SPECIAL, VOCAB
+from .tiny_models import END, SPECIAL, VOCAB
 
 WORDS = [
     "the",
@@ -47,7 +48,7 @@ def check(tokenizer: Tokenizer, prompt: list[int], answer: list[int], length: in
     detokenizer = Detokenizer(tokenizer, prompt)
     shown = "".join([*map(detokenizer.push, kept), detokenizer.finish()])
     assert shown == text
-    whole = sum(end <= len(text) for end in ends)
+    whole = max((i for i, piece in enumerate(pieces, 1) if piece and ends[i - 1] <= len(text)), default=0)
     sure = max(0, whole - LOOK_BACK)
     assert kept[:sure] == answer[:sure]
 
@@ -69,6 +70,40 @@ def test_any_tokens_anywhere(tiny: Tokenizer, data: st.DataObject, answer: list[
     prompt = tiny.encode("the model")
     length = data.draw(st.integers(0, len("".join(pushed(tiny, prompt, answer)))))
     check(tiny, prompt, answer, length)
+
+
+@pytest.mark.parametrize(
+    ("which", "text", "length"),
+    [
+        ("smollm2", "the" + "\ufffd" * 9, 3),
+        ("fallback", "\x80" + "0" * 15 + "𐀀𐀀𐀀\ufffd\ufffd\ufffd", 19),
+        ("fallback", "𐀀𐀀é" + "\ufffd" * 5, 3),
+        ("fallback", "é\ufffd\ufffd𐀀\x80", 1),
+        ("fallback", "\ufffd" * 6 + " ", 0),
+        ("fallback", "000" + "\ufffd" * 9 + " 𐀀", 10),
+        ("fallback", "\ufffd" * 30 + "0" * 16 + "é𐀀𐀀𐀀𐀀" + "\ufffd" * 5 + "𐀀𐀀𐀀𐀀é", 52),
+        ("tiny", "\ufffd" * 11, 0),
+        ("tiny", "é " + "\ufffd" * 9 + "é", 9),
+    ],
+)
+def test_what_was_held_back_does_not_stay(
+    which: str, text: str, length: int, request: pytest.FixtureRequest
+) -> None:
+    """More of it than is tokenised anew: replacement characters look like unfinished ones."""
+    tokenizer = request.getfixturevalue(which)
+    check(tokenizer, [], tokenizer.encode(text, start=False), length)
+
+
+def test_broken_bytes_do_not_stay(smollm2: Tokenizer) -> None:
+    assert smollm2.decode([218]) == "\ufffd"
+    for behind in ([], smollm2.encode("ok", start=False)):
+        check(smollm2, [], [218] * 12 + behind, 0)
+
+
+def test_what_never_shows_stays(tiny: Tokenizer) -> None:
+    answer = [*tiny.encode("the model", start=False), END, *tiny.encode("\ufffd" * 9, start=False)]
+    ends = list(accumulate(map(len, pushed(tiny, [], answer))))
+    assert cut(tiny, [], answer, ends, "the model") == answer[: answer.index(END) + 1]
 
 
 def test_a_token_is_cut_in_two(smollm2: Tokenizer) -> None:

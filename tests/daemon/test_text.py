@@ -108,6 +108,13 @@ class TestDetokenizer:
         detokenizer = Detokenizer(fallback, tokens[:-2])
         assert [detokenizer.push(token) for token in tokens[-2:]] == ["", "😀"]
 
+    @pytest.mark.parametrize("length", [5, 6, 7, 8])
+    def test_prompt_of_many_bytes_is_not_shown(self, length: int, fallback: Tokenizer) -> None:
+        """What is decoded of it begins inside a character, which would break all bytes behind it."""
+        for text in ("日" * length, "\ufffd" * length + "日日日"):
+            detokenizer = Detokenizer(fallback, fallback.encode(text))
+            assert "".join(map(detokenizer.push, fallback.encode("the", start=False))) == " the"
+
     def test_cost_does_not_grow(self, smollm2: Tokenizer) -> None:
         tokens = smollm2.encode("All happy families are alike; 日本語 😀. " * 400)
         detokenizer = Detokenizer(smollm2)
