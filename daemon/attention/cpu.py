@@ -83,7 +83,8 @@ class CpuPlan(AttentionPlan):
 
         Args:
             q: [total, heads, head_dim] of the whole batch; the same tensors may hold those of every layer.
-            k, v: [total, kv_heads, head_dim], likewise.
+            k: [total, kv_heads, head_dim], likewise.
+            v: [total, kv_heads, head_dim], likewise.
         """
         if q is not self._taken:
             self._taken, packed = q, _side_by_side(q, k, v)

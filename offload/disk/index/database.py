@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Self
 
 from spilld.offload.errors import IndexDamaged
@@ -21,8 +20,6 @@ _SYSTEM = (
 )
 """Codes of SQLite that say nothing about the file's content."""
 
-
-NONE: Mapping[int, str] = MappingProxyType({})
 
 _TABLES = "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY name"
 
@@ -54,14 +51,13 @@ class Database:
     from some later moment on, never in part.
     """
 
-    def __init__(self, path: Path, schema: int, create: str, upgrades: Mapping[int, str] = NONE) -> None:
+    def __init__(self, path: Path, schema: int, create: str) -> None:
         """Open the database, or make it.
 
         Args:
             path: The file.
             schema: The version of the tables, which is kept as PRAGMA user_version.
             create: Statements that make the tables.
-            upgrades: For older versions, statements that make this one of them.
         """
         self.path = path
         self._nbytes: int | None = None
@@ -75,10 +71,9 @@ class Database:
             if word != "ok":
                 raise IndexDamaged(f"{path}: {word}")
             ((found,),) = self.rows("PRAGMA user_version")
-            if found == 0 or found in upgrades:
-                statements = upgrades.get(found, create)
+            if found == 0:
                 with self._errors():
-                    self._db.executescript(f"BEGIN; {statements} PRAGMA user_version = {schema}; COMMIT;")
+                    self._db.executescript(f"BEGIN; {create} PRAGMA user_version = {schema}; COMMIT;")
                 found = schema
             if found != schema or self.rows(_TABLES) != _tables(create):
                 raise IndexDamaged(f"{path} does not have the tables of schema {schema}")
@@ -89,10 +84,10 @@ class Database:
             raise
 
     @classmethod
-    def open(cls, path: Path, schema: int, create: str, upgrades: Mapping[int, str] = NONE) -> Self:
+    def open(cls, path: Path, schema: int, create: str) -> Self:
         """Open the database; a damaged file is put aside (suffix .damaged) and a new one made."""
         try:
-            return cls(path, schema, create, upgrades)
+            return cls(path, schema, create)
         except IndexDamaged as error:
             put_aside(path, error)
             return cls(path, schema, create)
