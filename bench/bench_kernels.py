@@ -24,7 +24,7 @@ from steps import Steps, in_host
 
 from spilld.assembly import use_threads
 from spilld.demo.demo import MODEL
-from spilld.kv.visibility import (
+from spilld.kv.attention_span import (
     WINDOW_TOKENS,
     boundary,
     window_offsets,

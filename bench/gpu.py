@@ -24,14 +24,13 @@ import numpy.typing as npt
 import torch
 from harness import CALLS, Result, in_child, main, medians, milliseconds
 
-from spilld.cuda_ext.choice import PROMPT
 from spilld.cuda_ext.compile.build import BuildError
 from spilld.cuda_ext.device.base import Copy, Device, Stream
 from spilld.cuda_ext.device.cuda import CudaDevice
 from spilld.cuda_ext.device.tensors import Array
 from spilld.cuda_ext.errors import DeviceError
 from spilld.cuda_ext.flash import Flash
-from spilld.cuda_ext.memory.staging import Landing
+from spilld.cuda_ext.memory.staging import Staging
 from spilld.cuda_ext.memory.windows import KVWindowShape
 from spilld.cuda_ext.ops import (
     Load,
@@ -39,7 +38,8 @@ from spilld.cuda_ext.ops import (
     Queries,
     Records,
 )
-from spilld.kv.visibility import WINDOW_TOKENS
+from spilld.cuda_ext.transfer_costs import PROMPT
+from spilld.kv.attention_span import WINDOW_TOKENS
 from spilld.models.catalog import default_cache
 from spilld.offload.kernels.attention.partial import Partial
 from spilld.offload.kernels.codec import samples
@@ -111,7 +111,7 @@ def measured(device: Device[Any], load: Load, form: Layout, size: Size) -> Numbe
     shape = KVWindowShape(WINDOW_TOKENS, 1, form.kv_heads, form.head_dim, torch.bfloat16)
     ops, nbytes = Ops(load, form.constants, shape, HEADS), size.blocks * form.record_bytes
     rows = 3 * PROMPT * HEADS + ops.partial_rows(PROMPT)
-    landing = Landing(device, 4 * rows * (HEAD_DIM + 1) + 32 * size.blocks + PAGE)
+    landing = Staging(device, 4 * rows * (HEAD_DIM + 1) + 32 * size.blocks + PAGE)
     found: Numbers = {}
     with (
         pinned(device, form, size.blocks) as host,
@@ -138,7 +138,7 @@ def measured(device: Device[Any], load: Load, form: Layout, size: Size) -> Numbe
     return found
 
 
-def attention(ops: Ops, landing: Landing, form: Layout, pool: int, blocks: int, m: int) -> Callable[[], None]:
+def attention(ops: Ops, landing: Staging, form: Layout, pool: int, blocks: int, m: int) -> Callable[[], None]:
     numbers = np.arange(blocks)
     low, high = np.zeros(m, np.int64), np.full(m, (blocks + 1) * BLOCK)
     q = random(m, HEADS, HEAD_DIM)
@@ -149,7 +149,7 @@ def attention(ops: Ops, landing: Landing, form: Layout, pool: int, blocks: int, 
 
 
 def prompt(
-    device: Device[Any], ops: Ops, flash: Flash, landing: Landing, form: Layout, pool: int, size: Size
+    device: Device[Any], ops: Ops, flash: Flash, landing: Staging, form: Layout, pool: int, size: Size
 ) -> Numbers:
     """Milliseconds of PROMPT queries by the kernels for few and by torch, and of a product of torch's."""
     found: Numbers = {}
@@ -173,7 +173,7 @@ def prompt(
 
 
 def sealing(
-    ops: Ops, landing: Landing, form: Layout, pool: int, planes: int, blocks: int
+    ops: Ops, landing: Staging, form: Layout, pool: int, planes: int, blocks: int
 ) -> Callable[[], None]:
     """Of blocks that all lie in one window's first slots: where does not matter."""
     places, firsts = landing.bring(np.arange(blocks) * form.record_bytes, np.zeros(blocks, np.int64))

@@ -7,15 +7,15 @@ import torch
 from spilld.attention.cpu import CpuAttention
 from spilld.cuda_ext.memory.cpu_windows import CpuKVWindows
 from spilld.cuda_ext.memory.windows import KVWindowShape
-from spilld.kv.batch import BatchItem
-from spilld.kv.sequence import KVSequence
-from spilld.kv.visibility import (
+from spilld.kv.attention_span import (
     BLOCK,
     CELL,
     WINDOW_TOKENS,
     boundary,
     sealed_by,
 )
+from spilld.kv.batch import BatchItem
+from spilld.kv.sequence import KVSequence
 from spilld.models.model import Model
 from spilld.offload.host.slab import HostSlab
 from spilld.offload.record import Element, Format, Layout

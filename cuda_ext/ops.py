@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from spilld.cuda_ext.compile.variant import BLOCK, ROWS, Variant
 from spilld.cuda_ext.device.base import Kernel, Stream
-from spilld.cuda_ext.memory.staging import Landing
+from spilld.cuda_ext.memory.staging import Staging
 from spilld.cuda_ext.memory.windows import KVWindowShape
 
 from .compile import variant
@@ -104,11 +104,11 @@ class Ops:
         """Return the most rows of `out`, over parts and heads, that attention of `rows` queries writes."""
         return max(self._warps * ROWS, rows * self.heads)
 
-    def room(self, staging: Landing, parts: int, rows: int) -> Parts:
+    def room(self, staging: Staging, parts: int, rows: int) -> Parts:
         """Return places for the partial attentions of so many queries.
 
         Raises:
-            LandingFull: There is not enough staging memory.
+            StagingFull: There is not enough staging memory.
         """
         sums = (parts, self.shape.kv_heads, rows * self.group)
         return Parts(staging.room((*sums, self.shape.head_dim)), staging.room(sums), parts)

@@ -33,8 +33,8 @@ from spilld.monitoring.startup import Startup
 from spilld.offload.disk.files.extent import largest_extent
 from spilld.offload.disk.index.database import Database
 from spilld.offload.disk.prefetch import Prefetcher
+from spilld.offload.disk.spiller import Spiller
 from spilld.offload.disk.tier import DiskTier
-from spilld.offload.disk.writer import Spiller
 from spilld.offload.errors import (
     BudgetTooSmall,
     FolderInUse,
@@ -54,7 +54,7 @@ from spilld.offload.record import (
     Layout,
 )
 from spilld.offload.store.disk_backend import DiskBackend
-from spilld.offload.store.host_room import Planner
+from spilld.offload.store.host_space import Planner
 from spilld.offload.store.run_length import run_length
 from spilld.offload.store.store import Store
 from spilld.offload.store_layout import StoreLayout

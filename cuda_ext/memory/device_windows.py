@@ -11,7 +11,7 @@ import torch
 
 from spilld.cuda_ext.device.base import Device, Stream
 
-from .staging import Landing
+from .staging import Staging
 from .windows import KVWindows, KVWindowShape, Numbers
 
 
@@ -23,7 +23,7 @@ class DeviceKVWindows(KVWindows):
     """
 
     def __init__(
-        self, device: Device[Any], staging: Landing, shape: KVWindowShape, budget_bytes: int
+        self, device: Device[Any], staging: Staging, shape: KVWindowShape, budget_bytes: int
     ) -> None:
         """Allocate the windows.
 

@@ -18,11 +18,11 @@ from .fences import Fences
 ALIGNMENT = 256
 
 
-class LandingFull(Exception):
+class StagingFull(Exception):
     """More is to cross at a time than there is staging memory for."""
 
 
-class Landing:
+class Staging:
     """Staging: as much registered host memory as device memory, used from the start again in each `turn`.
 
     Owned by one thread; all work is on the compute stream.
@@ -71,7 +71,7 @@ class Landing:
         """Copy arrays to the device, in C order, and return their addresses there.
 
         Raises:
-            LandingFull: There is not enough staging memory.
+            StagingFull: There is not enough staging memory.
             OutOfMemory: The copies could not be begun.
         """
         places = [self._take(array.nbytes) for array in arrays]
@@ -82,7 +82,7 @@ class Landing:
         """Copy an array's numbers, in C order, to an address on the device.
 
         Raises:
-            LandingFull: There is not enough staging memory.
+            StagingFull: There is not enough staging memory.
             OutOfMemory: The copy could not be begun.
         """
         self._send([(array, self._take(array.nbytes), to)])
@@ -91,7 +91,7 @@ class Landing:
         """Return the address of uninitialised device memory for an array.
 
         Raises:
-            LandingFull: There is not enough staging memory.
+            StagingFull: There is not enough staging memory.
         """
         return self._there + self._take(math.prod(shape) * np.dtype(dtype).itemsize)
 
@@ -109,7 +109,7 @@ class Landing:
             The array, which is filled once the turn has settled, and valid until the next turn.
 
         Raises:
-            LandingFull: There is not enough staging memory.
+            StagingFull: There is not enough staging memory.
             OutOfMemory: The copy could not be begun.
         """
         found = self._view(self._take(math.prod(shape) * np.dtype(dtype).itemsize), shape, dtype)
@@ -129,7 +129,7 @@ class Landing:
     def _take(self, nbytes: int) -> int:
         at, self._used = self._used, -(-(self._used + nbytes) // ALIGNMENT) * ALIGNMENT
         if self._used > self.nbytes:
-            raise LandingFull(f"{self._used} bytes at a time do not fit {self.nbytes}")
+            raise StagingFull(f"{self._used} bytes at a time do not fit {self.nbytes}")
         return at
 
     def _send(self, pieces: Iterable[tuple[npt.NDArray[Any], int, int]]) -> None:

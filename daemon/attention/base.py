@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
+from spilld.kv.attention_metadata import Blocks, VisibleKV
 from spilld.kv.batch import Batch, BatchItem
 from spilld.kv.geometry import Geometry
 from spilld.kv.sequence import KVSequence
-from spilld.kv.visible_kv import Blocks, VisibleKV
-from spilld.offload.disk.extent_read import ExtentRead, Ticket
+from spilld.offload.block_table import RunRef
+from spilld.offload.disk.read_ticket import ExtentRead, Ticket
 from spilld.offload.host.promotion import Promotion
 from spilld.offload.store.store import Store
-from spilld.offload.table import RunRef
 
 
 @dataclass(eq=False)

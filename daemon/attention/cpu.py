@@ -13,10 +13,8 @@ import numpy as np
 import torch
 
 from spilld.cuda_ext.memory.cpu_windows import CpuKVWindows, element_view
-from spilld.kv.batch import Batch
-from spilld.kv.geometry import Geometry, LayerGeometry
-from spilld.kv.sequence import KVSequence
-from spilld.kv.visibility import (
+from spilld.kv.attention_metadata import VisibleKV
+from spilld.kv.attention_span import (
     BLOCKS_PER_CELL,
     CELL,
     SINKS,
@@ -26,7 +24,9 @@ from spilld.kv.visibility import (
     window_offsets,
     window_ranges,
 )
-from spilld.kv.visible_kv import VisibleKV
+from spilld.kv.batch import Batch
+from spilld.kv.geometry import Geometry, LayerGeometry
+from spilld.kv.sequence import KVSequence
 from spilld.offload.kernels.attention.rows import DecodeRow, DecodeRows, RowAttention
 from spilld.offload.kernels.codec.codec import Codec
 from spilld.offload.record import BLOCK

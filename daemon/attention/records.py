@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from spilld.cuda_ext.errors import OutOfMemory
+from spilld.kv.attention_metadata import Blocks, VisibleKV
 from spilld.kv.batch import BatchItem
 from spilld.kv.geometry import Geometry
-from spilld.kv.visible_kv import Blocks, VisibleKV
 from spilld.offload.errors import ReadFailed
 from spilld.offload.kernels.attention.partial import Partial, merge
 from spilld.offload.record import BLOCK

@@ -20,7 +20,7 @@ import zmq
 from spilld.errors import ConfigError
 from spilld.protocol.address import home
 
-from .clients import AuthorizedClient, add_client
+from .authorized_clients import AuthorizedClient, add_client
 from .keys import ServerKey
 
 SERVICE_USER = "spilld"

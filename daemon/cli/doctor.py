@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spilld.config.config import Config
-from spilld.cuda_ext.choice import Rates, to_fetch
 from spilld.cuda_ext.compile.build import (
     ARCHITECTURES,
     BuildError,
@@ -26,6 +25,7 @@ from spilld.cuda_ext.compile.variant import rotate
 from spilld.cuda_ext.device.base import Copy, Device, Stream
 from spilld.cuda_ext.device.cuda import CudaDevice
 from spilld.cuda_ext.errors import DeviceError
+from spilld.cuda_ext.transfer_costs import Rates, to_fetch
 from spilld.errors import ModelError
 from spilld.models.catalog import parameters
 from spilld.offload.record import Element

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from spilld.auth.clients import MAX_OPEN, MAX_RATE
+from spilld.auth.authorized_clients import MAX_OPEN, MAX_RATE
 from spilld.errors import ConfigError
 from spilld.fields import (
     FieldError,

@@ -23,7 +23,7 @@ from spilld.cli.tables import size
 from spilld.client.client import Client
 from spilld.config.config import Config
 from spilld.errors import InvalidRequest
-from spilld.kv.visibility import SINKS, WINDOW_TOKENS, boundary
+from spilld.kv.attention_span import SINKS, WINDOW_TOKENS, boundary
 from spilld.models.catalog import resolve
 from spilld.offload.record import (
     BLOCK,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from spilld.cuda_ext.errors import OutOfMemory
 from spilld.engine.sessions.manager import SessionManager
 from spilld.errors import DeadlineExceeded, Overloaded
+from spilld.kv.attention_span import highest_block
 from spilld.kv.sequence import KVSequence
-from spilld.kv.visibility import highest_block
 from spilld.monitoring.stats import Counters
 from spilld.offload.store.store import Store
 from spilld.requests.request_state import Phase, RequestState

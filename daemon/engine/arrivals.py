@@ -17,8 +17,8 @@ from spilld.errors import (
     SpilldError,
     StorageFailed,
 )
+from spilld.kv.attention_span import highest_block, longest_with
 from spilld.kv.sequence import KVSequence
-from spilld.kv.visibility import highest_block, longest_with
 from spilld.models.model import Model
 from spilld.monitoring.failures import is_lost, typed
 from spilld.offload.store.store import Store

@@ -11,10 +11,10 @@ import numpy as np
 
 from spilld.cuda_ext.errors import OutOfMemory
 from spilld.errors import Overloaded, SpilldError, StorageFailed
+from spilld.kv.attention_span import BLOCK, CELL, sealed_by
 from spilld.kv.batch import BatchItem
 from spilld.kv.checkpoint import ANCHOR_CELLS
 from spilld.kv.sequence import KVSequence
-from spilld.kv.visibility import BLOCK, CELL, sealed_by
 from spilld.monitoring.failures import is_lost, typed
 from spilld.monitoring.metrics import Metrics
 from spilld.monitoring.stats import Counters

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spilld.cuda_ext.memory.windows import Numbers
+from spilld.offload.block_table import RunRef
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.prefix_cache.block_hash import chain
 from spilld.offload.store.store import Store
 from spilld.offload.system import Bytes
-from spilld.offload.table import RunRef
 
-from .sequence import KVSequence
-from .visibility import (
+from .attention_span import (
     BLOCK,
     BLOCKS_PER_CELL,
     CELL,
@@ -29,6 +28,7 @@ from .visibility import (
     segments,
     window_offset,
 )
+from .sequence import KVSequence
 
 CHECKPOINT_BLOCKS = 1 + 2 * BLOCKS_PER_CELL
 """The most blocks of a checkpoint: the sinks and two cells."""

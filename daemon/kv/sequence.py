@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from spilld.offload.block_table import BlockTable
 from spilld.offload.prefix_cache.block_hash import chain
-from spilld.offload.table import BlockTable
 
-from .visibility import BLOCK
+from .attention_span import BLOCK
 
 
 @dataclass

@@ -82,7 +82,7 @@ def convert(sources: list[Path], target: Path, dtype: str) -> None:
 def _from_gguf(gguf: Path, target: Path, dtype: str) -> None:
     header = read_header(gguf)
     check_header(header, gguf.name)
-    from spilld.models.gguf.reader import counted, parsed_once
+    from spilld.models.gguf.library_patches import counted, parsed_once
 
     with parsed_once(), counted(_say):
         _load_and_save(gguf, header, target, dtype)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
-from .deferred import defer, restore
+from .deferred_import import defer, restore
 
 
 def import_frameworks() -> None:

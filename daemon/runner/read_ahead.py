@@ -6,7 +6,7 @@ from collections import Counter
 
 from spilld.attention.base import AttentionPlan
 from spilld.kv.geometry import Geometry
-from spilld.offload.disk.extent_read import Ticket
+from spilld.offload.disk.read_ticket import Ticket
 from spilld.offload.store.store import Store
 
 

@@ -17,7 +17,7 @@ from spilld.models.wide_linear import wide_bytes
 from spilld.offload.store.store import Store
 from spilld.scheduler.scheduler import MAX_RUNNING
 
-from .decoder import Decoder
+from .packed_model import PackedModel
 from .read_ahead import ReadAhead
 
 
@@ -31,7 +31,7 @@ class Runner:
         self._reads = ReadAhead(model.geometry, store)
         self._decoder = None
         if model.packed is not None:
-            self._decoder = Decoder(model, model.packed, attention, chunk_tokens + MAX_RUNNING)
+            self._decoder = PackedModel(model, model.packed, attention, chunk_tokens + MAX_RUNNING)
 
     @property
     def attended(self) -> int:
@@ -109,7 +109,7 @@ class Runner:
         return torch.zeros(rows, self._model.geometry.vocab)
 
     def _forward(self, plan: AttentionPlan, keep: list[int]) -> torch.Tensor:
-        """Run the transformers module in place of Decoder.run."""
+        """Run the transformers module in place of PackedModel.run."""
         device = self._model.module.device
         logits: torch.Tensor = self._model.module(
             input_ids=torch.tensor([plan.batch.tokens], device=device),

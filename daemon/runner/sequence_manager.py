@@ -8,15 +8,15 @@ from collections.abc import Iterable
 
 from spilld.cuda_ext.errors import OutOfMemory
 from spilld.cuda_ext.memory.windows import KVWindows
-from spilld.kv.batch import BatchItem
-from spilld.kv.checkpoint import find_resume_point, restore_checkpoint, save_checkpoint
-from spilld.kv.sequence import KVSequence
-from spilld.kv.visibility import (
+from spilld.kv.attention_span import (
     CELL,
     boundary,
     highest_block,
     sealed_by,
 )
+from spilld.kv.batch import BatchItem
+from spilld.kv.checkpoint import find_resume_point, restore_checkpoint, save_checkpoint
+from spilld.kv.sequence import KVSequence
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.errors import ReadFailed
 from spilld.offload.prefix_cache.block_hash import CHAIN_BYTES

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from spilld.kv.visibility import stored_blocks
+from spilld.kv.attention_span import stored_blocks
 
 STEPS = 256
 """The newest steps, to which the model is fitted."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from spilld.kv.visibility import CELL
+from spilld.kv.attention_span import CELL
 
 from .fair_share import FairShare, Flow
 from .prefill_budget import LEAST, PrefillBudget

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spilld.auth.clients import AuthorizedClient
+from spilld.auth.authorized_clients import AuthorizedClient
 from spilld.errors import Overloaded
 
 from .rate_limit import Throttle

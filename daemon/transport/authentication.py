@@ -7,7 +7,7 @@ from pathlib import Path
 
 from zmq.utils import z85
 
-from spilld.auth.clients import AuthorizedClient, AuthorizedClients
+from spilld.auth.authorized_clients import AuthorizedClient, AuthorizedClients
 from spilld.auth.keyring import CLIENTS, SERVER
 from spilld.auth.keys import ServerKey
 from spilld.errors import AccessDenied

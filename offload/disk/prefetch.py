@@ -24,7 +24,7 @@ from spilld.offload.errors import (
 from spilld.offload.record import round_up
 from spilld.offload.system import PAGE, Bytes, page_aligned
 
-from .extent_read import (
+from .read_ticket import (
     ExtentRead,
     PrefetchStats,
     ReadState,

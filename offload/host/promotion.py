@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from spilld.offload.block_table import BlockTable, RunRef
 from spilld.offload.system import Bytes, Rows
-from spilld.offload.table import BlockTable, RunRef
 
 from .slab import HostSlab
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from spilld.offload.disk.files.extent import RunMove
+from spilld.offload.disk.spiller import CLOSE_S
 from spilld.offload.disk.tier import DiskTier
-from spilld.offload.disk.writer import CLOSE_S
 from spilld.offload.errors import (
     ExtentCorrupt,
     ExtentMissing,
@@ -26,7 +26,7 @@ from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.record import round_up
 from spilld.offload.system import PAGE, page_aligned
 
-from .bucket import Bucket
+from .token_bucket import Bucket
 from .wear import WriteBudget
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from spilld.offload.disk.index.index import Index
 from spilld.offload.errors import IndexDamaged
-from spilld.offload.prefix_cache.sketch import Sketch
+from spilld.offload.prefix_cache.frequency_sketch import Sketch
 
-from .bucket import Bucket
+from .token_bucket import Bucket
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ParamSpec, TypeVar
 
+from spilld.offload.block_table import RunRef
 from spilld.offload.disk.files.extent import RunKey, RunPlace
 from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.errors import IndexDamaged, TierFull
 from spilld.offload.store_layout import StoreLayout
-from spilld.offload.table import RunRef
 
 from .eviction import Eviction, Policy, S3Fifo
 

@@ -6,14 +6,14 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from spilld.offload.block_table import ABSENT, BlockTable, RunRef
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.disk.index.index_row import Contents
-from spilld.offload.disk.writer import Spilled
+from spilld.offload.disk.spiller import Spilled
 from spilld.offload.errors import TierFull, WriteFailed
 from spilld.offload.host.slab import HostSlab
 from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import Rows
-from spilld.offload.table import ABSENT, BlockTable, RunRef
 
 from .disk_backend import DiskBackend
 

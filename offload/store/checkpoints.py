@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from spilld.offload.disk.extent_read import ExtentRead
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.disk.index.index_row import Contents
-from spilld.offload.disk.writer import Spilled
+from spilld.offload.disk.read_ticket import ExtentRead
+from spilld.offload.disk.spiller import Spilled
 from spilld.offload.errors import ExtentMissing, TierFull, WriteFailed
 from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import Bytes, page_aligned

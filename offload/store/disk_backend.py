@@ -7,12 +7,12 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from spilld.offload.disk.extent_read import Ticket
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.disk.prefetch import Prefetcher
+from spilld.offload.disk.read_ticket import Ticket
+from spilld.offload.disk.spiller import Spilled, Spiller
 from spilld.offload.disk.tier import DiskTier
-from spilld.offload.disk.writer import Spilled, Spiller
 from spilld.offload.errors import ExtentCorrupt, WriteFailed, WriteRefused
 from spilld.offload.maintenance.compaction import Compaction
 from spilld.offload.maintenance.wear import WriteBudget

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from spilld.offload.disk.extent_read import ExtentRead, Ticket
+from spilld.offload.block_table import ABSENT, BlockTable, RunRef
 from spilld.offload.disk.files.extent import RunKey
-from spilld.offload.disk.writer import CLOSE_S, Spilled
+from spilld.offload.disk.read_ticket import ExtentRead, Ticket
+from spilld.offload.disk.spiller import CLOSE_S, Spilled
 from spilld.offload.errors import TierFull, WriteFailed
 from spilld.offload.host import residency
 from spilld.offload.host.promotion import Promotion
@@ -26,12 +27,11 @@ from spilld.offload.host.slab import HostSlab
 from spilld.offload.record import Layout, round_up
 from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import PAGE, Bytes
-from spilld.offload.table import ABSENT, BlockTable, RunRef
 
 from .block_writer import BlockWriter
 from .checkpoints import Checkpoints
 from .disk_backend import DiskBackend
-from .host_room import HostRoom, Planner
+from .host_space import HostSpace, Planner
 
 PROMOTION_MARGIN = 16
 """Block columns of host memory that stay free when runs are copied back from disk."""
@@ -69,7 +69,7 @@ class Store:
         self._reserved = 0
         """Sum of the tables' reservations."""
         self._writer = None if disk is None else BlockWriter(disk, slab, layouts, run_blocks)
-        self._room = HostRoom(
+        self._room = HostSpace(
             slab, self._tables, run_blocks, disk, self._writer, planner, settle=self._settle
         )
         self.checkpoints = Checkpoints(disk, layouts.raw)

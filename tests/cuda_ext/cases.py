@@ -18,7 +18,7 @@ from spilld.cuda_ext.compile.variant import BLOCK, Variant
 from spilld.offload.record import Format, Layout
 
 from ..offload import reference
-from .emulator import Landing, Order
+from .emulator import Order, Staging
 from .kernels import (
     Launches,
     Records,
@@ -36,9 +36,9 @@ CLOSE = 2e-5
 
 F32, BF16, F16 = Number.FLOAT32, Number.BFLOAT16, Number.FLOAT16
 WAYS = (
-    Way(Order.RANDOM, Landing.RANDOM, 1),
-    Way(Order.ASCENDING, Landing.LATE),
-    Way(Order.DESCENDING, Landing.EAGER),
+    Way(Order.RANDOM, Staging.RANDOM, 1),
+    Way(Order.ASCENDING, Staging.LATE),
+    Way(Order.DESCENDING, Staging.EAGER),
 )
 
 

@@ -10,7 +10,7 @@ import torch
 from spilld.cuda_ext import ops
 from spilld.cuda_ext.device.base import Device
 from spilld.cuda_ext.flash import Flash
-from spilld.cuda_ext.memory.staging import Landing
+from spilld.cuda_ext.memory.staging import Staging
 from spilld.cuda_ext.memory.windows import KVWindowShape
 from spilld.cuda_ext.ops import Load, Queries
 from spilld.offload.record import Format
@@ -32,7 +32,7 @@ def check(device: Device[Any], load: Load, form: Format, number: Number, *, tile
     shape = KVWindowShape(64, 1, layout.kv_heads, layout.head_dim, getattr(torch, number))
     heads = GROUP * layout.kv_heads
     flash = Flash(device, load, integers(layout), shape, heads, tile)
-    landing = Landing(device, 4 << 20)
+    landing = Staging(device, 4 << 20)
     pool = device.allocate(records.pool.nbytes)
     queries = reference.rotate(records.q) if form is Format.INT4 else records.q
     with landing.turn():

@@ -16,7 +16,7 @@ from spilld.cuda_ext.compile.variant import BLOCK, ROWS, Variant
 from spilld.offload.record import Format, Layout
 
 from ..offload import reference
-from .emulator import Landing, Order
+from .emulator import Order, Staging
 from .numbers import Number, integers, narrow, number_of, seal, values, widen
 
 F32 = NDArray[np.float32]
@@ -39,7 +39,7 @@ class Launches(Protocol):
         shared_bytes: int,
         *arguments: Any,
         order: Order,
-        landing: Landing,
+        landing: Staging,
         seed: int,
     ) -> None: ...
 
@@ -49,7 +49,7 @@ class Way:
     """How the emulator runs what a GPU may run in any way."""
 
     order: Order = Order.RANDOM
-    landing: Landing = Landing.RANDOM
+    landing: Staging = Staging.RANDOM
     seed: int = 0
 
     def launch(self, kernel: Launches, variant: Variant, grid: tuple[int, int, int], *arguments: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spilld.cuda_ext.choice import (
+from spilld.cuda_ext.transfer_costs import (
     Costs,
     Rates,
     seconds,

@@ -11,11 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from .conftest import Emulate
-from .emulator import Emulated, EmulatorError, Landing, Order
+from .emulator import Emulated, EmulatorError, Order, Staging
 from .numbers import Number, narrow, widen
 
 SAMPLES = Path(__file__).parent / "samples.cu"
-WAYS = list(product(Order, Landing, range(3)))
+WAYS = list(product(Order, Staging, range(3)))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def numbers() -> NDArray[np.float32]:
 
 @pytest.mark.parametrize(("order", "landing", "seed"), WAYS)
 def test_what_is_right_runs_in_every_order(
-    samples: Emulated, numbers: NDArray[np.float32], order: Order, landing: Landing, seed: int
+    samples: Emulated, numbers: NDArray[np.float32], order: Order, landing: Staging, seed: int
 ) -> None:
     out = np.full(1, np.nan, np.float32)
     samples.launch("total", (1, 1, 1), 64, 256, out, numbers, 0, order=order, landing=landing, seed=seed)

@@ -8,12 +8,12 @@ from spilld.attention.device import tier
 from spilld.attention.device.block_cache import SPARE
 from spilld.attention.device.tier import DeviceTier, Tier, window_shape
 from spilld.config.config import Config
-from spilld.cuda_ext.choice import Costs, Rates
 from spilld.cuda_ext.flash import Flash
 from spilld.cuda_ext.memory.windows import KVWindowShape
 from spilld.cuda_ext.ops import Ops
+from spilld.cuda_ext.transfer_costs import Costs, Rates
+from spilld.kv.attention_span import highest_block
 from spilld.kv.geometry import Geometry
-from spilld.kv.visibility import highest_block
 from spilld.offload.store.store import Store
 
 from ..cuda_ext.conftest import Emulate, loader

@@ -22,15 +22,15 @@ from spilld.config.config import Config
 from spilld.demo.plain_transformers import greedy_tokens
 from spilld.demo.spawn import Spawned
 from spilld.engine.engine import Engine
+from spilld.kv.attention_span import BLOCK, WINDOW_TOKENS
 from spilld.kv.geometry import Geometry
-from spilld.kv.visibility import BLOCK, WINDOW_TOKENS
 from spilld.models.model import Model, load
 from spilld.offload.disk.tier import DiskTier
 from spilld.offload.host import residency
 from spilld.offload.host.residency import Holding, Spill
 from spilld.offload.kernels import threads
 from spilld.offload.record import Element, Format, Layout
-from spilld.offload.store.host_room import Planner
+from spilld.offload.store.host_space import Planner
 from spilld.protocol.messages import (
     Done,
     Event,

@@ -25,7 +25,7 @@ from spilld.errors import (
     PromptTooLong,
     TransferNotFound,
 )
-from spilld.kv.visibility import BLOCK
+from spilld.kv.attention_span import BLOCK
 from spilld.models.model import Model
 from spilld.offload.disk.files.extent_io import ExtentIO
 from spilld.offload.errors import WriteFailed

@@ -17,10 +17,7 @@ from spilld.attention.base import Attention, AttentionPlan
 from spilld.attention.cpu import CpuAttention
 from spilld.cuda_ext.memory.cpu_windows import CpuKVWindows, element_view
 from spilld.cuda_ext.memory.windows import KVWindows, KVWindowShape
-from spilld.kv.batch import Batch, BatchItem
-from spilld.kv.geometry import Geometry, LayerGeometry
-from spilld.kv.sequence import KVSequence
-from spilld.kv.visibility import (
+from spilld.kv.attention_span import (
     BLOCK,
     SINKS,
     WINDOW_TOKENS,
@@ -28,10 +25,13 @@ from spilld.kv.visibility import (
     sealed_by,
     stored_blocks,
 )
+from spilld.kv.batch import Batch, BatchItem
+from spilld.kv.geometry import Geometry, LayerGeometry
+from spilld.kv.sequence import KVSequence
 from spilld.offload.disk.files.extent import extent_bytes
 from spilld.offload.disk.prefetch import Prefetcher
+from spilld.offload.disk.spiller import Spiller
 from spilld.offload.disk.tier import DiskTier
-from spilld.offload.disk.writer import Spiller
 from spilld.offload.errors import ExtentCorrupt
 from spilld.offload.host.slab import HostSlab
 from spilld.offload.prefix_cache.run_cache import RunCache

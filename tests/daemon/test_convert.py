@@ -33,7 +33,7 @@ from spilld.models.catalog import resolve
 from spilld.models.files import digest as digests
 from spilld.models.files.digest import digest
 from spilld.models.gguf.header import read_header
-from spilld.models.gguf.reader import counted, parsed_once
+from spilld.models.gguf.library_patches import counted, parsed_once
 from spilld.models.model import load
 from spilld.tokenizer.tokenizer import Tokenizer
 
@@ -258,7 +258,7 @@ class TestGguf:
 
     def test_reading_tells_how_far_it_is(self, smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """As transformers' loop over the tensors does it."""
-        monkeypatch.setattr("spilld.models.gguf.reader.REPORT_S", 0.0)
+        monkeypatch.setattr("spilld.models.gguf.library_patches.REPORT_S", 0.0)
         told: list[str] = []
         with counted(told.append):
             tensors = gguf.GGUFReader(smollm2_gguf).tensors

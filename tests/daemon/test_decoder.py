@@ -29,7 +29,7 @@ from spilld.offload.kernels.linear.packed import (
     stack,
     unpack,
 )
-from spilld.runner.decoder import Decoder
+from spilld.runner.packed_model import PackedModel
 
 from .harness import engine, greedy, reference, some_tokens
 from .tiny_models import FAMILIES, STRANGERS, build
@@ -72,9 +72,9 @@ def test_the_same_tokens(folder: Path, tmp_path: Path) -> None:
 def test_the_same_logits(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Closer than tokens can tell: the rows of every step, beside the module's own."""
     steps: list[tuple[list[int], torch.Tensor]] = []
-    run = Decoder.run
+    run = PackedModel.run
 
-    def noted(self: Decoder, plan: AttentionPlan, keep: list[int]) -> torch.Tensor:
+    def noted(self: PackedModel, plan: AttentionPlan, keep: list[int]) -> torch.Tensor:
         logits = run(self, plan, keep)
         last = {part.start + part.count - 1: part for part in plan.batch.items}
         steps.extend(
@@ -82,7 +82,7 @@ def test_the_same_logits(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
         )
         return logits
 
-    monkeypatch.setattr(Decoder, "run", noted)
+    monkeypatch.setattr(PackedModel, "run", noted)
     with engine(packed(folder), tmp_path / "s", format="exact") as harness:
         harness.add("a", PROMPT[:300], max_tokens=5, ignore_eos=True)
         harness.add("b", PROMPT[300:620], max_tokens=5, ignore_eos=True)
@@ -177,7 +177,7 @@ def test_what_steps_do_not_read_is_refused(tmp_path: Path) -> None:
     whole = packed(folder)
     strange = replace(whole, module=torch.nn.Sequential())
     with pytest.raises(UnsupportedModel, match="Sequential"):
-        Decoder(strange, whole.packed or {}, None, 8)  # type: ignore[arg-type]
+        PackedModel(strange, whole.packed or {}, None, 8)  # type: ignore[arg-type]
 
 
 def test_the_codes_of_a_gguf_file_are_kept(smollm2_bfloat16: Path) -> None:
@@ -211,4 +211,4 @@ def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
             attention = harness.engine._runner._attention
             for tiles in (whole.tiles[:1], whole.tiles[:, :1]):
                 with pytest.raises(ValueError, match="weights, not"):
-                    Decoder(model, {**model.packed, name: Packed(whole.form, tiles)}, attention, 8)
+                    PackedModel(model, {**model.packed, name: Packed(whole.form, tiles)}, attention, 8)

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from spilld.models.deferred import defer, restore
+from spilld.models.deferred_import import defer, restore
 
 RUNS = 'RUNS = globals().get("RUNS", 0) + 1\nvalue = "run"\n'
 REPLACES = """

@@ -12,7 +12,7 @@ from spilld.attention.base import Attention
 from spilld.attention.device.gpu_attention import DeviceAttention
 from spilld.cuda_ext.device.tensors import gpu_errors
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
-from spilld.cuda_ext.memory.staging import Landing
+from spilld.cuda_ext.memory.staging import Staging
 from spilld.cuda_ext.memory.windows import KVWindows, KVWindowShape
 from spilld.kv.geometry import Geometry
 from spilld.offload.record import Element, Format
@@ -183,7 +183,7 @@ def test_hot_slots_are_another_sequences_when_they_have_been_read(
     with prepared(case, tmp_path, on(device, emulate, 100)) as setup:
         attention = setup.attention
         assert isinstance(attention, DeviceAttention)
-        monkeypatch.setattr(Landing, "settle", lambda _: None)
+        monkeypatch.setattr(Staging, "settle", lambda _: None)
         part = setup.part(case.start, 1)
         setup.attend(part)
         assert part.read_bytes["host"] == 0

@@ -16,7 +16,7 @@ from spilld import assembly
 from spilld.assembly import build_engine, welcome
 from spilld.config.config import Config
 from spilld.engine.service import EngineService
-from spilld.kv.visibility import CELL
+from spilld.kv.attention_span import CELL
 from spilld.models.model import Model, load
 from spilld.protocol.messages import Generate, Reply
 

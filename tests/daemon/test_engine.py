@@ -20,7 +20,7 @@ from spilld.errors import (
     PromptTooLong,
     StateFolderError,
 )
-from spilld.kv.visibility import BLOCK, boundary, sealed_by
+from spilld.kv.attention_span import BLOCK, boundary, sealed_by
 from spilld.models.model import Model
 from spilld.offload.host import residency
 from spilld.protocol.messages import (

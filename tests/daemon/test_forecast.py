@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from spilld.kv.visibility import stored_blocks
+from spilld.kv.attention_span import stored_blocks
 from spilld.scheduler.latency import GUESSES, STEPS, LatencyModel
 
 LAYERS, RECORD, HOST = 30, 20352, 40_000_000

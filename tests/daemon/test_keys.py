@@ -18,7 +18,7 @@ import pytest
 from spilld import AsyncClient, Client
 from spilld.__main__ import main
 from spilld.auth import keyring
-from spilld.auth.clients import AuthorizedClients, load_clients
+from spilld.auth.authorized_clients import AuthorizedClients, load_clients
 from spilld.auth.keyring import (
     CLIENTS,
     SERVER,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from spilld.errors import Cancelled, SpilldError
-from spilld.kv.visibility import CELL
+from spilld.kv.attention_span import CELL
 from spilld.models.model import Model
 from spilld.protocol.messages import Sampling, Token
 from spilld.scheduler import scheduler

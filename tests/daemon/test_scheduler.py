@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from spilld.kv.visibility import CELL
+from spilld.kv.attention_span import CELL
 from spilld.scheduler.fair_share import WEIGHTS, Flow, shares
 from spilld.scheduler.prefill_budget import LEAST, PrefillBudget
 from spilld.scheduler.scheduler import (

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spilld.kv.visibility import (
+from spilld.kv.attention_span import (
     BLOCK,
     CELL,
     SINKS,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from spilld.__main__ import main
+from spilld.kv.attention_span import BLOCK
 from spilld.kv.batch import BatchItem
-from spilld.kv.visibility import BLOCK
 from spilld.models.model import Model, load
 from spilld.monitoring.sd_notify import Notifier
 from spilld.offload.kernels.codec.codec import Codec

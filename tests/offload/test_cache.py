@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from lru import Lru
 
+from spilld.offload.block_table import RunRef
 from spilld.offload.disk.files.extent import RunKey, RunPlace, extent_bytes
 from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.errors import IndexDamaged, TierFull
@@ -19,7 +20,6 @@ from spilld.offload.prefix_cache.block_hash import chain_hash, root
 from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import page_aligned
-from spilld.offload.table import RunRef
 
 from .faults import ScriptedSystem
 from .run_tier import RunTier

@@ -23,8 +23,8 @@ from spilld.offload.errors import (
     TierFull,
 )
 from spilld.offload.maintenance import compaction as module
-from spilld.offload.maintenance.bucket import Bucket
 from spilld.offload.maintenance.compaction import PAUSE_S, Compaction
+from spilld.offload.maintenance.token_bucket import Bucket
 from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.system import page_aligned
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spilld.offload.block_table import RunRef
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.errors import (
     ExtentCorrupt,
@@ -21,7 +22,6 @@ from spilld.offload.errors import (
 )
 from spilld.offload.store.block_writer import WRITES_AHEAD
 from spilld.offload.system import Bytes
-from spilld.offload.table import RunRef
 
 from .faults import error
 from .test_compaction import Clock

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload.disk.extent_read import ExtentRead
 from spilld.offload.disk.files.extent import RunKey, extent_bytes
 from spilld.offload.disk.files.segment import Range
 from spilld.offload.disk.index.database import Database
 from spilld.offload.disk.prefetch import Prefetcher
-from spilld.offload.disk.writer import Spiller
+from spilld.offload.disk.read_ticket import ExtentRead
+from spilld.offload.disk.spiller import Spiller
 from spilld.offload.errors import (
     ExtentCorrupt,
     ExtentMissing,

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from spilld.offload.block_table import BlockTable, RunRef
 from spilld.offload.disk.files.extent import RunKey, extent_bytes
 from spilld.offload.disk.files.segment import Range, SegmentSpace
 from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.prefix_cache.run_cache import RunCache
-from spilld.offload.table import BlockTable, RunRef
 
 from .faults import ScriptedSystem
 from .run_tier import RunTier

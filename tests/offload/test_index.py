@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from spilld.offload.block_table import RunRef
 from spilld.offload.disk.files.extent import ExtentIdentity
 from spilld.offload.disk.files.segment import Range
 from spilld.offload.disk.index.database import Database
@@ -22,7 +23,6 @@ from spilld.offload.prefix_cache.block_hash import chain_hash, root
 from spilld.offload.record import Element, Format, Layout
 from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import Bytes
-from spilld.offload.table import RunRef
 
 from .run_tier import RunTier
 from .tier_contract import BUDGET, FINGERPRINT, LAYERS, LAYOUT, LAYOUTS, key

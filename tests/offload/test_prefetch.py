@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from spilld.offload.disk import prefetch
-from spilld.offload.disk.extent_read import ExtentRead, ReadState, Ticket
 from spilld.offload.disk.prefetch import Prefetcher
+from spilld.offload.disk.read_ticket import ExtentRead, ReadState, Ticket
 from spilld.offload.errors import (
     BudgetTooSmall,
     ExtentCorrupt,

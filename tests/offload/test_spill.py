@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spilld.offload.disk import writer
+from spilld.offload.disk import spiller as writer
 from spilld.offload.disk.files.extent import RunPlace
-from spilld.offload.disk.writer import Spilled, Spiller
+from spilld.offload.disk.spiller import Spilled, Spiller
 from spilld.offload.errors import ExtentMissing, FolderInUse
 from spilld.offload.host.slab import HostSlab
 from spilld.offload.system import Rows

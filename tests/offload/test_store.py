@@ -22,11 +22,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from spilld.offload.disk.extent_read import ExtentRead, ReadState, Ticket
+from spilld.offload.block_table import BlockTable, RunRef
 from spilld.offload.disk.files.extent import RunKey, largest_extent, run_bytes
 from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.disk.prefetch import Prefetcher
-from spilld.offload.disk.writer import Spiller
+from spilld.offload.disk.read_ticket import ExtentRead, ReadState, Ticket
+from spilld.offload.disk.spiller import Spiller
 from spilld.offload.errors import (
     BudgetTooSmall,
     ExtentCorrupt,
@@ -42,14 +43,13 @@ from spilld.offload.maintenance.wear import WriteBudget
 from spilld.offload.prefix_cache.block_hash import chain_hash, root
 from spilld.offload.prefix_cache.run_cache import RunCache
 from spilld.offload.record import SEALED, Element, Format
-from spilld.offload.store import host_room
+from spilld.offload.store import host_space
 from spilld.offload.store.disk_backend import DiskBackend
-from spilld.offload.store.host_room import Planner
+from spilld.offload.store.host_space import Planner
 from spilld.offload.store.run_length import EXTENT_TARGET, RUN_STEP, run_length
 from spilld.offload.store.store import Store
 from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import Bytes
-from spilld.offload.table import BlockTable, RunRef
 
 from .faults import ScriptedSystem, Stall, error
 from .run_tier import RunTier
@@ -707,7 +707,7 @@ def test_growth_waits_for_the_write_that_makes_room(rig: Rig) -> None:
 
 
 def test_growth_gives_up_on_a_write_that_never_ends(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_room, "WRITE_DEADLINE_S", 0.05)
+    monkeypatch.setattr(host_space, "WRITE_DEADLINE_S", 0.05)
     known = rig.open(COLUMNS + RUN)
     rig.fill(known, COLUMNS)
     rig.system.gate.clear()

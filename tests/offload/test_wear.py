@@ -14,7 +14,7 @@ from spilld.offload.disk.index.index import Index
 from spilld.offload.errors import IndexDamaged
 from spilld.offload.maintenance.compaction import Compaction
 from spilld.offload.maintenance.wear import DAY_S, WriteBudget
-from spilld.offload.prefix_cache.sketch import MOST, Sketch
+from spilld.offload.prefix_cache.frequency_sketch import MOST, Sketch
 
 from .test_compaction import FAST, RUN_BYTES, WIDEST, Clock
 from .test_compaction import Rig as CompactionRig

@@ -30,6 +30,7 @@ import numpy as np
 
 from spilld.offload.archive.exported_runs import ExportedRuns
 from spilld.offload.archive.imported_runs import ImportedRun, ImportedRuns
+from spilld.offload.block_table import BlockTable
 from spilld.offload.disk.files.extent import (
     RunKey,
     RunMove,
@@ -40,8 +41,8 @@ from spilld.offload.disk.files.extent import (
 from spilld.offload.disk.index.database import Database
 from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.disk.prefetch import Prefetcher
+from spilld.offload.disk.spiller import Spiller
 from spilld.offload.disk.tier import DiskTier
-from spilld.offload.disk.writer import Spiller
 from spilld.offload.errors import ExtentMissing, TierFull
 from spilld.offload.host.slab import HostSlab
 from spilld.offload.maintenance.compaction import Compaction
@@ -58,7 +59,6 @@ from spilld.offload.system import (
     SystemCalls,
     page_aligned,
 )
-from spilld.offload.table import BlockTable
 
 LAYOUTS = StoreLayout.of(Format.INT8, Element.FLOAT32, [(1, 1, 16), (1, 1, 32)])
 LAYERS = len(LAYOUTS)

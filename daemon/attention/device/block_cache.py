@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from spilld.cuda_ext.memory.record_pool import RecordPool
+from spilld.kv.attention_metadata import Blocks
+from spilld.kv.attention_span import BLOCKS_PER_CELL
 from spilld.kv.sequence import KVSequence
-from spilld.kv.visibility import BLOCKS_PER_CELL
-from spilld.kv.visible_kv import Blocks
 
 PASSING = 16
 """Slots for records that are fetched for one call."""

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from spilld.cuda_ext.choice import PROMPT, Costs, Rates
 from spilld.cuda_ext.compile.variant import ROWS
 from spilld.cuda_ext.device.base import Device, Stream
 from spilld.cuda_ext.flash import Flash
 from spilld.cuda_ext.memory.record_pool import RecordPool
-from spilld.cuda_ext.memory.staging import Landing
+from spilld.cuda_ext.memory.staging import Staging
 from spilld.cuda_ext.ops import Ops, Queries, Records
+from spilld.cuda_ext.transfer_costs import PROMPT, Costs, Rates
 from spilld.offload.kernels.attention.partial import Partial
 from spilld.offload.kernels.codec import samples
 from spilld.offload.record import BLOCK, Layout
@@ -82,7 +82,7 @@ class _Trial:
         self._bounds = np.zeros(ROWS, np.int64), np.full(ROWS, (records + 1) * BLOCK)
         self._partial = Partial(layout)
         rows = max(3 * ROWS * ops.heads + ops.partial_rows(ROWS), 2 * PROMPT * ops.heads)
-        self._staging = Landing(device, 4 * rows * (layout.head_dim + 1) + 16 * records + PAGE)
+        self._staging = Staging(device, 4 * rows * (layout.head_dim + 1) + 16 * records + PAGE)
         self._pool = RecordPool(device, records * layout.record_bytes, layout.record_bytes)
         self._slots = self._pool.take(records)
         device.register(self._host.ctypes.data, self._host.nbytes)

@@ -4,7 +4,7 @@ Kernels attend over the KV window, over records that stay on the device and over
 one call; meanwhile the CPU attends over the other records in host memory, where they lie, and over what comes
 from disk. All are partials that merge exactly. Queries, K and V cross to host memory and results go back to
 where torch has them: what crosses for a layer is little beside its weights. `cpu()` waits for torch's stream
-and `Landing.settle` for ours, so neither stream need wait for the other.
+and `Staging.settle` for ours, so neither stream need wait for the other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 
 from spilld.attention.base import Attention, AttentionPlan
 from spilld.attention.records import Floats, RecordAttention
-from spilld.cuda_ext.choice import Costs, to_fetch
 from spilld.cuda_ext.compile.variant import ROWS
 from spilld.cuda_ext.device.base import (
     Copy,
@@ -32,7 +31,7 @@ from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
 from spilld.cuda_ext.flash import Flash
 from spilld.cuda_ext.memory.cpu_windows import element_view
 from spilld.cuda_ext.memory.record_pool import RecordPool
-from spilld.cuda_ext.memory.staging import Landing
+from spilld.cuda_ext.memory.staging import Staging
 from spilld.cuda_ext.memory.windows import KVWindows, Numbers
 from spilld.cuda_ext.ops import (
     Ops,
@@ -40,10 +39,9 @@ from spilld.cuda_ext.ops import (
     Records,
     WindowRanges,
 )
-from spilld.kv.batch import Batch, BatchItem
-from spilld.kv.geometry import Geometry
-from spilld.kv.sequence import KVSequence
-from spilld.kv.visibility import (
+from spilld.cuda_ext.transfer_costs import Costs, to_fetch
+from spilld.kv.attention_metadata import Blocks, VisibleKV
+from spilld.kv.attention_span import (
     BLOCKS_PER_CELL,
     CELL,
     SINKS,
@@ -51,7 +49,9 @@ from spilld.kv.visibility import (
     segments,
     window_offset,
 )
-from spilld.kv.visible_kv import Blocks, VisibleKV
+from spilld.kv.batch import Batch, BatchItem
+from spilld.kv.geometry import Geometry
+from spilld.kv.sequence import KVSequence
 from spilld.offload.kernels.attention.partial import merge
 from spilld.offload.record import BLOCK
 from spilld.offload.store.store import Store
@@ -93,7 +93,7 @@ class DeviceAttention(Attention):
         ops: Ops,
         windows: KVWindows,
         pool: RecordPool,
-        staging: Landing,
+        staging: Staging,
         costs: Costs,
         flash: Flash | None,
     ) -> None:

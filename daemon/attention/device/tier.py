@@ -12,7 +12,6 @@ import torch
 from spilld.attention.base import Attention
 from spilld.attention.cpu import CpuAttention
 from spilld.config.config import Config
-from spilld.cuda_ext.choice import Costs
 from spilld.cuda_ext.device.base import Device
 from spilld.cuda_ext.device.cuda import CudaDevice
 from spilld.cuda_ext.errors import DeviceError
@@ -20,12 +19,13 @@ from spilld.cuda_ext.flash import Flash, try_out
 from spilld.cuda_ext.memory.cpu_windows import CpuKVWindows
 from spilld.cuda_ext.memory.device_windows import DeviceKVWindows
 from spilld.cuda_ext.memory.record_pool import RecordPool
-from spilld.cuda_ext.memory.staging import ALIGNMENT, Landing
+from spilld.cuda_ext.memory.staging import ALIGNMENT, Staging
 from spilld.cuda_ext.memory.windows import KVWindows, KVWindowShape
 from spilld.cuda_ext.ops import Ops
+from spilld.cuda_ext.transfer_costs import Costs
 from spilld.errors import ConfigError
+from spilld.kv.attention_span import CELL, WINDOW_TOKENS, highest_block
 from spilld.kv.geometry import Geometry
-from spilld.kv.visibility import CELL, WINDOW_TOKENS, highest_block
 from spilld.offload.size import size
 from spilld.offload.store.store import Store
 
@@ -158,7 +158,7 @@ def build(
         )
     share = min((budget_bytes - working_bytes) // WINDOWS_SHARE, budget_bytes - least + one)
     for_windows = max(1, share // shape.nbytes) * shape.nbytes
-    staging = Landing(device, staging_bytes)
+    staging = Staging(device, staging_bytes)
     windows = DeviceKVWindows(device, staging, shape, -(-for_windows // page) * page)
     pool = RecordPool(device, budget_bytes - working_bytes - windows.budget_bytes, record_bytes)
     store.pin_memory(device.register)

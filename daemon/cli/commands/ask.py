@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from spilld.errors import InvalidRequest, SpilldError
 from spilld.protocol.messages import PRIORITIES
 
-from .reach import add_options, connected
+from .connect import add_options, connected
 from .sampling import add_sampling, sampling
 
 if TYPE_CHECKING:

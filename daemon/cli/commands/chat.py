@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 from typing import Any
 
-from .reach import add_options, connected, reach
+from .connect import add_options, connected, reach
 from .sampling import add_sampling, sampling
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from spilld.errors import ContextNotFound
 
-from .reach import add_options, connected
+from .connect import add_options, connected
 
 if TYPE_CHECKING:
     from spilld.client.client import Client

@@ -7,7 +7,7 @@ from typing import Any
 
 from spilld.errors import InvalidRequest
 
-from .reach import add_options, connected
+from .connect import add_options, connected
 
 
 def add(commands: Any) -> None:

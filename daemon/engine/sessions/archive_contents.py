@@ -20,18 +20,19 @@ from spilld.fields import (
     Text,
     read,
 )
-from spilld.kv.checkpoint import ResumePoint
-from spilld.kv.visibility import (
+from spilld.kv.attention_span import (
     BLOCKS_PER_CELL,
     CELL,
     SINKS,
     boundary,
     sealed_by,
 )
+from spilld.kv.checkpoint import ResumePoint
 from spilld.models.model import Model
 from spilld.offload.archive.exported_runs import ExportedRuns
 from spilld.offload.archive.file import ArchivedRun, Manifest
 from spilld.offload.archive.imported_runs import ImportedRun
+from spilld.offload.block_table import RunRef
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.disk.index.index_row import Contents
 from spilld.offload.errors import ReadFailed
@@ -39,7 +40,6 @@ from spilld.offload.prefix_cache.block_hash import chain
 from spilld.offload.record import BLOCK
 from spilld.offload.store.store import Store
 from spilld.offload.system import Bytes
-from spilld.offload.table import RunRef
 from spilld.protocol.messages import Message
 from spilld.sessions.store import Session
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from spilld.kv.visibility import CELL
+from spilld.kv.attention_span import CELL
 from spilld.models.model import Model
 from spilld.offload.archive.exported_runs import ExportedRuns
 from spilld.offload.archive.file import Manifest, archive_bytes, write

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from spilld.errors import ForeignSession, InvalidRequest
+from spilld.kv.attention_span import BLOCK
 from spilld.kv.checkpoint import ResumePoint, find_resume_point
 from spilld.kv.sequence import KVSequence
-from spilld.kv.visibility import BLOCK
 from spilld.models.model import Model
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.prefix_cache.block_hash import root

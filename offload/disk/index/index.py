@@ -16,10 +16,10 @@ from sqlite3 import Connection
 import numpy as np
 import xxhash
 
+from spilld.offload.block_table import RunRef
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.disk.files.segment import Range
 from spilld.offload.errors import IndexDamaged
-from spilld.offload.table import RunRef
 
 from .database import Database, put_aside
 from .index_row import IndexRow, parse

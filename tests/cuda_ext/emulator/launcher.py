@@ -26,7 +26,7 @@ class Order(enum.IntEnum):
     RANDOM = 2
 
 
-class Landing(enum.IntEnum):
+class Staging(enum.IntEnum):
     """When async copies land: a GPU may do either, or anything between."""
 
     EAGER = 0
@@ -52,7 +52,7 @@ class Emulated:
         shared_bytes: int,
         *arguments: Argument,
         order: Order = Order.RANDOM,
-        landing: Landing = Landing.RANDOM,
+        landing: Staging = Staging.RANDOM,
         seed: int = 0,
     ) -> None:
         """Run a grid. Arrays are copied to device memory of just their size, and back when all is done.
@@ -106,7 +106,7 @@ class Emulated:
             for start, size in allowed:
                 if not self._library.emulator_allow(ctypes.c_void_p(start), ctypes.c_size_t(size)):
                     raise MemoryError("the emulator knows no more ranges")
-            self._run(kernel, grid, threads, shared_bytes, values, Order.RANDOM, Landing.RANDOM, seed)
+            self._run(kernel, grid, threads, shared_bytes, values, Order.RANDOM, Staging.RANDOM, seed)
         finally:
             self._library.emulator_use(None, ctypes.c_size_t(0))
 
@@ -118,7 +118,7 @@ class Emulated:
         shared_bytes: int,
         values: list[Any],
         order: Order,
-        landing: Landing,
+        landing: Staging,
         seed: int,
     ) -> None:
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))

@@ -31,7 +31,7 @@ from spilld.offload.kernels.linear.row_operations import NOTHING, padded, take_n
 Floats = NDArray[np.float32]
 
 
-class Decoder:
+class PackedModel:
     """A model's forward pass over packed weights.
 
     It allocates every activation once, for as many rows as a step may have.

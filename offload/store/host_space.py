@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from spilld.offload.disk.writer import Spilled
+from spilld.offload.block_table import BlockTable
+from spilld.offload.disk.spiller import Spilled
 from spilld.offload.errors import TierFull, WriteFailed
 from spilld.offload.host.residency import Holding, Spill
 from spilld.offload.host.slab import HostSlab
 from spilld.offload.system import Rows
-from spilld.offload.table import BlockTable
 
 from .block_writer import BlockWriter
 from .disk_backend import DiskBackend
@@ -26,7 +26,7 @@ REFUSED_S = 0.05
 Planner = Callable[[Sequence[Holding], int, int], list[Spill]]
 
 
-class HostRoom:
+class HostSpace:
     """Allocates rows of the slab, and makes room by dropping copies and by spilling.
 
     Without a disk only what is free can be allocated.

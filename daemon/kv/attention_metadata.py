@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from spilld.offload.block_table import RunRef
 from spilld.offload.store.store import Store
-from spilld.offload.table import RunRef
 
-from .batch import BatchItem
-from .visibility import (
+from .attention_span import (
     SINKS,
     boundary,
     lowest_visible,
     stored_blocks,
     window_ranges,
 )
+from .batch import BatchItem
 
 Blocks = npt.NDArray[np.int64]
 Positions = npt.NDArray[np.int64]
