@@ -1,8 +1,8 @@
 """Which modules steps over packed weights can replace.
 
-packed_model.py computes what these classes of transformers do, and nothing else. Another family may have the same
-names and shapes and be another function of them: factors on embeddings, residuals or logits (Granite), layers
-without RoPE (SmolLM3), interleaved RoPE (GLM-4), scaled queries (Ministral 3).
+packed_model.py computes what these classes of transformers do, and nothing else. Another family may have the
+same names and shapes and be another function of them: factors on embeddings, residuals or logits (Granite),
+layers without RoPE (SmolLM3), interleaved RoPE (GLM-4), scaled queries (Ministral 3).
 """
 
 from __future__ import annotations
