@@ -10,7 +10,8 @@ from itertools import groupby
 
 from .record import Element, Format, Layout
 
-MOST_LAYERS = 1 << 16
+MOST_LAYERS = 1024
+"""No model has as many; it bounds what a file that claims to have more can take of memory and time."""
 
 _SHAPE = struct.Struct("<III")
 
@@ -44,8 +45,8 @@ class StoreLayout:
         """
         layers: list[Layout] = []
         for count, kv_heads, head_dim in shapes:
-            if not 1 <= count <= MOST_LAYERS:
-                raise ValueError(f"{count} layers are not 1 to {MOST_LAYERS}")
+            if not 1 <= count <= MOST_LAYERS - len(layers):  # before they take memory
+                raise ValueError(f"{len(layers)} and {count} layers are not 1 to {MOST_LAYERS}")
             layers += [Layout(form, element, kv_heads, head_dim)] * count
         return cls(tuple(layers))
 

@@ -136,16 +136,22 @@ class Arrivals:
         if left.entry.fingerprint != self._model.fingerprint:
             raise StorageFailed("the daemon came back with another model; send the request again")
 
-    def begin_due(self) -> None:
+    def begin_due(self) -> bool:
         """Begin the requests whose session is free now.
 
         A request that cannot begin is ended, and the next one on its session is due.
+
+        Returns:
+            Whether there was one.
         """
+        any_due = False
         while (state := self._requests.next_due()) is not None:
+            any_due = True
             try:
                 self._begin(state, [])
             except Exception as error:  # noqa: BLE001 (the client gets it, or it is raised)
                 self._cannot_begin(state, error)
+        return any_due
 
     def _new(self, client: bytes, entry: JournalEntry) -> RequestState:
         self._jobs += 1

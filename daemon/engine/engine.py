@@ -167,15 +167,20 @@ class Engine:
         for batch in self._steps.batches(plan):
             self._steps.run(batch)
             self._store.settle()
-        self._end_turn()
-        return bool(admitted or plan)
+        any_begun = self._end_turn()
+        return bool(admitted or plan or any_begun)
 
-    def _end_turn(self) -> None:
-        """Begin the requests that ended ones have made way for, send events, and publish the statistics."""
-        self._arrivals.begin_due()
+    def _end_turn(self) -> bool:
+        """Begin the requests that ended ones have made way for, send events, and publish the statistics.
+
+        Returns:
+            Whether a request was begun.
+        """
+        any_begun = self._arrivals.begin_due()
         self._outbox.flush()
         if not self._is_published:
             self._publish()
+        return any_begun
 
     @property
     def writing(self) -> bool:

@@ -125,7 +125,8 @@ class Finisher:
         self._scheduler.remove(state.job)
         self._requests.remove(state)
         with logged("what a request used is not given back"):
-            self._runner.rest()
+            if state.sequence is not None:
+                self._runner.rest()
             self._give_back(state, keep=keep)
 
     def _leave(self, state: RequestState, tokens: list[int]) -> bool:

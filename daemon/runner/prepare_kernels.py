@@ -107,7 +107,7 @@ def _key(words: list[str]) -> str:
     hasher = blake2b(digest_size=16)
     for text in (*words, numba.__version__, sys.version, llvmlite.binding.get_host_cpu_name()):
         hasher.update(text.encode() + b"\0")
-    for source in (*sorted(FOLDER.rglob("*.py")), Path(__file__)):
+    for source in (*sorted(FOLDER.rglob("*.py")), kernel_cache.CONSTANTS, Path(__file__)):
         hasher.update(f"{source} {source.stat().st_mtime_ns}\0".encode())
     return hasher.hexdigest()
 

@@ -117,7 +117,7 @@ class SessionStore:
 
     def _chosen(self, sessions: Iterable[Session] | None) -> list[Session]:
         keys = list(self._pending) if sessions is None else dict.fromkeys(session.key for session in sessions)
-        return [self._pending[key] for key in keys]
+        return [self._pending[key] for key in keys if key in self._pending]
 
     def _refuse_pending(self, tenant: str, name: str) -> None:
         if (tenant, name) in self._pending:

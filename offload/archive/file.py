@@ -192,7 +192,7 @@ class Archive:
         self._nbytes = os.fstat(file.fileno()).st_size
         packed = self._packed()
         try:
-            self.manifest = _manifest(msgpack.unpackb(packed))
+            self.manifest = _manifest(msgpack.unpackb(packed), self._nbytes)
         except (ValueError, TypeError, KeyError, OverflowError, msgpack.UnpackException) as error:
             raise ArchiveDamaged(f"malformed manifest: {error!r}") from error
         self._at: dict[RunKey, int] = {}
@@ -259,11 +259,15 @@ class Archive:
         return packed
 
 
-def _manifest(fields: dict[str, Any]) -> Manifest:
-    """Parse a manifest; raises ValueError, TypeError or KeyError if it is malformed."""
+def _manifest(fields: dict[str, Any], nbytes: int) -> Manifest:
+    """Parse the manifest of a file of so many bytes; raises ValueError, TypeError or KeyError if it is wrong."""
     whole = operator.index
     shapes = [(whole(count), whole(heads), whole(dim)) for count, heads, dim in fields["shapes"]]
     layouts = StoreLayout.of(Format(fields["format"]), Element(fields["element"]), shapes)
+    if len(fields["runs"]) * len(layouts) * PAGE > nbytes:  # before each of them takes time
+        raise ValueError(
+            f"{len(fields['runs'])} runs of {len(layouts)} layers do not fit into {nbytes} bytes"
+        )
     runs = tuple(
         ArchivedRun(bytes(run), whole(first), whole(count), whole(upto), bool(checkpoint))
         for run, first, count, upto, checkpoint in fields["runs"]

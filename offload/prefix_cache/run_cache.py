@@ -86,6 +86,7 @@ class RunCache:
 
     def checkpoints(self, anchor: bytes) -> list[tuple[RunKey, list[int]]]:
         """Return the checkpoints after a block that can be read; see Index.checkpoints."""
+        self._tier.write_notes()  # else looking would write them, and find nothing where that fails
         found = _or_nothing(self._tier.index.checkpoints, anchor)
         return [(run, tokens) for run, tokens in found if self._readable(run)]
 

@@ -267,3 +267,15 @@ class TestDamage:
             add(db, *(f"x{n}" for n in range(5000)))
         db.close()
         assert reopened(path) == []
+
+
+def test_a_file_that_cannot_be_seen_counts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine publishes statistics between a commit and what it sends: they must not fail."""
+    db = Database.open(tmp_path / "db", SCHEMA, CREATE)
+
+    def refused(_path: Path, **_options: object) -> object:
+        raise OSError(5, "input/output error")
+
+    monkeypatch.setattr(Path, "stat", refused)
+    assert db.nbytes == 0
+    db.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -20,7 +21,7 @@ from spilld.offload.record import (
     Format,
     Layout,
 )
-from spilld.offload.store_layout import StoreLayout
+from spilld.offload.store_layout import MOST_LAYERS, StoreLayout
 
 LAYERS = st.lists(st.sampled_from([(1, 16), (2, 64), (8, 128), (4, 256)]), min_size=1, max_size=12)
 
@@ -96,3 +97,14 @@ def test_what_is_no_store(layers: tuple[Layout, ...]) -> None:
 def test_what_packs_no_store(packed: bytes) -> None:
     with pytest.raises(ValueError, match=r"\w"):
         StoreLayout.unpack(Format.INT8, Element.FLOAT32, packed)
+
+
+def test_what_claims_to_have_many_layers_takes_no_memory() -> None:
+    """An archive may say what it likes, 12 bytes a time."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="are not 1 to"):
+            StoreLayout.of(Format.INT8, Element.FLOAT32, [(MOST_LAYERS, 1, 64)] * 1000)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

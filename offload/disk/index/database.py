@@ -34,6 +34,14 @@ def _tables(create: str) -> list[tuple[Any, ...]]:
         db.close()
 
 
+def _size(file: Path) -> int:
+    """Bytes of a file; 0 if there is none, or if it cannot be seen now."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
 def put_aside(path: Path, why: IndexDamaged) -> None:
     """Rename a damaged file, to the suffix .damaged, and remove its log."""
     aside = path.with_suffix(".damaged")
@@ -127,7 +135,7 @@ class Database:
         """Bytes on disk, including the log."""
         if self._nbytes is None:
             files = (self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal", "-shm"))
-            self._nbytes = sum(file.stat().st_size for file in files if file.exists())
+            self._nbytes = sum(map(_size, files))
         return self._nbytes
 
     def check_integrity(self) -> None:
