@@ -260,7 +260,7 @@ class Archive:
 
 
 def _manifest(fields: dict[str, Any], nbytes: int) -> Manifest:
-    """Parse the manifest of a file of so many bytes; raises ValueError, TypeError or KeyError if it is wrong."""
+    """Parse the manifest of a file of so many bytes; ValueError, TypeError and KeyError say it is wrong."""
     whole = operator.index
     shapes = [(whole(count), whole(heads), whole(dim)) for count, heads, dim in fields["shapes"]]
     layouts = StoreLayout.of(Format(fields["format"]), Element(fields["element"]), shapes)
