@@ -367,7 +367,7 @@ PACKAGE = Path(spilld.__file__).parent
 PASSED = ("protocol", "transport", "server", "engine", "scheduler", "sessions")
 """Rooms that messages pass through, and two modules."""
 SOURCES = [path for room in PASSED for path in sorted((PACKAGE / room).glob("*.py"))]
-SOURCES += [PACKAGE / "auth/clients.py", PACKAGE / "kv/sequence.py", PACKAGE / "runner/sampler.py"]
+SOURCES += [PACKAGE / "auth/authorized_clients.py", PACKAGE / "kv/sequence.py", PACKAGE / "runner/sampler.py"]
 LOOKS_UP = {"getattr", "setattr", "delattr", "eval", "exec", "compile", "__import__", "globals", "open"}
 LOADS_CODE = {"pickle", "marshal", "shelve", "runpy", "importlib"}
 
