@@ -15,10 +15,9 @@ import torch
 from spilld.cuda_ext.memory.cpu_windows import CpuKVWindows, element_view
 from spilld.kv.attention_metadata import VisibleKV
 from spilld.kv.attention_span import (
-    BLOCKS_PER_CELL,
-    CELL,
     SINKS,
     exact_ranges,
+    sealed_before,
     segments,
     window_offset,
     window_offsets,
@@ -54,6 +53,7 @@ class CpuPlan(AttentionPlan):
     """A plan with the rows as their kernel takes them, and the chunks as tiles.
 
     Attributes:
+        sealing: The items of one token before which blocks are sealed.
         scans: By sliding window, the batch's rows of one token.
         row_bytes: By sliding window, bytes of exact K and V that each of them sees in a layer.
         heads: [single, heads + 2 kv_heads, head_dim] float32, room for a layer's queries, keys and values
@@ -70,6 +70,7 @@ class CpuPlan(AttentionPlan):
         self._taken: torch.Tensor | None = None
         self._in_place = False
         self.lse: Floats = np.empty((batch.single, heads), np.float32)
+        self.sealing = [item for item in batch.items[: batch.single] if sealed_before(item.position)]
         self.scans: dict[int | None, DecodeRows] = {}
         self.row_bytes: dict[int | None, list[int]] = {}
         self._tiles: dict[VisibleKV, list[Tile]] = {}
@@ -195,8 +196,8 @@ class CpuAttention(Attention):
         Results of items that have failed are overwritten by the caller.
         """
         shape = self.geometry.layers[layer]
-        for seen in visible:
-            self._seal_before(layer, seen.item.position, seen.item.sequence)
+        for item in plan.sealing:
+            self._seal_before(layer, item.position, item.sequence)
         scan, kind = plan.scans[shape.sliding_window], (shape.scaling, shape.softcap)
         self._rows.attend(plan.heads, self._planes, layer, scan, self._host, *kind, out, plan.lse)
         bytes_of = plan.row_bytes[shape.sliding_window]
@@ -265,11 +266,9 @@ class CpuAttention(Attention):
 
     def _seal_before(self, layer: int, position: int, sequence: KVSequence) -> None:
         """If a cell begins at `position`, seal the cell whose half of the window it takes, if any."""
-        if position % CELL or position < 2 * CELL:
+        if not (blocks := sealed_before(position)):
             return
-        cell = position // CELL - 2
-        first = max(1, cell * BLOCKS_PER_CELL)
-        offsets = slice(window_offset(first * BLOCK), window_offset(cell * CELL) + CELL)
-        keys, values = self._windows[sequence.window, layer, :, :, offsets]
-        rows = sequence.table.rows[layer, first : (cell + 1) * BLOCKS_PER_CELL]
+        first = window_offset(blocks.start * BLOCK)
+        keys, values = self._windows[sequence.window, layer, :, :, first : first + len(blocks) * BLOCK]
+        rows = sequence.table.rows[layer, blocks.start : blocks.stop]
         self._codec.seal(element_view(keys), element_view(values), self.store.records(layer), rows)

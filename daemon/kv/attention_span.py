@@ -1,4 +1,4 @@
-"""Visibility: what a token sees depends on its position alone.
+"""Attention spans: what a token sees depends on its position alone.
 
 A query at position p sees the stored form of positions [SINKS, boundary(p)) and exact numbers
 elsewhere up to itself; a sliding window W hides positions up to p - W. Chunk size, load, restarts
@@ -48,6 +48,14 @@ def segments(start: int, stop: int) -> Iterator[tuple[int, int]]:
 def sealed_by(position: int) -> int:
     """Return how many blocks, block 0 included, are sealed once the token at `position` was computed."""
     return boundary(position) // BLOCK
+
+
+def sealed_before(position: int) -> range:
+    """Return the blocks that are sealed before the token at `position` is appended, mostly none.
+
+    From there on a new cell takes their half of the KV window.
+    """
+    return range(max(1, sealed_by(position - 1)), sealed_by(position))
 
 
 def highest_block(tokens: int) -> int:

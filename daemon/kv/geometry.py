@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from spilld.errors import UnsupportedModel
@@ -80,7 +81,7 @@ class Geometry:
             eos=_ids(config.eos_token_id) | _ids(generation.eos_token_id) | _ids(tokenizer_eos),
         )
 
-    @property
+    @cached_property
     def sizes(self) -> HeadSizes:
         """Sizes of every layer's heads: records and KV windows have one size for all layers.
 
@@ -92,12 +93,12 @@ class Geometry:
             raise UnsupportedModel("a model whose layers have heads of several sizes is not supported")
         return first
 
-    @property
+    @cached_property
     def token_numbers(self) -> int:
         """How many numbers K and V of one token have, in all layers."""
         return sum(2 * layer.kv_heads * layer.head_dim for layer in self.layers)
 
-    @property
+    @cached_property
     def sliding_windows(self) -> tuple[int | None, ...]:
         """Sliding window of each layer."""
         return tuple(layer.sliding_window for layer in self.layers)

@@ -16,6 +16,7 @@ from spilld.kv.attention_span import (
     highest_block,
     longest_with,
     lowest_visible,
+    sealed_before,
     sealed_by,
     segments,
     stored_blocks,
@@ -75,6 +76,16 @@ def test_what_is_seen_as_stored_has_been_sealed(position: int) -> None:
     assert position + 1 - boundary(position) <= 2 * CELL, "more is exact than the window holds"
     overwritten = range(position + 1 - 2 * CELL, position // CELL * CELL - CELL)
     assert all(p < boundary(position) for p in overwritten)
+
+
+@given(POSITIONS)
+def test_every_block_is_sealed_once_from_one_stretch_of_the_window(position: int) -> None:
+    steps = [sealed_before(p) for p in range(position + 1)]
+    assert [block for blocks in steps for block in blocks] == list(range(1, max(1, sealed_by(position))))
+    for p, blocks in enumerate(steps):
+        assert not blocks or window_offset(blocks.stop * BLOCK - 1) == window_offset(p) + CELL - 1
+        offsets = [window_offset(block * BLOCK) for block in blocks]
+        assert offsets == [offsets[0] + BLOCK * n for n in range(len(blocks))]
 
 
 @given(st.integers(0, 100))

@@ -42,9 +42,8 @@ from spilld.cuda_ext.ops import (
 from spilld.cuda_ext.transfer_costs import Costs, to_fetch
 from spilld.kv.attention_metadata import Blocks, VisibleKV
 from spilld.kv.attention_span import (
-    BLOCKS_PER_CELL,
-    CELL,
     SINKS,
+    sealed_before,
     sealed_by,
     segments,
     window_offset,
@@ -277,10 +276,9 @@ class DeviceAttention(Attention):
 
         Its records go to host memory, and stay on the device as long as there is room.
         """
-        if start % CELL or start < 2 * CELL:
+        if not (sealed := sealed_before(start)):
             return
-        sequence, cell = call.item.sequence, start // CELL - 2
-        blocks = np.arange(max(1, cell * BLOCKS_PER_CELL), (cell + 1) * BLOCKS_PER_CELL)
+        sequence, blocks = call.item.sequence, np.arange(sealed.start, sealed.stop)
         with self._taken(len(blocks)) as slots:
             places, firsts = (
                 slots * self._pool.record_bytes,
