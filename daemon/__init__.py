@@ -10,6 +10,7 @@ ARCHITECTURE.md shows them together.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,36 +49,19 @@ __all__ = [
 ]
 
 
+_HOMES = ("protocol.messages", "client.client", "client.async_client")
+"""Modules that have the names above."""
+
+
 if not TYPE_CHECKING:  # checkers know the names above, and no others
 
     def __getattr__(name: str) -> object:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals().update({public.__name__: public for public in _public()})
-        return globals()[name]
+        homes = (vars(import_module(f"{__name__}.{home}")) for home in _HOMES)
+        globals()[name] = found = next(home[name] for home in homes if name in home)
+        return found
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _public() -> tuple[type, ...]:
-    from spilld.client.async_client import AsyncClient, AsyncGeneration
-    from spilld.client.client import Client, Generation
-    from spilld.protocol.messages import (
-        Accepted,
-        Done,
-        Event,
-        Exported,
-        Imported,
-        Message,
-        Progress,
-        SessionInfo,
-        Token,
-        Usage,
-        Welcome,
-    )
-
-    clients = AsyncClient, AsyncGeneration, Client, Generation
-    events = Event, Accepted, Progress, Token, Done
-    return *clients, *events, Exported, Imported, Message, SessionInfo, Usage, Welcome
