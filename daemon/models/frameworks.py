@@ -1,7 +1,7 @@
 """Imports torch and transformers for serving, without what only training, compiling and clusters use.
 
 `import transformers` reads all of its models' sources, and its model base class imports torch's compiler,
-torch's tensors of clusters, and sympy: 2 of the 4.4 s of processor time that both take.
+torch's tensors of clusters, and sympy, which together is much of the time that a start takes.
 """
 
 from __future__ import annotations

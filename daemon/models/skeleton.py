@@ -1,7 +1,7 @@
 """Makes a model's skeleton, its modules with tensors without values, without importing sympy.
 
 transformers makes it on torch's meta device. Where that has no kernel, torch runs decompositions in Python,
-which import sympy and symbolic shapes: half a second of processor time for a few calls.
+which import sympy and symbolic shapes for a few calls.
 """
 
 from __future__ import annotations
