@@ -14,6 +14,7 @@ from spilld.errors import UnsupportedModel
 from spilld.kv.geometry import Geometry, LayerGeometry
 
 from .base import Attention, AttentionPlan
+from .state_layers import Mixer, mix
 
 IMPLEMENTATION = "spilld"
 
@@ -41,6 +42,9 @@ class ModuleAttention(Protocol):
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Map q [total, heads, head_dim] and k, v [total, kv_heads, head_dim] to [total, heads, head_dim]."""
 
+    def mix(self, layer: int, mixer: Mixer, hidden: torch.Tensor) -> torch.Tensor:
+        """See StatefulStep.mix."""
+
 
 @dataclass(frozen=True)
 class PlannedAttention:
@@ -57,6 +61,10 @@ class PlannedAttention:
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See ModuleAttention.forward."""
         return self.attention.forward(layer, q, k, v, self.plan)
+
+    def mix(self, layer: int, mixer: Mixer, hidden: torch.Tensor) -> torch.Tensor:
+        """See ModuleAttention.mix."""
+        return mix(self.plan.batch, self.geometry.states[layer], layer, mixer, hidden)
 
 
 def _forward(

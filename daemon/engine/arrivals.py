@@ -250,14 +250,16 @@ class Arrivals:
         blocks = highest_block(known + state.completion.max_tokens)
         answer = len(state.completion.in_sequence)
         whole_prompt = state.request.prompt_logprobs is not None
+        geometry = self._model.geometry
         return Job(
             id=state.job,
             position=position,
             known=max(position, known + answer - state.held_back),
-            chunk=PROMPT_LOGPROB_CHUNK if whole_prompt else self._chunk_tokens,
+            chunk=max(PROMPT_LOGPROB_CHUNK, geometry.grid) if whole_prompt else self._chunk_tokens,
             window=sequence is None,
             blocks=max(0, blocks - (sequence.table.reserved if sequence else 0)),
             flow=state.flow,
+            alone=int(bool(geometry.states) and not state.appends),
             preemptible=self._store.disk is not None and not whole_prompt,
         )
 

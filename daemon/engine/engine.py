@@ -90,7 +90,7 @@ class Engine:
         self.contexts = contexts = Contexts()
         self.requests = requests = Requests()
         self.sessions = SessionManager(sessions, store, model, context_ttl_s)
-        self._sequences = sequences = SequenceManager(windows, store, runner)
+        self._sequences = sequences = SequenceManager(windows, store, runner, runner.states)
         self._commands = SessionCommands(self.sessions, contexts, sequences, requests)
         self._store = store
         self._runner = runner
@@ -98,7 +98,7 @@ class Engine:
         self._prefill = prefill
         self._chunk_tokens = chunk_tokens
         self._counters = counters = Counters()
-        self._scheduler = scheduler = Scheduler(chunk_tokens, prefill)
+        self._scheduler = scheduler = Scheduler(chunk_tokens, prefill, grid=model.geometry.grid)
         self._outbox = outbox = Outbox(journal, self.sessions, counters, post, self._publish)
         latency = LatencyModel(
             model.geometry.sliding_windows, store.layout.record_bytes, store.host_budget_bytes

@@ -167,7 +167,7 @@ class StepExecutor:
             self._recompute(state, part.failure)
             return
         sequence = part.sequence
-        sequence.computed += part.count
+        sequence.advance(part.count)
         state.uncounted += part.count
         complete = state.complete(sequence)
         self._scheduler.advance(state.job, part.count, int(complete and not state.appends))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from spilld.errors import UnsupportedModel
 from spilld.offload.record import HEAD_DIMS
+
+from .state_geometry import StateGeometry, state_geometries
 
 
 class HeadSizes(NamedTuple):
@@ -47,6 +50,8 @@ class Geometry:
     vocab: int
     max_positions: int
     eos: frozenset[int]
+    states: tuple[StateGeometry, ...] = ()
+    """Layers that have a state of fixed size instead of KV, in order of the pass."""
 
     @classmethod
     def of(cls, config: Any, generation: Any, tokenizer_eos: int | None) -> Geometry:
@@ -79,6 +84,7 @@ class Geometry:
             vocab=int(config.vocab_size),
             max_positions=_positions(config),
             eos=_ids(config.eos_token_id) | _ids(generation.eos_token_id) | _ids(tokenizer_eos),
+            states=state_geometries(config),
         )
 
     @cached_property
@@ -92,6 +98,11 @@ class Geometry:
         if others:
             raise UnsupportedModel("a model whose layers have heads of several sizes is not supported")
         return first
+
+    @cached_property
+    def grid(self) -> int:
+        """Chunks of a prompt begin and end at multiples of so many tokens, but where the prompt does."""
+        return math.lcm(*(state.grid for state in self.states))
 
     @cached_property
     def token_numbers(self) -> int:

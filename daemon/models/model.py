@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.utils import logging as transformers_logging
 
+from spilld.attention.state_layers import keep_states
 from spilld.attention.transformers_hook import IMPLEMENTATION
 from spilld.cuda_ext.device.tensors import gpu_errors
 from spilld.cuda_ext.errors import DeviceError
@@ -119,6 +120,7 @@ def load(
             f"a context of {longest} tokens exceeds the model's {geometry.max_positions} positions"
         )
     fix_rope(module, longest)
+    keep_states(module, geometry)
     if attention == IMPLEMENTATION:
         probe_once(module, geometry, cache)
     steps = packed_file(module, folder, weights, cache) if device == "cpu" else None

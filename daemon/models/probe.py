@@ -13,9 +13,11 @@ import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from spilld.attention.state_layers import Mixer, MixerCache
 from spilld.attention.transformers_hook import PlannedAttention
 from spilld.errors import UnsupportedModel
 from spilld.kv.geometry import Geometry
+from spilld.kv.recurrent_state import LayerState
 
 _TOKENS = 3
 
@@ -58,6 +60,10 @@ def probe(module: Any, geometry: Geometry) -> None:
         tokens = torch.zeros(1, _TOKENS, dtype=torch.long)
         inputs = {"input_ids": tokens, "position_ids": tokens, "use_cache": False, "spilld_attention": seen}
         torch.func.functional_call(module, shapes, kwargs=inputs)
+    if seen.states != list(range(len(geometry.states))):
+        raise UnsupportedModel(
+            f"{type(module).__name__} runs the layers with state {seen.states} of {len(geometry.states)}"
+        )
     if seen.layers != list(range(len(geometry.layers))):
         raise UnsupportedModel(
             f"{type(module).__name__} attends in layers {seen.layers} of {len(geometry.layers)}: spilld "
@@ -71,8 +77,19 @@ class ProbedAttention:
 
     geometry: Geometry
     layers: list[int] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Note the layer and return the queries; shapes as in ModuleAttention.forward."""
         self.layers.append(layer)
         return q
+
+    def mix(self, layer: int, mixer: Mixer, hidden: torch.Tensor) -> torch.Tensor:
+        """Run the mixer over the tokens and one more, with states that have shapes only."""
+        self.states.append(layer)
+        geometry = self.geometry.states[layer]
+        window = torch.zeros(geometry.convolution, dtype=hidden.dtype)
+        recurrent = torch.zeros(geometry.recurrent) if geometry.recurrent else None
+        cache = MixerCache(geometry, [LayerState(window, recurrent)])
+        mixer(hidden[:, :1], cache)
+        return mixer(hidden, cache)

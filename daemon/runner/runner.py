@@ -11,6 +11,7 @@ from spilld.attention.transformers_hook import PlannedAttention
 from spilld.cuda_ext.device.tensors import gpu_errors
 from spilld.cuda_ext.errors import OutOfMemory
 from spilld.kv.batch import Batch, BatchItem
+from spilld.kv.recurrent_state import StateShape
 from spilld.kv.sequence import KVSequence
 from spilld.models.model import Model
 from spilld.models.wide_linear import wide_bytes
@@ -32,6 +33,12 @@ class Runner:
         self._decoder = None
         if model.packed is not None:
             self._decoder = PackedModel(model, model.packed, attention, chunk_tokens + MAX_RUNNING)
+
+    @property
+    def states(self) -> StateShape | None:
+        """What the model's layers with state keep of a sequence; None if it has none."""
+        geometry = self._model.geometry
+        return StateShape(geometry.states, self._model.module.dtype) if geometry.states else None
 
     @property
     def attended(self) -> int:

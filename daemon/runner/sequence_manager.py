@@ -16,6 +16,7 @@ from spilld.kv.attention_span import (
 )
 from spilld.kv.batch import BatchItem
 from spilld.kv.checkpoint import find_resume_point, restore_checkpoint, save_checkpoint
+from spilld.kv.recurrent_state import RecurrentState, StateShape
 from spilld.kv.sequence import KVSequence
 from spilld.offload.disk.files.extent import RunKey
 from spilld.offload.errors import ReadFailed
@@ -36,10 +37,21 @@ SEALS = 2 * CELL
 class SequenceManager:
     """Opens sequences, restores what was computed before, saves them, discards them."""
 
-    def __init__(self, windows: KVWindows, store: Store, runner: Runner) -> None:
+    def __init__(
+        self, windows: KVWindows, store: Store, runner: Runner, states: StateShape | None = None
+    ) -> None:
+        """Manage sequences of a model.
+
+        Args:
+            windows: Their KV windows.
+            store: Their records.
+            runner: What reads for them.
+            states: What their layers with state keep; None if the model has none.
+        """
         self._windows = windows
         self._store = store
         self._runner = runner
+        self._states = states
         self.lost = False
         """Whether the store may have less of open sequences than it knows: nothing of them is saved."""
 
@@ -59,8 +71,9 @@ class SequenceManager:
             ArenaFull: There is no free window.
             OutOfMemory: The device has no memory for the window.
         """
+        state = None if self._states is None else RecurrentState(self._states)
         window = self._windows.take()
-        sequence = KVSequence(self._store.open(), window, root)
+        sequence = KVSequence(self._store.open(), window, root, state=state)
         sequence.tokens.extend(tokens)
         return sequence
 
@@ -72,6 +85,8 @@ class SequenceManager:
         Returns:
             False if nothing was stored.
         """
+        if sequence.state is not None:
+            return False
         resume = find_resume_point(self._store, sequence.root, sequence.tokens)
         if resume is None:
             return False
@@ -85,7 +100,7 @@ class SequenceManager:
             )
             return True
         self._store.attach(sequence.table, resume.refs, resume.hashes)
-        sequence.computed = resume.position
+        sequence.advance(resume.position)
         return True
 
     def save(self, sequence: KVSequence, instead_of: RunKey | None) -> RunKey | None:
@@ -98,7 +113,7 @@ class SequenceManager:
         Returns:
             The window checkpoint, None if there is none.
         """
-        if sequence.computed < CELL or self.lost:
+        if sequence.computed < CELL or self.lost or sequence.state is not None:
             return None
         self._store.settle()
         self._store.save(sequence.table)
@@ -113,9 +128,11 @@ class SequenceManager:
         """Return whether the sequence's window still holds what a continuation with these tokens needs.
 
         The window must hold what follows the beginning that they share: numbers of a cell replace those of
-        the cell before the last, which its first token seals.
+        the cell before the last, which its first token seals. A state cannot step back at all.
         """
         position = _continuation(sequence, tokens)
+        if sequence.state is not None:
+            return position == sequence.computed
         newest = max(0, sequence.computed - 1)
         within = boundary(position) == boundary(newest) and not _seals(position)
         return position == sequence.computed or within
@@ -138,7 +155,7 @@ class SequenceManager:
         self._runner.rest()
         self._runner.forget(sequence)
         self._store.reset(sequence.table, damaged=damaged)
-        sequence.computed = 0
+        sequence.restart()
 
     def relieve(self) -> None:
         """Give back memory that no window uses."""
@@ -159,7 +176,7 @@ class SequenceManager:
         """
         sequence = self.open(secrets.token_bytes(CHAIN_BYTES), [0] * (SEALS + 2))
         chunk = min(WARM_CHUNK, chunk_tokens)
-        sequence.computed = SEALS + 1 - chunk
+        sequence.advance(SEALS + 1 - chunk)
         try:
             with self._windows.written(sequence.window) as window:
                 window[...] = 0
@@ -170,7 +187,7 @@ class SequenceManager:
                 self._runner.run([part], [[count - 1]])
                 if part.failure is not None:
                     raise part.failure
-                sequence.computed += count
+                sequence.advance(count)
         finally:
             self._runner.rest()
             self.discard(sequence)

@@ -5,6 +5,7 @@ Pure: no clocks, no tensors, no I/O.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -43,6 +44,8 @@ class Job:
     """Block columns that must be reserved for it before it starts."""
     flow: Flow
     """The client that it belongs to, and its priority."""
+    alone: int = 0
+    """Known tokens at the end that are computed one by one, 0 or 1."""
     preemptible: bool = True
     """It may be preempted, and continue later where it was."""
     paused: bool = False
@@ -92,10 +95,21 @@ class Scheduler:
     `admit` and `plan` change nothing; `start`, `advance` and the others report what was done.
     """
 
-    def __init__(self, chunk_tokens: int, prefill: PrefillBudget, max_running: int = MAX_RUNNING) -> None:
+    def __init__(
+        self, chunk_tokens: int, prefill: PrefillBudget, max_running: int = MAX_RUNNING, grid: int = 1
+    ) -> None:
+        """Create a scheduler without jobs.
+
+        Args:
+            chunk_tokens: Most prompt tokens of a step, at least `grid`.
+            prefill: Bounds chunks beside decoding jobs.
+            max_running: The most jobs that run at a time.
+            grid: Chunks end at multiples of so many tokens, but where the prompt ends.
+        """
         self._chunk_tokens = chunk_tokens
         self._prefill = prefill
         self._max_running = max_running
+        self._grid = grid
         self._fair_share = FairShare()
         self._waiting: dict[JobId, Job] = {}
         self._running: dict[JobId, Job] = {}
@@ -124,12 +138,12 @@ class Scheduler:
             if job.left == 1:
                 parts.append((job.id, 1))
                 continue
-            tokens = min(job.chunk, left, job.left)
+            tokens = min(job.chunk, left, job.left - job.alone)
             if decoding:
                 least = LEAST if left == self._chunk_tokens else 0
                 tokens = min(tokens, max(least, self._prefill.tokens(job.position, cost)))
-            if tokens:
-                tokens = _end_on_grid(job, tokens)
+            tokens = _end_on_grid(job, tokens, self._grid) if tokens else 0
+            if 0 < tokens <= left:
                 parts.append((job.id, tokens))
                 left -= tokens
                 cost -= self._prefill.cost(job.position, tokens)
@@ -252,9 +266,16 @@ class Scheduler:
         return len(self._running) >= self._max_running
 
 
-def _end_on_grid(job: Job, tokens: int) -> int:
-    """Shorten a chunk that is not the last to end on the visibility grid, unless that leaves nothing."""
-    if tokens == job.left:
+def _end_on_grid(job: Job, tokens: int, grid: int) -> int:
+    """Return the length of a chunk of about so many tokens that ends where it may.
+
+    That is where the prompt ends, or at a multiple of `grid`: of the visibility grid, too, unless that leaves
+    nothing, and if that leaves nothing, either, the next one.
+    """
+    whole = job.left - job.alone
+    if tokens == whole:
         return tokens
-    end = (job.position + tokens) // CELL * CELL
-    return end - job.position if end > job.position else tokens
+    for unit in (math.lcm(CELL, grid), grid):
+        if (end := (job.position + tokens) // unit * unit) > job.position:
+            return end - job.position
+    return min(whole, grid - job.position % grid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import pytest
@@ -53,6 +53,28 @@ def scheduler(
     for each in jobs:
         made.add(each)
     return made
+
+
+@pytest.mark.parametrize("grid", [64, 128, 256, 300])
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside decoding"])
+@pytest.mark.parametrize(("known", "alone"), [(1500, 0), (1500, 1), (1537, 1), (2, 1), (65, 0)])
+def test_chunks_end_on_the_grid_of_the_model(grid: int, beside: bool, known: int, alone: int) -> None:
+    """But where the prompt ends, of which the last token is computed by itself if that is wanted."""
+    pace = PrefillBudget(0.001, 1e9)
+    pace.took([(0, 40_000)], 1.0)  # 40 tokens beside one that decodes
+    made = Scheduler(512, pace, grid=grid)
+    made.add(replace(job(1, known), alone=alone))
+    if beside:
+        made.add(job(2, 10, position=9))
+    ends, position = [], 0
+    while position < known:
+        for number, tokens in planned(made):
+            made.advance(number, tokens, int(number == 2))
+            position += tokens * (number == 1)
+        ends.append(position)
+    assert ends[-1] == known
+    assert known - alone in ends
+    assert all(end % grid == 0 for end in ends if end < known - alone)
 
 
 def admitted(scheduler: Scheduler, capacity: Capacity) -> tuple[int, ...]:
