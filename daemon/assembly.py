@@ -19,8 +19,9 @@ from spilld.cuda_ext.errors import DeviceError
 from spilld.engine.engine import Engine
 from spilld.engine.outbox import Post
 from spilld.engine.service import EngineService
-from spilld.kv.checkpoint import CHECKPOINT_BLOCKS
+from spilld.kv.checkpoint import CHECKPOINT_BLOCKS, state_blocks
 from spilld.kv.geometry import Geometry
+from spilld.kv.recurrent_state import StateShape
 from spilld.models.model import (
     Model,
     identify,
@@ -75,6 +76,7 @@ from .errors import (
     InternalError,
     ModelError,
     StateFolderError,
+    UnsupportedModel,
 )
 
 log = logging.getLogger(__name__)
@@ -171,6 +173,7 @@ def load_model(config: Config, tell: Callable[[str], None] = log.info) -> Model:
     Raises:
         ModelError: The model cannot be found, read or served.
         DeviceUnusable: The device cannot take the weights.
+        UnsupportedModel: The device does not compute such a model.
     """
     device, missing = place(config)
     if missing:
@@ -180,7 +183,7 @@ def load_model(config: Config, tell: Callable[[str], None] = log.info) -> Model:
         identity = identify(config.model, config.cache)
     except OSError as error:
         raise ModelError(f"the model cannot be read: {error}; may the daemon's user read it?") from error
-    return load(
+    model = load(
         folder,
         config.dtype,
         name=config.model,
@@ -190,6 +193,12 @@ def load_model(config: Config, tell: Callable[[str], None] = log.info) -> Model:
         device=device,
         identity=identity,
     )
+    if config.device == "cuda" and model.geometry.states:
+        raise UnsupportedModel(
+            f'{config.model} has layers with a recurrent state, which device = "cuda" does not compute yet: '
+            'serve it with device = "cpu"'
+        )
+    return model
 
 
 def welcome(config: Config, model: Model) -> Welcome:
@@ -245,13 +254,14 @@ def build_engine(
             raise BudgetError(f"{error}; lower host_budget") from error
         except (FolderInUse, FolderUnusable, OSError) as error:
             raise StateFolderError(f"{error}; name another folder with `state`") from error
+        chunk_tokens = max(config.chunk_tokens, model.geometry.grid)
         windows, attention = _device_tier(tier or TIERS[config.device], config, store, model.geometry)
         unless_made.callback(attention.close)
         engine = Engine(
             model,
             windows,
             store,
-            Runner(model, attention, store, config.chunk_tokens),
+            Runner(model, attention, store, chunk_tokens),
             SessionStore(database),
             Journal(database),
             transfers,
@@ -260,7 +270,7 @@ def build_engine(
             MemoryWatch(config.memory_floor),
             post,
             max_context=config.max_context or model.geometry.max_positions,
-            chunk_tokens=config.chunk_tokens,
+            chunk_tokens=chunk_tokens,
             context_ttl_s=config.context_ttl_s,
             retention_s=config.retention_s,
         )
@@ -309,7 +319,7 @@ def build_store(config: Config, model: Model, planner: Planner, metrics: Metrics
     geometry = model.geometry
     layouts = StoreLayout.uniform(record_layout(config, geometry), len(geometry.layers))
     columns = columns_within(config.host_budget, layouts.record_bytes)
-    blocks = run_length(layouts, columns, -(-config.chunk_tokens // BLOCK))
+    blocks = run_length(layouts, columns, -(-max(config.chunk_tokens, geometry.grid) // BLOCK))
     slab = HostSlab(config.host_budget, layouts.record_bytes)
     disk = None
     if config.disk_budget:
@@ -319,7 +329,9 @@ def build_store(config: Config, model: Model, planner: Planner, metrics: Metrics
         )
         mine = [run.identity for run in tier.runs() if run.identity.fingerprint == model.fingerprint]
         stored = [identity.largest_extent for identity in mine]
-        extent = max(largest_extent(layouts, blocks), largest_extent(layouts.raw, CHECKPOINT_BLOCKS), *stored)
+        states = StateShape.of(geometry, getattr(torch, config.dtype))
+        checkpoint = CHECKPOINT_BLOCKS + state_blocks(states, layouts.raw)
+        extent = max(largest_extent(layouts, blocks), largest_extent(layouts.raw, checkpoint), *stored)
         cache, rate, daily = RunCache(tier, extent), config.compaction_rate, config.write_budget
         wear = None if daily is None else WriteBudget(daily, tier.index)
         disk = DiskBackend(

@@ -23,6 +23,7 @@ HARMLESS: Mapping[str, object] = {
     "is_causal": True,
     "use_cache": False,
     "output_attentions": False,
+    "output_router_logits": False,
     "output_hidden_states": False,
 }
 """Keywords of an attention beside those of `_forward`, and the value with which each asks for nothing, as
@@ -96,10 +97,11 @@ def _forward(
             f"{type(module).__name__} asks for an attention with {', '.join(unknown)}, which spilld does not "
             "compute: this model cannot be served"
         )
-    layer, layers = module.layer_idx, spilld_attention.geometry.layers
-    if layer < len(layers):
-        _check_sizes(layer, layers[layer], query, key, value)
-        _check_numbers(layer, layers[layer], scaling, softcap or 0.0, sliding_window)
+    geometry = spilld_attention.geometry
+    if (layer := geometry.numbers.get(module.layer_idx)) is None:
+        raise UnsupportedModel(f"layer {module.layer_idx} attends, which its config does not say")
+    _check_sizes(layer, geometry.layers[layer], query, key, value)
+    _check_numbers(layer, geometry.layers[layer], scaling, softcap or 0.0, sliding_window)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     return spilld_attention.forward(layer, q, k, v).to(query.dtype)[None], None
 

@@ -126,9 +126,9 @@ class Config:
         int | None,
         Maybe(Bytes()),
         SettingHelp(
-            "KV in device memory: windows; on a GPU also cached records and what attention takes. Weights on "
-            "a GPU, and what torch takes for a step, come on top (`spilld doctor` says how much the weights "
-            "take). Unset: room for a few windows.",
+            "KV in device memory: windows, with the recurrent state of models that have one; on a GPU also "
+            "cached records and what attention takes. Weights on a GPU, and what torch takes for a step, "
+            "come on top (`spilld doctor` says how much the weights take). Unset: room for a few windows.",
             example="1GiB",
         ),
     ] = None

@@ -91,7 +91,8 @@ class Admission:
         found = self._sequences.find(sequence)
         self._counters.prefix_hits += found
         self._counters.prefix_misses += not found
-        self._scheduler.reuse(state.job, sequence.computed)
+        state.parting = self._sequences.parting(sequence)
+        self._scheduler.reuse(state.job, sequence.computed, state.parting)
 
     def _token_s(self) -> float | None:
         """Return the expected time of a decode step once the prompts of all running requests are computed."""

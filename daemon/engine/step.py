@@ -13,7 +13,6 @@ from spilld.cuda_ext.errors import OutOfMemory
 from spilld.errors import Overloaded, SpilldError, StorageFailed
 from spilld.kv.attention_span import BLOCK, CELL, sealed_by
 from spilld.kv.batch import BatchItem
-from spilld.kv.checkpoint import ANCHOR_CELLS
 from spilld.kv.sequence import KVSequence
 from spilld.monitoring.failures import is_lost, typed
 from spilld.monitoring.metrics import Metrics
@@ -178,11 +177,24 @@ class StepExecutor:
         if complete and state.appends:
             self._finisher.finish(state)
             return
-        if _is_checkpoint(state, sequence, complete):
+        if self._is_checkpoint(state, part, complete=complete):
             saved = self._sequences.save(sequence, state.checkpoint)
             state.checkpoint = saved if state.completion.tokens else None
         if complete:
             self._sample(state, sequence, logits[-1])
+
+    def _is_checkpoint(self, state: RequestState, part: BatchItem, *, complete: bool) -> bool:
+        """Return whether a checkpoint is due: after and amid a prompt, and in every cell of an answer.
+
+        Those with a state are where a later prompt can go on: before the last token of the prompt, which is
+        computed again for its logits, and where it parts from an earlier one. They are as rare in answers.
+        """
+        sequence, every = part.sequence, self._sequences.checkpoint_tokens
+        now, answered = sequence.computed, bool(state.completion.tokens)
+        if sequence.state is None:
+            return now % (CELL if complete else every) == 0 or (complete and not answered)
+        before_last = not answered and not complete and now == len(sequence.tokens) - 1
+        return before_last or now == state.parting or now // every > part.position // every
 
     def _sample(self, state: RequestState, sequence: KVSequence, logits: Logits) -> None:
         choice = state.sampler.choose(logits, len(sequence.tokens), sequence.tokens)
@@ -238,12 +250,6 @@ def _rows(state: RequestState, part: BatchItem) -> range:
         return range(part.count)
     last = part.last + 1 == len(part.sequence.tokens)
     return range(part.count - 1, part.count) if last else range(0)
-
-
-def _is_checkpoint(state: RequestState, sequence: KVSequence, complete: bool) -> bool:
-    """Return whether a checkpoint is due: every few cells of a prompt, every cell of an answer."""
-    cells = 1 if complete else ANCHOR_CELLS
-    return sequence.computed % (cells * CELL) == 0 or (complete and not state.completion.tokens)
 
 
 def _note_prompt(state: RequestState, part: BatchItem, logits: Logits) -> None:

@@ -4,18 +4,24 @@ Exact numbers of a cell were computed from exact numbers of the cell before, so 
 them; without a checkpoint a sequence is computed again from its first token. A checkpoint of n tokens holds
 the sinks and positions [boundary(n - 1), n) of the KV window. It serves every sequence that begins with the
 same cells before the one of its last token, and shares some tokens in that one.
+
+Of a model that has layers with state it holds the state after n tokens, too, in blocks behind those of the
+window. A state cannot step back, so it serves the sequences that begin with its n tokens, and goes on behind
+them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from spilld.cuda_ext.memory.windows import Numbers
 from spilld.offload.block_table import RunRef
 from spilld.offload.disk.files.extent import RunKey
+from spilld.offload.errors import ExtentMissing
 from spilld.offload.prefix_cache.block_hash import chain
 from spilld.offload.store.store import Store
+from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import Bytes
 
 from .attention_span import (
@@ -28,6 +34,7 @@ from .attention_span import (
     segments,
     window_offset,
 )
+from .recurrent_state import RecurrentState, StateShape
 from .sequence import KVSequence
 
 CHECKPOINT_BLOCKS = 1 + 2 * BLOCKS_PER_CELL
@@ -35,6 +42,10 @@ CHECKPOINT_BLOCKS = 1 + 2 * BLOCKS_PER_CELL
 
 ANCHOR_CELLS = 12
 """A checkpoint is saved every so many cells of a long prompt, for prompts that begin alike."""
+
+STATE_SHARE = 10
+"""Those with a state are rarer if need be: they take at most this fraction, as its denominator, of the bytes
+of the records between them."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +70,46 @@ class ResumePoint:
         return [*(ref.run for ref in self.refs), self.checkpoint]
 
 
-def find_resume_point(store: Store, root: bytes, tokens: Sequence[int]) -> ResumePoint | None:
+def state_blocks(states: StateShape | None, layouts: StoreLayout) -> int:
+    """Return how many blocks of a checkpoint hold the state.
+
+    Args:
+        states: What layers with state keep; None if the model has none.
+        layouts: Of the numbers of a checkpoint (Checkpoints.layouts).
+    """
+    return 0 if states is None else -(-states.nbytes // layouts.column_bytes)
+
+
+def checkpoint_cells(states: StateShape | None, records: StoreLayout) -> int:
+    """Return after how many cells of a prompt a checkpoint is saved.
+
+    Args:
+        states: What layers with state keep; None if the model has none.
+        records: The layouts of sealed blocks.
+    """
+    if states is None:
+        return ANCHOR_CELLS
+    blocks = CHECKPOINT_BLOCKS + state_blocks(states, records.raw)
+    cell_bytes = BLOCKS_PER_CELL * records.column_bytes
+    return max(ANCHOR_CELLS, -(-STATE_SHARE * blocks * records.raw.column_bytes // cell_bytes))
+
+
+def stored_tokens(store: Store, root: bytes, tokens: Sequence[int]) -> int:
+    """Return how many tokens at the beginning of a sequence have stored blocks, whatever checkpoints are."""
+    refs = store.find(chain(root, tokens, len(tokens) // BLOCK))
+    return refs[-1].blocks.stop * BLOCK if refs else 0
+
+
+def find_resume_point(
+    store: Store, root: bytes, tokens: Sequence[int], *, exactly: bool
+) -> ResumePoint | None:
     """Return the longest stored beginning of a sequence; its last token always has to be computed.
 
     Args:
         store: Where blocks and checkpoints are looked up.
         root: First value of the token chain.
         tokens: All tokens of the sequence.
+        exactly: Whether the model has layers with state, so that only the positions of checkpoints will do.
 
     Returns:
         None if no beginning is stored.
@@ -78,7 +122,10 @@ def find_resume_point(store: Store, root: bytes, tokens: Sequence[int]) -> Resum
         if sealed > stored:
             continue
         anchor = hashes[start // BLOCK - 1] if cell else root
-        lengths = {run: _common(saved, tokens[start:-1]) for run, saved in store.checkpoints.find(anchor)}
+        found = (
+            (run, saved, _common(saved, tokens[start:-1])) for run, saved in store.checkpoints.find(anchor)
+        )
+        lengths = {run: length for run, saved, length in found if not exactly or length == len(saved)}
         run = max(lengths, key=lambda run: lengths[run], default=None)
         if run is not None and lengths[run]:
             return ResumePoint(start + lengths[run], run, _below(refs, sealed), hashes[:sealed])
@@ -103,28 +150,61 @@ def save_checkpoint(
     cell = (n - 1) // CELL
     above = sequence.hashes(len(sealed), cell * BLOCKS_PER_CELL)
     anchor = [sequence.root, *sealed, *above][cell * BLOCKS_PER_CELL]
-    blocks = -(-sum(b - a for a, b in _slots(n)) // BLOCK)
-    numbers = store.checkpoints.buffers(blocks)
+    blocks = window_blocks(n)
+    behind = 0 if sequence.state is None else state_blocks(sequence.state.shape, store.checkpoints.layouts)
+    numbers = store.checkpoints.buffers(blocks + behind)
     for layer, planes in enumerate(window):
-        tokens, at = _tokens(numbers[layer], planes), 0
+        tokens, at = _tokens(numbers[layer][:blocks], planes), 0
         for a, b in _slots(n):
             tokens[:, :, at : at + b - a] = planes[:, :, a:b]
             at += b - a
+    if sequence.state is not None:
+        for part, memory in _state_parts(sequence.state.bytes, [of[blocks:] for of in numbers]):
+            memory[:] = part
     tokens_after = sequence.tokens[cell * CELL : n]
     return store.checkpoints.save(anchor, tokens_after, boundary(n - 1) // BLOCK, numbers, instead_of)
 
 
-def restore_checkpoint(store: Store, window: Numbers, resume: ResumePoint) -> None:
+def restore_checkpoint(
+    store: Store, window: Numbers, resume: ResumePoint, state: RecurrentState | None = None
+) -> None:
     """Fill a KV window with what a sequence of resume.position tokens sees exactly.
+
+    The state that belongs to it is the next one afterwards (RecurrentState.next).
 
     Raises:
         ReadFailed: The checkpoint cannot be read.
     """
+    blocks, rest = window_blocks(resume.position), None if state is None else state.next
     for planes, numbers in zip(window, store.checkpoints.read(resume.checkpoint), strict=True):
-        tokens, at = _tokens(numbers, planes), 0
+        tokens, at = _tokens(numbers[:blocks], planes), 0
         for a, b in _slots(resume.position):
             planes[:, :, a:b] = tokens[:, :, at : at + b - a]
             at += b - a
+        if rest is not None:
+            for part, memory in _state_parts(rest, [numbers[blocks:]]):
+                part[:] = memory
+                rest = rest[len(part) :]
+    if rest is not None and len(rest):
+        raise ExtentMissing("the checkpoint holds less than the state")
+
+
+def window_blocks(position: int) -> int:
+    """Return how many blocks of a checkpoint of so many tokens hold numbers of the window."""
+    return -(-sum(b - a for a, b in _slots(position)) // BLOCK)
+
+
+def _state_parts(state: Bytes, behind: Sequence[Bytes]) -> Iterator[tuple[Bytes, Bytes]]:
+    """Yield each part of a state with where it lies in a checkpoint: layer by layer, one behind the other.
+
+    Args:
+        state: Bytes of the state.
+        behind: Of each layer the blocks behind those of the window, uint8 [blocks, record_bytes].
+    """
+    for blocks in behind:
+        memory = blocks.reshape(-1)
+        part, state = state[: len(memory)], state[len(memory) :]
+        yield part, memory[: len(part)]
 
 
 def _tokens(numbers: Bytes, planes: Numbers) -> Numbers:

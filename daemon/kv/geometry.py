@@ -12,6 +12,10 @@ from spilld.offload.record import HEAD_DIMS
 
 from .state_geometry import StateGeometry, state_geometries
 
+_ATTENTION = {"full_attention", "sliding_attention"}
+_NO_ATTENTION = {"linear_attention", "conv", "mlp", "moe"}
+"""Kinds of layers that transformers names. Of those without attention the first two have a state."""
+
 
 class HeadSizes(NamedTuple):
     """Number of query heads, number of KV heads, and numbers of a head."""
@@ -23,7 +27,7 @@ class HeadSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerGeometry:
-    """Attention of one layer.
+    """Attention of one layer, `module_layer` in transformers' count of all layers.
 
     sliding_window is None for full attention, or W where a query at position p sees the positions
     p-W+1..p. logit = scaling * q.k, then softcap * tanh(logit / softcap) unless softcap is 0.
@@ -35,6 +39,7 @@ class LayerGeometry:
     sliding_window: int | None
     scaling: float
     softcap: float
+    module_layer: int
 
     @property
     def sizes(self) -> HeadSizes:
@@ -47,6 +52,7 @@ class Geometry:
     """Sizes of one model."""
 
     layers: tuple[LayerGeometry, ...]
+    """Those that attend, in order of the pass."""
     vocab: int
     max_positions: int
     eos: frozenset[int]
@@ -76,8 +82,9 @@ class Geometry:
                 sliding_window=sliding_window,
                 scaling=_scaling(config, head_dim),
                 softcap=float(getattr(config, "attn_logit_softcapping", None) or 0.0),
+                module_layer=module_layer,
             )
-            for sliding_window in _sliding_windows(config)
+            for module_layer, sliding_window in _sliding_windows(config)
         )
         return cls(
             layers=tuple(layers),
@@ -103,6 +110,11 @@ class Geometry:
     def grid(self) -> int:
         """Chunks of a prompt begin and end at multiples of so many tokens, but where the prompt does."""
         return math.lcm(*(state.grid for state in self.states))
+
+    @cached_property
+    def numbers(self) -> dict[int, int]:
+        """Number in `layers` of each layer of transformers that attends."""
+        return {layer.module_layer: number for number, layer in enumerate(self.layers)}
 
     @cached_property
     def token_numbers(self) -> int:
@@ -140,14 +152,19 @@ def _positions(config: Any) -> int:
     return max([int(config.max_position_embeddings), *reached])
 
 
-def _sliding_windows(config: Any) -> tuple[int | None, ...]:
+def _sliding_windows(config: Any) -> list[tuple[int, int | None]]:
+    """Return (its number, its sliding window) of each layer that attends."""
     sliding_window: int | None = getattr(config, "sliding_window", None)
     if config.model_type in ("mistral", "phi3"):  # every layer slides, whatever layer_types may say
-        return (sliding_window,) * int(config.num_hidden_layers)
+        return [(i, sliding_window) for i in range(config.num_hidden_layers)]
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    if unknown := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+    if unknown := sorted(set(kinds) - _ATTENTION - _NO_ATTENTION):
         raise UnsupportedModel(f"layers with {', '.join(unknown)} are not supported")
-    return tuple(sliding_window if kind == "sliding_attention" else None for kind in kinds)
+    return [
+        (i, sliding_window if kind == "sliding_attention" else None)
+        for i, kind in enumerate(kinds)
+        if kind in _ATTENTION
+    ]
 
 
 def _ids(value: int | list[int] | None) -> frozenset[int]:

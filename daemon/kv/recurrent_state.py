@@ -15,6 +15,7 @@ import torch
 
 from spilld.offload.system import Bytes
 
+from .geometry import Geometry
 from .state_geometry import StateGeometry
 
 ALIGNMENT = 64
@@ -35,10 +36,20 @@ class StateShape:
     layers: tuple[StateGeometry, ...]
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, geometry: Geometry, dtype: torch.dtype) -> StateShape | None:
+        """Return the shape of a model's states, None if no layer has one."""
+        return cls(geometry.states, dtype) if geometry.states else None
+
     @cached_property
     def nbytes(self) -> int:
         """Bytes of one state."""
         return sum(_padded(nbytes) for layer in self.layers for nbytes in self._bytes(layer))
+
+    @cached_property
+    def grid(self) -> int:
+        """Tokens that are computed together."""
+        return math.lcm(*(layer.grid for layer in self.layers))
 
     @property
     def sequence_bytes(self) -> int:
@@ -66,11 +77,13 @@ class RecurrentState:
     """The state of one sequence, and memory for the next one.
 
     Attributes:
+        shape: How it lies in memory.
         position: Tokens that it has seen.
     """
 
     def __init__(self, shape: StateShape) -> None:
         """Make the state of an empty sequence."""
+        self.shape = shape
         self.position = 0
         self._memory = [torch.zeros(shape.nbytes, dtype=torch.uint8) for _ in range(2)]
         self._views = [shape.views(memory) for memory in self._memory]

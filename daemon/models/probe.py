@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from inspect import getfile
 from pathlib import Path
@@ -54,7 +55,7 @@ def probe(module: Any, geometry: Geometry) -> None:
             compute.
     """
     seen = ProbedAttention(geometry)
-    with FakeTensorMode() as mode, torch.inference_mode():
+    with FakeTensorMode() as mode, torch.inference_mode(), _experts_of_any_dtype(module.config):
         tensors = (*module.named_parameters(), *module.named_buffers())
         shapes: dict[str, torch.Tensor] = {name: mode.from_tensor(tensor) for name, tensor in tensors}
         tokens = torch.zeros(1, _TOKENS, dtype=torch.long)
@@ -69,6 +70,17 @@ def probe(module: Any, geometry: Geometry) -> None:
             f"{type(module).__name__} attends in layers {seen.layers} of {len(geometry.layers)}: spilld "
             "serves models that attend once in every layer"
         )
+
+
+@contextmanager
+def _experts_of_any_dtype(config: Any) -> Iterator[None]:
+    """Compute experts in a way that needs no numbers: torch's grouped product takes bfloat16 only here."""
+    before = config._experts_implementation
+    config._experts_implementation = "batched_mm"
+    try:
+        yield
+    finally:
+        config._experts_implementation = before
 
 
 @dataclass

@@ -66,6 +66,7 @@ class RequestState:
         next_seq: Sequence number of its next event.
         acknowledged: Its client has all events before this sequence number.
         uncounted: Computed tokens that no event has reported.
+        parting: Position where a checkpoint is saved on the way, as other sequences begin alike; 0 for none.
         suspect: A step that it was part of failed: it is computed alone from then on.
     """
 
@@ -82,6 +83,7 @@ class RequestState:
         self.sequence: KVSequence | None = None
         self.checkpoint: RunKey | None = None
         self.saving: RunKey | None = None
+        self.parting = 0
         self.first = 0
         self.next_seq = 0
         self.acknowledged = 0

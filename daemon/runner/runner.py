@@ -13,6 +13,7 @@ from spilld.cuda_ext.errors import OutOfMemory
 from spilld.kv.batch import Batch, BatchItem
 from spilld.kv.recurrent_state import StateShape
 from spilld.kv.sequence import KVSequence
+from spilld.kv.state_geometry import StateGeometry
 from spilld.models.model import Model
 from spilld.models.wide_linear import wide_bytes
 from spilld.offload.store.store import Store
@@ -37,8 +38,7 @@ class Runner:
     @property
     def states(self) -> StateShape | None:
         """What the model's layers with state keep of a sequence; None if it has none."""
-        geometry = self._model.geometry
-        return StateShape(geometry.states, self._model.module.dtype) if geometry.states else None
+        return StateShape.of(self._model.geometry, self._model.module.dtype)
 
     @property
     def attended(self) -> int:
@@ -71,8 +71,19 @@ class Runner:
         mlp = 3 * int(config.intermediate_size) * size
         residual = 3 * int(config.hidden_size) * size
         chunk = self._chunk_tokens * (max(attention, mlp) + residual)
+        chunk += sum(self._state_bytes(state) for state in geometry.states[:1])
         wide = wide_bytes(self._model.module.base_model, self._chunk_tokens)
         return chunk + wide + geometry.vocab * (4 + size)
+
+    def _state_bytes(self, state: StateGeometry) -> int:
+        """Estimated bytes that a layer with state takes.
+
+        They are what goes through its convolution and, in float32, its heads' queries, keys and values, and
+        pairs of tokens of a group.
+        """
+        convolved = 3 * state.convolution[0] * int(self._model.module.dtype.itemsize)
+        heads = state.recurrent[0] if state.recurrent else 0
+        return self._chunk_tokens * (convolved + 4 * 4 * (state.convolution[0] + heads * state.grid))
 
     def run(self, items: Sequence[BatchItem], keep: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Compute the tokens of a batch.

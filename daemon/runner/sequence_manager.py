@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from collections.abc import Iterable
 
 from spilld.cuda_ext.errors import OutOfMemory
 from spilld.cuda_ext.memory.windows import KVWindows
 from spilld.kv.attention_span import (
+    BLOCK,
     CELL,
     boundary,
     highest_block,
     sealed_by,
 )
 from spilld.kv.batch import BatchItem
-from spilld.kv.checkpoint import find_resume_point, restore_checkpoint, save_checkpoint
+from spilld.kv.checkpoint import (
+    checkpoint_cells,
+    find_resume_point,
+    restore_checkpoint,
+    save_checkpoint,
+    stored_tokens,
+)
 from spilld.kv.recurrent_state import RecurrentState, StateShape
 from spilld.kv.sequence import KVSequence
 from spilld.offload.disk.files.extent import RunKey
@@ -52,6 +60,9 @@ class SequenceManager:
         self._store = store
         self._runner = runner
         self._states = states
+        self._state_bytes = 0 if states is None else states.sequence_bytes
+        self.checkpoint_tokens = CELL * checkpoint_cells(states, store.layouts)
+        """After how many tokens of a prompt a checkpoint is saved."""
         self.lost = False
         """Whether the store may have less of open sequences than it knows: nothing of them is saved."""
 
@@ -85,15 +96,14 @@ class SequenceManager:
         Returns:
             False if nothing was stored.
         """
-        if sequence.state is not None:
-            return False
-        resume = find_resume_point(self._store, sequence.root, sequence.tokens)
+        exactly = sequence.state is not None
+        resume = find_resume_point(self._store, sequence.root, sequence.tokens, exactly=exactly)
         if resume is None:
             return False
         self._runner.rest()
         try:
             with self._windows.written(sequence.window) as window:
-                restore_checkpoint(self._store, window, resume)
+                restore_checkpoint(self._store, window, resume, sequence.state)
         except (ReadFailed, OutOfMemory) as failure:
             log.warning(
                 "a sequence of %d tokens is computed from its beginning: %s", len(sequence.tokens), failure
@@ -102,6 +112,21 @@ class SequenceManager:
         self._store.attach(sequence.table, resume.refs, resume.hashes)
         sequence.advance(resume.position)
         return True
+
+    def parting(self, sequence: KVSequence) -> int:
+        """Return where a checkpoint would have saved computing what is stored of a sequence's beginning.
+
+        That is where it parts from an earlier one, if its model has layers with state, which go on only from
+        checkpoints: a position where a chunk may end.
+
+        Returns:
+            0 if there is no such position behind what is computed.
+        """
+        if self._states is None:
+            return 0
+        stored = min(stored_tokens(self._store, sequence.root, sequence.tokens), len(sequence.tokens) - 1)
+        place = stored - stored % math.lcm(BLOCK, self._states.grid)
+        return place if place >= max(CELL, sequence.computed + 1) else 0
 
     def save(self, sequence: KVSequence, instead_of: RunKey | None) -> RunKey | None:
         """Save what was computed of a sequence, for later sequences that begin alike. Between steps.
@@ -113,7 +138,7 @@ class SequenceManager:
         Returns:
             The window checkpoint, None if there is none.
         """
-        if sequence.computed < CELL or self.lost or sequence.state is not None:
+        if sequence.computed < CELL or self.lost:
             return None
         self._store.settle()
         self._store.save(sequence.table)
@@ -195,8 +220,12 @@ class SequenceManager:
     def stats(self) -> dict[str, object]:
         """Return bytes and counters of all tiers by name."""
         return {
-            "device_used_bytes": self._windows.used_bytes + self._runner.device_used_bytes,
-            "device_budget_bytes": self._windows.budget_bytes + self._runner.device_bytes,
+            "device_used_bytes": self._windows.used_bytes
+            + self._state_bytes * (self._windows.capacity - self._windows.free)
+            + self._runner.device_used_bytes,
+            "device_budget_bytes": self._windows.budget_bytes
+            + self._state_bytes * self._windows.capacity
+            + self._runner.device_bytes,
             **self._store.stats(),
         }
 

@@ -46,6 +46,8 @@ class Job:
     """The client that it belongs to, and its priority."""
     alone: int = 0
     """Known tokens at the end that are computed one by one, 0 or 1."""
+    stop: int = 0
+    """A position where a chunk ends, on the way; 0 for none."""
     preemptible: bool = True
     """It may be preempted, and continue later where it was."""
     paused: bool = False
@@ -139,6 +141,8 @@ class Scheduler:
                 parts.append((job.id, 1))
                 continue
             tokens = min(job.chunk, left, job.left - job.alone)
+            if job.position < job.stop:
+                tokens = min(tokens, job.stop - job.position)
             if decoding:
                 least = LEAST if left == self._chunk_tokens else 0
                 tokens = min(tokens, max(least, self._prefill.tokens(job.position, cost)))
@@ -224,9 +228,16 @@ class Scheduler:
         started = self._running[job] = self._waiting.pop(job)
         started.began = started.position
 
-    def reuse(self, job: JobId, position: int) -> None:
-        """Note that the first `position` tokens of a job that was just started had been computed before."""
+    def reuse(self, job: JobId, position: int, stop: int = 0) -> None:
+        """Note that the first `position` tokens of a job that was just started had been computed before.
+
+        Args:
+            job: The job.
+            position: So many tokens.
+            stop: Where a chunk is to end, a position where one may; 0 for none.
+        """
         self._running[job].position = self._running[job].began = position
+        self._running[job].stop = stop
 
     def advance(self, job: JobId, tokens: int, sampled: int) -> None:
         """Note that a step has computed `tokens` of the job, and then sampled `sampled` new ones (0 or 1)."""

@@ -203,7 +203,10 @@ def changed(
 ) -> Geometry:
     """That of another model: sliding_windows of its layers, fields of each of them."""
     windows = sliding_windows or [layer.sliding_window for layer in geometry.layers]
-    shapes = [replace(geometry.layers[0], sliding_window=window, **fields) for window in windows]
+    first = geometry.layers[0]
+    shapes = [
+        replace(first, sliding_window=window, module_layer=i, **fields) for i, window in enumerate(windows)
+    ]
     return replace(geometry, layers=tuple(shapes))
 
 

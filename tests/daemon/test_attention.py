@@ -76,7 +76,7 @@ class Case:
     def geometry(self) -> Geometry:
         heads = self.group * self.kv_heads
         scaling = float(self.head_dim**-0.5)
-        layer = LayerGeometry(heads, self.kv_heads, self.head_dim, self.window, scaling, self.softcap)
+        layer = LayerGeometry(heads, self.kv_heads, self.head_dim, self.window, scaling, self.softcap, 0)
         return Geometry((layer,), vocab=100, max_positions=4096, eos=frozenset())
 
     @property

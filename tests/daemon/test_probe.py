@@ -35,7 +35,6 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> None:
     ("family", "why"),
     [
         ("gpt_oss", "GptOssAttention asks for an attention with s_aux"),
-        ("lfm2", "layers with conv are not supported"),
     ],
 )
 def test_strange_attention_is_refused(family: str, why: str, tmp_path: Path) -> None:
@@ -56,7 +55,7 @@ def test_plain_attention_passes(family: str, tmp_path: Path) -> None:
         ({"kv_heads": 3}, r"\(1, 2, 3, 16\)"),
         ({"head_dim": 32}, r"\(1, 6, 3, 16\)"),
         ({"sliding_windows": (None,) * 3}, r"layers \[0, 1\] of 3"),
-        ({"sliding_windows": (None,)}, r"layers \[0, 1\] of 1"),
+        ({"sliding_windows": (None,)}, "layer 1 attends, which its config does not say"),
         ({"sliding_windows": (None, 64)}, "window None, not 0.0 and 64"),
         ({"softcap": 30.0}, "softcap 0.0"),
         ({"scaling": 0.5}, "scaling 0.25, not 0.5"),
@@ -91,7 +90,7 @@ def test_what_passed_is_not_looked_at_again(tmp_path: Path, monkeypatch: pytest.
 class Seen:
     """A ModuleAttention that gives the values back."""
 
-    geometry = Geometry((LayerGeometry(2, 2, 16, None, 0.25, 0.0),), 1, 1, frozenset())
+    geometry = Geometry((LayerGeometry(2, 2, 16, None, 0.25, 0.0, 0),), 1, 1, frozenset())
 
     def forward(self, layer: int, q: Any, k: Any, v: Any) -> Any:
         return v

@@ -25,7 +25,7 @@ SPECIAL = ("<|end|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 END = 2
 """The id of <|im_end|>."""
 
-_SHARED: dict[str, Any] = {
+SHARED: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -173,7 +173,7 @@ def build(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """
     configure, model = _CLASSES[family]
     torch.manual_seed(seed)
-    module = model(configure(**{**_SHARED, **_SIZES[family], **changes}))
+    module = model(configure(**{**SHARED, **_SIZES[family], **changes}))
     module.save_pretrained(folder)
     byte_level().save_pretrained(folder)
     return folder

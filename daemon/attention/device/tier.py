@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from spilld.cuda_ext.transfer_costs import Costs
 from spilld.errors import ConfigError
 from spilld.kv.attention_span import CELL, WINDOW_TOKENS, highest_block
 from spilld.kv.geometry import Geometry
+from spilld.kv.recurrent_state import StateShape
 from spilld.offload.size import size
 from spilld.offload.store.store import Store
 
@@ -56,9 +58,27 @@ def on_cpu(config: Config, store: Store, geometry: Geometry) -> DeviceTier:
         ValueError: The budget holds no window.
     """
     shape = window_shape(config, geometry)
-    budget = DEFAULT_WINDOWS * shape.nbytes if config.device_budget is None else config.device_budget
-    windows = CpuKVWindows(shape, budget)
+    windows = CpuKVWindows(shape, _for_windows(config.device_budget, shape, geometry))
     return DeviceTier(windows, CpuAttention(geometry, store, windows))
+
+
+def _for_windows(budget: int | None, shape: KVWindowShape, geometry: Geometry) -> int:
+    """Return the bytes of a budget that are for windows: each sequence needs memory for its state, too.
+
+    Raises:
+        ValueError: It holds no window with a state.
+    """
+    if budget is None:
+        return DEFAULT_WINDOWS * shape.nbytes
+    if (states := StateShape.of(geometry, shape.dtype)) is None:
+        return budget
+    sequence = shape.nbytes + states.sequence_bytes
+    if budget < sequence:
+        raise ValueError(
+            f"a device budget of {size(budget)} is less than {size(sequence, least=True)}, which the window "
+            "and the state of one sequence take"
+        )
+    return -(-(budget // sequence * shape.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def on_cuda(config: Config, store: Store, geometry: Geometry) -> DeviceTier:

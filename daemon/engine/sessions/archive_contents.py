@@ -27,7 +27,8 @@ from spilld.kv.attention_span import (
     boundary,
     sealed_by,
 )
-from spilld.kv.checkpoint import ResumePoint
+from spilld.kv.checkpoint import ResumePoint, state_blocks, window_blocks
+from spilld.kv.recurrent_state import StateShape
 from spilld.models.model import Model
 from spilld.offload.archive.exported_runs import ExportedRuns
 from spilld.offload.archive.file import ArchivedRun, Manifest
@@ -74,7 +75,7 @@ def manifest_of(
     """Return the manifest of a session's archive, and where each of its runs comes from."""
     messages = None if session.messages is None else [vars(message) for message in session.messages]
     ttl_s = session.ttl_s if session.listed else None
-    sources = {} if resume is None else _sources(resume)
+    sources = {} if resume is None else _sources(resume, checkpoint_state_blocks(store, model))
     manifest = Manifest(
         store.layouts,
         model.fingerprint,
@@ -86,12 +87,12 @@ def manifest_of(
     return manifest, {run.run: ref for run, ref in sources.items()}
 
 
-def _sources(resume: ResumePoint) -> dict[ArchivedRun, RunRef]:
+def _sources(resume: ResumePoint, of_state: int) -> dict[ArchivedRun, RunRef]:
     found = {
         ArchivedRun(RunKey(uuid.uuid4().bytes), ref.first, ref.count, ref.blocks.stop): ref
         for ref in resume.refs
     }
-    first, count = _checkpoint_blocks(resume.position)
+    first, count = _checkpoint_blocks(resume.position, of_state)
     checkpoint = ArchivedRun(
         RunKey(uuid.uuid4().bytes), first, count, _anchor(resume.position), checkpoint=True
     )
@@ -123,7 +124,8 @@ def copy_records(
     into[:] = records[at : at + ref.count]
     if run.checkpoint:
         width = into.shape[1] // BLOCK
-        into.reshape(-1)[_checkpoint_tokens(position) * width :] = 0
+        window = into[: window_blocks(position)].reshape(-1)
+        window[_checkpoint_tokens(position) * width :] = 0
 
 
 def _checkpoint_tokens(position: int) -> int:
@@ -131,9 +133,14 @@ def _checkpoint_tokens(position: int) -> int:
     return SINKS + position - boundary(position - 1)
 
 
-def _checkpoint_blocks(position: int) -> tuple[int, int]:
+def checkpoint_state_blocks(store: Store, model: Model) -> int:
+    """Return how many blocks of a checkpoint hold the state of the model's layers that have one."""
+    return state_blocks(StateShape.of(model.geometry, model.module.dtype), store.layouts.raw)
+
+
+def _checkpoint_blocks(position: int, of_state: int) -> tuple[int, int]:
     """Return (first, count) of a checkpoint's blocks."""
-    return boundary(position - 1) // BLOCK, -(-_checkpoint_tokens(position) // BLOCK)
+    return boundary(position - 1) // BLOCK, window_blocks(position) + of_state
 
 
 def _anchor(position: int) -> int:
@@ -148,17 +155,31 @@ def contents_of(manifest: Manifest) -> SessionContents:
     """Return what an archive holds of its session.
 
     Raises:
-        CorruptArchive: Its runs do not fit the session, or its fields are invalid.
+        CorruptArchive: Its fields are invalid.
     """
     try:
-        _check_runs(manifest)
         return read(SessionContents, manifest.about)
     except ValueError as error:
         raise CorruptArchive(f"the archive makes no sense: {error}; {AGAIN}") from error
 
 
-def _check_runs(manifest: Manifest) -> None:
-    """Raise ValueError unless the runs are sealed blocks from 1 on, then a checkpoint that follows them."""
+def check_runs(manifest: Manifest, of_state: int) -> None:
+    """Check that the runs are sealed blocks from 1 on, then a checkpoint that follows them.
+
+    Args:
+        manifest: The archive's.
+        of_state: Blocks of a checkpoint that hold the state of its model.
+
+    Raises:
+        CorruptArchive: They are not.
+    """
+    try:
+        _check_runs(manifest, of_state)
+    except ValueError as error:
+        raise CorruptArchive(f"the archive makes no sense: {error}; {AGAIN}") from error
+
+
+def _check_runs(manifest: Manifest, of_state: int) -> None:
     if not manifest.runs:
         return
     *blocks, last = manifest.runs
@@ -168,7 +189,9 @@ def _check_runs(manifest: Manifest) -> None:
             raise ValueError(f"blocks {run.first}.. come where block {stop} was due")
         stop = run.upto
     sealed = max(1, sealed_by((position - 1) // CELL * CELL))
-    whole = (last.first, last.count) == _checkpoint_blocks(position) and last.upto == _anchor(position)
+    whole = (last.first, last.count) == _checkpoint_blocks(position, of_state) and last.upto == _anchor(
+        position
+    )
     if not last.checkpoint or stop != sealed or not whole or not CELL <= position < len(manifest.tokens):
         raise ValueError(f"{len(blocks)} runs and a checkpoint do not serve {position} tokens")
 

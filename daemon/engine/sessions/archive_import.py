@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from spilld.errors import CorruptArchive, ForeignArchive, PromptTooLong
-from spilld.kv.checkpoint import find_resume_point
 from spilld.models.model import Model
 from spilld.offload.archive.file import Archive, ArchivedRun, Manifest
 from spilld.offload.archive.imported_runs import ImportedRuns
@@ -20,6 +19,8 @@ from spilld.sessions.transfers import Transfers
 
 from .archive_contents import (
     AGAIN,
+    check_runs,
+    checkpoint_state_blocks,
     contents_of,
     incoming_runs,
     split_runs,
@@ -102,6 +103,7 @@ class Importer:
                 f"{self._model.name} in {self._store.layout.element}, or its weights or its tokenizer "
                 "differ: import it where its model is served"
             )
+        check_runs(manifest, checkpoint_state_blocks(self._store, self._model))
         if not manifest.tokens or max(manifest.tokens) >= self._model.geometry.vocab:
             raise CorruptArchive(f"the archive holds tokens that the model does not know; {AGAIN}")
         if len(manifest.tokens) > (longest := self._longest()):
@@ -150,7 +152,7 @@ class Importer:
     def _is_here(self, task: ImportTask) -> bool:
         assert task.archive is not None
         manifest = task.archive.manifest
-        found = find_resume_point(self._store, self._sessions.root(task.request.tenant), manifest.tokens)
+        found = self._sessions.find(task.request.tenant, manifest.tokens)
         return found is not None and found.position >= manifest.position
 
     def _move(self, archive: Archive, arrival: ImportedRuns, sources: Sequence[ArchivedRun]) -> None:

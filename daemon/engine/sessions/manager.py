@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from spilld.errors import ForeignSession, InvalidRequest
@@ -174,7 +175,12 @@ class SessionManager:
 
     def stored(self, session: Session) -> ResumePoint | None:
         """Return up to where the session's KV is on disk, None if none is."""
-        return find_resume_point(self._blocks, self.root(session.tenant), session.tokens)
+        return self.find(session.tenant, session.tokens)
+
+    def find(self, tenant: str, tokens: Sequence[int]) -> ResumePoint | None:
+        """Return up to where these tokens' KV is on disk, None if none is."""
+        exactly = bool(self._model.geometry.states)
+        return find_resume_point(self._blocks, self.root(tenant), tokens, exactly=exactly)
 
     def change(self, request: ChangeSession) -> Session:
         """Fork, rename, pin, unpin or expire a session.
