@@ -259,7 +259,7 @@ class Arrivals:
             window=sequence is None,
             blocks=max(0, blocks - (sequence.table.reserved if sequence else 0)),
             flow=state.flow,
-            alone=int(bool(geometry.states) and not state.appends),
+            alone=answer + 1 if geometry.states and not state.appends else 0,
             preemptible=self._store.disk is not None and not whole_prompt,
         )
 

@@ -45,7 +45,7 @@ class Job:
     flow: Flow
     """The client that it belongs to, and its priority."""
     alone: int = 0
-    """Known tokens at the end that are computed one by one, 0 or 1."""
+    """Known tokens at the end that are computed one by one, as are those that follow; 0 for any together."""
     stop: int = 0
     """A position where a chunk ends, on the way; 0 for none."""
     preemptible: bool = True
@@ -59,6 +59,11 @@ class Job:
     def left(self) -> int:
         """Number of known tokens that are not computed."""
         return self.known - self.position
+
+    @property
+    def is_single(self) -> bool:
+        """Whether its next token is computed by itself, as in decoding."""
+        return self.left <= max(1, self.alone)
 
     @property
     def has_gained(self) -> bool:
@@ -134,10 +139,10 @@ class Scheduler:
         """Return the next step: a token of each decoding job, and chunks of prompts in order of `_turn`."""
         jobs = sorted((job for job in self._running.values() if not job.paused), key=self._turn)
         left, cost = self._chunk_tokens, self._prefill.of_a_step
-        decoding = any(job.left == 1 for job in jobs)
+        decoding = any(job.is_single for job in jobs)
         parts = []
         for job in jobs:
-            if job.left == 1:
+            if job.is_single:
                 parts.append((job.id, 1))
                 continue
             tokens = min(job.chunk, left, job.left - job.alone)
@@ -241,8 +246,10 @@ class Scheduler:
 
     def advance(self, job: JobId, tokens: int, sampled: int) -> None:
         """Note that a step has computed `tokens` of the job, and then sampled `sampled` new ones (0 or 1)."""
-        self._running[job].position += tokens
-        self._running[job].known += sampled
+        advanced = self._running[job]
+        advanced.position += tokens
+        advanced.known += sampled
+        advanced.alone += sampled if advanced.alone else 0
 
     def charge(self, job: JobId, seconds: float) -> None:
         """Charge a running job's flow for seconds of the engine."""
