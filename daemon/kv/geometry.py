@@ -74,7 +74,7 @@ class Geometry:
             raise UnsupportedModel(
                 f"head_dim {head_dim} is not supported; {', '.join(map(str, HEAD_DIMS))} are"
             )
-        layers = (
+        layers = [
             LayerGeometry(
                 heads=heads,
                 kv_heads=int(config.num_key_value_heads),
@@ -85,7 +85,9 @@ class Geometry:
                 module_layer=module_layer,
             )
             for module_layer, sliding_window in _sliding_windows(config)
-        )
+        ]
+        if not layers:
+            raise UnsupportedModel("a model without attention has no KV, which is all that spilld is about")
         return cls(
             layers=tuple(layers),
             vocab=int(config.vocab_size),

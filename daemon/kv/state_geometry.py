@@ -12,6 +12,9 @@ from spilld.errors import UnsupportedModel
 DELTA_GRID = 64
 """Tokens that transformers' gated delta rule computes together (`chunk_size` of its functions)."""
 
+MOST_TOGETHER = 4096
+"""The largest grid: a step computes at least so many tokens of a prompt."""
+
 
 @dataclass(frozen=True)
 class StateGeometry:
@@ -52,7 +55,13 @@ def state_geometries(config: Any) -> tuple[StateGeometry, ...]:
         raise UnsupportedModel(
             f"{config.model_type} has layers with a recurrent state of a kind that spilld does not keep"
         )
-    return tuple(StateGeometry(i, *shapes(config)) for i in layers)
+    convolution, recurrent, grid = shapes(config)
+    if not 1 <= grid <= MOST_TOGETHER or min(convolution + recurrent) < 1:
+        raise UnsupportedModel(
+            f"layers with a state of {convolution} and {recurrent} that compute {grid} tokens together are "
+            f"not supported; at most {MOST_TOGETHER} together are"
+        )
+    return tuple(StateGeometry(i, convolution, recurrent, grid) for i in layers)
 
 
 _Shapes = tuple[tuple[int, int], tuple[int, ...], int]
@@ -104,5 +113,6 @@ _SHAPES: dict[str, Callable[[Any], _Shapes]] = {
     "granitemoehybrid": _granite,
     "nemotron_h": _nemotron,
     "lfm2": _short_convolution,
+    "lfm2_moe": _short_convolution,
 }
 """By model_type, the shapes of a layer's convolution and recurrent state, and its grid."""

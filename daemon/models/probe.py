@@ -103,5 +103,6 @@ class ProbedAttention:
         window = torch.zeros(geometry.convolution, dtype=hidden.dtype)
         recurrent = torch.zeros(geometry.recurrent) if geometry.recurrent else None
         cache = MixerCache(geometry, [LayerState(window, recurrent)])
+        mixed = mixer(hidden, cache)
         mixer(hidden[:, :1], cache)
-        return mixer(hidden, cache)
+        return mixed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ import pytest
 import torch
 
 from spilld.assembly import load_model
-from spilld.attention.state_layers import MixerCache
+from spilld.attention.state_layers import MixerCache, keep_states
 from spilld.config.config import Config
 from spilld.errors import BudgetError, UnsupportedModel
 from spilld.kv.attention_span import CELL
 from spilld.kv.checkpoint import ANCHOR_CELLS, CHECKPOINT_BLOCKS, checkpoint_cells, state_blocks
+from spilld.kv.geometry import Geometry
 from spilld.kv.recurrent_state import LayerState, RecurrentState, StateShape
 from spilld.kv.state_geometry import StateGeometry
-from spilld.models.model import Model
+from spilld.models.model import Model, load_module
+from spilld.models.probe import probe
 from spilld.offload.record import BLOCK, Element, Format, Layout
 from spilld.offload.store_layout import StoreLayout
 from spilld.offload.system import PAGE, page_aligned
@@ -43,6 +46,8 @@ from .tiny_hybrids import HYBRIDS, build_hybrid
 
 PROMPT, LONG = some_tokens(3, 700), some_tokens(5, 1400)
 FIELDS: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
+SIBLINGS = ("qwen3_5_moe_text", "lfm2_moe")
+"""Families whose layers are those of others."""
 GRID = 64
 """Of the model that most tests take."""
 
@@ -90,10 +95,7 @@ def cached(harness: Harness, request_id: str = "r") -> int:
 
 @pytest.mark.parametrize(
     "family",
-    [
-        family if family != "qwen3_5_moe_text" else pytest.param(family, marks=pytest.mark.slow)
-        for family in HYBRIDS
-    ],
+    [pytest.param(family, marks=pytest.mark.slow) if family in SIBLINGS else family for family in HYBRIDS],
 )
 def test_they_compute_what_transformers_does(family: str, tmp_path: Path) -> None:
     """Over all tiers, in chunks of either size, alone and beside another."""
@@ -165,6 +167,17 @@ def test_the_next_turn_goes_on_where_the_answer_ended(model: Model, evicted: boo
         assert cached(harness) == len(PROMPT) - 1, "the newest checkpoint before the fork"
     assert found == alone(model, tmp_path / "1", [*PROMPT, *answer, *more])
     assert forked == alone(model, tmp_path / "2", [*PROMPT, *answer[:5], *more])
+
+
+def test_what_is_appended_is_computed_before_it_is_asked_about(
+    model: Model, together: list[int], tmp_path: Path
+) -> None:
+    with engine(model, tmp_path / "s", format="exact") as harness:
+        harness.ask(PROMPT, session="s", max_tokens=0)
+        assert together == [512, 187]
+        found = harness.ask([], session="s", **FIELDS)
+        assert together == [512, 187]
+    assert found == alone(model, tmp_path / "1", PROMPT)
 
 
 def test_prompts_are_computed_on_a_grid(model: Model, together: list[int], tmp_path: Path) -> None:
@@ -323,6 +336,38 @@ def test_a_step_takes_at_least_the_tokens_of_the_grid(model: Model, tmp_path: Pa
         told = [event.done for event in harness.events["r"] if isinstance(event, Progress)]
     assert told == [64, 128, 149, 150]
     assert found == alone(model, tmp_path / "1", PROMPT[:150])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "why"),
+    [
+        ("nemotron_h", {"chunk_size": 10**9}, "compute 1000000000 tokens together"),
+        ("nemotron_h", {"chunk_size": 0}, "compute 0 tokens together"),
+        ("nemotron_h", {"layers_block_type": ["linear_attention", "mlp"]}, "without attention"),
+        ("qwen3_5_text", {"linear_num_key_heads": 4}, "a layer asks for a convolution over 160 x 4"),
+        (
+            "qwen3_5_text",
+            {"linear_value_head_dim": 16, "linear_key_head_dim": 32},
+            "convolution over 160 x 4",
+        ),
+        ("lfm2", {"layer_types": ["conv", "conv", "full_attention"]}, "layer 1 has 0 modules with a state"),
+    ],
+)
+def test_a_config_that_says_something_else(
+    family: str, changes: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    """Than the module does, or than can be served."""
+    module = load_module(build_hybrid(family, tmp_path / family), "float32", "spilld")
+    config = copy(module.config)
+    vars(config).update(changes)
+
+    def check() -> None:
+        geometry = Geometry.of(config, module.generation_config, None)
+        keep_states(module, geometry)
+        probe(module, geometry)
+
+    with pytest.raises(UnsupportedModel, match=why):
+        check()
 
 
 @pytest.mark.parametrize("form", ["exact", "k8v4", "int4"])

@@ -79,6 +79,20 @@ _MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "moe_shared_expert_intermediate_size": 32,
         },
     ),
+    "lfm2_moe": (
+        transformers.Lfm2MoeConfig,
+        transformers.Lfm2MoeForCausalLM,
+        {
+            **_HEADS,
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", _ATTENTION, "conv"],
+            "conv_L_cache": 3,
+            "num_dense_layers": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
     "lfm2": (
         transformers.Lfm2Config,
         transformers.Lfm2ForCausalLM,

@@ -22,6 +22,7 @@ FAMILIES = {
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
     "nemotron_h": "NemotronHForCausalLM",
     "lfm2": "Lfm2ForCausalLM",
+    "lfm2_moe": "Lfm2MoeForCausalLM",
 }
 """config.json's model_type of the supported families, and the class of transformers that computes each."""
 
