@@ -1,4 +1,4 @@
-"""Attention over all tiers: the interface, the CPU's, that over stored records, transformers' way to it.
+"""Attention over all tiers, on the CPU and over stored records; transformers' way to it and to states.
 
 May import: cuda_ext, errors, kv, offload.
 """
