@@ -126,17 +126,16 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
         startup = Startup(server.notifier)
         startup.step(f"loading {config.model}")
         model = load_model(config, startup.step)
+        startup.phase("preparing kernels, which are compiled the first time")
+        layout = record_layout(config, model.geometry)
+        forms = {weights.form for weights in (model.packed or {}).values()}
+        prepare(layout, model.geometry.sizes.heads, config.cache, forms, startup.parts(COMPILING))
         service = EngineService(
             lambda post: build_engine(config, model, post, metrics=metrics),
             server.post,
             welcome(config, model),
             config.max_queue,
             server.stop,
-        )
-        startup.phase("preparing kernels, which are compiled the first time")
-        layout, packed = record_layout(config, model.geometry), model.packed is not None
-        prepare(
-            layout, model.geometry.sizes.heads, config.cache, packed=packed, tell=startup.parts(COMPILING)
         )
         startup.phase("warming up")
         service.warm_up()

@@ -1,6 +1,6 @@
 """Compiles the numba kernels that a model needs, once, in a child process whose memory is freed with it.
 
-`python -m spilld.runner.prepare_kernels FORMAT ELEMENT HEADS KV_HEADS HEAD_DIM [packed]` runs each of them
+`python -m spilld.runner.prepare_kernels FORMAT ELEMENT HEADS KV_HEADS HEAD_DIM [FORM ...]` runs each of them
 on one block, which leaves its machine code in numba's cache beside the sources, and prints a line after each
 part of the work. Without it the first request would wait for the compiler, and the daemon would keep the
 compiler's 130 MiB.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -28,16 +28,18 @@ from spilld.offload.kernels.attention.partial import Partial, merge
 from spilld.offload.kernels.attention.rows import DecodeRow, DecodeRows, RowAttention
 from spilld.offload.kernels.attention.tiles import MAX_TILE
 from spilld.offload.kernels.codec.codec import Codec
+from spilld.offload.kernels.linear.forms import GROUP, LANES
+from spilld.offload.kernels.linear.forms import Form as PackedForm
 from spilld.offload.kernels.linear.layer import (
     Activations,
     Layer,
     after_attention,
     before_attention,
 )
-from spilld.offload.kernels.linear.packed import GROUP, quantise
-from spilld.offload.kernels.linear.packed import Form as PackedForm
+from spilld.offload.kernels.linear.packed import Packed
 from spilld.offload.kernels.linear.products import Matrix, multiply_rows
 from spilld.offload.kernels.linear.row_operations import NOTHING, TOGETHER, take_normed
+from spilld.offload.kernels.linear.tile_kernels import kernel_address
 from spilld.offload.record import (
     BLOCK,
     Element,
@@ -57,8 +59,7 @@ def prepare(
     layout: Layout,
     heads: int,
     cache: Path,
-    *,
-    packed: bool,
+    forms: Collection[PackedForm] = (),
     tell: Callable[[int, int], None] = lambda *_: None,
 ) -> None:
     """Compile the kernels, unless a note in `cache/kernels` says that it was done.
@@ -69,7 +70,7 @@ def prepare(
         layout: Layout of the records.
         heads: Query heads.
         cache: The cache folder.
-        packed: Whether to compile the kernels for packed weights too.
+        forms: The forms of its packed weights: those of steps over them are compiled, too.
         tell: Called with the number of parts that are done, and the number of all parts.
 
     Raises:
@@ -77,11 +78,11 @@ def prepare(
         InternalError: The child fails; the error has its last words.
     """
     words = [layout.format, layout.element, str(heads), str(layout.kv_heads), str(layout.head_dim)]
-    words += ["packed"] if packed else []
+    words += sorted(forms)
     note = cache / "kernels" / _key(words)
     if note.exists():
         return
-    parts = COMMON_PARTS + PACKED_PARTS * packed
+    parts = COMMON_PARTS + (PACKED_PARTS + len(forms) if forms else 0)
     tell(0, parts)
     done = itertools.count(1)
     with lines_to(lambda _: tell(next(done), parts)) as output:
@@ -142,17 +143,21 @@ def compile_all(layout: Layout, heads: int) -> Iterator[None]:
     yield
 
 
-def compile_packed(layout: Layout, heads: int) -> Iterator[None]:
-    """Run every kernel of a step over packed weights, on a narrow layer.
+def compile_packed(layout: Layout, heads: int, forms: Sequence[PackedForm]) -> Iterator[None]:
+    """Run every kernel of a step over packed weights, on a narrow layer, and compile those of the forms.
 
     Yields:
-        PACKED_PARTS times, after each part of the work.
+        Once for each form and PACKED_PARTS times, after each part of the work.
     """
+    for form in forms:
+        kernel_address(form)
+        yield
     kv_heads, head_dim, eps = layout.kv_heads, layout.head_dim, np.float32(1)
     rows = Activations.of(TOGETHER, GROUP, heads, kv_heads, head_dim, GROUP)
 
     def weights(outputs: int) -> Matrix:
-        return Matrix.of(quantise(np.zeros((outputs, GROUP), np.float32), PackedForm.INT8))
+        tiles = np.zeros((outputs // LANES, GROUP // forms[0].block, forms[0].words), np.uint16)
+        return Matrix.of(Packed(forms[0], tiles))  # of the larger blocks none: nothing is multiplied
 
     norm = np.ones(GROUP, np.float32)
     layer = Layer(
@@ -178,10 +183,11 @@ def compile_packed(layout: Layout, heads: int) -> Iterator[None]:
     yield
 
 
-def _main(form: str, element: str, heads: str, kv_heads: str, head_dim: str, packed: str = "") -> None:
+def _main(form: str, element: str, heads: str, kv_heads: str, head_dim: str, *packed: str) -> None:
     layout = Layout(Format(form), Element(element), int(kv_heads), int(head_dim))
     common = compile_all(layout, int(heads))
-    for _ in itertools.chain(common, compile_packed(layout, int(heads)) if packed else ()):
+    forms = [PackedForm(name) for name in packed]
+    for _ in itertools.chain(common, compile_packed(layout, int(heads), forms) if forms else ()):
         print("done", flush=True)
 
 

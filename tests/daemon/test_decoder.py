@@ -22,8 +22,8 @@ from spilld.models.packed.packing import (
     packed_file,
     read,
 )
+from spilld.offload.kernels.linear.forms import Form
 from spilld.offload.kernels.linear.packed import (
-    Form,
     Packed,
     quantise,
     stack,

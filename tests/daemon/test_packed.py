@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from spilld.offload.kernels import threads
+from spilld.offload.kernels.linear.forms import GGUF_FORMS, GROUP, LANES, Form
 from spilld.offload.kernels.linear.packed import (
-    GROUP,
-    LANES,
-    Form,
     Packed,
     fits,
     pack4,
@@ -25,9 +24,13 @@ from spilld.offload.kernels.linear.packed import (
     unpack,
 )
 from spilld.offload.kernels.linear.products import Matrix, multiply_rows
+from spilld.offload.kernels.linear.repack import from_gguf
 from spilld.offload.kernels.linear.row_operations import Inputs, padded, take
 
 Floats = NDArray[np.float32]
+
+MADE = [Form.INT8, Form.INT4]
+"""Forms that weights are quantised to."""
 
 SIZES = [(8, 32), (24, 96), (64, 576)]
 
@@ -81,7 +84,7 @@ def test_quantised_to_the_nearest_code(form: Form, steps: int, size: tuple[int, 
     assert (error <= span / steps * (0.5 + steps * 2**-12) + np.abs(groups).max(-1) * 2**-11).all()
 
 
-@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("form", MADE)
 def test_what_is_representable_is_kept(form: Form) -> None:
     once = unpack(quantise(some(2, 16, 64), form))
     np.testing.assert_array_equal(unpack(quantise(once, form)), once)
@@ -89,7 +92,7 @@ def test_what_is_representable_is_kept(form: Form) -> None:
     np.testing.assert_array_equal(unpack(quantise(zeros, form)), zeros)
 
 
-@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("form", MADE)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1e5])
 def test_numbers_beyond_float16_are_refused(form: Form, bad: float) -> None:
     weight = some(3, 8, 32)
@@ -110,7 +113,7 @@ def test_stacked_outputs_follow_one_another() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 65, 131])
-@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("form", MADE)
 @pytest.mark.parametrize("size", SIZES)
 def test_products(form: Form, size: tuple[int, int], rows: int, shared_by: int) -> None:
     weights, x, start = quantise(some(4, *size), form), some(5, rows, size[1]), some(6, rows, size[0])
@@ -121,7 +124,7 @@ def test_products(form: Form, size: tuple[int, int], rows: int, shared_by: int) 
     assert np.abs(found - exact).max() <= bound + 1e-6 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("form", MADE)
 def test_a_row_does_not_depend_on_others_nor_on_threads(form: Form) -> None:
     weights, x = quantise(some(7, 72, 96), form), some(8, 70, 96)
     threads.use(2)
@@ -131,7 +134,7 @@ def test_a_row_does_not_depend_on_others_nor_on_threads(form: Form) -> None:
     np.testing.assert_array_equal(together, alone)
 
 
-@pytest.mark.parametrize("form", Form)
+@pytest.mark.parametrize("form", MADE)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_stays_so_and_in_its_row(form: Form, bad: float) -> None:
     weights, x = quantise(some(9, 16, 64), form), some(10, 2, 64)
@@ -140,3 +143,99 @@ def test_what_is_not_finite_stays_so_and_in_its_row(form: Form, bad: float) -> N
     found = product(x, weights)
     np.testing.assert_array_equal(found[0], clean[0])
     assert np.isnan(found[1]).all()
+
+
+HALVES = {
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_1": (0, 2),
+    "Q4_K": (0, 2),
+    "Q5_1": (0, 2),
+    "Q5_K": (0, 2),
+} | {"Q6_K": (208,)}
+"""Bytes of a GGUF block at which float16 numbers begin; in the other types at 0."""
+
+
+def file_bytes(kind: str, outputs: int, inputs: int, *, plain: bool) -> NDArray[np.uint8]:
+    """Random bytes of a GGUF matrix; if plain, its scales are neither huge nor NaN."""
+    layout, draw = GGUF_FORMS[kind].layout, np.random.default_rng(11)
+    shape = (outputs, inputs // layout.block)
+    blocks = draw.integers(256, size=(*shape, layout.block_bytes), dtype=np.uint8)
+    if plain and kind == "MXFP4":
+        blocks[..., 0] = draw.integers(118, 124, shape)
+    elif plain:
+        for byte in HALVES.get(kind, (0,)):
+            scales = draw.standard_normal(shape).astype(np.float16)
+            blocks[..., byte : byte + 2] = scales[..., None].view(np.uint8)
+    return blocks.reshape(outputs, -1)
+
+
+def dequantised(raw: NDArray[np.uint8], kind: str) -> Floats:
+    with np.errstate(all="ignore"):
+        weights: Floats = dequantize(raw, GGMLQuantizationType[kind])
+    return weights
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("kind", GGUF_FORMS)
+def test_files_bits_are_kept(kind: str, plain: bool, shared_by: int) -> None:
+    raw = file_bytes(kind, 24, 768, plain=plain)
+    packed, wanted = from_gguf(raw, kind), dequantised(raw, kind)
+    found = unpack(packed)
+    assert packed.tiles.nbytes == raw.nbytes
+    assert not (plain and np.isnan(wanted).any())
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
+    numbers = ~np.isnan(wanted)
+    np.testing.assert_array_equal(found[numbers].view(np.uint32), wanted[numbers].view(np.uint32))
+
+
+@pytest.mark.parametrize("outputs", [3, 13])
+def test_outputs_that_fill_no_tile_are_followed_by_zeros(outputs: int) -> None:
+    raw = file_bytes("Q4_K", outputs, 512, plain=True)
+    found = unpack(from_gguf(raw, "Q4_K"))
+    np.testing.assert_array_equal(found[:outputs], dequantised(raw, "Q4_K"))
+    assert len(found) % LANES == 0
+    assert not found[outputs:].any()
+
+
+def test_other_types_and_torn_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="IQ2_XXS has no packed form"):
+        from_gguf(np.zeros((8, 66), np.uint8), "IQ2_XXS")
+    with pytest.raises(ValueError, match="whole blocks of Q4_K"):
+        from_gguf(np.zeros((8, 145), np.uint8), "Q4_K")
+    with pytest.raises(ValueError, match="nothing is quantised to q6_k"):
+        quantise(np.zeros((8, 256), np.float32), Form.Q6_K)
+
+
+@pytest.mark.parametrize("kind", GGUF_FORMS)
+def test_products_of_every_form(kind: str) -> None:
+    # 9 tiles: an odd number, and unequal parts.
+    packed, x = from_gguf(file_bytes(kind, 72, 768, plain=True), kind), some(12, 70, 768)
+    weights, start = unpack(packed).astype(np.float64), some(13, 70, 72)
+    inputs = Inputs.of(72, 768)
+    take(x, inputs)
+    quantised = inputs.codes[:70] * np.repeat(inputs.scales[:70], GROUP, 1).astype(np.float64)
+    sizes = np.abs(quantised) @ np.abs(weights).T + np.abs(start)
+    threads.use(2)
+    together = product(x, packed, start)
+    threads.use(1)
+    # What is inexact is float32 sums: of 24 groups, their scales and minimums, in some order.
+    assert (np.abs(together - start - quantised @ weights.T) <= 1e-6 * sizes).all()
+    np.testing.assert_array_equal(together[:3], product(x[:3], packed, start[:3]))
+    for r in (0, 69):
+        np.testing.assert_array_equal(together[r : r + 1], product(x[r : r + 1], packed, start[r : r + 1]))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_products_go_to_columns_of_a_wider_array(rows: int) -> None:
+    parts = [from_gguf(file_bytes(kind, 24, 256, plain=True), kind) for kind in ("Q4_K", "Q6_K")]
+    inputs = Inputs.of(padded(rows), 256)
+    x = some(14, rows, 256)
+    take(x, inputs)
+    out = np.zeros((padded(rows), 64), np.float32)
+    for first, packed in zip((8, 32), parts, strict=True):
+        multiply_rows(inputs, Matrix.of(packed), out[:, first : first + 24], rows)
+    for first, packed in zip((8, 32), parts, strict=True):
+        np.testing.assert_array_equal(out[:rows, first : first + 24], product(x, packed))
+    assert not out[:rows, :8].any()
+    assert not out[:rows, 56:].any()

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from spilld.offload.kernels.linear.packed import GROUP
+from spilld.offload.kernels.linear.forms import GROUP
 from spilld.offload.kernels.linear.row_operations import (
     NOTHING,
     Inputs,

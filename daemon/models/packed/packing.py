@@ -24,10 +24,8 @@ from safetensors.torch import load_file
 from spilld.errors import ConfigError, CorruptModel, UnsupportedModel
 from spilld.models.files.digest import digest
 from spilld.models.files.weights import read_weight_files
+from spilld.offload.kernels.linear.forms import GROUP, LANES, Form
 from spilld.offload.kernels.linear.packed import (
-    GROUP,
-    LANES,
-    Form,
     Packed,
     fits,
     pack4,
@@ -206,7 +204,7 @@ def read(path: Path) -> dict[str, Packed]:
     Raises:
         CorruptModel: The file is damaged.
     """
-    forms = {form.words: form for form in Form}
+    forms = {form.words: form for form in (Form.INT8, Form.INT4)}
     try:
         tensors = {name: tensor.numpy() for name, tensor in load_file(path).items()}
         return {name: Packed(forms[tiles.shape[2]], tiles) for name, tiles in tensors.items()}

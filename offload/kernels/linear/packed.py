@@ -1,20 +1,10 @@
 """Weights of linear layers, packed into few bits: a step of few rows takes as long as reading them does.
 
-A tile is 8 outputs; its groups of 32 inputs follow one another, each with its codes and scales, so that a
-thread reads memory in order. Everything is uint16 words:
-
-int4   4 x 16 words of codes, then 8 scales, then 8 minimums (float16): weight = code * scale + minimum.
-       Word j, lane 2 o + e holds the codes of output o for the inputs 8 j + 2 s + e, s = 0..3, in bits 4 s.
-int8   8 x 16 words of codes, then 8 scales (float16): weight = code * scale. Word j, lane 2 o + e holds the
-       signed codes of output o for the inputs 4 j + 2 s + e, s = 0..1, in bits 8 s.
-
-Those of GGUF's Q4_0, Q4_1 and Q8_0 fit without a change: their groups are the same 32 inputs, their scales
-the same float16.
+A thread reads memory in order. forms.py has where each bit lies.
 """
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,31 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-LANES = 8
-"""Outputs of a tile."""
-
-GROUP = 32
-"""Inputs that share a scale."""
+from .forms import GROUP, LANES, VECTOR, Form
 
 Words = NDArray[np.uint16]
 Floats = NDArray[np.float32]
 
 
-class Form(enum.StrEnum):
-    """Bits of a weight."""
-
-    INT8 = "int8"
-    INT4 = "int4"
-
-    @property
-    def words(self) -> int:
-        """uint16 words of a group of a tile, scales included."""
-        return {Form.INT8: 136, Form.INT4: 80}[self]
-
-
 @dataclass(frozen=True)
 class Packed:
-    """A packed matrix. tiles: uint16 [outputs / 8, inputs / 32, form.words], C-contiguous."""
+    """A packed matrix. tiles: uint16 [outputs / 8, inputs / form.block, form.words], C-contiguous."""
 
     form: Form
     tiles: Words
@@ -59,12 +33,12 @@ class Packed:
     @property
     def inputs(self) -> int:
         """Columns of the matrix."""
-        return int(self.tiles.shape[1]) * GROUP
+        return int(self.tiles.shape[1]) * self.form.block
 
 
-def fits(outputs: int, inputs: int) -> bool:
+def fits(outputs: int, inputs: int, form: Form = Form.INT8) -> bool:
     """Return whether a matrix of this shape can be packed."""
-    return outputs % LANES == 0 and inputs % GROUP == 0
+    return outputs % LANES == 0 and inputs % form.block == 0
 
 
 def stack(parts: Sequence[Packed]) -> Packed:
@@ -113,29 +87,87 @@ def _packed(form: Form, words: Words, *scales: NDArray[Any]) -> Packed:
 
 
 def unpack(packed: Packed) -> Floats:
-    """Return the weights, float32 [outputs, inputs]."""
-    tiles, groups, _ = packed.tiles.shape
-    planes = 2 if packed.form is Form.INT4 else 1
-    words = packed.tiles[..., : -LANES * planes].reshape(tiles, groups, -1, LANES, 2)
-    scales = packed.tiles[..., -LANES * planes :].copy().view(np.float16).astype(np.float32)
-    if packed.form is Form.INT4:
-        codes = np.stack([words >> np.uint16(4 * s) & np.uint16(15) for s in range(4)], -1).astype(np.float32)
-    else:
-        both = np.ascontiguousarray(words)[..., None].view(np.int8)  # little-endian: s = 0 first
-        codes = both.astype(np.float32)
-    codes = codes.transpose(0, 3, 1, 2, 5, 4).reshape(tiles, LANES, groups, GROUP)
-    scale = scales[..., :LANES].transpose(0, 2, 1)[..., None]
-    minimum = scales[..., LANES:].transpose(0, 2, 1)[..., None] if planes == 2 else np.float32(0)
-    weights: Floats = (codes * scale + minimum).reshape(tiles * LANES, groups * GROUP)
-    return weights
+    """Return the weights, float32 [outputs, inputs]: the numbers that the gguf package computes."""
+    layout = packed.form.layout
+    tiles, blocks, _ = packed.tiles.shape
+    vectors = packed.tiles[..., : layout.code_words].reshape(
+        tiles, blocks, layout.groups, layout.bits, VECTOR
+    )
+    codes = np.zeros((tiles, blocks, layout.groups, GROUP // 2, VECTOR), np.int16)
+    for pair, low, vector, at, bits in layout.pieces:
+        piece = vectors[..., vector, :] >> np.uint16(at) & np.uint16((1 << bits) - 1)
+        codes[..., pair, :] |= (piece << np.uint16(low)).view(np.int16)
+    if layout.table is not None:
+        codes = np.array(layout.table, np.int16)[codes]
+    elif layout.signed:
+        codes = codes << (16 - layout.bits) >> (16 - layout.bits)
+    codes = codes.reshape(tiles, blocks, -1, GROUP // 2 // layout.halves, LANES, 2)
+    numbers = codes.transpose(0, 4, 1, 2, 3, 5).astype(np.float32)  # tile, output, block, scale, pair, parity
+    with np.errstate(invalid="ignore", over="ignore"):
+        scales, minimums = _scales(packed)
+        numbers *= scales.transpose(0, 3, 1, 2)[..., None, None]
+        if minimums is not None:
+            numbers += minimums.transpose(0, 3, 1, 2)[..., None, None]
+    return numbers.reshape(packed.outputs, packed.inputs)
+
+
+def _scales(packed: Packed) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """Return what codes are multiplied by, and what is added; float32 [tiles, blocks, scales, 8]."""
+    form, layout = packed.form, packed.form.layout
+    ends = [*layout.field_words[1:], form.words]
+    fields: list[NDArray[Any]] = [
+        np.ascontiguousarray(packed.tiles[..., first:last])
+        for first, last in zip(layout.field_words, ends, strict=True)
+    ]
+    if form is Form.MXFP4:
+        exponent = fields[0].view(np.uint8).astype(np.uint32)
+        bits = np.where(exponent < 2, np.uint32(1 << 21) << exponent, (exponent - 1) << np.uint32(23))
+        return bits.astype(np.uint32).view(np.float32)[..., None, :], None
+    d = fields[0].view(np.float16).astype(np.float32)[..., None, :]
+    if form in (Form.INT4, Form.Q5_1):
+        return d, fields[1].view(np.float16).astype(np.float32)[..., None, :]
+    if layout.groups == 1:
+        return d, None
+    if form is Form.Q6_K:
+        return d * np.stack([field.view(np.int8) for field in fields[1:]], -2).astype(np.float32), None
+    if form is Form.IQ4_XS:
+        low, high = fields[1].view(np.uint32), fields[2].astype(np.uint32)
+        small = [low >> 4 * g & 15 | (high >> 2 * g & 3) << 4 for g in range(8)]
+        return d * _small(small, -32), None
+    if form is Form.Q3_K:
+        a, b, c = (field.view(np.uint32) for field in fields[1:])
+        small = [
+            (b if i & 4 else a) >> 8 * (i % 4) + 4 * (i // 8) & 15
+            | (c >> 8 * (i % 4) + 2 * (i // 4) & 3) << 4
+            for i in range(16)
+        ]
+        return d * _small(small, -32), None
+    m = -fields[1].view(np.float16).astype(np.float32)[..., None, :]
+    rest = [field.view(np.uint32) for field in fields[2:]]
+    if form is Form.Q2_K:
+        small = [rest[i // 4] >> 8 * (i % 4) & 255 for i in range(16)]
+        return d * _small([both & 15 for both in small]), m * _small([both >> 4 for both in small])
+    a, b, c = rest
+    scales: list[NDArray[Any]] = [a >> 8 * g & 63 for g in range(4)]
+    scales += [c >> 8 * g & 15 | a >> 8 * g + 2 & 48 for g in range(4)]
+    minimums: list[NDArray[Any]] = [b >> 8 * g & 63 for g in range(4)]
+    minimums += [c >> 8 * g + 4 & 15 | b >> 8 * g + 2 & 48 for g in range(4)]
+    return d * _small(scales), m * _small(minimums)
+
+
+def _small(numbers: Sequence[NDArray[Any]], add: int = 0) -> NDArray[Any]:
+    """Return small integers as float32 [tiles, blocks, len(numbers), 8]."""
+    return (np.stack(numbers, -2).astype(np.int32) + add).astype(np.float32)
 
 
 def quantise(weight: Floats, form: Form) -> Packed:
     """Pack float32 [outputs, inputs] as the nearest codes; int4 spans each group's minimum to its maximum.
 
     Raises:
-        ValueError: A number is not finite, or beyond float16.
+        ValueError: A number is not finite, or beyond float16; or the form is neither int8 nor int4.
     """
+    if form not in (Form.INT8, Form.INT4):
+        raise ValueError(f"nothing is quantised to {form}: only what is in a file already is kept so")
     groups = weight.reshape(len(weight), -1, GROUP)
     if not np.abs(groups).max(initial=0) < np.finfo(np.float16).max:
         raise ValueError("weights beyond the range of float16 cannot be packed")

@@ -23,7 +23,7 @@ from spilld.offload.kernels.vectors import (
     vector_address,
 )
 
-from .packed import GROUP
+from .forms import GROUP
 
 TOGETHER = 4
 """Rows that are multiplied together, unless there is one: memory is for a multiple of so many rows."""
