@@ -30,6 +30,7 @@ from spilld.offload.kernels.attention.tiles import MAX_TILE
 from spilld.offload.kernels.codec.codec import Codec
 from spilld.offload.kernels.linear.forms import GROUP, LANES
 from spilld.offload.kernels.linear.forms import Form as PackedForm
+from spilld.offload.kernels.linear.grouped import Experts, copy_rows, multiply_grouped
 from spilld.offload.kernels.linear.layer import (
     Activations,
     Layer,
@@ -155,9 +156,12 @@ def compile_packed(layout: Layout, heads: int, forms: Sequence[PackedForm]) -> I
     kv_heads, head_dim, eps = layout.kv_heads, layout.head_dim, np.float32(1)
     rows = Activations.of(TOGETHER, GROUP, heads, kv_heads, head_dim, GROUP)
 
+    def packed(outputs: int) -> Packed:
+        # Of no block: nothing is multiplied, whatever inputs the form's blocks have.
+        return Packed(forms[0], np.zeros((outputs // LANES, 0, forms[0].words), np.uint16))
+
     def weights(outputs: int) -> Matrix:
-        tiles = np.zeros((outputs // LANES, GROUP // forms[0].block, forms[0].words), np.uint16)
-        return Matrix.of(Packed(forms[0], tiles))  # of the larger blocks none: nothing is multiplied
+        return Matrix.of(packed(outputs))
 
     norm = np.ones(GROUP, np.float32)
     layer = Layer(
@@ -179,7 +183,11 @@ def compile_packed(layout: Layout, heads: int, forms: Sequence[PackedForm]) -> I
     after_attention(layer, rows, 1, eps, False)
     yield
     take_normed(rows.x[:1], norm, eps, rows.inputs)
-    multiply_rows(rows.inputs, layer.down, rows.x, 1)
+    for out in (rows.x, rows.gate_up[:, :GROUP]):  # numba compiles a range of columns apart
+        multiply_rows(rows.inputs, layer.down, out, 1)
+    groups = np.zeros(1, np.int64)
+    copy_rows(rows.inputs, groups, GROUP, rows.inputs)
+    multiply_grouped(rows.inputs, Experts.of([packed(GROUP)]), groups, groups, groups + 1, rows.x)
     yield
 
 

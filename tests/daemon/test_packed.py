@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from spilld.offload.kernels import threads
 from spilld.offload.kernels.linear.forms import GGUF_FORMS, GROUP, LANES, Form
+from spilld.offload.kernels.linear.grouped import Experts, copy_rows, multiply_grouped, row_ranges
 from spilld.offload.kernels.linear.packed import (
     Packed,
     fits,
@@ -239,3 +240,30 @@ def test_products_go_to_columns_of_a_wider_array(rows: int) -> None:
         np.testing.assert_array_equal(out[:rows, first : first + 24], product(x, packed))
     assert not out[:rows, :8].any()
     assert not out[:rows, 56:].any()
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "MXFP4"])
+def test_rows_of_experts(kind: str, shared_by: int) -> None:
+    raw = file_bytes(kind, 6 * 40, 512, plain=True).reshape(6, 40, -1)
+    experts, x = [from_gguf(part, kind) for part in raw], some(15, 9, 512)
+    chosen, counts = np.array([5, 0, 3, 2]), np.array([1, 5, 0, 3])
+    order = [[4], [0, 1, 2, 8, 4], [], [7, 0, 4]]
+    first, rows = row_ranges(counts.tolist())
+    assert (first.tolist(), rows) == ([0, 1, 9, 9], 13)
+    tokens, gathered = Inputs.of(12, 512), Inputs.of(padded(rows), 512)
+    take(x, tokens)
+    places = np.full(rows, -1)
+    for at, of in zip(first, order, strict=True):
+        places[at : at + len(of)] = of
+    copy_rows(tokens, places, 512, gathered)
+    out = np.zeros((padded(rows), 40), np.float32)
+    multiply_grouped(gathered, Experts.of(experts), chosen, first, counts, out)
+    for at, expert, of in zip(first, chosen, order, strict=True):
+        if of:
+            np.testing.assert_array_equal(out[at : at + len(of)], product(x[of], experts[expert]))
+
+
+def test_experts_that_differ_are_refused() -> None:
+    parts = [from_gguf(file_bytes(kind, 8, 256, plain=True), kind) for kind in ("Q4_K", "Q6_K")]
+    with pytest.raises(ValueError, match="one form and one shape"):
+        Experts.of(parts)

@@ -72,7 +72,7 @@ def _unit(part: Any, inputs: Any, weights: Any, out: Any, rows: Any) -> None:
     count = (weights.tiles + 1) // 2
     parts = min(inputs.parts, count)
     first, last = count * part // parts, count * (part + 1) // parts
-    _call(
+    call_kernel(
         weights.kernel,
         weights.words.ctypes.data,
         2 * first,
@@ -91,7 +91,7 @@ def _unit(part: Any, inputs: Any, weights: Any, out: Any, rows: Any) -> None:
 
 
 @intrinsic
-def _call(_context: Any, kernel: Any, *args: Any) -> Any:
+def call_kernel(_context: Any, kernel: Any, *args: Any) -> Any:
     """Call a kernel by its address."""
 
     def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
