@@ -1,0 +1,94 @@
+"""What a loader reads of a model's files: tensors by the names of the module that takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from spilld.errors import CorruptModel
+from spilld.offload.kernels.linear.packed import Packed
+
+from .weights import read_weight_files
+
+
+class WeightSource(Protocol):
+    """A model's weights, by the names of the transformers module's state dict.
+
+    Nothing is read before it is asked for, and nothing is kept by the source: a loader's peak memory is what
+    it keeps and one tensor. A tensor that the module ties to another one may be missing.
+    """
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors, for which the other methods are defined."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the tensor's shape in the module, from headers alone."""
+        ...
+
+    def dense(self, name: str) -> torch.Tensor:
+        """Return the tensor as the module has it.
+
+        In the dtype in which it is stored, mapped where it can be; dequantised to float32 if it is quantised.
+
+        Raises:
+            CorruptModel: It is damaged.
+        """
+        ...
+
+    def packed(self, name: str) -> Sequence[Packed] | None:
+        """Return the matrices of a quantised tensor, each [outputs, inputs], with the file's own numbers.
+
+        Their outputs, one after another, are those of the tensor in the module's order; for experts (3-D)
+        those of the first expert, of the second, and so on, and no matrix has outputs of two experts. There
+        is one matrix for a tensor (for an expert) unless its file has parts of different forms. Where a
+        module's experts are transposed, [experts, inputs, outputs], the matrices are not.
+
+        None: the tensor is not quantised, or in a way that has no packed form.
+
+        Raises:
+            CorruptModel: It is damaged.
+        """
+        ...
+
+
+class SafetensorsFolder:
+    """The tensors of a folder's safetensors, as they are stored: a WeightSource without packed forms."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers.
+
+        Raises:
+            CorruptModel: A file is damaged or cut off.
+            UnsupportedModel: There are no safetensors.
+        """
+        self._where = {}
+        for file in read_weight_files(folder).files:
+            opened = safe_open(file, "pt")
+            self._where |= dict.fromkeys(opened.keys(), opened)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """See WeightSource.names."""
+        return frozenset(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See WeightSource.shape."""
+        return tuple(self._where[name].get_slice(name).get_shape())
+
+    def dense(self, name: str) -> torch.Tensor:
+        """See WeightSource.dense."""
+        try:
+            tensor: torch.Tensor = self._where[name].get_tensor(name)
+        except SafetensorError as error:
+            raise CorruptModel(f"{name} is damaged: {error}") from error
+        return tensor
+
+    def packed(self, name: str) -> Sequence[Packed] | None:
+        """Return None: see WeightSource.packed."""
+        return None
