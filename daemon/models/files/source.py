@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -67,9 +67,9 @@ class SafetensorsFolder:
             CorruptModel: A file is damaged or cut off.
             UnsupportedModel: There are no safetensors.
         """
-        self._where = {}
+        self._where: dict[str, Any] = {}
         for file in read_weight_files(folder).files:
-            opened = safe_open(file, "pt")
+            opened: Any = safe_open(file, "pt")
             self._where |= dict.fromkeys(opened.keys(), opened)
 
     @property
