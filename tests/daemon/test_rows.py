@@ -34,6 +34,8 @@ def rows_in(inputs: Inputs, rows: int, width: int) -> Floats:
     np.testing.assert_allclose(
         numbers.reshape(rows, -1, GROUP).sum(-1), inputs.sums[:rows, : width // GROUP], rtol=1e-4, atol=1e-4
     )
+    halves = numbers.reshape(rows, -1, GROUP // 2).sum(-1)
+    np.testing.assert_allclose(halves, inputs.halves[:rows, : 2 * width // GROUP], rtol=1e-4, atol=1e-4)
     return numbers
 
 

@@ -105,6 +105,7 @@ def _unit(
         inputs.codes.ctypes.data + row * inputs.codes.strides[0],
         inputs.scales.ctypes.data + row * inputs.scales.strides[0],
         inputs.sums.ctypes.data + row * inputs.sums.strides[0],
+        inputs.halves.ctypes.data + row * inputs.halves.strides[0],
         wide,
         out.ctypes.data + row * out.strides[0],
         out.strides[0] // out.itemsize,
@@ -133,6 +134,8 @@ def copy_rows(source: Any, rows: Any, width: Any, target: Any) -> None:
         for k in range(width // GROUP):
             target.scales[i, k] = source.scales[r, k]
             target.sums[i, k] = source.sums[r, k]
+            for half in range(2 * k, 2 * k + 2):
+                target.halves[i, half] = source.halves[r, half]
 
 
 _spread = spreading(lambda: _unit)

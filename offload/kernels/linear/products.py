@@ -81,6 +81,7 @@ def _unit(part: Any, inputs: Any, weights: Any, out: Any, rows: Any) -> None:
         inputs.codes.ctypes.data,
         inputs.scales.ctypes.data,
         inputs.sums.ctypes.data,
+        inputs.halves.ctypes.data,
         inputs.scales.shape[1],
         out.ctypes.data,
         out.strides[0] // out.itemsize,

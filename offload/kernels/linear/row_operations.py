@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from spilld.offload.kernels.threads import spreading, used
 from spilld.offload.kernels.vectors import (
     F32,
+    I32,
     address,
     broadcast,
     call,
@@ -50,6 +51,8 @@ class Inputs(NamedTuple):
     codes: NDArray[np.int16]
     scales: Floats
     sums: Floats
+    halves: Floats
+    """Sums of 16 numbers each."""
     numbers: Floats
     """Rows before they are quantised."""
     parts: int
@@ -68,6 +71,7 @@ class Inputs(NamedTuple):
             codes=np.zeros((rows, width), np.int16),
             scales=np.zeros(groups, np.float32),
             sums=np.zeros(groups, np.float32),
+            halves=np.zeros((rows, 2 * groups[1]), np.float32),
             numbers=np.zeros((rows, width), np.float32),
             parts=4 * used(),
         )
@@ -201,16 +205,17 @@ def _inverse_rms(x: Any, eps: Any) -> Any:
 
 @_plain
 def _quantise(x: Any, inputs: Any, row: Any) -> None:
-    codes, scales, sums = inputs.codes[row], inputs.scales[row], inputs.sums[row]
+    codes, scales, sums, halves = inputs.codes[row], inputs.scales[row], inputs.sums[row], inputs.halves[row]
     for group in range(len(x) // GROUP):
-        sums[group] = _quantise32(x, group * GROUP, codes, scales, group)
+        sums[group] = _quantise32(x, group * GROUP, codes, scales, halves, group)
 
 
 @intrinsic
-def _quantise32(_context: Any, x: Any, start: Any, codes: Any, scales: Any, group: Any) -> Any:
+def _quantise32(_context: Any, x: Any, start: Any, codes: Any, scales: Any, halves: Any, group: Any) -> Any:
     """Quantise 32 numbers from x[start] on, with one scale, and return scale * sum(codes).
 
-    codes[start:start + 32] = round(x / scale), scales[group] = scale.
+    codes[start:start + 32] = round(x / scale), scales[group] = scale, halves[2 group + h] = the sums of both
+    halves.
     """
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -228,11 +233,18 @@ def _quantise32(_context: Any, x: Any, start: Any, codes: Any, scales: Any, grou
         rounded = builder.select(number, rounded, constant(0.0, GROUP))
         whole = builder.fptosi(rounded, ir.VectorType(ir.IntType(16), GROUP))
         builder.store(whole, vector_address(builder, address(builder, at[2], [args[1]]), GROUP), align=2)
-        builder.store(scale, address(builder, at[3], [args[4]]))
-        total = call(builder, "llvm.vector.reduce.fadd", F32, F32(0.0), rounded, flags=("reassoc",))
-        return builder.fmul(total, scale)
+        builder.store(scale, address(builder, at[3], [args[5]]))
+        sums = []
+        for half in range(2):
+            places = [half * GROUP // 2 + i for i in range(GROUP // 2)]
+            part = builder.shuffle_vector(
+                rounded, rounded, ir.Constant(ir.VectorType(I32, len(places)), places)
+            )
+            sums.append(call(builder, "llvm.vector.reduce.fadd", F32, F32(0.0), part, flags=("reassoc",)))
+            builder.store(builder.fmul(sums[half], scale), address(builder, at[4], [(args[5], 2), half]))
+        return builder.fmul(builder.fadd(*sums), scale)  # the sums are whole numbers below 2^24: exact
 
-    return types.float32(x, start, codes, scales, group), build
+    return types.float32(x, start, codes, scales, halves, group), build
 
 
 @intrinsic

@@ -28,7 +28,7 @@ CACHED_ROWS = 64
 AHEAD = 1024
 """Words: how far before their use weights are fetched. Hardware fetches no further than a page."""
 
-ARGUMENTS = (types.int64,) * 13
+ARGUMENTS = (types.int64,) * 14
 """Of a kernel: see `multiply` in `_kernel`."""
 
 _FORMS = tuple(Form)
@@ -61,6 +61,7 @@ def _kernel(form: int, vectors: int) -> Any:
         pairs: Any,
         scales: Any,
         sums: Any,
+        halves: Any,
         width: Any,
         out: Any,
         stride: Any,
@@ -70,7 +71,7 @@ def _kernel(form: int, vectors: int) -> Any:
     ) -> None:
         """Add tiles first <= t < last times rows 0 <= r < rows to out.
 
-        words, pairs, scales, sums and out are addresses: of the tiles, of the rows' codes, scales and sums
+        words, pairs, scales, sums, halves and out are addresses: of the tiles, of the rows' codes and so on
         (Inputs), `width` groups from row to row, and of float32 outputs, `stride` from row to row. lines is
         `vectors`, parts the groups of a block: if the compiler knew them it would unroll the loops and then
         compute row by row, which needs all the codes at once.
@@ -83,14 +84,15 @@ def _kernel(form: int, vectors: int) -> Any:
                     for row in range(top, end, TOGETHER):
                         multiply_tiles(
                             form, together, two,
-                            words, tile, blocks, pairs, scales, sums, width, out, stride, row, lines, parts,
+                            words, tile, blocks, pairs, scales, sums, halves, width, out, stride, row,
+                            lines, parts,
                         )  # fmt: skip
             first = twos
         for tile in range(first, last):
             for row in range(rows):
                 multiply_tiles(
                     form, one, one,
-                    words, tile, blocks, pairs, scales, sums, width, out, stride, row, vectors, parts,
+                    words, tile, blocks, pairs, scales, sums, halves, width, out, stride, row, vectors, parts,
                 )  # fmt: skip
 
     return multiply
@@ -108,6 +110,7 @@ def multiply_tiles(
     pairs: Any,
     scales: Any,
     sums: Any,
+    halves: Any,
     width: Any,
     out: Any,
     stride: Any,
@@ -136,6 +139,7 @@ def multiply_tiles(
             pairs,
             scales,
             sums,
+            halves,
             width,
             out,
             stride,
@@ -151,18 +155,24 @@ class _Tiles:
     """Emits the product of some tiles with some rows."""
 
     def __init__(self, builder: Any, form: Form, rows: int, tiles: int, args: Any) -> None:
-        words, tile, blocks, pairs, scales, sums, width, out, stride, top, lines, parts = args
+        words, tile, blocks, pairs, scales, sums, halves, width, out, stride, top, lines, parts = args
         self._builder, self._form, self._layout = builder, form, form.layout
         self._rows, self._tiles = range(rows), range(tiles)
-        self._words, self._pairs, self._scales, self._sums, self._out = (
+        self._words, self._pairs, self._scales, self._sums, self._halves, self._out = (
             builder.inttoptr(place, kind.as_pointer())
-            for place, kind in ((words, I16), (pairs, I32), (scales, F32), (sums, F32), (out, F32))
+            for place, kind in (
+                (words, I16),
+                (pairs, I32),
+                (scales, F32),
+                (sums, F32),
+                (halves, F32),
+                (out, F32),
+            )
         )
         self._tile, self._blocks, self._width, self._stride, self._top = tile, blocks, width, stride, top
         self._lines, self._parts = lines, parts
         self._codes = [Codes(builder, form, self._words) for _ in self._tiles]
         self._products = [[cgutils.alloca_once(builder, _INTS) for _ in self._tiles] for _ in self._rows]
-        self._counts = [cgutils.alloca_once(builder, _INTS) for _ in self._rows]
         count = 2 * self._layout.groups * self._layout.halves
         self._kept = [cgutils.alloca_once(builder, ir.ArrayType(_FLOATS, count)) for _ in self._tiles]
 
@@ -203,15 +213,13 @@ class _Tiles:
                     factor = self._number(self._scales, r, group)
                     self._totals.add(r, t, self._builder.fmul(scale, factor), number)
                     if minimum is not None:
-                        self._totals.add(r, t, minimum, self._sum(r, group, factor))
+                        self._totals.add(r, t, minimum, self._sum(r, group, half))
 
     def _sum_products(self, group: Any, starts: Sequence[Any], half: int) -> None:
         """Emit the exact sums of a group's products with its codes, or of those of a half of it."""
         builder = self._builder
-        for slot in (*chain.from_iterable(self._products), *(self._counts if self._counted else ())):
+        for slot in chain.from_iterable(self._products):
             builder.store(ir.Constant(_INTS, [0] * LANES), slot)
-        for codes in self._codes:
-            codes.begin()
         vectors, pairs = self._codes[0].vectors, GROUP // 2 // self._layout.halves
         first = I64(half * pairs)
         with each(builder, 0, self._lines) as line:
@@ -234,21 +242,13 @@ class _Tiles:
             both = builder.bitcast(splat(builder, self._pairs, terms, LANES), ir.VectorType(I16, VECTOR))
             for slot, code in zip(self._products[r], codes, strict=True):
                 builder.store(builder.add(builder.load(slot), _pairwise(builder, code, both)), slot)
-            if self._counted:
-                ones = ir.Constant(ir.VectorType(I16, VECTOR), [1] * VECTOR)
-                slot = self._counts[r]
-                builder.store(builder.add(builder.load(slot), _pairwise(builder, ones, both)), slot)
 
-    @property
-    def _counted(self) -> bool:
-        """Whether halves of groups have minimums: Inputs has sums of whole groups only."""
-        return self._form is Form.Q2_K
-
-    def _sum(self, row: int, group: Any, factor: Any) -> Any:
-        """Return the sum of a row's inputs in a group, or in the half that was multiplied last."""
-        if self._counted:
-            return self._builder.fmul(self._as_float(self._counts[row]), factor)
-        return self._number(self._sums, row, group)
+    def _sum(self, row: int, group: Any, half: int) -> Any:
+        """Return the sum of a row's inputs in a group, or in a half of it."""
+        if self._layout.halves == 1:
+            return self._number(self._sums, row, group)
+        terms = [(self._row(row, self._width), 2), (group, 2), half]
+        return splat(self._builder, self._halves, terms, LANES)
 
     def _scales_of(self, start: Any) -> list[Scale]:
         return Scales(self._builder, self._form, self._words).of(start)

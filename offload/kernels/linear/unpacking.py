@@ -10,50 +10,52 @@ import llvmlite.binding
 from llvmlite import ir
 from numba.core import cgutils
 
-from spilld.offload.kernels.vectors import F32, I32, load
+from spilld.offload.kernels.vectors import F32, I32, I64, broadcast, load
 
 from .forms import LANES, VECTOR, Form
 
 I8, I16 = ir.IntType(8), ir.IntType(16)
 
-SIZES = {2: (1, 8), 3: (1, 5), 4: (4, 4), 5: (5, 3), 6: (3, 2), 8: (8, 2)}
-"""By bits of a code: vectors that a half of a group (2, 3, 6) or a group has, and the codes of each."""
+SIZES = {2: (2, 4), 3: (1, 5), 4: (4, 4), 5: (5, 3), 6: (3, 2), 8: (8, 2)}
+"""By bits of a code: how often vectors of a half of a group (2, 3, 6) or of a group are unpacked, and to how
+many codes."""
 
 
 class Codes:
     """The codes of a half of a group, or of a group whose weights share a scale: int16 [8 outputs, 2 inputs].
 
-    Vectors are unpacked one by one, in a loop; some forms keep bits of each for the codes that come last.
+    Vectors are unpacked one by one, in a loop; then the codes follow whose bits are spread over them.
     """
 
     def __init__(self, builder: Any, form: Form, words: Any) -> None:
         self._builder, self._form, self._words = builder, form, words
         self._bits = form.layout.bits
         self.vectors, self.each = SIZES[self._bits]
-        self._kept = cgutils.alloca_once(builder, ir.VectorType(I16, VECTOR))
-
-    def begin(self) -> None:
-        """Begin a half or a group."""
-        if self._bits in (3, 5, 6):
-            self._builder.store(_same(0), self._kept)
+        self._spare = VECTOR % self._bits
+        """Bits of a vector's words that belong to the codes that follow."""
 
     def of(self, at: Any, number: Any) -> list[Any]:
         """Return the codes of the number-th vector from the word `at` on, pair by pair."""
+        if self._bits == 2:
+            return self._half_vector(at, number)
         word = load(self._builder, self._words, [at, (number, VECTOR)], VECTOR)
         if self._form.layout.table is not None:
             return self._looked_up(word, self._form.layout.table)
-        spare = VECTOR - self.each * self._bits
-        if spare:
-            kept = self._builder.shl(self._builder.load(self._kept), _same(spare))
-            low = self._builder.and_(word, _same((1 << spare) - 1))
-            self._builder.store(self._builder.or_(kept, low), self._kept)
-        return [self._field(word, spare + self._bits * s) for s in range(self.each)]
+        return [self._field(word, self._spare + self._bits * s) for s in range(self.each)]
+
+    def _half_vector(self, at: Any, number: Any) -> list[Any]:
+        """Return half the codes of a vector of 2 bit codes: all eight at once would not stay in registers."""
+        builder = self._builder
+        word = load(builder, self._words, [at, (builder.lshr(number, I64(1)), VECTOR)], VECTOR)
+        shift = builder.trunc(builder.shl(builder.and_(number, I64(1)), I64(3)), I16)
+        word = builder.lshr(word, broadcast(builder, shift, VECTOR))
+        return [builder.and_(builder.lshr(word, _same(2 * s)), _same(3)) for s in range(self.each)]
 
     def last(self, at: Any, half: int) -> list[Any]:
         """Return the codes that follow those of the vectors; at: where the group's begin."""
-        if self._bits in (2, 4, 8):
+        if not self._spare:
             return []
-        kept = self._builder.load(self._kept)
+        kept = self._joined(at, half)
         if self._bits == 5:
             return [self._field(kept, 0)]
         if self._bits == 6:
@@ -63,6 +65,18 @@ class Codes:
         seventh = self._builder.ashr(self._builder.shl(upper, _same(6)), _same(13))
         seventh = self._builder.or_(self._builder.and_(seventh, _same(-2)), kept)
         return [self._field(upper, 13), self._field(upper, 10), seventh]
+
+    def _joined(self, at: Any, half: int) -> Any:
+        """Return the spare bits of all vectors in one, those of the first on top."""
+        joined: Any = None
+        for number in range(half * self.vectors, (half + 1) * self.vectors):
+            word = load(self._builder, self._words, [at, number * VECTOR], VECTOR)
+            bits = self._builder.and_(word, _same((1 << self._spare) - 1))
+            joined = bits if joined is None else self._pushed(joined, bits)
+        return joined
+
+    def _pushed(self, joined: Any, bits: Any) -> Any:
+        return self._builder.or_(self._builder.shl(joined, _same(self._spare)), bits)
 
     def _field(self, word: Any, at: int) -> Any:
         """Return the number whose bits begin at `at`."""
