@@ -16,6 +16,9 @@ _ATTENTION = {"full_attention", "sliding_attention"}
 _NO_ATTENTION = {"linear_attention", "conv", "mlp", "moe"}
 """Kinds of layers that transformers names. Of those without attention the first two have a state."""
 
+_ALL_SLIDE = ("mistral", "ministral3", "mixtral", "phi3")
+"""Families of which every layer slides if the config has a window, whatever its layer_types may say."""
+
 
 class HeadSizes(NamedTuple):
     """Number of query heads, number of KV heads, and numbers of a head."""
@@ -157,7 +160,7 @@ def _positions(config: Any) -> int:
 def _sliding_windows(config: Any) -> list[tuple[int, int | None]]:
     """Return (its number, its sliding window) of each layer that attends."""
     sliding_window: int | None = getattr(config, "sliding_window", None)
-    if config.model_type in ("mistral", "phi3"):  # every layer slides, whatever layer_types may say
+    if config.model_type in _ALL_SLIDE:
         return [(i, sliding_window) for i in range(config.num_hidden_layers)]
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     if unknown := sorted(set(kinds) - _ATTENTION - _NO_ATTENTION):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 from transformers.utils import logging as transformers_logging
 
 from spilld.attention.state_layers import keep_states
@@ -24,8 +24,10 @@ from spilld.cuda_ext.device.tensors import gpu_errors
 from spilld.cuda_ext.errors import DeviceError
 from spilld.errors import ConfigError, CorruptModel, DeviceUnusable
 from spilld.kv.geometry import Geometry
+from spilld.models.families.registry import FAMILIES, WRAPPERS
+from spilld.models.families.text_part import TENSOR_NAMES, of_text, text_config, text_type
 from spilld.models.files.digest import digest
-from spilld.models.files.folder import FAMILIES, check_folder, read_config
+from spilld.models.files.folder import check_folder, read_config
 from spilld.models.files.weights import read_weight_files
 from spilld.models.packed.packing import packed_file, read
 from spilld.offload.kernels.linear.packed import Packed
@@ -164,10 +166,13 @@ def load_module(folder: Path, dtype: str, attention: str) -> Any:
     """
     check_folder(folder)
     read_weight_files(folder)
+    said = read_config(folder)
     with _quiet(), SkeletonMode():
         try:
-            module, report = _model_class(folder).from_pretrained(
+            module, report = _model_class(text_type(said, str(folder))).from_pretrained(
                 folder,
+                config=text_config(CONFIG_MAPPING[said["model_type"]].from_pretrained(folder)),
+                key_mapping=TENSOR_NAMES if said["model_type"] in WRAPPERS else None,
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention,
                 local_files_only=True,
@@ -176,17 +181,15 @@ def load_module(folder: Path, dtype: str, attention: str) -> Any:
                 output_loading_info=True,
             )
         except LOADING_ERRORS as error:
-            said = " ".join(str(error).split())
-            raise CorruptModel(f"{folder} cannot be loaded: {said}") from error
+            raise CorruptModel(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if keys := sorted(map(str, report[kind])):
+        if keys := of_text(said, map(str, report[kind])):
             raise CorruptModel(f"{folder}: {len(keys)} {kind.replace('_', ' ')}, the first is {keys[0]}")
     return module.eval().requires_grad_(False)
 
 
-def _model_class(folder: Path) -> Any:
-    """Return the class of transformers for a checked folder's model; no other family is imported."""
-    family = read_config(folder)["model_type"]
+def _model_class(family: str) -> Any:
+    """Return the class of transformers for a family of text; no other family is imported."""
     package = model_type_to_module_name(family)
     return getattr(import_module(f"transformers.models.{package}.modeling_{package}"), FAMILIES[family])
 

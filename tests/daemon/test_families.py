@@ -13,12 +13,12 @@ from spilld.models.rope import fix_rope
 from spilld.protocol.messages import PromptLogprob
 
 from .harness import column_bytes, engine, greedy, load_tiny, random_split, reference, some_tokens
-from .tiny_models import FAMILIES, LONGROPE_ORIGINAL, VOCAB, build
+from .tiny_models import FAMILIES, LONGROPE_ORIGINAL, MODULES, VOCAB, build
 
 LENGTH = 1400
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "phi3-longrope"])
+@pytest.mark.parametrize("family", [f for f in (*FAMILIES, *MODULES) if f != "phi3-longrope"])
 def test_exact_records_give_transformers_logits(family: str, tmp_path: Path) -> None:
     folder = build(family, tmp_path / family)
     model = load_tiny(folder)

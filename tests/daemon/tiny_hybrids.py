@@ -102,11 +102,16 @@ _MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 HYBRIDS = tuple(_MODELS)
 
 
+def hybrid_config(family: str) -> Any:
+    """The config of a tiny hybrid."""
+    configure, _, sizes = _MODELS[family]
+    return configure(**{**SHARED, **sizes})
+
+
 def build_hybrid(family: str, folder: Path) -> Path:
     """Write a whole folder, as tiny_models.build does, and return it."""
-    configure, model, sizes = _MODELS[family]
     torch.manual_seed(0)
-    module = model(configure(**{**SHARED, **sizes}))
+    module = _MODELS[family][1](hybrid_config(family))
     with torch.no_grad():
         for name, parameter in module.named_parameters():  # or the states forget everything at once
             if name.endswith("A_log"):

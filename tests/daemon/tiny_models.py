@@ -113,7 +113,18 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
 FAMILIES = tuple(_SIZES)
 """Those that are served. Llama ties its embeddings; Mistral slides in every layer, the Gemmas in some."""
 
-STRANGERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+_SOME_SLIDE = {
+    "num_hidden_layers": 4,
+    "sliding_window": 80,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+_OTHERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "granite": (
         transformers.GraniteConfig,
         transformers.GraniteForCausalLM,
@@ -124,7 +135,7 @@ STRANGERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "logits_scaling": 8.0,
         },
     ),
-    "glm4": (transformers.Glm4Config, transformers.Glm4ForCausalLM, {"head_dim": 16}),
+    "glm4": (transformers.Glm4Config, transformers.Glm4ForCausalLM, {"head_dim": 16, "attention_bias": True}),
     "smollm3": (
         transformers.SmolLM3Config,
         transformers.SmolLM3ForCausalLM,
@@ -144,19 +155,57 @@ STRANGERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             },
         },
     ),
+    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM, {}),
+    "olmo3": (transformers.Olmo3Config, transformers.Olmo3ForCausalLM, _SOME_SLIDE),
+    "cohere2": (
+        transformers.Cohere2Config,
+        transformers.Cohere2ForCausalLM,
+        {**_SOME_SLIDE, "head_dim": 16, "logit_scale": 0.25},
+    ),
+    "mixtral": (
+        transformers.MixtralConfig,
+        transformers.MixtralForCausalLM,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 100},
+    ),
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig,
+        transformers.Qwen2MoeForCausalLM,
+        {**_EXPERTS, "decoder_sparse_step": 1},
+    ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        transformers.Qwen3MoeForCausalLM,
+        {**_EXPERTS, "head_dim": 32, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    ),
+    "glm4_moe": (
+        transformers.Glm4MoeConfig,
+        transformers.Glm4MoeForCausalLM,
+        {
+            "head_dim": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "use_qk_norm": True,
+            "attention_bias": True,
+        },
+    ),
+}
+MODULES = tuple(_OTHERS)
+"""Served, each by its own module: steps over packed weights would make another model of it."""
+
+_STRANGERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "gpt_oss": (
         transformers.GptOssConfig,
         transformers.GptOssForCausalLM,
         {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 64},
     ),
-    "lfm2": (
-        transformers.Lfm2Config,
-        transformers.Lfm2ForCausalLM,
-        {"layer_types": ["conv", "full_attention"]},
-    ),
 }
-"""Families that are not served, because something of theirs would come out as another model's."""
-for _family, (_configure, _model, _changes) in STRANGERS.items():
+"""Not served: attention with sinks."""
+for _family, (_configure, _model, _changes) in {**_OTHERS, **_STRANGERS}.items():
     _CLASSES[_family] = _configure, _model
     _SIZES[_family] = {
         "num_hidden_layers": 2,
@@ -166,14 +215,22 @@ for _family, (_configure, _model, _changes) in STRANGERS.items():
     }
 
 
+def config_of(family: str, **changes: Any) -> Any:
+    """The config of a tiny model; arguments as in `build`."""
+    return _CLASSES[family][0](**{**SHARED, **_SIZES[family], **changes})
+
+
 def build(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """Write a whole folder (float32 weights, config, tokenizer, chat template) and return it.
 
-    family: of FAMILIES or STRANGERS. changes: config entries that differ from the family's usual tiny ones.
+    family: of FAMILIES, MODULES or _STRANGERS. changes: config entries that differ from the usual tiny ones.
     """
-    configure, model = _CLASSES[family]
     torch.manual_seed(seed)
-    module = model(configure(**{**SHARED, **_SIZES[family], **changes}))
+    module = _CLASSES[family][1](config_of(family, **changes))
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if name.endswith("e_score_correction_bias"):  # zeros until a model is trained
+                tensor.normal_(std=0.3)
     module.save_pretrained(folder)
     byte_level().save_pretrained(folder)
     return folder

@@ -7,24 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spilld.errors import CorruptModel, UnsupportedModel
-
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "qwen3_next": "Qwen3NextForCausalLM",
-    "qwen3_5_text": "Qwen3_5ForCausalLM",
-    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
-    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
-    "nemotron_h": "NemotronHForCausalLM",
-    "lfm2": "Lfm2ForCausalLM",
-    "lfm2_moe": "Lfm2MoeForCausalLM",
-}
-"""config.json's model_type of the supported families, and the class of transformers that computes each."""
+from spilld.models.families.text_part import class_name, text_type
 
 INSTEAD = (
     "take a GGUF file of this model (the codes of Q8_0, Q4_0 and Q4_1 are kept), or the folder in bfloat16 "
@@ -66,10 +49,7 @@ def check_folder(folder: Path) -> None:
         CorruptModel: Its config.json is damaged.
     """
     config = read_config(folder)
-    if config["model_type"] not in FAMILIES:
-        raise UnsupportedModel(
-            f"{folder}: model_type {config['model_type']!r} is not supported; {', '.join(FAMILIES)} are"
-        )
+    text_type(config, str(folder))
     if method := _quantised_by(folder, config):
         raise UnsupportedModel(f"{folder}: weights quantised by {method} are not read; {INSTEAD}")
     _check_code(folder, config)
@@ -103,7 +83,7 @@ def _check_code(folder: Path, config: dict[str, Any]) -> None:
 
     Such code may be there if the family has been added to transformers meanwhile.
     """
-    ours = FAMILIES[config["model_type"]]
+    ours = class_name(config)
     named = config.get("architectures") or [ours]
     code = config.get("auto_map") or {}
     its = code.get("AutoModelForCausalLM") if isinstance(code, dict) else code

@@ -1,0 +1,64 @@
+"""The families that are served: config.json's model_type, and the class of transformers that computes it.
+
+A model of text and images is a wrapper around one of text, which is what is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_LLAMA_LIKE = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "cohere2": "Cohere2ForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+}
+_QWEN = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_GEMMA = {"gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
+_MIXTURES_OF_EXPERTS = {
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+}
+_WITH_STATE = {
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "nemotron_h": "NemotronHForCausalLM",
+    "lfm2": "Lfm2ForCausalLM",
+    "lfm2_moe": "Lfm2MoeForCausalLM",
+}
+
+FAMILIES: dict[str, str] = _LLAMA_LIKE | _QWEN | _GEMMA | _MIXTURES_OF_EXPERTS | _WITH_STATE
+"""The class that computes each family of text, by model_type."""
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A model of text and images around one of text.
+
+    Attributes:
+        class_name: The class of transformers that computes the whole.
+        texts: The families that its text part may be of.
+    """
+
+    class_name: str
+    texts: frozenset[str]
+
+
+WRAPPERS: Mapping[str, Wrapper] = {
+    "gemma3": Wrapper("Gemma3ForConditionalGeneration", frozenset({"gemma3_text"})),
+    "mistral3": Wrapper("Mistral3ForConditionalGeneration", frozenset({"mistral", "ministral3"})),
+    "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", frozenset({"qwen3_5_text"})),
+    "qwen3_5_moe": Wrapper("Qwen3_5MoeForConditionalGeneration", frozenset({"qwen3_5_moe_text"})),
+}
+"""Models of text and images, by model_type."""
