@@ -107,7 +107,13 @@ class Attention(ABC):
 
     @abstractmethod
     def forward(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: AttentionPlan,
+        sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Append K and V of the rows to their sequences, and attend over everything that they see.
 
@@ -119,6 +125,7 @@ class Attention(ABC):
             k: [total, kv_heads, head_dim], keys, likewise, on the same device.
             v: [total, kv_heads, head_dim], values, likewise, on the same device.
             plan: The plan of this step.
+            sink_logits: [heads], where the layer has them.
 
         Returns:
             [total, heads, head_dim] float32 on the device of q; zeros for items that have failed.

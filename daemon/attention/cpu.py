@@ -33,6 +33,7 @@ from spilld.offload.store.store import Store
 
 from .base import Attention, AttentionPlan
 from .records import Floats, RecordAttention
+from .sink_logits import join_sink_logits
 from .tile import additive_mask, attend_tile
 
 
@@ -58,7 +59,6 @@ class CpuPlan(AttentionPlan):
         row_bytes: By sliding window, bytes of exact K and V that each of them sees in a layer.
         heads: [single, heads + 2 kv_heads, head_dim] float32, room for a layer's queries, keys and values
             of those rows.
-        lse: [single, heads] float32, room for a layer's.
     """
 
     def __init__(self, batch: Batch, geometry: Geometry, store: Store, token_bytes: int) -> None:
@@ -69,7 +69,6 @@ class CpuPlan(AttentionPlan):
         self.heads: Floats = self._room.numpy()
         self._taken: torch.Tensor | None = None
         self._in_place = False
-        self.lse: Floats = np.empty((batch.single, heads), np.float32)
         self.sealing = [item for item in batch.items[: batch.single] if sealed_before(item.position)]
         self.scans: dict[int | None, DecodeRows] = {}
         self.row_bytes: dict[int | None, list[int]] = {}
@@ -169,7 +168,13 @@ class CpuAttention(Attention):
         return CpuPlan(batch, self.geometry, self.store, self._token_bytes)
 
     def forward(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: AttentionPlan,
+        sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See Attention.forward."""
         assert isinstance(plan, CpuPlan)
@@ -177,20 +182,25 @@ class CpuAttention(Attention):
         shape, count = self.geometry.layers[layer], plan.batch.single
         visible = plan.visible[shape.sliding_window]
         out = np.empty((plan.batch.total, shape.heads, shape.head_dim), np.float32)
+        lse = np.zeros((plan.batch.total, shape.heads), np.float32)
         if count:
             plan.take(q, k, v)
-            self._attend_rows(layer, visible[:count], plan, out[:count])
+            self._attend_rows(layer, visible[:count], plan, out[:count], lse[:count])
         for seen in visible[count:]:
             rows = seen.item.rows
             if seen.item.failure is None:
                 with self._records.failing(plan, seen.item):
-                    self._attend_chunk(layer, q[rows], k[rows], v[rows], seen, plan, out[rows])
+                    self._attend_chunk(layer, q[rows], k[rows], v[rows], seen, plan, out[rows], lse[rows])
+        if sink_logits is not None:
+            join_sink_logits(sink_logits, out, lse)
         for item in plan.batch.items:
             if item.failure is not None:
                 out[item.rows] = 0
         return torch.from_numpy(out)
 
-    def _attend_rows(self, layer: int, visible: list[VisibleKV], plan: CpuPlan, out: Floats) -> None:
+    def _attend_rows(
+        self, layer: int, visible: list[VisibleKV], plan: CpuPlan, out: Floats, lse: Floats
+    ) -> None:
         """Attend from the items of one token, whose heads the plan has.
 
         Results of items that have failed are overwritten by the caller.
@@ -199,7 +209,7 @@ class CpuAttention(Attention):
         for item in plan.sealing:
             self._seal_before(layer, item.position, item.sequence)
         scan, kind = plan.scans[shape.sliding_window], (shape.scaling, shape.softcap)
-        self._rows.attend(plan.heads, self._planes, layer, scan, self._host, *kind, out, plan.lse)
+        self._rows.attend(plan.heads, self._planes, layer, scan, self._host, *kind, out, lse)
         bytes_of = plan.row_bytes[shape.sliding_window]
         for row, seen in enumerate(visible):
             item = seen.item
@@ -209,7 +219,7 @@ class CpuAttention(Attention):
                 one = slice(row, row + 1)
                 with self._records.failing(plan, item):
                     queries = plan.heads[one, : shape.heads]
-                    self._records.merge(layer, queries, seen, plan, out[one], plan.lse[one])
+                    self._records.merge(layer, queries, seen, plan, out[one], lse[one])
 
     def _attend_chunk(
         self,
@@ -220,6 +230,7 @@ class CpuAttention(Attention):
         seen: VisibleKV,
         plan: CpuPlan,
         out: Floats,
+        lse: Floats,
     ) -> None:
         """Attend from the rows of an item of many tokens."""
         shape, item = self.geometry.layers[layer], seen.item
@@ -227,16 +238,15 @@ class CpuAttention(Attention):
         q = q.float()
         queries = q.reshape(item.count, *heads, shape.head_dim).permute(1, 2, 0, 3)
         sums = torch.from_numpy(out).view(item.count, *heads, shape.head_dim)
-        lse = torch.empty(item.count, *heads)
+        sums_lse = torch.from_numpy(lse).view(item.count, *heads)
         for tile in plan.tiles(seen):
             first = tile.start - item.position
             rows = slice(first, first + tile.queries)
             self._append(layer, k[rows], v[rows], tile.start, item.sequence)
             exact, exact_lse = self._attend_window(layer, queries[:, :, rows], tile, item.sequence, shape)
-            sums[rows], lse[rows] = exact.permute(2, 0, 1, 3), exact_lse.permute(2, 0, 1)
+            sums[rows], sums_lse[rows] = exact.permute(2, 0, 1, 3), exact_lse.permute(2, 0, 1)
             item.read_bytes["device"] += tile.mask.shape[1] * self._token_bytes
-        result = (out, lse.view(item.count, shape.heads).numpy())
-        self._records.merge(layer, q.numpy(), seen, plan, *result, in_host=seen.in_host)
+        self._records.merge(layer, q.numpy(), seen, plan, out, lse, in_host=seen.in_host)
 
     def _attend_window(
         self, layer: int, queries: torch.Tensor, tile: Tile, sequence: KVSequence, shape: LayerGeometry

@@ -40,7 +40,14 @@ class ModuleAttention(Protocol):
     def geometry(self) -> Geometry:
         """The geometry that the calls must agree with."""
 
-    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sink_logits: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Map q [total, heads, head_dim] and k, v [total, kv_heads, head_dim] to [total, heads, head_dim]."""
 
     def mix(self, layer: int, mixer: Mixer, hidden: torch.Tensor) -> torch.Tensor:
@@ -59,9 +66,16 @@ class PlannedAttention:
         """See ModuleAttention.geometry."""
         return self.attention.geometry
 
-    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sink_logits: torch.Tensor | None,
+    ) -> torch.Tensor:
         """See ModuleAttention.forward."""
-        return self.attention.forward(layer, q, k, v, self.plan)
+        return self.attention.forward(layer, q, k, v, self.plan, sink_logits)
 
     def mix(self, layer: int, mixer: Mixer, hidden: torch.Tensor) -> torch.Tensor:
         """See ModuleAttention.mix."""
@@ -78,6 +92,7 @@ def _forward(
     spilld_attention: ModuleAttention,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
     """Map query [1, heads, total, head_dim] and key, value [1, kv_heads, total, head_dim] to attention.
@@ -102,8 +117,10 @@ def _forward(
         raise UnsupportedModel(f"layer {module.layer_idx} attends, which its config does not say")
     _check_sizes(layer, geometry.layers[layer], query, key, value)
     _check_numbers(layer, geometry.layers[layer], scaling, softcap or 0.0, sliding_window)
+    if (s_aux is not None) != geometry.layers[layer].sink_logits:
+        raise UnsupportedModel(f"layer {layer} attends with other sink logits than its family has")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return spilld_attention.forward(layer, q, k, v).to(query.dtype)[None], None
+    return spilld_attention.forward(layer, q, k, v, s_aux).to(query.dtype)[None], None
 
 
 def _check_sizes(

@@ -33,7 +33,8 @@ class LayerGeometry:
     """Attention of one layer, `module_layer` in transformers' count of all layers.
 
     sliding_window is None for full attention, or W where a query at position p sees the positions
-    p-W+1..p. logit = scaling * q.k, then softcap * tanh(logit / softcap) unless softcap is 0.
+    p-W+1..p. logit = scaling * q.k, then softcap * tanh(logit / softcap) unless softcap is 0. With
+    sink_logits the module gives a logit of each head that takes part in the softmax and has no value.
     """
 
     heads: int
@@ -43,6 +44,7 @@ class LayerGeometry:
     scaling: float
     softcap: float
     module_layer: int
+    sink_logits: bool = False
 
     @property
     def sizes(self) -> HeadSizes:
@@ -86,6 +88,7 @@ class Geometry:
                 scaling=_scaling(config, head_dim),
                 softcap=float(getattr(config, "attn_logit_softcapping", None) or 0.0),
                 module_layer=module_layer,
+                sink_logits=config.model_type == "gpt_oss",
             )
             for module_layer, sliding_window in _sliding_windows(config)
         ]

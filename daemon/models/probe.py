@@ -91,7 +91,14 @@ class ProbedAttention:
     layers: list[int] = field(default_factory=list)
     states: list[int] = field(default_factory=list)
 
-    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sink_logits: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Note the layer and return the queries; shapes as in ModuleAttention.forward."""
         self.layers.append(layer)
         return q

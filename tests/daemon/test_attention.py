@@ -62,10 +62,12 @@ class Case:
     softcap: float = 0.0
     element: Element = Element.FLOAT32
     disk: bool = True
+    sink_logits: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.m}@{self.start}", self.format, f"{self.kv_heads}x{self.group}x{self.head_dim}"]
         parts += [f"w{self.window}"] * (self.window is not None) + [f"cap{self.softcap}"] * bool(self.softcap)
+        parts += ["sinks"] * self.sink_logits
         return "-".join([*parts, *[self.element.value] * (self.element is Element.BFLOAT16)])
 
     @property
@@ -76,7 +78,8 @@ class Case:
     def geometry(self) -> Geometry:
         heads = self.group * self.kv_heads
         scaling = float(self.head_dim**-0.5)
-        layer = LayerGeometry(heads, self.kv_heads, self.head_dim, self.window, scaling, self.softcap, 0)
+        sizes = heads, self.kv_heads, self.head_dim
+        layer = LayerGeometry(*sizes, self.window, scaling, self.softcap, 0, self.sink_logits)
         return Geometry((layer,), vocab=100, max_positions=4096, eos=frozenset())
 
     @property
@@ -114,6 +117,9 @@ CASES = [
     Case(777, 300, K8V4, group=2, element=Element.BFLOAT16),
     Case(777, 300, EXACT, group=2, element=Element.BFLOAT16),
     Case(1023, 512, INT8, group=2, disk=False),
+    Case(1301, 1, EXACT, group=2, sink_logits=True),
+    Case(1301, 1, K8V4, group=2, window=100, sink_logits=True),
+    Case(777, 300, EXACT, group=3, window=450, sink_logits=True),
 ]
 
 
@@ -154,6 +160,8 @@ class Setup:
 
         self.q, self.k, self.v = (normal(n * case.kv_heads) for n in (case.group, 1, 1))
         self.q *= 3
+        sinks = torch.from_numpy(draw.standard_normal(case.geometry.layers[0].heads, np.float32)) + 8
+        self.sink_logits = sinks.to(case.dtype) if case.sink_logits else None
         self.sequence.tokens = draw.integers(0, 100, stop).tolist()
 
     def _open(self, folder: Path) -> tuple[DiskBackend, Store]:
@@ -186,7 +194,8 @@ class Setup:
     def attend(self, part: BatchItem) -> torch.Tensor:
         """What was made last by `part`."""
         tokens = slice(part.position, part.last + 1)
-        return self.attention.forward(0, self.q[tokens], self.k[tokens], self.v[tokens], self.plan)
+        rows = self.q[tokens], self.k[tokens], self.v[tokens]
+        return self.attention.forward(0, *rows, self.plan, self.sink_logits)
 
     def fill(self) -> None:
         """Everything before the queries, in uneven pieces; then every second run goes to disk."""
@@ -221,7 +230,10 @@ class Setup:
             logits[hidden] = -np.inf
             weights = np.exp(logits - logits.max(axis=1, keepdims=True))
             sums = np.where(old, weights, 0) @ old_v + np.where(old, 0, weights) @ v
-            out[:, head] = sums / weights.sum(axis=1, keepdims=True)
+            total = weights.sum(axis=1, keepdims=True)
+            if self.sink_logits is not None:
+                total += np.exp(widen(self.sink_logits)[head] - logits.max(axis=1, keepdims=True))
+            out[:, head] = sums / total
         return out
 
     def _stored(self) -> list[npt.NDArray[np.float32]]:

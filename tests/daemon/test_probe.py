@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from spilld.attention.transformers_hook import _forward
 from spilld.errors import UnsupportedModel
 from spilld.kv.geometry import Geometry, LayerGeometry
 from spilld.models import probe as probes
-from spilld.models.families.registry import FAMILIES
 from spilld.models.model import load, load_module
 from spilld.models.probe import probe, probe_once
 
@@ -20,11 +20,12 @@ from .harness import changed
 from .tiny_models import build
 
 
-def test_strange_attention_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever lets its name in."""
-    monkeypatch.setitem(FAMILIES, "gpt_oss", "GptOssForCausalLM")
-    with pytest.raises(UnsupportedModel, match="GptOssAttention asks for an attention with s_aux"):
-        load(build("gpt_oss", tmp_path / "m"), "float32", cache=tmp_path)
+def test_sink_logits_that_the_geometry_does_not_have(tmp_path: Path) -> None:
+    folder = build("gpt_oss", tmp_path / "m")
+    model = load(folder, "float32", cache=tmp_path)
+    layers = tuple(replace(layer, sink_logits=False) for layer in model.geometry.layers)
+    with pytest.raises(UnsupportedModel, match="layer 0 attends with other sink logits"):
+        probe(model.module, replace(model.geometry, layers=layers))
 
 
 @pytest.mark.parametrize(
@@ -70,14 +71,13 @@ class Seen:
 
     geometry = Geometry((LayerGeometry(2, 2, 16, None, 0.25, 0.0, 0),), 1, 1, frozenset())
 
-    def forward(self, layer: int, q: Any, k: Any, v: Any) -> Any:
+    def forward(self, layer: int, q: Any, k: Any, v: Any, sink_logits: Any) -> Any:
         return v
 
 
 @pytest.mark.parametrize(
     "keyword",
     [
-        {"s_aux": torch.zeros(2)},
         {"dropout": 0.1},
         {"is_causal": False},
         {"head_mask": torch.ones(1)},

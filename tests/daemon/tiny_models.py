@@ -162,6 +162,11 @@ _OTHERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         transformers.Cohere2ForCausalLM,
         {**_SOME_SLIDE, "head_dim": 16, "logit_scale": 0.25},
     ),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        transformers.GptOssForCausalLM,
+        {**_SOME_SLIDE, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "mixtral": (
         transformers.MixtralConfig,
         transformers.MixtralForCausalLM,
@@ -197,15 +202,7 @@ _OTHERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 MODULES = tuple(_OTHERS)
 """Served, each by its own module: steps over packed weights would make another model of it."""
 
-_STRANGERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "gpt_oss": (
-        transformers.GptOssConfig,
-        transformers.GptOssForCausalLM,
-        {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 64},
-    ),
-}
-"""Not served: attention with sinks."""
-for _family, (_configure, _model, _changes) in {**_OTHERS, **_STRANGERS}.items():
+for _family, (_configure, _model, _changes) in _OTHERS.items():
     _CLASSES[_family] = _configure, _model
     _SIZES[_family] = {
         "num_hidden_layers": 2,
@@ -223,7 +220,7 @@ def config_of(family: str, **changes: Any) -> Any:
 def build(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """Write a whole folder (float32 weights, config, tokenizer, chat template) and return it.
 
-    family: of FAMILIES, MODULES or _STRANGERS. changes: config entries that differ from the usual tiny ones.
+    family: of FAMILIES or MODULES. changes: config entries that differ from the usual tiny ones.
     """
     torch.manual_seed(seed)
     module = _CLASSES[family][1](config_of(family, **changes))
@@ -231,6 +228,8 @@ def build(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
         for name, tensor in module.state_dict().items():
             if name.endswith("e_score_correction_bias"):  # zeros until a model is trained
                 tensor.normal_(std=0.3)
+            if name.endswith("sinks"):
+                tensor.normal_(mean=2.0)
     module.save_pretrained(folder)
     byte_level().save_pretrained(folder)
     return folder

@@ -20,6 +20,7 @@ import torch
 
 from spilld.attention.base import Attention, AttentionPlan
 from spilld.attention.records import Floats, RecordAttention
+from spilld.attention.sink_logits import join_sink_logits
 from spilld.cuda_ext.compile.variant import ROWS
 from spilld.cuda_ext.device.base import (
     Copy,
@@ -157,33 +158,46 @@ class DeviceAttention(Attention):
         self._device.close()
 
     def forward(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: AttentionPlan,
+        sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See Attention.forward."""
         self.calls += 1
         here = q.cpu(), k.cpu(), v.cpu()
-        out = torch.zeros(q.shape)
+        out, lse = np.zeros(q.shape, np.float32), np.zeros(q.shape[:2], np.float32)
         for seen in plan.visible[self.geometry.layers[layer].sliding_window]:
             item = seen.item
             if item.failure is None:
                 with self._records.failing(plan, item):
                     rows = [x[item.rows] for x in here]
-                    out[item.rows] = self._attend(ItemCall(layer, seen, plan), *rows)
-        return out.to(q.device)
+                    found = self._attend(ItemCall(layer, seen, plan), *rows)
+                    out[item.rows], lse[item.rows] = found
+        if sink_logits is not None:
+            join_sink_logits(sink_logits, out, lse)
+        return torch.from_numpy(out).to(q.device)
 
-    def _attend(self, call: ItemCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attend from the rows of one item."""
+    def _attend(
+        self, call: ItemCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[Floats, Floats]:
+        """Attend from the rows of one item; the output and its log-sum-exp."""
         queries = q.float().contiguous().numpy()
         keys, values = (
             element_view(x.transpose(0, 1).to(self._windows.shape.dtype).contiguous()) for x in (k, v)
         )
         try:
-            return torch.from_numpy(self._attend_cells(queries, keys, values, call))
+            return self._attend_cells(queries, keys, values, call)
         except Exception:
             self._settle_surely()  # memory that work still uses may soon be reused
             raise
 
-    def _attend_cells(self, queries: Floats, keys: Numbers, values: Numbers, call: ItemCall) -> Floats:
+    def _attend_cells(
+        self, queries: Floats, keys: Numbers, values: Numbers, call: ItemCall
+    ) -> tuple[Floats, Floats]:
         """Attend cell by cell, as cells are sealed on the way; the CPU works during the last cell."""
         item, in_host = call.item, call.seen.in_host
         out, lse = np.zeros_like(queries), np.full(queries.shape[:2], -np.inf, np.float32)
@@ -200,7 +214,7 @@ class DeviceAttention(Attention):
                     self._records.merge(call.layer, queries, *to, in_host=rest, but=there.blocks)
                 self._staging.settle()
                 merge(out[these], lse[these], *found)
-        return out
+        return out, lse
 
     def _launch(
         self, q: Floats, k: Numbers, v: Numbers, call: ItemCall, start: int, there: OnDevice

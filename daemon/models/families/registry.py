@@ -27,6 +27,7 @@ _MIXTURES_OF_EXPERTS = {
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
 }
 _WITH_STATE = {
     "qwen3_next": "Qwen3NextForCausalLM",
