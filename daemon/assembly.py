@@ -128,8 +128,7 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
         model = load_model(config, startup.step)
         startup.phase("preparing kernels, which are compiled the first time")
         layout = record_layout(config, model.geometry)
-        forms = {weights.form for weights in (model.packed or {}).values()}
-        prepare(layout, model.geometry.sizes.heads, config.cache, forms, startup.parts(COMPILING))
+        prepare(layout, model.geometry.sizes.heads, config.cache, model.forms, startup.parts(COMPILING))
         service = EngineService(
             lambda post: build_engine(config, model, post, metrics=metrics),
             server.post,

@@ -108,10 +108,10 @@ class Config:
         OneOf(WEIGHTS),
         SettingHelp(
             'What steps read: "auto", "bf16", "int8" or "int4". "int8" and "int4" are quantised in groups of '
-            '32 once and kept in the cache; "bf16" is the weights in `dtype`; "auto" is a quantised GGUF '
-            'file\'s own codes with dtype bfloat16, else as "bf16". With device = "cuda" and a torch that '
-            'finds the GPU "auto" is "bf16", and these weights lie and are multiplied with on the GPU; '
-            '"int8" and "int4" stay the CPU\'s.'
+            '32, of some families once and kept in the cache, else at each start; "bf16" is the weights in '
+            '`dtype`; "auto" is a quantised GGUF file\'s own codes with dtype bfloat16, else as "bf16". With '
+            'device = "cuda" and a torch that finds the GPU "auto" is "bf16", and these weights lie and are '
+            'multiplied with on the GPU; "int8" and "int4" stay the CPU\'s.'
         ),
     ] = "auto"
     device: Annotated[

@@ -29,7 +29,10 @@ from spilld.models.families.text_part import TENSOR_NAMES, of_text, text_config,
 from spilld.models.files.digest import digest
 from spilld.models.files.folder import check_folder, read_config
 from spilld.models.files.weights import read_weight_files
+from spilld.models.packed.packable import not_packable
 from spilld.models.packed.packing import packed_file, read
+from spilld.models.packed.replacing import REPLACING, pack_layers, packed_forms
+from spilld.offload.kernels.linear.forms import Form
 from spilld.offload.kernels.linear.packed import Packed
 from spilld.tokenizer.tokenizer import Tokenizer
 
@@ -63,7 +66,8 @@ class Model:
     """A model that can be served.
 
     `module` is in evaluation mode and needs no gradient; its weights are mapped from `folder`, or are on a
-    GPU. `packed` is what steps read instead of the module, if they do; names as in packing.py. `fingerprint`
+    GPU, or are packed in its layers. `packed` is what steps read instead of the module, if they do; names as
+    in packing.py. `fingerprint`
     is 32 bytes: KV computed under another one must not be served. `identity` is 16 bytes: tokens of a model
     with another one mean something else, or nothing (catalog.identify).
     """
@@ -76,6 +80,11 @@ class Model:
     fingerprint: bytes
     identity: bytes
     packed: Mapping[str, Packed] | None = None
+
+    @property
+    def forms(self) -> set[Form]:
+        """The forms of its packed weights, whether steps read them or the module's layers."""
+        return {weights.form for weights in (self.packed or {}).values()} | packed_forms(self.module)
 
 
 def load(
@@ -125,20 +134,27 @@ def load(
     keep_states(module, geometry)
     if attention == IMPLEMENTATION:
         probe_once(module, geometry, cache)
-    steps = packed_file(module, folder, weights, cache) if device == "cpu" else None
+    packs = device == "cpu" and weights in ("int8", "int4")
+    in_place = packs and bool(not_packable(module))
+    steps = packed_file(module, folder, weights, cache) if device == "cpu" and not in_place else None
     if device != "cpu":
         _move(module, device)
+    elif in_place:
+        pack_layers(module, Form(weights))
     elif steps is None and dtype == "bfloat16" and not has_bfloat16_products():
         widen(module)
     if digest(read_weight_files(folder).files, cache) != contents:
         raise CorruptModel(f"{folder} changed while it was loaded: start again when it is whole")
+    read_instead = digest([steps], cache) if steps else b""
+    if in_place:
+        read_instead = f"layers {weights} {REPLACING}".encode()
     return Model(
         name=name or folder.name,
         folder=folder,
         module=module,
         geometry=geometry,
         tokenizer=tokenizer,
-        fingerprint=_fingerprint(folder, dtype, module, contents, digest([steps], cache) if steps else b""),
+        fingerprint=_fingerprint(folder, dtype, module, contents, read_instead),
         identity=identity or identify(str(folder), cache),
         packed=read(steps) if steps else None,
     )
@@ -202,7 +218,8 @@ def _fingerprint(folder: Path, dtype: str, module: Any, contents: bytes, steps: 
         dtype: What the model computes in.
         module: The loaded module, with fixed RoPE.
         contents: The digest of the folder's weights.
-        steps: The digest of those that steps read instead; empty if they read the module's.
+        steps: The digest of those that steps read instead, or how they were packed; empty if steps read the
+            folder's.
     """
     config = {key: value for key, value in read_config(folder).items() if key not in _VOLATILE}
     hasher = hashlib.blake2b(digest_size=32, person=b"spilld model v1")

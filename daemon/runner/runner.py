@@ -15,6 +15,7 @@ from spilld.kv.recurrent_state import StateShape
 from spilld.kv.sequence import KVSequence
 from spilld.kv.state_geometry import StateGeometry
 from spilld.models.model import Model
+from spilld.models.packed.replacing import packed_bytes
 from spilld.models.wide_linear import wide_bytes
 from spilld.offload.store.store import Store
 from spilld.scheduler.scheduler import MAX_RUNNING
@@ -72,7 +73,8 @@ class Runner:
         residual = 3 * int(config.hidden_size) * size
         chunk = self._chunk_tokens * (max(attention, mlp) + residual)
         chunk += sum(self._state_bytes(state) for state in geometry.states[:1])
-        wide = wide_bytes(self._model.module.base_model, self._chunk_tokens)
+        base = self._model.module.base_model
+        wide = wide_bytes(base, self._chunk_tokens) + packed_bytes(base, self._chunk_tokens)
         return chunk + wide + geometry.vocab * (4 + size)
 
     def _state_bytes(self, state: StateGeometry) -> int:

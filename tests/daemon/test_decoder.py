@@ -18,7 +18,6 @@ from spilld.models.packed.packing import (
     WEIGHTS,
     matrices,
     pack_module,
-    packed_file,
     read,
 )
 from spilld.offload.kernels.linear.forms import Form
@@ -139,19 +138,22 @@ def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
         pack_module(module, Form.INT8, tmp_path / "x")
     module = reference(build("llama", tmp_path / "b", mlp_bias=True))
     with pytest.raises(UnsupportedModel, match="bias"):
-        packed_file(module, tmp_path / "b", "int4", tmp_path)
+        pack_module(module, Form.INT4, tmp_path / "x")
     module = reference(build("llama", tmp_path / "c", hidden_act="relu"))
     with pytest.raises(UnsupportedModel, match="ReLU"):
-        packed_file(module, tmp_path / "c", "int4", tmp_path)
+        pack_module(module, Form.INT4, tmp_path / "x")
 
 
 @pytest.mark.parametrize("family", MODULES)
 def test_a_family_that_would_be_another_model_is_refused(family: str, tmp_path: Path) -> None:
     """The tensors of some have the names and shapes of Llama's."""
     folder = build(family, tmp_path / "m")
-    with pytest.raises(UnsupportedModel, match=rf"modeling_{family}.*bf16"):
-        packed(folder)
-    assert packed(folder, "bf16").packed is None
+    with pytest.raises(UnsupportedModel, match=rf"modeling_{family}"):
+        check_packable(reference(folder))
+    model = packed(folder)
+    assert model.packed is None
+    assert model.forms == {Form.INT8}
+    assert model.fingerprint != packed(folder, "bf16").fingerprint
 
 
 def test_what_steps_do_not_read_is_refused(tmp_path: Path) -> None:

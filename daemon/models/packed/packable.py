@@ -53,20 +53,21 @@ def check_packable(module: Any) -> None:
     Raises:
         UnsupportedModel: They do not.
     """
+    if why := not_packable(module):
+        raise UnsupportedModel(f"{why}; its own layers can have packed weights")
+
+
+def not_packable(module: Any) -> str:
+    """Return what of a module steps over packed weights do not compute; empty if they do all."""
     for name, part in module.named_modules():
         if (kind := f"{type(part).__module__}.{type(part).__qualname__}") not in _KNOWN:
-            raise UnsupportedModel(
-                f"steps over packed weights know no {kind}, which is {name or 'this model'}; with "
-                'weights = "bf16" the model computes it itself'
-            )
+            return f"steps over packed weights know no {kind}, which is {name or 'this model'}"
     for name, _ in module.named_parameters():
         if not _READ.fullmatch(name):
-            raise UnsupportedModel(
-                f'steps over packed weights would leave out {name}; with weights = "bf16" the model '
-                "computes it itself"
-            )
+            return f"steps over packed weights would leave out {name}"
     config = module.config
     for name, part in module.named_modules():
         eps = getattr(part, "variance_epsilon", getattr(part, "eps", None))
         if eps is not None and eps != config.rms_norm_eps:
-            raise UnsupportedModel(f"{name} has an epsilon of {eps}, the model {config.rms_norm_eps}")
+            return f"{name} has an epsilon of {eps}, the model {config.rms_norm_eps}"
+    return ""
