@@ -39,7 +39,7 @@ from .named_models import PACKAGED
 GIB = 2**30
 
 WEIGHTS = ("auto", "bf16", "int8", "int4")
-"""What steps read. auto: the codes of a quantised GGUF file in bfloat16, else bf16, which
+"""What steps read. auto: the codes of a quantised GGUF file or folder in bfloat16, else bf16, which
 is the module's own weights in `dtype`. With device "cuda" and a torch that finds the GPU, auto is bf16, on
 the GPU."""
 
@@ -109,9 +109,9 @@ class Config:
         SettingHelp(
             'What steps read: "auto", "bf16", "int8" or "int4". "int8" and "int4" are quantised in groups of '
             '32, of some families once and kept in the cache, else at each start; "bf16" is the weights in '
-            '`dtype`; "auto" is a quantised GGUF file\'s own codes with dtype bfloat16, else as "bf16". With '
-            'device = "cuda" and a torch that finds the GPU "auto" is "bf16", and these weights lie and are '
-            'multiplied with on the GPU; "int8" and "int4" stay the CPU\'s.'
+            "`dtype`; \"auto\" is a quantised GGUF file's or folder's own codes with dtype bfloat16, else as "
+            '"bf16". With device = "cuda" and a torch that finds the GPU "auto" is "bf16", and these weights '
+            'lie and are multiplied with on the GPU; "int8" and "int4" stay the CPU\'s.'
         ),
     ] = "auto"
     device: Annotated[

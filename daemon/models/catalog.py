@@ -43,7 +43,8 @@ def resolve(name: str, cache: Path, dtype: str, report: Callable[[str], None] = 
     """Return the folder to load a model from, after converting it if that is needed.
 
     A folder that fits, but for few tensors that are cast whenever it is loaded, is used in place. What is not
-    stored in `dtype` otherwise is converted once into `cache/models`, which takes up to minutes.
+    stored in `dtype` otherwise, or is quantised, is converted once into `cache/models`, which takes up to
+    minutes.
 
     Args:
         name: A known name, a .gguf file, or a folder with config.json and safetensors.
@@ -59,8 +60,8 @@ def resolve(name: str, cache: Path, dtype: str, report: Callable[[str], None] = 
     """
     sources = sources_of(name)
     if sources[0].is_dir():
-        check_folder(sources[0])
-        if read_weight_files(sources[0]).share(dtype) >= _IN_PLACE:
+        quantised = check_folder(sources[0]) is not None
+        if read_weight_files(sources[0]).share(dtype) >= _IN_PLACE and not quantised:
             return sources[0]
     return _converted(_short(name, sources), sources, cache, dtype, report)
 

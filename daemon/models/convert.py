@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from spilld.errors import CorruptModel, ModelError, UnsupportedModel
-from spilld.models.files.weights import model_files
+from spilld.models.files.folder import read_config
+from spilld.models.files.weights import model_files, read_weight_files, used_files
 from spilld.models.gguf.header import GgufHeader, read_header
 from spilld.models.gguf.metadata import check_config, check_header, complete
+from spilld.models.quantised.config import METHODS, QUANTISATION_FILES, Scheme, plain_config, read_scheme
 
 FAILED = 3
 """Exit status of a failure that was reported on stdout."""
@@ -153,12 +155,48 @@ def _end_ids(eos: int | list[int] | None, header: GgufHeader) -> list[int]:
 def _from_folder(source: Path, target: Path, dtype: str) -> None:
     from .model import load_module
 
+    if (scheme := read_scheme(source, read_config(source))) is not None:
+        _from_quantised(source, scheme, target, dtype)
+        return
+
     _say(f"casting {source} to {dtype}")
     module = load_module(source, dtype, "eager")
     module.save_pretrained(target)
+    _copy_others(source, target)
+
+
+def _from_quantised(source: Path, scheme: Scheme, target: Path, dtype: str) -> None:
+    """Write the weights as numbers, and beside them, for steps, the codes that packed forms keep."""
+    import torch
+
+    from spilld.models.packed.packing import WEIGHTS, pack_quantised
+    from spilld.models.quantised.dense_copy import write_dense
+    from spilld.models.quantised.folder import QuantisedFolder
+
+    from .model import load_module
+
+    _say(f"reading {source}, quantised by {scheme.method}, as {dtype}")
+    read_weight_files(source)
+    weights = QuantisedFolder(used_files(source), scheme)
+    write_dense(weights, getattr(torch, dtype), target / "model.safetensors")
+    config = plain_config(read_config(source))
+    (target / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    _copy_others(source, target)
+    module = load_module(target, dtype, "eager")
+    if dtype == "bfloat16":
+        try:
+            pack_quantised(module, weights.packed, target / WEIGHTS)
+        except UnsupportedModel as error:
+            _say(f"decode steps will read bfloat16: {error.message}")
+            return
+        _say(f"decode steps read what {scheme.method} becomes: {METHODS[scheme.method].becomes}")
+
+
+def _copy_others(source: Path, target: Path) -> None:
+    """Copy the files of a folder that are neither weights nor there already."""
     for file in model_files(source):
         is_weights = file.name.endswith((".safetensors", ".index.json"))
-        if not is_weights and not (target / file.name).exists():
+        if not is_weights and file.name not in QUANTISATION_FILES and not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)
 
 

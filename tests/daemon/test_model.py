@@ -213,37 +213,48 @@ def test_unsupported_folder_is_refused(change: Callable[[Path], object], llama: 
         load_ours(llama)
 
 
-QUANTISED = {
-    "fp8": ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
-    "awq": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
-    "gptq": ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
-    "mxfp4": ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
-    "bitsandbytes": ({"quantization_config": {"load_in_4bit": True}}, "bitsandbytes"),
-    "compressed-tensors": (
-        {"quantization_config": {"quant_method": "compressed-tensors"}},
-        "compressed-tensors",
-    ),
-    "older": ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+UNREAD = {
+    "an unknown method": ({"quantization_config": {"quant_method": "aqlm"}}, "aqlm"),
     "MLX": ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
+    "older": ({"compression_config": {"quant_method": "sparseml"}}, "sparseml"),
 }
 
 
-@pytest.mark.parametrize(("config", "method"), QUANTISED.values(), ids=QUANTISED)
-def test_quantised_folder_is_refused_by_its_method(
+@pytest.mark.parametrize(("config", "method"), UNREAD.values(), ids=UNREAD)
+def test_folder_whose_method_is_not_read_is_refused(
     config: dict[str, Any], method: str, llama: Path, tmp_path: Path
 ) -> None:
     """Also where the dtypes of its weights would be refused, and before anything is converted."""
     edit_weights(llama, lambda tensors: tensors.update({NORM: torch.ones(96, dtype=torch.int8)}))
     edit_config(llama, **config)
-    with pytest.raises(UnsupportedModel, match=f"quantised by {method} are not read; take a GGUF file"):
+    with pytest.raises(UnsupportedModel, match=rf"quantised by {method} are not read;.* take a GGUF file"):
         resolve(str(llama), tmp_path, "bfloat16")
 
 
-@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
-def test_quantised_folder_that_says_so_in_a_file(name: str, llama: Path, tmp_path: Path) -> None:
-    (llama / name).write_text("{}")
-    with pytest.raises(UnsupportedModel, match=r"quantised by .* take a GGUF file"):
+def test_quantised_folder_that_says_so_in_a_file(llama: Path, tmp_path: Path) -> None:
+    (llama / "quantize_config.json").write_text('{"bits": 3}')
+    with pytest.raises(UnsupportedModel, match="quantised by gptq with bits = 3 are not read"):
         resolve(str(llama), tmp_path, "bfloat16")
+
+
+INDEXES = {
+    "outside": ('{"weight_map": {"a": "../other.safetensors"}}', "'../other.safetensors', which is no"),
+    "missing": ('{"weight_map": {"a": "model-2.safetensors"}}', "'model-2.safetensors', which is no"),
+    "no names": ('{"weight_map": {"a": 5}}', "'5', which is no"),
+    "no map": ('{"weight_map": [1]}', "is damaged"),
+    "no JSON": ("{", "is damaged"),
+    "nested": ("[" * 100_000, "is damaged"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), INDEXES.values(), ids=INDEXES)
+def test_index_that_names_no_files_of_the_folder(
+    text: str, message: str, llama: Path, tmp_path: Path
+) -> None:
+    shutil.copyfile(llama / "model.safetensors", tmp_path / "other.safetensors")
+    (llama / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CorruptModel, match=message):
+        resolve(str(llama), tmp_path, "float32")
 
 
 def test_what_a_folder_without_safetensors_has(llama: Path, tmp_path: Path) -> None:

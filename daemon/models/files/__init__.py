@@ -1,4 +1,4 @@
 """Files of a model folder: its configuration, its weights, digests of their bytes.
 
-May import: errors, models.families, offload.
+May import: errors, models.families, models.quantised, offload.
 """

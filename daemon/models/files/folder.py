@@ -8,19 +8,7 @@ from typing import Any
 
 from spilld.errors import CorruptModel, UnsupportedModel
 from spilld.models.families.text_part import class_name, text_type
-
-INSTEAD = (
-    "take a GGUF file of this model (the codes of Q8_0, Q4_0 and Q4_1 are kept), or the folder in bfloat16 "
-    'that it was made from, which weights = "int8" or "int4" makes as small'
-)
-"""What to do about weights that are quantised in ways that are not read."""
-
-_OF_FILES = {
-    "quantize_config.json": "gptq",
-    "quant_config.json": "awq",
-    "hf_quant_config.json": "modelopt (NVFP4 or FP8)",
-}
-"""Methods that older tools name beside config.json."""
+from spilld.models.quantised.config import Scheme, read_scheme
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -41,8 +29,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> Scheme | None:
     """Check that a folder's model can be served, from its small files.
+
+    Returns:
+        How its weights are quantised; None if they are not.
 
     Raises:
         UnsupportedModel: It could not be served, or would be another model once it is loaded.
@@ -50,8 +41,7 @@ def check_folder(folder: Path) -> None:
     """
     config = read_config(folder)
     text_type(config, str(folder))
-    if method := _quantised_by(folder, config):
-        raise UnsupportedModel(f"{folder}: weights quantised by {method} are not read; {INSTEAD}")
+    scheme = read_scheme(folder, config)
     _check_code(folder, config)
     if (folder / "adapter_config.json").exists():
         raise UnsupportedModel(
@@ -63,19 +53,7 @@ def check_folder(folder: Path) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if "dynamic" in json.dumps(rope):
         raise UnsupportedModel(f"{folder}: dynamic RoPE depends on the longest sequence in the batch")
-
-
-def _quantised_by(folder: Path, config: dict[str, Any]) -> str | None:
-    """Return the name of the quantisation method; None for plain weights."""
-    for key in ("quantization_config", "compression_config", "quantization"):  # the last is MLX's
-        if not (found := config.get(key)):
-            continue
-        if not isinstance(found, dict):
-            return str(found)
-        if found.get("load_in_4bit") or found.get("load_in_8bit"):
-            return "bitsandbytes"
-        return str(found.get("quant_method") or ("MLX" if key == "quantization" else "an unnamed method"))
-    return next((method for name, method in _OF_FILES.items() if (folder / name).exists()), None)
+    return scheme
 
 
 def _check_code(folder: Path, config: dict[str, Any]) -> None:

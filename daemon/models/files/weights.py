@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from spilld.errors import CorruptModel, UnsupportedModel
+from spilld.models.quantised.config import INSTEAD, read_scheme
 
-from .folder import INSTEAD
+from .folder import read_config
 
 _MAX_HEADER = 100 << 20
 """The limit of the safetensors format itself."""
@@ -38,23 +39,47 @@ def read_weight_files(folder: Path) -> WeightFiles:
     """Read every safetensors header and check that each file is exactly as long as its header says.
 
     Raises:
-        CorruptModel: A file is damaged or cut off.
-        UnsupportedModel: There are no safetensors, or the weights are quantised.
+        CorruptModel: A file is damaged, cut off or missing, or the index names one outside the folder.
+        UnsupportedModel: There are no safetensors, or their dtypes are not read and nothing explains them.
     """
     files = tuple(sorted(folder.glob("*.safetensors")))
     if not files:
         raise UnsupportedModel(f"{folder} has no .safetensors file{_what_it_has(folder)}")
+    used_files(folder)
     nbytes: Counter[str] = Counter()
     parameters = 0
     for file in files:
         for dtype, size, count in _tensors(file):
             nbytes[dtype] += size
             parameters += count
-    if unknown := set(nbytes) - set(_NAMES):
+    unknown = set(nbytes) - set(_NAMES)
+    if unknown and read_scheme(folder, read_config(folder)) is None:
         raise UnsupportedModel(
             f"{folder}: weights stored as {', '.join(sorted(unknown))} are not read; {INSTEAD}"
         )
-    return WeightFiles(files, {_NAMES[dtype]: size for dtype, size in nbytes.items()}, parameters)
+    return WeightFiles(files, {_NAMES.get(dtype, dtype): n for dtype, n in nbytes.items()}, parameters)
+
+
+def used_files(folder: Path) -> list[Path]:
+    """Return the safetensors that the model is read from: those of the index, if there is one.
+
+    Raises:
+        CorruptModel: The index is damaged, or names what is no file of this folder.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [file for file in files if file.name == "model.safetensors"] or files
+    if index.stat().st_size > _MAX_HEADER:
+        raise CorruptModel(f"{index} has {index.stat().st_size} bytes, which no index needs")
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        unknown = sorted(map(str, names - {file.name for file in files}))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CorruptModel(f"{index} is damaged: {error!r}") from error
+    if unknown:
+        raise CorruptModel(f"{index} names {unknown[0]!r}, which is no safetensors file of this folder")
+    return [file for file in files if file.name in names]
 
 
 def _what_it_has(folder: Path) -> str:

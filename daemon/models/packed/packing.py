@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,9 @@ PLAIN = ("F32", "F16", "BF16")
 
 ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
 """Activations that have a kernel, by the name in config.json; whether each is GELU."""
+
+_FILE_FORMS = (Form.INT8, Form.INT4)
+"""Forms of a file of packed weights."""
 
 _ROUNDING = 2.0**-8
 """bfloat16 keeps 8 bits: what a matrix may differ by from the same one in the model's folder."""
@@ -180,6 +183,30 @@ def pack_gguf(module: Any, gguf: Path, target: Path) -> None:
     _write(packs, target)
 
 
+def pack_quantised(module: Any, packed: Callable[[str], Sequence[Packed] | None], target: Path) -> None:
+    """Write packed weights of a quantised folder, which `module` was loaded from, to a file.
+
+    Args:
+        module: The loaded module.
+        packed: Packs a tensor by its name (WeightSource.packed). What it does not pack becomes int8.
+        target: The file to write; on any error it is as it was.
+
+    Raises:
+        UnsupportedModel: They do not fit.
+        ConfigError: The file cannot be written.
+    """
+    names = {id(weight): name for name, weight in module.named_parameters()}
+    packs = {}
+    for name, parts in matrices(module).items():
+        kept = [packed(names[id(part.weight)]) or [] for part in parts]
+        whole = [one for matrices_of_part in kept for one in matrices_of_part]
+        if all(kept) and len(forms := {one.form for one in whole}) == 1 and forms <= set(_FILE_FORMS):
+            packs[name] = stack(whole)
+        else:
+            packs[name] = stack([_quantised(part, Form.INT8) for part in parts])
+    _write(packs, target)
+
+
 def pack_module(module: Any, form: Form, target: Path) -> None:
     """Write the weights of a module, quantised, to a file.
 
@@ -204,7 +231,7 @@ def read(path: Path) -> dict[str, Packed]:
     Raises:
         CorruptModel: The file is damaged.
     """
-    forms = {form.words: form for form in (Form.INT8, Form.INT4)}
+    forms = {form.words: form for form in _FILE_FORMS}
     try:
         tensors = {name: tensor.numpy() for name, tensor in load_file(path).items()}
         return {name: Packed(forms[tiles.shape[2]], tiles) for name, tiles in tensors.items()}
