@@ -21,7 +21,7 @@ from spilld.models.gguf.metadata import check_header
 from .child_output import lines_to
 from .convert import FAILED
 
-CONVERSION = 3
+CONVERSION = 4
 """Part of a converted folder's name: raise it when convert.py turns the same source into something else."""
 
 

@@ -17,7 +17,7 @@ from spilld.attention.base import Attention, AttentionPlan
 from spilld.kv.geometry import Geometry
 from spilld.models.model import Model
 from spilld.models.packed.packable import check_packable
-from spilld.models.packed.packing import ACTIVATIONS, activation, attention_inputs
+from spilld.models.packed.packing import ACTIVATIONS, activation, attention_inputs, parts_of
 from spilld.offload.kernels.linear.layer import (
     Activations,
     Layer,
@@ -124,10 +124,10 @@ def _layer(index: int, layer: Any, weights: Mapping[str, Packed], gemma: bool) -
     biases = [part.bias for part in attention_inputs(attention) if part.bias is not None]
     before_mlp = layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm
     return Layer(
-        qkv=Matrix.of(weights[f"{name}.qkv"]),
+        qkv=_parts(weights, f"{name}.qkv", 3),
         bias=torch.cat(biases).float().numpy() if biases else NOTHING,
         out=Matrix.of(weights[f"{name}.out"]),
-        gate_up=Matrix.of(weights[f"{name}.gate_up"]),
+        gate_up=_parts(weights, f"{name}.gate_up", 2),
         down=Matrix.of(weights[f"{name}.down"]),
         before_attention=_factors(layer.input_layernorm, gemma),
         after_attention=_factors(layer.post_attention_layernorm, gemma) if gemma else NOTHING,
@@ -136,6 +136,13 @@ def _layer(index: int, layer: Any, weights: Mapping[str, Packed], gemma: bool) -
         q_norm=_factors(getattr(attention, "q_norm", None), gemma),
         k_norm=_factors(getattr(attention, "k_norm", None), gemma),
     )
+
+
+def _parts(weights: Mapping[str, Packed], name: str, count: int) -> Any:
+    """Return so many matrices: those of a name, and others that have no tiles."""
+    found = [Matrix.of(part) for part in parts_of(weights, name)]
+    nothing = found[0]._replace(tiles=0)
+    return (*found, *[nothing] * (count - len(found)))
 
 
 def _check(weights: Mapping[str, Packed], layers: int, geometry: Geometry, hidden: int) -> None:
@@ -152,10 +159,10 @@ def _check(weights: Mapping[str, Packed], layers: int, geometry: Geometry, hidde
     names = {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in wanted.items()}
     head = weights["head"]
     for name, shape in (names | {"head": (max(head.outputs, geometry.vocab), hidden)}).items():
-        if (weights[name].outputs, weights[name].inputs) != shape:
-            raise ValueError(
-                f"{name} has {weights[name].outputs} x {weights[name].inputs} weights, not {shape}"
-            )
+        parts = parts_of(weights, name)
+        found = (sum(part.outputs for part in parts), *{part.inputs for part in parts})
+        if found != shape:
+            raise ValueError(f"{name} has weights of {found}, not {shape}")
 
 
 def _rope(layer: Any, rotary: Any) -> str:

@@ -165,10 +165,10 @@ def compile_packed(layout: Layout, heads: int, forms: Sequence[PackedForm]) -> I
 
     norm = np.ones(GROUP, np.float32)
     layer = Layer(
-        qkv=weights((heads + 2 * kv_heads) * head_dim),
+        qkv=(weights(heads * head_dim), weights(kv_heads * head_dim), weights(kv_heads * head_dim)),
         bias=NOTHING,
         out=weights(GROUP),
-        gate_up=weights(2 * GROUP),
+        gate_up=(weights(GROUP), weights(GROUP)),
         down=weights(GROUP),
         before_attention=norm,
         after_attention=NOTHING,

@@ -149,7 +149,7 @@ def test_a_family_that_would_be_another_model_is_refused(family: str, tmp_path: 
     """The tensors of some have the names and shapes of Llama's."""
     folder = build(family, tmp_path / "m")
     with pytest.raises(UnsupportedModel, match=rf"modeling_{family}"):
-        check_packable(reference(folder))
+        check_packable(reference(folder, "eager"))
     model = packed(folder)
     assert model.packed is None
     assert model.forms == {Form.INT8}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import struct
 import tracemalloc
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -19,13 +21,16 @@ from spilld.models.files import digest
 from spilld.models.gguf.header import read_header
 from spilld.models.gguf.metadata import check_header
 from spilld.models.model import load
+from spilld.models.packed.packing import matrices, parts_of
+from spilld.offload.kernels.linear.packed import unpack
 
-from .harness import reference
+from .harness import engine, greedy, reference, some_tokens
 from .replaced import replace
 from .tiny_gguf import write
 from .tiny_models import build
 
 TOKENS = torch.arange(5, 60)[None]
+PROMPT = some_tokens(3, 300)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +178,24 @@ def test_only_quantised_files_have_codes(
     folder = converted(write(folders["llama"], tmp_path / "m.gguf", kind), "bfloat16")
     model = load(folder, "bfloat16", cache=tmp_path, weights="auto")
     assert (model.packed is not None) == packed
+
+
+def test_matrices_of_several_forms_are_kept_bit_for_bit(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As in files of K-quants, whose values have more bits than queries and keys."""
+    others = {"k_proj": Kind.Q5_0, "v_proj": Kind.Q8_0, "up_proj": Kind.Q5_1, "down_proj": Kind.Q4_1}
+    files = [write(folders["llama"], tmp_path / f"{n}.gguf", Kind.Q4_0, others=others) for n in range(2)]
+    plain = load(converted(files[0], "float32"), "float32", cache=tmp_path / "cache")
+    weights = load(
+        converted(files[1], "bfloat16"), "bfloat16", cache=tmp_path / "cache", weights="auto"
+    ).packed
+    assert weights is not None
+    assert {part.form for part in weights.values()} == {"q4_0", "q5_0", "int8", "q5_1", "int4"}
+    for name, parts in matrices(plain.module).items():
+        wanted = np.concatenate([part.weight.numpy() for part in parts])
+        np.testing.assert_array_equal(np.concatenate([unpack(p) for p in parts_of(weights, name)]), wanted)
+    with engine(replace_fields(plain, packed=weights), tmp_path / "s", format="exact") as harness:
+        found = harness.ask(PROMPT, max_tokens=16, ignore_eos=True)
+    assert found == greedy(reference(plain.folder), PROMPT, 16)
 
 
 def test_a_file_of_the_same_size_and_time_is_converted_anew(

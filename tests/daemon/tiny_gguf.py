@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,19 @@ _NAMES = {
 }
 
 
-def write(folder: Path, file: Path, kind: Kind = Kind.F32, split: int = 0, **metadata: Any) -> Path:
+def write(
+    folder: Path,
+    file: Path,
+    kind: Kind = Kind.F32,
+    split: int = 0,
+    others: Mapping[str, Kind] | None = None,
+    **metadata: Any,
+) -> Path:
     """The model of a folder of family llama, qwen2 or qwen3, its matrices in `kind`.
 
-    split: the most tensors of a part, 0 for one whole file. metadata: more keys, or others:
-    `llama__rope__scale_linear=4.0`; None leaves one out.
+    others: kinds of the matrices whose names end so, {"v_proj": Kind.Q8_0}. split: the most tensors of a
+    part, 0 for one whole file. metadata: more keys, or others: `llama__rope__scale_linear=4.0`; None leaves
+    one out.
     """
     config = transformers.AutoConfig.from_pretrained(folder)
     name = config.model_type
@@ -59,7 +68,8 @@ def write(folder: Path, file: Path, kind: Kind = Kind.F32, split: int = 0, **met
             add(writer, key, value)
     _add_tokenizer(writer, folder, config)
     for tensor, weight in load_file(folder / "model.safetensors").items():
-        _add_tensor(writer, tensor, weight.numpy(), kind, config)
+        its = [other for end, other in (others or {}).items() if tensor.endswith(f"{end}.weight")]
+        _add_tensor(writer, tensor, weight.numpy(), its[0] if its else kind, config)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

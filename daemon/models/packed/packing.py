@@ -1,8 +1,9 @@
 """Packed weights of a model for its steps, made once and then mapped.
 
-A quantised GGUF file's own codes are kept where they fit (Q4_0, Q4_1, Q8_0): nothing is rounded twice. What
-it stores in other ways becomes int8. Matrices that read the same input are stacked: `layers.N.qkv`,
-`layers.N.out`, `layers.N.gate_up`, `layers.N.down`, and `head`, which is int8 also beside int4.
+A quantised GGUF file's own bits are kept (the types of GGUF_FORMS): nothing is rounded twice. What it stores
+in other ways becomes int8. Matrices that read the same input are stacked: `layers.N.qkv`, `layers.N.out`,
+`layers.N.gate_up`, `layers.N.down`, and `head`, which is int8 also beside int4. Where their forms differ they
+stay apart: `layers.N.qkv.0`, `layers.N.qkv.1`, ...
 """
 
 from __future__ import annotations
@@ -16,24 +17,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 from spilld.errors import ConfigError, CorruptModel, UnsupportedModel
 from spilld.models.files.digest import digest
 from spilld.models.files.weights import read_weight_files
-from spilld.offload.kernels.linear.forms import GROUP, LANES, Form
+from spilld.offload.kernels.linear.forms import GGUF_FORMS, GROUP, LANES, Form
 from spilld.offload.kernels.linear.packed import (
     Packed,
     fits,
-    pack4,
-    pack8,
     quantise,
     stack,
     unpack,
 )
+from spilld.offload.kernels.linear.repack import from_gguf
 
 from .packable import check_packable
 
@@ -42,20 +41,14 @@ log = logging.getLogger(__name__)
 WEIGHTS = Path("packed") / "weights.safetensors"
 """The file of packed weights in a folder that was made from a GGUF file."""
 
-PACKING = 1
+PACKING = 2
 """Part of the name of a file in the cache: raise it when the same weights are packed otherwise."""
-
-QUANTISED = ("Q4_0", "Q4_1", "Q8_0")
-"""GGUF types whose codes are kept."""
 
 PLAIN = ("F32", "F16", "BF16")
 """GGUF types that are not quantised."""
 
 ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
 """Activations that have a kernel, by the name in config.json; whether each is GELU."""
-
-_FILE_FORMS = (Form.INT8, Form.INT4)
-"""Forms of a file of packed weights."""
 
 _ROUNDING = 2.0**-8
 """bfloat16 keeps 8 bits: what a matrix may differ by from the same one in the model's folder."""
@@ -172,14 +165,18 @@ def pack_gguf(module: Any, gguf: Path, target: Path) -> None:
     names = [part.gguf for parts in found.values() for part in parts if part.gguf in tensors]
     if all(tensors[name].tensor_type.name in PLAIN for name in names):
         raise UnsupportedModel("its weights are not quantised")
-    packs = {}
+    packs: dict[str, Packed] = {}
+    anew = set()
     for name, parts in found.items():
-        kept = [_kept(part, tensors) for part in parts]
-        whole = [part for part in kept if part is not None]
-        if len(whole) == len(parts) and len({part.form for part in whole}) == 1:
-            packs[name] = stack(whole)
-        else:
-            packs[name] = stack([_quantised(part, Form.INT8) for part in parts])
+        kept = []
+        for part in parts:
+            own = _kept(part, tensors)
+            if own is None and part.gguf in tensors:
+                anew.add(tensors[part.gguf].tensor_type.name)
+            kept.append(_quantised(part, Form.INT8) if own is None else own)
+        packs |= _stacked(name, kept)
+    if anew:
+        log.warning("matrices of %s are packed as int8", ", ".join(sorted(anew)))
     _write(packs, target)
 
 
@@ -196,15 +193,30 @@ def pack_quantised(module: Any, packed: Callable[[str], Sequence[Packed] | None]
         ConfigError: The file cannot be written.
     """
     names = {id(weight): name for name, weight in module.named_parameters()}
-    packs = {}
+    packs: dict[str, Packed] = {}
     for name, parts in matrices(module).items():
-        kept = [packed(names[id(part.weight)]) or [] for part in parts]
-        whole = [one for matrices_of_part in kept for one in matrices_of_part]
-        if all(kept) and len(forms := {one.form for one in whole}) == 1 and forms <= set(_FILE_FORMS):
-            packs[name] = stack(whole)
-        else:
-            packs[name] = stack([_quantised(part, Form.INT8) for part in parts])
+        kept = []
+        for part in parts:
+            own = packed(names[id(part.weight)]) or []
+            one = len({matrix.form for matrix in own}) == 1
+            kept.append(stack(own) if one else _quantised(part, Form.INT8))
+        packs |= _stacked(name, kept)
     _write(packs, target)
+
+
+def _stacked(name: str, parts: list[Packed]) -> dict[str, Packed]:
+    """Stack matrices of one form; name each where the forms differ."""
+    if len({part.form for part in parts}) == 1:
+        return {name: stack(parts)}
+    return {f"{name}.{number}": part for number, part in enumerate(parts)}
+
+
+def parts_of(weights: Mapping[str, Packed], name: str) -> list[Packed]:
+    """Return the matrices of a name, whose outputs follow one another: one, or several of different forms."""
+    if name in weights:
+        return [weights[name]]
+    found = [f"{name}.{number}" for number in range(3)]
+    return [weights[part] for part in found if part in weights]
 
 
 def pack_module(module: Any, form: Form, target: Path) -> None:
@@ -231,11 +243,15 @@ def read(path: Path) -> dict[str, Packed]:
     Raises:
         CorruptModel: The file is damaged.
     """
-    forms = {form.words: form for form in _FILE_FORMS}
     try:
+        with safe_open(path, "np") as file:
+            forms = file.metadata()
         tensors = {name: tensor.numpy() for name, tensor in load_file(path).items()}
-        return {name: Packed(forms[tiles.shape[2]], tiles) for name, tiles in tensors.items()}
-    except (OSError, ValueError, KeyError, IndexError, SafetensorError) as error:
+        packs = {name: Packed(Form(forms[name]), tiles) for name, tiles in tensors.items()}
+        if any(packed.tiles.shape[2] != packed.form.words for packed in packs.values()):
+            raise ValueError("blocks of another size than their form has")
+        return packs
+    except (OSError, ValueError, TypeError, KeyError, IndexError, SafetensorError) as error:
         raise CorruptModel(f"{path} is damaged ({error!r}): delete it, it is made anew") from error
 
 
@@ -247,13 +263,17 @@ def _quantised(part: PackedSource, form: Form) -> Packed:
 
 
 def _kept(part: PackedSource, tensors: Mapping[str, Any]) -> Packed | None:
-    """Return the codes of the GGUF file, if they are of a known kind and are the module's weights."""
+    """Return the matrix of the GGUF file, if its type has a form and it is the module's weights."""
     tensor = tensors.get(part.gguf)
-    if tensor is None or tensor.tensor_type.name not in QUANTISED:
+    if tensor is None or tensor.tensor_type.name not in GGUF_FORMS:
         return None
-    packed = _codes(tensor.tensor_type.name, np.asarray(tensor.data), part.heads)
+    rows = np.asarray(tensor.data)
+    if part.heads:
+        halves = rows.reshape(part.heads, -1, 2, rows.shape[1])
+        rows = halves.swapaxes(1, 2).reshape(rows.shape)
+    packed = from_gguf(rows, tensor.tensor_type.name)
     wanted = part.weight.detach().float().numpy()
-    if packed.tiles.shape[:2] != (wanted.shape[0] // LANES, wanted.shape[1] // GROUP):
+    if (packed.outputs, packed.inputs) != wanted.shape:
         return None
     if (np.abs(unpack(packed) - wanted) > _ROUNDING * np.abs(wanted)).any():
         log.warning("%s is not what the model has there; it is quantised again", part.gguf)
@@ -261,37 +281,13 @@ def _kept(part: PackedSource, tensors: Mapping[str, Any]) -> Packed | None:
     return packed
 
 
-def _codes(kind: str, data: NDArray[np.uint8], heads: int) -> Packed:
-    """Pack the codes of a GGUF tensor.
-
-    Args:
-        kind: Its GGUF type, one of QUANTISED.
-        data: [outputs, bytes] uint8, blocks of 32 inputs as in ggml-common.h.
-        heads: Heads whose halves are interleaved; 0 for none.
-    """
-    outputs = len(data)
-    width = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind]
-    blocks = data.reshape(outputs, -1, width)
-    if heads:
-        halves = blocks.reshape(heads, -1, 2, *blocks.shape[1:])
-        blocks = halves.swapaxes(1, 2).reshape(blocks.shape)
-    scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].astype(np.float32)
-    if kind == "Q8_0":
-        return pack8(blocks[..., 2:].reshape(outputs, -1).view(np.int8), scales)
-    nibbles = blocks[..., -16:]
-    codes = np.concatenate([nibbles & np.uint8(15), nibbles >> np.uint8(4)], -1).reshape(outputs, -1)
-    if kind == "Q4_0":
-        return pack4(codes, scales, -8 * scales)
-    minimums = np.ascontiguousarray(blocks[..., 2:4]).view(np.float16)[..., 0].astype(np.float32)
-    return pack4(codes, scales, minimums)
-
-
 def _write(packs: Mapping[str, Packed], target: Path) -> None:
     """Write a file as a whole, by rename, or not at all."""
     writing = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: packed.tiles for name, packed in packs.items()}, writing)
+        forms = {name: str(packed.form) for name, packed in packs.items()}
+        save_file({name: packed.tiles for name, packed in packs.items()}, writing, metadata=forms)
         writing.replace(target)
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error}") from error

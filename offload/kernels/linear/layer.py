@@ -12,6 +12,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from .forms import LANES
 from .products import Matrix, multiply_rows
 from .row_operations import (
     Inputs,
@@ -28,10 +29,12 @@ Floats = NDArray[np.float32]
 class Layer(NamedTuple):
     """Weights of a layer; a norm or bias that its family lacks is NOTHING."""
 
-    qkv: Matrix
+    qkv: tuple[Matrix, Matrix, Matrix]
+    """Parts whose outputs follow one another: of one form, or of several; what is not needed has no tiles."""
     bias: Floats
     out: Matrix
-    gate_up: Matrix
+    gate_up: tuple[Matrix, Matrix]
+    """Parts as of qkv."""
     down: Matrix
     before_attention: Floats
     after_attention: Floats
@@ -90,7 +93,7 @@ def before_attention(layer: Any, rows: Any, cos: Any, sin: Any, eps: Any) -> Non
     for r in range(count):
         for i in range(flat.shape[1]):
             flat[r, i] = layer.bias[i] if len(layer.bias) else np.float32(0)
-    multiply_rows(rows.inputs, layer.qkv, flat, count)
+    _multiply_parts(rows.inputs, layer.qkv, flat, count)
     rotate(rows.heads, 0, heads, cos, sin, layer.q_norm, eps)
     rotate(rows.heads, heads, (heads + rows.heads.shape[1]) // 2, cos, sin, layer.k_norm, eps)
 
@@ -102,7 +105,7 @@ def after_attention(layer: Any, rows: Any, count: Any, eps: Any, gelu: Any) -> N
     _add(layer.out, layer.after_attention, rows, count, eps)
     take_normed(rows.x[:count], layer.before_mlp, eps, rows.inputs)
     _clear(rows.gate_up, count)
-    multiply_rows(rows.inputs, layer.gate_up, rows.gate_up, count)
+    _multiply_parts(rows.inputs, layer.gate_up, rows.gate_up, count)
     take_gated(rows.gate_up[:count], gelu, rows.inputs)
     _add(layer.down, layer.after_mlp, rows, count, eps)
 
@@ -116,6 +119,17 @@ def _add(weights: Any, norm: Any, rows: Any, count: Any, eps: Any) -> None:
     _clear(rows.delta, count)
     multiply_rows(rows.inputs, weights, rows.delta, count)
     add_normed(rows.x[:count], rows.delta[:count], norm, eps)
+
+
+@_kernel
+def _multiply_parts(inputs: Any, parts: Any, out: Any, count: Any) -> None:
+    """Add products with parts to the columns of `out` that follow one another."""
+    first = 0
+    for part in parts:
+        last = first + LANES * part.tiles
+        if part.tiles > 0:
+            multiply_rows(inputs, part, out[:, first:last], count)
+        first = last
 
 
 @_kernel
