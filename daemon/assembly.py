@@ -279,7 +279,7 @@ def build_engine(
 def _balance(model: Model) -> float:
     """Return the position at which a token's attention takes as many operations as its products."""
     geometry = model.geometry
-    weights = sum(parameter.numel() for parameter in model.module.base_model.layers.parameters())
+    weights = sum(parameter.numel() for parameter in model.module.model.layers.parameters())
     full = [layer for layer in geometry.layers if layer.sliding_window is None]
     pair = sum(2 * layer.heads * layer.head_dim for layer in full)
     return weights / pair if pair else math.inf

@@ -16,7 +16,9 @@ from spilld.cuda_ext.memory.cpu_windows import CpuKVWindows, element_view
 from spilld.kv.attention_metadata import VisibleKV
 from spilld.kv.attention_span import (
     SINKS,
+    Sliding,
     exact_ranges,
+    lowest_visible,
     sealed_before,
     segments,
     window_offset,
@@ -70,8 +72,8 @@ class CpuPlan(AttentionPlan):
         self._taken: torch.Tensor | None = None
         self._in_place = False
         self.sealing = [item for item in batch.items[: batch.single] if sealed_before(item.position)]
-        self.scans: dict[int | None, DecodeRows] = {}
-        self.row_bytes: dict[int | None, list[int]] = {}
+        self.scans: dict[Sliding, DecodeRows] = {}
+        self.row_bytes: dict[Sliding, list[int]] = {}
         self._tiles: dict[VisibleKV, list[Tile]] = {}
         for sliding_window, visible in self.visible.items() if batch.single else ():
             rows = [_row(seen, store.layout.record_bytes) for seen in visible[: batch.single]]
@@ -135,16 +137,15 @@ def _row(seen: VisibleKV, record_bytes: int) -> DecodeRow:
     )
 
 
-def _tile(start: int, stop: int, sliding_window: int | None, group: int) -> Tile:
+def _tile(start: int, stop: int, sliding_window: Sliding, group: int) -> Tile:
     """Return the tile of queries at [start, stop), which see what the first does, and each other."""
     ranges = [slice(a, b) for a, b in window_ranges(start, sliding_window)]
     ranges[-1] = slice(ranges[-1].start, ranges[-1].stop + stop - start - 1)
     seen = [*exact_ranges(start, sliding_window), (start + 1, stop)]
     positions = torch.cat([torch.arange(a, b) for a, b in seen])
     own = torch.arange(start, stop)[:, None]
-    hidden = positions > own
-    if sliding_window is not None:
-        hidden |= positions <= own - sliding_window
+    lowest = torch.tensor([lowest_visible(position, sliding_window) for position in range(start, stop)])
+    hidden = (positions > own) | (positions < lowest[:, None])
     return Tile(start, stop - start, tuple(ranges), additive_mask(hidden, group))
 
 

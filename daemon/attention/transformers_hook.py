@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from spilld.errors import UnsupportedModel
+from spilld.kv.attention_span import MaskChunks
 from spilld.kv.geometry import Geometry, LayerGeometry
 
 from .base import Attention, AttentionPlan
@@ -40,6 +41,10 @@ class ModuleAttention(Protocol):
     def geometry(self) -> Geometry:
         """The geometry that the calls must agree with."""
 
+    @property
+    def positions(self) -> Sequence[int]:
+        """Positions of the tokens."""
+
     def forward(
         self,
         layer: int,
@@ -65,6 +70,11 @@ class PlannedAttention:
     def geometry(self) -> Geometry:
         """See ModuleAttention.geometry."""
         return self.attention.geometry
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """See ModuleAttention.positions."""
+        return self.plan.batch.positions
 
     def forward(
         self,
@@ -137,10 +147,12 @@ def _check_sizes(
 def _check_numbers(
     layer: int, geometry: LayerGeometry, scaling: float, softcap: float, sliding_window: int | None
 ) -> None:
-    if (softcap, sliding_window) != (geometry.softcap, geometry.sliding_window):
+    # No keyword says a chunked mask: the module would choose it where masks are built.
+    said = None if isinstance(geometry.sliding_window, MaskChunks) else geometry.sliding_window
+    if (softcap, sliding_window) != (geometry.softcap, said):
         raise UnsupportedModel(
             f"layer {layer} attends with softcap {softcap} and window {sliding_window}, not "
-            f"{geometry.softcap} and {geometry.sliding_window} as its config says"
+            f"{geometry.softcap} and {said} as its config says"
         )
     if scaling != geometry.scaling:
         raise UnsupportedModel(

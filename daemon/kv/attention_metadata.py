@@ -10,6 +10,7 @@ from spilld.offload.store.store import Store
 
 from .attention_span import (
     SINKS,
+    Sliding,
     boundary,
     lowest_visible,
     stored_blocks,
@@ -32,7 +33,7 @@ class VisibleKV:
         on_disk: Runs of blocks on disk, oldest first, with those of their blocks that are not in host memory.
     """
 
-    def __init__(self, item: BatchItem, sliding_window: int | None, store: Store) -> None:
+    def __init__(self, item: BatchItem, sliding_window: Sliding, store: Store) -> None:
         self.item, self.sliding_window = item, sliding_window
         self.low: Positions = np.array(
             [max(SINKS, lowest_visible(position, sliding_window)) for position in item.positions]

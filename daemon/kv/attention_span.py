@@ -1,13 +1,15 @@
 """Attention spans: what a token sees depends on its position alone.
 
 A query at position p sees the stored form of positions [SINKS, boundary(p)) and exact numbers
-elsewhere up to itself; a sliding window W hides positions up to p - W. Chunk size, load, restarts
-and prefix hits change none of this, so neither do they change the answer.
+elsewhere up to itself; a sliding window W hides positions up to p - W, and a mask of chunks of C those
+below C * floor(p / C). Chunks of prompts, load, restarts and prefix hits change none of this, so neither do
+they change the answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 CELL = 256
 """The grid: cell j holds positions [256 j, 256 j + 256)."""
@@ -20,17 +22,31 @@ WINDOW_TOKENS = SINKS + 2 * CELL
 """A KV window holds the sinks, then two halves that take turns holding the cell that is being filled."""
 
 
+class MaskChunks(NamedTuple):
+    """A chunked mask (Llama 4): a query sees what lies in its own chunk of so many tokens."""
+
+    size: int
+
+
+Sliding = int | MaskChunks | None
+"""What hides older tokens in a layer: a sliding window of so many, a chunked mask, or nothing."""
+
+
 def boundary(position: int) -> int:
     """Return the position below which all positions, sinks excepted, are seen in stored form."""
     return max(0, (position // CELL - 1) * CELL)
 
 
-def lowest_visible(position: int, sliding_window: int | None) -> int:
+def lowest_visible(position: int, sliding_window: Sliding) -> int:
     """Return the oldest position that a query sees in a layer with this sliding window."""
-    return 0 if sliding_window is None else max(0, position - sliding_window + 1)
+    if sliding_window is None:
+        return 0
+    if isinstance(sliding_window, MaskChunks):
+        return position // sliding_window.size * sliding_window.size
+    return max(0, position - sliding_window + 1)
 
 
-def stored_blocks(first: int, last: int, sliding_window: int | None) -> range:
+def stored_blocks(first: int, last: int, sliding_window: Sliding) -> range:
     """Return the blocks of which queries at positions first..last (inclusive) see a token in stored form."""
     stop = boundary(last) // BLOCK
     start = max(1, lowest_visible(first, sliding_window) // BLOCK)
@@ -82,7 +98,7 @@ def window_offsets(position: int) -> tuple[int, ...]:
     return (offset, position) if position < SINKS else (offset,)
 
 
-def exact_ranges(position: int, sliding_window: int | None) -> list[tuple[int, int]]:
+def exact_ranges(position: int, sliding_window: Sliding) -> list[tuple[int, int]]:
     """Return position ranges [start, stop) that the query at `position` sees exactly, oldest first."""
     low, border = lowest_visible(position, sliding_window), boundary(position)
     cell = position // CELL * CELL
@@ -90,7 +106,7 @@ def exact_ranges(position: int, sliding_window: int | None) -> list[tuple[int, i
     return [(max(a, low), b) for a, b in ranges if max(a, low) < b]
 
 
-def window_ranges(position: int, sliding_window: int | None) -> list[tuple[int, int]]:
+def window_ranges(position: int, sliding_window: Sliding) -> list[tuple[int, int]]:
     """Return KV window offsets [start, stop) of what the query at `position` sees exactly, oldest first."""
     ranges = []
     for a, b in exact_ranges(position, sliding_window):

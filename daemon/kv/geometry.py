@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from spilld.errors import UnsupportedModel
 from spilld.offload.record import HEAD_DIMS
 
+from .attention_span import MaskChunks, Sliding
 from .state_geometry import StateGeometry, state_geometries
 
-_ATTENTION = {"full_attention", "sliding_attention"}
 _NO_ATTENTION = {"linear_attention", "conv", "mlp", "moe"}
-"""Kinds of layers that transformers names. Of those without attention the first two have a state."""
+"""Kinds of layers without attention that transformers names. The first two have a state."""
 
 _ALL_SLIDE = ("mistral", "ministral3", "mixtral", "phi3")
 """Families of which every layer slides if the config has a window, whatever its layer_types may say."""
@@ -33,14 +33,15 @@ class LayerGeometry:
     """Attention of one layer, `module_layer` in transformers' count of all layers.
 
     sliding_window is None for full attention, or W where a query at position p sees the positions
-    p-W+1..p. logit = scaling * q.k, then softcap * tanh(logit / softcap) unless softcap is 0. With
-    sink_logits the module gives a logit of each head that takes part in the softmax and has no value.
+    p-W+1..p, or chunks of a mask, of which it sees its own. logit = scaling * q.k, then softcap *
+    tanh(logit / softcap) unless softcap is 0. With sink_logits the module gives a logit of each head that
+    takes part in the softmax and has no value.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
-    sliding_window: int | None
+    sliding_window: Sliding
     scaling: float
     softcap: float
     module_layer: int
@@ -130,7 +131,7 @@ class Geometry:
         return sum(2 * layer.kv_heads * layer.head_dim for layer in self.layers)
 
     @cached_property
-    def sliding_windows(self) -> tuple[int | None, ...]:
+    def sliding_windows(self) -> tuple[Sliding, ...]:
         """Sliding window of each layer."""
         return tuple(layer.sliding_window for layer in self.layers)
 
@@ -160,19 +161,18 @@ def _positions(config: Any) -> int:
     return max([int(config.max_position_embeddings), *reached])
 
 
-def _sliding_windows(config: Any) -> list[tuple[int, int | None]]:
+def _sliding_windows(config: Any) -> list[tuple[int, Sliding]]:
     """Return (its number, its sliding window) of each layer that attends."""
     sliding_window: int | None = getattr(config, "sliding_window", None)
     if config.model_type in _ALL_SLIDE:
         return [(i, sliding_window) for i in range(config.num_hidden_layers)]
+    windows: dict[str, Sliding] = {"full_attention": None, "sliding_attention": sliding_window}
+    if config.model_type == "llama4_text" and config.attention_chunk_size:
+        windows["chunked_attention"] = MaskChunks(config.attention_chunk_size)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    if unknown := sorted(set(kinds) - _ATTENTION - _NO_ATTENTION):
+    if unknown := sorted(set(kinds) - set(windows) - _NO_ATTENTION):
         raise UnsupportedModel(f"layers with {', '.join(unknown)} are not supported")
-    return [
-        (i, sliding_window if kind == "sliding_attention" else None)
-        for i, kind in enumerate(kinds)
-        if kind in _ATTENTION
-    ]
+    return [(i, windows[kind]) for i, kind in enumerate(kinds) if kind in windows]
 
 
 def _ids(value: int | list[int] | None) -> frozenset[int]:

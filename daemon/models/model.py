@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 from transformers.utils import logging as transformers_logging
 
+from spilld.attention.query_scale import tell_positions
 from spilld.attention.state_layers import keep_states
 from spilld.attention.transformers_hook import IMPLEMENTATION
 from spilld.cuda_ext.device.tensors import gpu_errors
@@ -132,6 +133,7 @@ def load(
         )
     fix_rope(module, longest)
     keep_states(module, geometry)
+    tell_positions(module)
     if attention == IMPLEMENTATION:
         probe_once(module, geometry, cache)
     packs = device == "cpu" and weights in ("int8", "int4")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from inspect import getfile
@@ -88,6 +88,7 @@ class ProbedAttention:
     """A ModuleAttention that computes nothing: each call is checked before it gets here."""
 
     geometry: Geometry
+    positions: Sequence[int] = (0,) * _TOKENS
     layers: list[int] = field(default_factory=list)
     states: list[int] = field(default_factory=list)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -69,11 +70,11 @@ class Runner:
         heads, kv_heads, head_dim = geometry.sizes
         width, size = heads * head_dim, int(self._model.module.dtype.itemsize)
         attention = 4 * width * 4 + (width + 2 * kv_heads * head_dim) * size
-        mlp = 3 * int(config.intermediate_size) * size
+        mlp = _feed_forward_width(config) * size
         residual = 3 * int(config.hidden_size) * size
         chunk = self._chunk_tokens * (max(attention, mlp) + residual)
         chunk += sum(self._state_bytes(state) for state in geometry.states[:1])
-        base = self._model.module.base_model
+        base = self._model.module.model
         wide = wide_bytes(base, self._chunk_tokens) + packed_bytes(base, self._chunk_tokens)
         return chunk + wide + geometry.vocab * (4 + size)
 
@@ -165,3 +166,14 @@ class Runner:
     def rest(self) -> None:
         """See ReadAhead.rest."""
         self._reads.rest()
+
+
+def _feed_forward_width(config: Any) -> int:
+    """Return how many numbers a feed-forward layer has of each token.
+
+    Llama 4's experts all compute all tokens.
+    """
+    if config.model_type != "llama4_text":
+        return 3 * int(config.intermediate_size)
+    experts = config.num_local_experts * (2 * config.hidden_size + 3 * config.intermediate_size)
+    return max(3 * int(config.intermediate_size_mlp), int(experts))

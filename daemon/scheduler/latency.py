@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from spilld.kv.attention_span import stored_blocks
+from spilld.kv.attention_span import Sliding, stored_blocks
 
 STEPS = 256
 """The newest steps, to which the model is fitted."""
@@ -38,11 +38,11 @@ Floats = NDArray[np.float64]
 class LatencyModel:
     """Predicts the time of a decode step."""
 
-    def __init__(self, windows: Sequence[int | None], record_bytes: int, host_bytes: int) -> None:
+    def __init__(self, windows: Sequence[Sliding], record_bytes: int, host_bytes: int) -> None:
         """Create a model that has measured nothing.
 
         Args:
-            windows: Of each layer, tokens that a query sees; None for all.
+            windows: Of each layer, what hides older tokens.
             record_bytes: Bytes of a block's record in one layer.
             host_bytes: Records that host memory holds, in bytes; more are read from disk.
         """

@@ -22,7 +22,7 @@ from spilld.config.config import Config
 from spilld.demo.plain_transformers import greedy_tokens
 from spilld.demo.spawn import Spawned
 from spilld.engine.engine import Engine
-from spilld.kv.attention_span import BLOCK, WINDOW_TOKENS
+from spilld.kv.attention_span import BLOCK, WINDOW_TOKENS, Sliding
 from spilld.kv.geometry import Geometry
 from spilld.models.model import Model, load
 from spilld.offload.disk.tier import DiskTier
@@ -198,9 +198,7 @@ def greedy(module: Any, prompt: Sequence[int], count: int) -> list[int]:
     return list(islice(greedy_tokens(module, prompt), count))
 
 
-def changed(
-    geometry: Geometry, sliding_windows: Sequence[int | None] | None = None, **fields: Any
-) -> Geometry:
+def changed(geometry: Geometry, sliding_windows: Sequence[Sliding] | None = None, **fields: Any) -> Geometry:
     """That of another model: sliding_windows of its layers, fields of each of them."""
     windows = sliding_windows or [layer.sliding_window for layer in geometry.layers]
     first = geometry.layers[0]

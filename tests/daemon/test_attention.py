@@ -21,6 +21,8 @@ from spilld.kv.attention_span import (
     BLOCK,
     SINKS,
     WINDOW_TOKENS,
+    MaskChunks,
+    Sliding,
     boundary,
     sealed_by,
     stored_blocks,
@@ -58,7 +60,7 @@ class Case:
     kv_heads: int = 2
     group: int = 1
     head_dim: int = 64
-    window: int | None = None
+    window: Sliding = None
     softcap: float = 0.0
     element: Element = Element.FLOAT32
     disk: bool = True
@@ -66,7 +68,11 @@ class Case:
 
     def __str__(self) -> str:
         parts = [f"{self.m}@{self.start}", self.format, f"{self.kv_heads}x{self.group}x{self.head_dim}"]
-        parts += [f"w{self.window}"] * (self.window is not None) + [f"cap{self.softcap}"] * bool(self.softcap)
+        if isinstance(self.window, MaskChunks):
+            parts += [f"c{self.window.size}"]
+        elif self.window is not None:
+            parts += [f"w{self.window}"]
+        parts += [f"cap{self.softcap}"] * bool(self.softcap)
         parts += ["sinks"] * self.sink_logits
         return "-".join([*parts, *[self.element.value] * (self.element is Element.BFLOAT16)])
 
@@ -120,6 +126,10 @@ CASES = [
     Case(1301, 1, EXACT, group=2, sink_logits=True),
     Case(1301, 1, K8V4, group=2, window=100, sink_logits=True),
     Case(777, 300, EXACT, group=3, window=450, sink_logits=True),
+    Case(1301, 1, K8V4, group=2, window=MaskChunks(600)),
+    Case(1301, 1, EXACT, group=2, window=MaskChunks(1301)),
+    Case(769, 512, K8V4, group=2, window=MaskChunks(900)),
+    Case(777, 300, EXACT, group=3, window=MaskChunks(100)),
 ]
 
 
@@ -217,7 +227,11 @@ class Setup:
         case, stop = self.case, self.case.start + self.case.m
         t, p = np.arange(stop), np.arange(case.start, stop)[:, None]
         old = (t >= SINKS) & (t < np.array([[boundary(int(query))] for (query,) in p]))
-        hidden = (t > p) if case.window is None else (t > p) | (t <= p - case.window)
+        hidden = t > p
+        if isinstance(case.window, MaskChunks):
+            hidden |= t // case.window.size < p // case.window.size
+        elif case.window is not None:
+            hidden |= t <= p - case.window
         out = np.empty((case.m, case.kv_heads * case.group, case.head_dim))
         stored = self._stored()
         for head in range(out.shape[1]):

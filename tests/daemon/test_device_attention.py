@@ -14,6 +14,7 @@ from spilld.cuda_ext.device.tensors import gpu_errors
 from spilld.cuda_ext.errors import LaunchFailed, OutOfMemory
 from spilld.cuda_ext.memory.staging import Staging
 from spilld.cuda_ext.memory.windows import KVWindows, KVWindowShape
+from spilld.kv.attention_span import MaskChunks
 from spilld.kv.geometry import Geometry
 from spilld.offload.record import Element, Format
 from spilld.offload.store.store import Store
@@ -31,6 +32,7 @@ CASES = [
     Case(777, 1, Format.K8V4, kv_heads=1, softcap=3.0),
     Case(777, 1, Format.INT4, kv_heads=1, window=300),
     Case(777, 1, Format.EXACT, kv_heads=1, group=2, window=300, sink_logits=True),
+    Case(777, 1, Format.EXACT, kv_heads=1, window=MaskChunks(500)),
     Case(767, 3, Format.INT8, kv_heads=1, group=1, head_dim=80),
     Case(640, 200, Format.K8V4, kv_heads=1, group=2, element=Element.BFLOAT16),
     Case(500, 300, Format.EXACT, kv_heads=1, group=1, element=Element.BFLOAT16, disk=False),

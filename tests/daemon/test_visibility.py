@@ -11,6 +11,8 @@ from spilld.kv.attention_span import (
     CELL,
     SINKS,
     WINDOW_TOKENS,
+    MaskChunks,
+    Sliding,
     boundary,
     exact_ranges,
     highest_block,
@@ -24,7 +26,7 @@ from spilld.kv.attention_span import (
 )
 
 POSITIONS = st.integers(0, 5000)
-WINDOWS = st.none() | st.integers(1, 1500)
+WINDOWS = st.none() | st.integers(1, 1500) | st.integers(1, 1500).map(MaskChunks)
 
 
 @given(POSITIONS, st.integers(0, 2000))
@@ -35,9 +37,12 @@ def test_segments_partition_and_stay_within_a_cell(start: int, count: int) -> No
 
 
 @given(POSITIONS, WINDOWS)
-def test_a_query_sees_every_position_once(position: int, window: int | None) -> None:
+def test_a_query_sees_every_position_once(position: int, window: Sliding) -> None:
     """Stored below 256 * floor(p / 256) - 256 except the sinks, exact from there on: the rule of DESIGN 3."""
-    low = 0 if window is None else max(0, position - window + 1)
+    if isinstance(window, MaskChunks):
+        low = position - position % window.size
+    else:
+        low = 0 if window is None else max(0, position - window + 1)
     border = max(0, 256 * (position // 256) - 256)
     seen = range(low, position + 1)
     exact = [p for a, b in exact_ranges(position, window) for p in range(a, b)]
@@ -49,7 +54,7 @@ def test_a_query_sees_every_position_once(position: int, window: int | None) -> 
 
 
 @given(POSITIONS, st.integers(1, 1500), WINDOWS)
-def test_a_chunk_reads_the_blocks_that_its_queries_see(first: int, count: int, window: int | None) -> None:
+def test_a_chunk_reads_the_blocks_that_its_queries_see(first: int, count: int, window: Sliding) -> None:
     last = first + count - 1
     wanted = {b for p in range(first, last + 1) for b in stored_blocks(p, p, window)}
     blocks = stored_blocks(first, last, window)

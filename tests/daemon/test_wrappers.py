@@ -47,6 +47,19 @@ _MODELS: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
         config_of("ministral3"),
         {"vision_config": {"model_type": "pixtral", "head_dim": 16, **_EYE}},
     ),
+    "llama4": (
+        transformers.Llama4Config,
+        transformers.Llama4ForConditionalGeneration,
+        config_of("llama4_text"),
+        {
+            "vision_config": {
+                **_EYE,
+                "vision_output_dim": 16,
+                "projector_input_dim": 16,
+                "projector_output_dim": 16,
+            }
+        },
+    ),
     "qwen3_5": (
         transformers.Qwen3_5Config,
         transformers.Qwen3_5ForConditionalGeneration,

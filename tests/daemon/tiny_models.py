@@ -167,6 +167,21 @@ _OTHERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         transformers.GptOssForCausalLM,
         {**_SOME_SLIDE, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
+    "llama4_text": (
+        transformers.Llama4TextConfig,
+        transformers.Llama4ForCausalLM,
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "no_rope_layer_interval": 2,
+            "attention_chunk_size": 150,
+            "floor_scale": 64,
+            "attn_scale": 0.3,
+            "num_local_experts": 4,
+            "interleave_moe_layer_step": 2,
+            "intermediate_size_mlp": 112,
+        },
+    ),
     "mixtral": (
         transformers.MixtralConfig,
         transformers.MixtralForCausalLM,

@@ -29,6 +29,7 @@ _MIXTURES_OF_EXPERTS = {
     "glm4_moe": "Glm4MoeForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
 }
+_LLAMA4 = {"llama4_text": "Llama4ForCausalLM"}
 _WITH_STATE = {
     "qwen3_next": "Qwen3NextForCausalLM",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
@@ -39,7 +40,7 @@ _WITH_STATE = {
     "lfm2_moe": "Lfm2MoeForCausalLM",
 }
 
-FAMILIES: dict[str, str] = _LLAMA_LIKE | _QWEN | _GEMMA | _MIXTURES_OF_EXPERTS | _WITH_STATE
+FAMILIES: dict[str, str] = _LLAMA_LIKE | _QWEN | _GEMMA | _MIXTURES_OF_EXPERTS | _LLAMA4 | _WITH_STATE
 """The class that computes each family of text, by model_type."""
 
 
@@ -58,6 +59,7 @@ class Wrapper:
 
 WRAPPERS: Mapping[str, Wrapper] = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration", frozenset({"gemma3_text"})),
+    "llama4": Wrapper("Llama4ForConditionalGeneration", frozenset({"llama4_text"})),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", frozenset({"mistral", "ministral3"})),
     "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", frozenset({"qwen3_5_text"})),
     "qwen3_5_moe": Wrapper("Qwen3_5MoeForConditionalGeneration", frozenset({"qwen3_5_moe_text"})),
