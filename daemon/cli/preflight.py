@@ -11,8 +11,10 @@ from spilld.config.named_models import sources_of
 from spilld.cuda_ext.compile.build import DriverMissing, find_driver
 from spilld.errors import BudgetError, DeviceUnusable
 from spilld.models.files.folder import check_folder
-from spilld.monitoring.memory import physical_bytes
+from spilld.monitoring.memory import available_bytes, physical_bytes
 from spilld.offload.size import size
+
+from .model_size import check_fits
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ def check(config: Config) -> None:
         except DriverMissing as error:
             raise DeviceUnusable(f'device = "cuda": {error}') from error
     _check_memory(config.host_budget, physical_bytes())
+    with suppress(OSError):
+        check_fits(config, available_bytes())
     with suppress(OSError):
         _compare_disk(config)
 

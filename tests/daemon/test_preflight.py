@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from spilld.__main__ import main
+from spilld.cli.model_size import check_fits
 from spilld.cli.preflight import check
 from spilld.config.config import Config
+from spilld.errors import BudgetError
 from spilld.monitoring.memory import physical_bytes
 from spilld.offload.size import size
 
@@ -46,6 +49,52 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     for name in ("gpt-17", f"{tmp_path}/none.gguf"):
         assert refusal(tmp_path, f"--model={name}").startswith(f"spilld: there is no model '{name}': {known}")
     assert refusal(tmp_path, f"--model={tmp_path}") == f"spilld: {tmp_path} has no config.json"
+
+
+def large(folder: Path, **config: object) -> Path:
+    """A folder with a matrix of 1 TiB, of which no byte is on disk."""
+    folder.mkdir()
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    said = {
+        "model_type": "llama",
+        "vocab_size": 384,
+        "intermediate_size": 96,
+        "head_dim": 16,
+        **sizes,
+        **config,
+    }
+    (folder / "config.json").write_text(json.dumps(said))
+    tensor = {"dtype": "BF16", "shape": [1 << 20, 1 << 19], "data_offsets": [0, 1 << 40]}
+    header = json.dumps({"model.embed_tokens.weight": tensor}).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (1 << 40))
+    return folder
+
+
+def test_a_model_that_memory_does_not_hold(tmp_path: Path) -> None:
+    folder = large(tmp_path / "large")
+    assert refusal(tmp_path, f"--model={folder}").startswith(
+        f'spilld: {folder} needs 1 TiB for its weights (weights = "bf16", dtype = "bfloat16"), of memory '
+    )
+
+
+def test_what_would_fit_is_said(tmp_path: Path) -> None:
+    config = Config(model=str(large(tmp_path / "large")))
+    check_fits(config, 1 << 40)
+    with pytest.raises(BudgetError, match=r'weights = "int8" takes 544 GiB; weights = "int4" takes 320 GiB'):
+        check_fits(config, 600 << 30)
+    with pytest.raises(BudgetError, match="no form of this model fits"):
+        check_fits(config, 1 << 30)
+
+
+def test_the_doctor_says_what_a_model_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = large(tmp_path / "large", max_position_embeddings=4096)
+    assert main(["doctor", f"--model={folder}"]) in (0, None)
+    said = capsys.readouterr().out.splitlines()
+    assert 'weights: weights = "int4": 320 GiB, more than is available' in said
+    assert "KV: exact: 256 bytes a token, 4096 tokens within the budgets" in said
+    assert "KV: k8v4: 120 bytes a token, 4096 tokens within the budgets, as configured" in said
 
 
 def test_a_gpu_without_a_driver(tmp_path: Path) -> None:

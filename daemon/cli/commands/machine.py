@@ -28,6 +28,7 @@ def add(commands: Any) -> None:
     look = commands.add_parser("doctor", help="what this machine has, its rates, and what to change")
     look.set_defaults(run=doctor)
     look.add_argument("--config", type=Path, metavar="FILE", help="the daemon's settings (default: none)")
+    look.add_argument("--model", metavar="NAME", help="say what this model takes (default: none)")
     shown = commands.add_parser("demo", help="a long document, most of its KV on disk, two questions")
     shown.set_defaults(run=demo)
     shown.add_argument(
@@ -50,11 +51,19 @@ def check(options: argparse.Namespace) -> int:
 
 
 def doctor(options: argparse.Namespace) -> None:
-    """Print what this machine has and how fast it is."""
+    """Print what this machine has and how fast it is, or what a model takes of it."""
+    config = Config.load(options.config, {"model": options.model})
+    if options.model:
+        with engine_imports():
+            from spilld.cli.model_size import report
+
+        for what, found in report(config):
+            print(f"{what}: {found}", flush=True)
+        return
     with engine_imports():
         from spilld.cli.doctor import examine
 
-    for finding in examine(Config.load(options.config, {})):
+    for finding in examine(config):
         print(f"{finding.what}: {finding.found}", flush=True)
         if finding.advice:
             print(f"    {finding.advice}", flush=True)
