@@ -41,6 +41,18 @@ def test_exact_records_give_transformers_logits(family: str, tmp_path: Path) -> 
         assert harness.ask(prompt, max_tokens=12, ignore_eos=True) == tokens
 
 
+def test_queries_are_scaled_by_position_in_a_packed_batch(tmp_path: Path) -> None:
+    """Llama 4 beside itself: rows of two sequences, at positions of their own."""
+    folder = build("llama4_text", tmp_path / "m")
+    plain, prompts = reference(folder), [some_tokens(4, 700), some_tokens(5, 333)]
+    with engine(load_tiny(folder), tmp_path / "s", format="exact", chunk_tokens=128) as harness:
+        for name, prompt in zip("ab", prompts, strict=True):
+            harness.add(name, prompt, max_tokens=16, ignore_eos=True)
+        harness.run()
+        found = [harness.tokens(name) for name in "ab"]
+    assert found == [greedy(plain, prompt, 16) for prompt in prompts]
+
+
 @pytest.mark.parametrize(
     ("longest", "length"), [(LONGROPE_ORIGINAL, 40), (4096, LONGROPE_ORIGINAL + 1), (4096, 1100)]
 )
