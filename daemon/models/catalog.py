@@ -11,17 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from spilld.config.named_models import PACKAGED, sources_of
-from spilld.errors import ConfigError, ModelError, error_for
+from spilld.errors import ConfigError, CorruptModel, ModelError, error_for
 from spilld.models.files.digest import digest, is_noted
 from spilld.models.files.folder import check_folder
 from spilld.models.files.weights import model_files, read_weight_files, tokenizer_files
 from spilld.models.gguf.header import read_header
-from spilld.models.gguf.metadata import check_header
+from spilld.models.gguf.metadata import config_values
+from spilld.models.gguf.split import parts_of, read_whole
 
 from .child_output import lines_to
 from .convert import FAILED
 
-CONVERSION = 4
+CONVERSION = 5
 """Part of a converted folder's name: raise it when convert.py turns the same source into something else."""
 
 
@@ -58,7 +59,7 @@ def resolve(name: str, cache: Path, dtype: str, report: Callable[[str], None] = 
         UnsupportedModel: It is of a kind that is not served.
         ConfigError: The cache cannot be written.
     """
-    sources = sources_of(name)
+    sources = _files_of(name)
     if sources[0].is_dir():
         quantised = check_folder(sources[0]) is not None
         if read_weight_files(sources[0]).share(dtype) >= _IN_PLACE and not quantised:
@@ -74,11 +75,22 @@ def identify(name: str, cache: Path) -> bytes:
     Raises:
         SpilldError: As in `resolve`.
     """
-    sources = sources_of(name)
+    sources = _files_of(name)
     if not sources[0].is_dir():
         return digest(sources, cache)
     folder = sources[0]
     return digest([*read_weight_files(folder).files, *tokenizer_files(folder)], cache)
+
+
+def _files_of(name: str) -> list[Path]:
+    """Return the files of a model in order; of a GGUF file in parts all, where only the first is named."""
+    sources = sources_of(name)
+    if len(sources) > 1 or sources[0].is_dir():
+        return sources
+    parts = parts_of(sources[0], read_header(sources[0]))
+    if missing := [part for part in parts if not part.is_file()]:
+        raise CorruptModel(f"{name} has {len(parts)} parts, but {missing[0]} is missing")
+    return parts
 
 
 def _short(name: str, sources: list[Path]) -> str:
@@ -103,8 +115,8 @@ def _converted(
     name: str, sources: list[Path], cache: Path, dtype: str, report: Callable[[str], None]
 ) -> Path:
     files = model_files(sources[0]) if sources[0].is_dir() else sources
-    if len(sources) == 1 and sources[0].is_file() and not is_noted(sources[0], cache):
-        check_header(read_header(sources[0]), name)  # refused at once, before all of it is read
+    if name not in PACKAGED and sources[0].is_file() and not is_noted(sources[0], cache):
+        config_values(read_whole(sources[0]), name)  # refused at once, before all of it is read
     key = digest(files, cache).hex()[:12]
     target = cache / "models" / f"{re.sub('[^A-Za-z0-9._-]', '_', name)}-{dtype}-{key}-v{CONVERSION}"
     if not target.is_dir():

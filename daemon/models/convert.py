@@ -17,14 +17,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spilld.errors import CorruptModel, ModelError, UnsupportedModel
 from spilld.models.files.folder import read_config
 from spilld.models.files.weights import model_files, read_weight_files, used_files
-from spilld.models.gguf.header import GgufHeader, read_header
-from spilld.models.gguf.metadata import check_config, check_header, complete
+from spilld.models.gguf.header import MAGIC, GgufHeader
+from spilld.models.gguf.metadata import INSTEAD, config_values
+from spilld.models.gguf.split import read_whole
 from spilld.models.quantised.config import METHODS, QUANTISATION_FILES, Scheme, plain_config, read_scheme
+
+if TYPE_CHECKING:
+    from spilld.models.files.source import WeightSource
 
 FAILED = 3
 """Exit status of a failure that was reported on stdout."""
@@ -82,65 +86,80 @@ def convert(sources: list[Path], target: Path, dtype: str) -> None:
 
 
 def _from_gguf(gguf: Path, target: Path, dtype: str) -> None:
-    header = read_header(gguf)
-    check_header(header, gguf.name)
-    from spilld.models.gguf.library_patches import counted, parsed_once
-
-    with parsed_once(), counted(_say):
-        _load_and_save(gguf, header, target, dtype)
-
-
-def _load_and_save(gguf: Path, header: GgufHeader, target: Path, dtype: str) -> None:
+    header = read_whole(gguf)
+    values = config_values(header, gguf.name)
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer
+
+    from spilld.models.gguf.library_patches import config_known
+    from spilld.models.gguf.weights import GgufWeights, rope_factors
 
     from .model import LOADING_ERRORS
 
     _say(f"reading {gguf.name} ({gguf.stat().st_size >> 20} MiB) as {dtype}")
-    where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    weights = GgufWeights(header, gguf.name)
+    values = rope_factors(values, weights)
     try:
-        config = AutoConfig.from_pretrained(gguf.parent, **where)
-        complete(config, header, gguf.name)
-        check_config(config, header, gguf.name)
-        module, report = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            config=config,
-            dtype=getattr(torch, dtype),
-            quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-            **where,
-        )
+        module = _skeleton(values)
+        _fill(module, weights, getattr(torch, dtype), gguf.name)
+        module.generation_config.eos_token_id = _end_ids(values["eos_token_id"], header)
+        module.save_pretrained(target)
+        if dtype == "bfloat16":
+            _pack(module, header, target)
+        del module
+        _say("reading its tokenizer")
+        with config_known(values):
+            where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+            AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(target)
     except LOADING_ERRORS as error:
         raise CorruptModel(f"{gguf.name} cannot be loaded: {error}") from error
-    _check_complete(gguf.name, module, report, header)
-    module.generation_config.eos_token_id = _end_ids(module.config.eos_token_id, header)
-    module.save_pretrained(target)
-    if dtype == "bfloat16":
-        _pack(module, gguf, target)
-    del module
-    _say("reading its tokenizer")
-    AutoTokenizer.from_pretrained(gguf.parent, **where).save_pretrained(target)
 
 
-def _pack(module: Any, gguf: Path, target: Path) -> None:
+def _skeleton(values: dict[str, Any]) -> Any:
+    """Return the module without weights, on torch's meta device."""
+    import torch
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from .model import model_class
+
+    family = values["model_type"]
+    config = CONFIG_MAPPING[family](**{key: value for key, value in values.items() if key != "model_type"})
+    config.architectures = [model_class(family).__name__]
+    with torch.device("meta"):
+        return model_class(family)(config).eval()
+
+
+def _fill(module: Any, weights: WeightSource, dtype: Any, name: str) -> None:
+    """Give a module without weights those of a file, each in `dtype`.
+
+    Raises:
+        CorruptModel: A tensor is missing or of another shape.
+        UnsupportedModel: There are tensors that the module does not have.
+    """
+    import torch
+
+    module.tie_weights()
+    parameters = {key: value.shape for key, value in module.named_parameters()}
+    if missing := sorted(parameters.keys() - weights.names):
+        raise CorruptModel(f"{name} lacks {len(missing)} tensors, the first is {missing[0]}")
+    if unknown := sorted(weights.names - parameters.keys()):
+        raise UnsupportedModel(f"{name} has {unknown[0]}, which its family has not; {INSTEAD}")
+    for key, shape in parameters.items():
+        if tuple(shape) != weights.shape(key):
+            raise CorruptModel(f"{name}: {key} is {weights.shape(key)} and must be {tuple(shape)}")
+        owner, _, attribute = key.rpartition(".")
+        filled = torch.nn.Parameter(weights.dense(key).to(dtype), requires_grad=False)
+        setattr(module.get_submodule(owner), attribute, filled)
+    module.tie_weights()
+
+
+def _pack(module: Any, header: GgufHeader, target: Path) -> None:
     from spilld.models.packed.packing import WEIGHTS, pack_gguf
 
     try:
-        pack_gguf(module, gguf, target / WEIGHTS)
+        pack_gguf(module, header, target / WEIGHTS)
     except UnsupportedModel as error:
         _say(f"decode steps will read bfloat16: {error.message}")
-
-
-def _check_complete(name: str, module: Any, report: dict[str, Any], header: GgufHeader) -> None:
-    if missing := sorted(report["missing_keys"]):
-        raise CorruptModel(f"{name} lacks {len(missing)} tensors, the first is {missing[0]}")
-    parameters = sum(1 for _ in module.parameters())
-    if parameters != len(header.tensors):
-        raise UnsupportedModel(
-            f"{name} has {len(header.tensors)} tensors where its family has {parameters}; "
-            "it would not be the same model"
-        )
-    check_config(module.config, header, name)
 
 
 def _end_ids(eos: int | list[int] | None, header: GgufHeader) -> list[int]:
@@ -202,7 +221,8 @@ def _copy_others(source: Path, target: Path) -> None:
 
 @contextmanager
 def _one_file(parts: list[Path], beside: Path) -> Iterator[Path]:
-    if len(parts) == 1:
+    """Join a file's parts, if it was cut bytewise: parts of gguf-split are read where they are."""
+    if len(parts) == 1 or _starts_as_gguf(parts[1]):
         yield parts[0]
         return
     joined = beside / (parts[0].stem + ("" if parts[0].stem.endswith(".gguf") else ".gguf"))
@@ -214,6 +234,11 @@ def _one_file(parts: list[Path], beside: Path) -> Iterator[Path]:
         yield joined
     finally:
         joined.unlink()
+
+
+def _starts_as_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 @contextmanager

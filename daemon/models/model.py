@@ -187,7 +187,7 @@ def load_module(folder: Path, dtype: str, attention: str) -> Any:
     said = read_config(folder)
     with _quiet(), SkeletonMode():
         try:
-            module, report = _model_class(text_type(said, str(folder))).from_pretrained(
+            module, report = model_class(text_type(said, str(folder))).from_pretrained(
                 folder,
                 config=text_config(CONFIG_MAPPING[said["model_type"]].from_pretrained(folder)),
                 key_mapping=TENSOR_NAMES if said["model_type"] in WRAPPERS else None,
@@ -206,7 +206,7 @@ def load_module(folder: Path, dtype: str, attention: str) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def _model_class(family: str) -> Any:
+def model_class(family: str) -> Any:
     """Return the class of transformers for a family of text; no other family is imported."""
     package = model_type_to_module_name(family)
     return getattr(import_module(f"transformers.models.{package}.modeling_{package}"), FAMILIES[family])

@@ -1,4 +1,4 @@
 """GGUF files: header, metadata, tensors.
 
-May import: errors.
+May import: errors, offload.
 """

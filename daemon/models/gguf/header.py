@@ -7,9 +7,10 @@ they are used.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spilld.errors import CorruptModel, UnsupportedModel
@@ -50,15 +51,29 @@ Value = Scalar | tuple[Scalar, ...] | None
 
 
 @dataclass(frozen=True)
+class GgufTensor:
+    """Where a tensor lies: `nbytes` bytes at `start` of the file `path`.
+
+    `kind` is the name of its GGML type, and `shape` is as torch has it, the longest stride first.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class GgufHeader:
     """The header of a GGUF file.
 
     `values` has the scalar and string keys and short arrays of numbers; other arrays are None there (only
-    their presence is known). `tensors` has names and GGML types.
+    their presence is known). `tensors` is by name.
     """
 
     values: dict[str, Value]
-    tensors: dict[str, int]
+    tensors: dict[str, GgufTensor]
 
     @property
     def architecture(self) -> str:
@@ -76,12 +91,13 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read the header, and check that every tensor lies within the file.
+    """Read the header of one file, and check that every tensor lies within it and on no other one.
+
+    A part of a file that was split has a header too: split.py joins them.
 
     Raises:
         CorruptModel: The file is no GGUF file, damaged or truncated.
-        UnsupportedModel: Its version or a tensor's type is unknown, or it is one part of a file that was
-            split.
+        UnsupportedModel: Its version or a tensor's type is unknown.
     """
     size = path.stat().st_size
     if size < 24:
@@ -113,27 +129,35 @@ class _Cursor:
             if (key := self._string()) in values:
                 raise IndexError(f"{key} twice")
             values[key] = self._value(self._number(_U32))
-        _refuse_a_part(self._path, values)
-        if "general.architecture" not in values:
+        if "general.architecture" not in values and not values.get("split.no"):
             raise CorruptModel(f"{self._path}: the GGUF header names no general.architecture")
         alignment = values.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
             raise IndexError(f"an alignment of {alignment}")
-        tensors: dict[str, int] = {}
-        last, reached = "", 0
+        found: dict[str, GgufTensor] = {}
         for _ in range(tensor_count):
-            name, kind, end = self._tensor()
-            if name in tensors:
+            name, tensor = self._tensor()
+            if name in found:
                 raise IndexError(f"tensor {name} twice")
-            tensors[name] = kind
-            last, reached = max((last, reached), (name, end), key=lambda found: found[1])
-        start = -(-self._at // alignment) * alignment
-        if start + reached > len(self._data):
+            found[name] = tensor
+        base = -(-self._at // alignment) * alignment
+        tensors = {name: replace(tensor, start=base + tensor.start) for name, tensor in found.items()}
+        self._check_places(tensors, alignment)
+        return GgufHeader(values, tensors)
+
+    def _check_places(self, tensors: dict[str, GgufTensor], alignment: int) -> None:
+        last, reached = "", 0
+        for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+            if tensor.start % alignment:
+                raise IndexError(f"tensor {name} at byte {tensor.start}, with an alignment of {alignment}")
+            if tensor.start < reached:
+                raise IndexError(f"tensor {name} lies on {last}")
+            last, reached = name, tensor.start + tensor.nbytes
+        if reached > len(self._data):
             raise CorruptModel(
-                f"{self._path} is cut off: tensor {last} ends at byte {start + reached}, "
+                f"{self._path} is cut off: tensor {last} ends at byte {reached}, "
                 f"the file at {len(self._data)}"
             )
-        return GgufHeader(values, tensors)
 
     def _number(self, code: struct.Struct) -> int:
         value: int = code.unpack_from(self._data, self._at)[0]
@@ -167,40 +191,27 @@ class _Cursor:
             return None
         return tuple(self._number(code) for _ in range(count))
 
-    def _tensor(self) -> tuple[str, int, int]:
-        """Return name, GGML type, and end relative to the start of the data section."""
+    def _tensor(self) -> tuple[str, GgufTensor]:
+        """Return name and tensor, its start relative to the data section."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         name = self._string()
-        elements = 1
-        for _ in range(_bounded("dimensions", self._number(_U32), _MOST_DIMENSIONS)):
-            elements *= self._number(_U64)
+        dimensions = _bounded("dimensions", self._number(_U32), _MOST_DIMENSIONS)
+        shape = tuple(self._number(_U64) for _ in range(dimensions))[::-1]
         kind, offset = self._number(_U32), self._number(_U64)
         try:
-            per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            typed = GGMLQuantizationType(kind)
         except ValueError:
             raise UnsupportedModel(f"{self._path}: tensor {name} has the unknown GGML type {kind}") from None
-        return name, kind, offset + elements // per_block * block_bytes
+        per_block, block_bytes = GGML_QUANT_SIZES[typed]
+        if not shape or 0 in shape or shape[-1] % per_block:
+            raise IndexError(f"tensor {name} of {shape} in blocks of {per_block}")
+        return name, GgufTensor(
+            typed.name, shape, self._path, offset, math.prod(shape) // per_block * block_bytes
+        )
 
 
 def _bounded(what: str, count: int, most: int) -> int:
     if count > most:
         raise IndexError(f"{count} {what} where {most} are the most")
     return count
-
-
-def _refuse_a_part(path: Path, values: dict[str, Value]) -> None:
-    """Refuse a part of a file that gguf-split has cut.
-
-    Only the first part has the metadata, and none has all tensors.
-    """
-    count, number = values.get("split.count"), values.get("split.no")
-    if not isinstance(count, int) or not isinstance(number, int) or count < 2:
-        return
-    end = f"-of-{count:05}.gguf"
-    stem = path.name.removesuffix(f"-{number + 1:05}{end}")
-    parts = [f"{stem}-{part:05}{end}" for part in range(1, count + 1)]
-    raise UnsupportedModel(
-        f"{path} is part {number + 1} of {count} of a split GGUF file ({parts[0]} to {parts[-1]}): join them "
-        f"with `llama-gguf-split --merge {path.with_name(parts[0])} {stem}.gguf`, and give that file"
-    )

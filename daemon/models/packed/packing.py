@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from spilld.errors import ConfigError, CorruptModel, UnsupportedModel
 from spilld.models.files.digest import digest
 from spilld.models.files.weights import read_weight_files
+from spilld.models.gguf.header import GgufHeader, GgufTensor
 from spilld.offload.kernels.linear.forms import GGUF_FORMS, GROUP, LANES, Form
 from spilld.offload.kernels.linear.packed import (
     Packed,
@@ -146,24 +147,22 @@ def packed_file(module: Any, folder: Path, weights: str, cache: Path) -> Path | 
     return file
 
 
-def pack_gguf(module: Any, gguf: Path, target: Path) -> None:
+def pack_gguf(module: Any, header: GgufHeader, target: Path) -> None:
     """Write packed weights of a GGUF file, which `module` was loaded from, to a file.
 
     Args:
         module: The loaded module; codes that are not its weights are quantised again.
-        gguf: The GGUF file.
+        header: The header of the GGUF file.
         target: The file to write; on any error it is as it was.
 
     Raises:
         UnsupportedModel: They do not fit, or are not quantised.
         ConfigError: The file cannot be written.
     """
-    from gguf import GGUFReader
-
-    tensors = {tensor.name: tensor for tensor in GGUFReader(str(gguf)).tensors}
+    tensors = header.tensors
     found = matrices(module)
     names = [part.gguf for parts in found.values() for part in parts if part.gguf in tensors]
-    if all(tensors[name].tensor_type.name in PLAIN for name in names):
+    if all(tensors[name].kind in PLAIN for name in names):
         raise UnsupportedModel("its weights are not quantised")
     packs: dict[str, Packed] = {}
     anew = set()
@@ -172,7 +171,7 @@ def pack_gguf(module: Any, gguf: Path, target: Path) -> None:
         for part in parts:
             own = _kept(part, tensors)
             if own is None and part.gguf in tensors:
-                anew.add(tensors[part.gguf].tensor_type.name)
+                anew.add(tensors[part.gguf].kind)
             kept.append(_quantised(part, Form.INT8) if own is None else own)
         packs |= _stacked(name, kept)
     if anew:
@@ -262,16 +261,17 @@ def _quantised(part: PackedSource, form: Form) -> Packed:
         raise UnsupportedModel(f"{part.gguf}: {error}") from error
 
 
-def _kept(part: PackedSource, tensors: Mapping[str, Any]) -> Packed | None:
+def _kept(part: PackedSource, tensors: Mapping[str, GgufTensor]) -> Packed | None:
     """Return the matrix of the GGUF file, if its type has a form and it is the module's weights."""
     tensor = tensors.get(part.gguf)
-    if tensor is None or tensor.tensor_type.name not in GGUF_FORMS:
+    if tensor is None or tensor.kind not in GGUF_FORMS or len(tensor.shape) != 2:
         return None
-    rows = np.asarray(tensor.data)
+    size = (tensor.shape[0], tensor.nbytes // tensor.shape[0])
+    rows = np.asarray(np.memmap(tensor.path, np.uint8, "r", tensor.start, size))
     if part.heads:
         halves = rows.reshape(part.heads, -1, 2, rows.shape[1])
         rows = halves.swapaxes(1, 2).reshape(rows.shape)
-    packed = from_gguf(rows, tensor.tensor_type.name)
+    packed = from_gguf(rows, tensor.kind)
     wanted = part.weight.detach().float().numpy()
     if (packed.outputs, packed.inputs) != wanted.shape:
         return None
