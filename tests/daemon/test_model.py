@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from spilld.errors import (
     ConfigError,
     CorruptModel,
+    InvalidRequest,
     ModelError,
     UnsupportedModel,
 )
@@ -28,6 +29,8 @@ from spilld.models.model import (
     resolve,
 )
 from spilld.models.rope import fix_rope
+from spilld.protocol.messages import Message
+from spilld.tokenizer.tokenizer import Tokenizer
 
 from .tiny_models import END, FAMILIES, LONGROPE_ORIGINAL, VOCAB, build
 
@@ -235,6 +238,24 @@ def test_quantised_folder_that_says_so_in_a_file(llama: Path, tmp_path: Path) ->
     (llama / "quantize_config.json").write_text('{"bits": 3}')
     with pytest.raises(UnsupportedModel, match="quantised by gptq with bits = 3 are not read"):
         resolve(str(llama), tmp_path, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "does not end"),
+        ("{{ messages[0].content.__class__.__base__.__subclasses__() }}", "unsafe|refuses"),
+    ],
+    ids=["loops", "escapes"],
+)
+def test_template_of_a_folder_runs_within_limits(template: str, fault: str, llama: Path) -> None:
+    (llama / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer.load(llama)
+    try:
+        with pytest.raises(InvalidRequest, match=f"chat template.*({fault})"):
+            tokenizer.chat([Message(role="user", content="hello")])
+    finally:
+        tokenizer.close()
 
 
 INDEXES = {

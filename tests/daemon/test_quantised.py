@@ -423,7 +423,18 @@ def test_what_is_not_read_is_refused(says: dict[str, Any], message: str, tmp_pat
     assert "take a GGUF file" in error.value.message
 
 
+def with_blocks_of(count: int) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        name = "layer.weight.quant_state.bitsandbytes__nf4"
+        state = json.loads(tensors[name].numpy().tobytes()) | {"blocksize": count}
+        tensors[name] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+        tensors["layer.weight.absmax"] = torch.ones(1)
+
+    return change
+
+
 WRONG = {
+    "blocks beyond memory": ("nf4", with_blocks_of(1 << 50), "blocks of 1125899906842624, 256"),
     "scales": ("awq", lambda t: t.update({"layer.scales": t["layer.scales"][:, :8].clone()}), "scales of"),
     "missing": ("awq", lambda t: t.pop("layer.qzeros"), "layer.qzeros is missing"),
     "groups": ("gptq", lambda t: t["layer.g_idx"].fill_(99), "a group that has no scale"),

@@ -14,6 +14,8 @@ from .config import Scheme
 from .tensors import Floats, StoredTensors, StoredWeight, check
 
 _STATE = ".quant_state.bitsandbytes__"
+_LARGEST_BLOCK = 1 << 16
+"""bitsandbytes' own are of 4096 at most: what is repeated so often stays small."""
 
 
 def bitsandbytes(tensors: StoredTensors, stored: str, scheme: Scheme) -> StoredWeight | None:
@@ -90,7 +92,10 @@ def _state(tensors: StoredTensors, name: str) -> tuple[tuple[int, int], int, int
         offset = float(state.get("nested_offset") or 0)
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError, AttributeError) as error:
         raise CorruptModel(f"{name} is damaged: {error!r}") from error
-    check(min(outputs, inputs, block, nested) > 0, name, "sizes that are not positive")
+    check(min(outputs, inputs) > 0, name, f"a shape of {outputs}, {inputs}")
+    check(
+        0 < min(block, nested) <= max(block, nested) <= _LARGEST_BLOCK, name, f"blocks of {block}, {nested}"
+    )
     return (outputs, inputs), block, nested, offset
 
 
