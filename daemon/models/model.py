@@ -25,7 +25,8 @@ from spilld.cuda_ext.device.tensors import gpu_errors
 from spilld.cuda_ext.errors import DeviceError
 from spilld.errors import ConfigError, CorruptModel, DeviceUnusable
 from spilld.kv.geometry import Geometry
-from spilld.models.families.registry import FAMILIES, WRAPPERS
+from spilld.models.families.registry import WRAPPERS, class_of
+from spilld.models.families.rope import fix_rope, rope_bytes
 from spilld.models.families.text_part import TENSOR_NAMES, of_text, text_config, text_type
 from spilld.models.files.digest import digest
 from spilld.models.files.folder import check_folder, read_config
@@ -33,13 +34,13 @@ from spilld.models.files.weights import read_weight_files
 from spilld.models.packed.packable import not_packable
 from spilld.models.packed.packing import packed_file, read
 from spilld.models.packed.replacing import REPLACING, pack_layers, packed_forms
+from spilld.models.parity.parity import check_parity_once
 from spilld.offload.kernels.linear.forms import Form
 from spilld.offload.kernels.linear.packed import Packed
 from spilld.tokenizer.tokenizer import Tokenizer
 
 from .catalog import default_cache, identify, resolve
 from .probe import probe_once
-from .rope import fix_rope, rope_bytes
 from .skeleton import SkeletonMode
 from .wide_linear import has_bfloat16_products, widen
 
@@ -123,6 +124,9 @@ def load(
     check_folder(folder)
     cache = cache or default_cache()
     contents = digest(read_weight_files(folder).files, cache)
+    if attention == IMPLEMENTATION:
+        with _quiet():
+            check_parity_once(*_class_and_config(folder), cache)
     module = load_module(folder, dtype, attention)
     tokenizer = Tokenizer.load(folder)
     geometry = Geometry.of(module.config, module.generation_config, tokenizer.eos)
@@ -185,11 +189,12 @@ def load_module(folder: Path, dtype: str, attention: str) -> Any:
     check_folder(folder)
     read_weight_files(folder)
     said = read_config(folder)
+    module_class, config = _class_and_config(folder)
     with _quiet(), SkeletonMode():
         try:
-            module, report = model_class(text_type(said, str(folder))).from_pretrained(
+            module, report = module_class.from_pretrained(
                 folder,
-                config=text_config(CONFIG_MAPPING[said["model_type"]].from_pretrained(folder)),
+                config=config,
                 key_mapping=TENSOR_NAMES if said["model_type"] in WRAPPERS else None,
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention,
@@ -209,7 +214,24 @@ def load_module(folder: Path, dtype: str, attention: str) -> Any:
 def model_class(family: str) -> Any:
     """Return the class of transformers for a family of text; no other family is imported."""
     package = model_type_to_module_name(family)
-    return getattr(import_module(f"transformers.models.{package}.modeling_{package}"), FAMILIES[family])
+    return getattr(import_module(f"transformers.models.{package}.modeling_{package}"), str(class_of(family)))
+
+
+def _class_and_config(folder: Path) -> tuple[Any, Any]:
+    """Return the class of transformers for a folder's text part, and its config.
+
+    Raises:
+        CorruptModel: The folder is damaged.
+        UnsupportedModel: The model is of a kind that is not served.
+    """
+    said = read_config(folder)
+    family = text_type(said, str(folder))
+    with _quiet():
+        try:
+            config = CONFIG_MAPPING[said["model_type"]].from_pretrained(folder)
+            return model_class(family), text_config(config)
+        except LOADING_ERRORS as error:
+            raise CorruptModel(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def _fingerprint(folder: Path, dtype: str, module: Any, contents: bytes, steps: bytes) -> bytes:

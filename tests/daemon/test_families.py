@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from spilld.models.families.rope import fix_rope
 from spilld.models.model import load
-from spilld.models.rope import fix_rope
 from spilld.protocol.messages import PromptLogprob
 
 from .harness import column_bytes, engine, greedy, load_tiny, random_split, reference, some_tokens

@@ -1,4 +1,4 @@
-"""Families of models: those that are served, the class for each, and where a wrapper has its text part.
+"""Families of models: those that are served, the class for each, text parts of wrappers, RoPE.
 
 May import: errors.
 """

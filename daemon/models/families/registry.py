@@ -1,6 +1,7 @@
 """The families that are served: config.json's model_type, and the class of transformers that computes it.
 
-A model of text and images is a wrapper around one of text, which is what is served.
+A model of text and images is a wrapper around one of text, which is what is served. A family of text that is
+not listed here is served if it passes the parity check.
 """
 
 from __future__ import annotations
@@ -65,3 +66,10 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "qwen3_5_moe": Wrapper("Qwen3_5MoeForConditionalGeneration", frozenset({"qwen3_5_moe_text"})),
 }
 """Models of text and images, by model_type."""
+
+
+def class_of(family: str) -> str | None:
+    """Return the class of transformers that computes a family of text, None if it has none."""
+    from transformers.models.auto import modeling_auto
+
+    return FAMILIES.get(family) or modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)

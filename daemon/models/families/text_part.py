@@ -8,7 +8,7 @@ from typing import Any
 
 from spilld.errors import CorruptModel, UnsupportedModel
 
-from .registry import FAMILIES, WRAPPERS
+from .registry import FAMILIES, WRAPPERS, class_of
 
 TENSOR_NAMES = {
     r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
@@ -20,6 +20,9 @@ _OTHER_PARTS = re.compile(
     r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|audio_tower|embed_vision|embed_audio)\."
 )
 """Tensors of a wrapper that see images or hear. Text does not go through them."""
+
+_NOT_OF_TEXT = {"text_config", "vision_config", "audio_config", "encoder", "decoder", "is_encoder_decoder"}
+"""Keys of config.json that a family which is not listed must not have."""
 
 
 def text_type(config: Mapping[str, Any], where: str) -> str:
@@ -44,9 +47,10 @@ def text_type(config: Mapping[str, Any], where: str) -> str:
                 f"{', '.join(sorted(wrapper.texts))} it is"
             )
         return str(text["model_type"])
-    if family not in FAMILIES:
+    if class_of(family) is None or _NOT_OF_TEXT & config.keys():
         raise UnsupportedModel(
-            f"{where}: model_type {family!r} is not supported; {', '.join([*FAMILIES, *WRAPPERS])} are"
+            f"{where}: model_type {family!r} is not supported; {', '.join([*FAMILIES, *WRAPPERS])} are, and "
+            "those that transformers has a class for that computes text and nothing else"
         )
     return family
 
@@ -54,7 +58,7 @@ def text_type(config: Mapping[str, Any], where: str) -> str:
 def class_name(config: Mapping[str, Any]) -> str:
     """Return the class of transformers for the whole of a served model."""
     family = str(config["model_type"])
-    return WRAPPERS[family].class_name if family in WRAPPERS else FAMILIES[family]
+    return WRAPPERS[family].class_name if family in WRAPPERS else str(class_of(family))
 
 
 def text_config(config: Any) -> Any:
