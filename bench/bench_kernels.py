@@ -34,7 +34,7 @@ from spilld.models.catalog import default_cache, resolve
 from spilld.models.model import Model, load
 from spilld.models.wide_linear import WideLinear, widen
 from spilld.offload.kernels.attention.partial import Partial
-from spilld.offload.kernels.attention.rows import DecodeRow, DecodeRows, RowAttention
+from spilld.offload.kernels.attention.rows import DecodeRow, DecodeRows, RowAttention, WindowPlanes
 from spilld.offload.kernels.codec.codec import Codec
 from spilld.offload.kernels.linear.products import Matrix, multiply_rows
 from spilld.offload.kernels.linear.row_operations import Inputs
@@ -137,7 +137,8 @@ def layer_attention() -> float:
     """Milliseconds of a layer's attention in a step at CONTEXT tokens."""
     blocks = boundary(CONTEXT) // BLOCK
     memory = records(Format.K8V4, blocks)
-    windows = np.zeros((1, 1, 2, KV_HEADS, WINDOW_TOKENS, HEAD_DIM), np.uint16)
+    numbers = np.zeros(2 * KV_HEADS * WINDOW_TOKENS * HEAD_DIM, np.uint16)
+    planes = WindowPlanes(numbers, numbers.size, 0, WINDOW_TOKENS)
     offsets = np.arange(blocks)[None] * layout(Format.K8V4).record_bytes
     seen = (window_offsets(CONTEXT), window_ranges(CONTEXT, None), offsets, np.arange(blocks) * BLOCK)
     scan = DecodeRows.of([DecodeRow(0, *seen, BLOCK, CONTEXT)])
@@ -145,7 +146,7 @@ def layer_attention() -> float:
     heads, views = np.zeros((1, HEADS + 2 * KV_HEADS, HEAD_DIM), np.float32), attention.views(memory)
     out, lse = np.zeros((1, HEADS, HEAD_DIM), np.float32), np.zeros((1, HEADS), np.float32)
     return milliseconds(
-        lambda: attention.attend(heads, windows, 0, scan, views, HEAD_DIM**-0.5, 0.0, out, lse)
+        lambda: attention.attend(heads, planes, 0, scan, views, HEAD_DIM**-0.5, 0.0, out, lse)
     )
 
 

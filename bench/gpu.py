@@ -108,7 +108,7 @@ def done(device: Device[Any], stream: Stream, work: Callable[[], object]) -> Non
 
 def measured(device: Device[Any], load: Load, form: Layout, size: Size) -> Numbers:
     """Milliseconds, and the rates of copies, bytes/s, of one format."""
-    shape = KVWindowShape(WINDOW_TOKENS, 1, form.kv_heads, form.head_dim, torch.bfloat16)
+    shape = KVWindowShape.uniform(WINDOW_TOKENS, 1, form.kv_heads, form.head_dim, torch.bfloat16)
     ops, nbytes = Ops(load, form.constants, shape, HEADS), size.blocks * form.record_bytes
     rows = 3 * PROMPT * HEADS + ops.partial_rows(PROMPT)
     landing = Staging(device, 4 * rows * (HEAD_DIM + 1) + 32 * size.blocks + PAGE)

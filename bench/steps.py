@@ -18,9 +18,8 @@ from spilld.kv.batch import BatchItem
 from spilld.kv.sequence import KVSequence
 from spilld.models.model import Model
 from spilld.offload.host.slab import HostSlab
-from spilld.offload.record import Element, Format, Layout
+from spilld.offload.record import Element, Format
 from spilld.offload.store.store import Store
-from spilld.offload.store_layout import StoreLayout
 from spilld.runner.runner import Runner
 
 
@@ -30,17 +29,11 @@ class Steps:
     def __init__(self, model: Model, store: Store, tokens: int, chunk: int) -> None:
         """tokens: room for so many; chunk: the most of one step."""
         g = model.geometry
-        shape = KVWindowShape(
-            tokens=WINDOW_TOKENS,
-            layers=len(g.layers),
-            kv_heads=g.sizes.kv_heads,
-            head_dim=g.sizes.head_dim,
-            dtype=getattr(torch, store.layout.element),
-        )
+        shape = KVWindowShape(WINDOW_TOKENS, g.kv_heads, getattr(torch, store.layouts.element))
         windows = CpuKVWindows(shape, shape.nbytes)
         self._store = store
         self._sequence = KVSequence(store.open(), windows.take(), bytes(32))
-        windows.tensor.zero_()
+        windows.numbers.zero_()
         store.reserve(self._sequence.table, blocks_of(tokens))
         self._runner = Runner(model, CpuAttention(g, store, windows), store, chunk)
 
@@ -86,9 +79,7 @@ def blocks_of(tokens: int) -> int:
 
 def in_host(model: Model, form: Format, element: Element, tokens: int) -> Store:
     """A store with room for a sequence of this length in host memory, and no disk."""
-    sizes, layers = model.geometry.sizes, len(model.geometry.layers)
-    layout = Layout(form, element, sizes.kv_heads, sizes.head_dim)
     blocks = blocks_of(tokens)
-    layouts = StoreLayout.uniform(layout, layers)
+    layouts = model.geometry.layouts(form, element)
     slab = HostSlab(blocks * layouts.column_bytes, layouts.record_bytes)
     return Store(layouts, slab, run_blocks=blocks)

@@ -52,7 +52,6 @@ from spilld.offload.record import (
     BLOCK,
     Element,
     Format,
-    Layout,
 )
 from spilld.offload.store.disk_backend import DiskBackend
 from spilld.offload.store.host_space import Planner
@@ -85,6 +84,9 @@ COMPILING = "compiling kernels, the first time only"
 
 STATE_SCHEMA = 3
 """Version of the schema of the database of sessions and requests."""
+
+GPU_HEAD_DIM = 256
+"""The largest head that the kernels of a GPU are compiled for."""
 
 STAGING_BUFFERS = 16
 """Extents on their way from disk or being attended to: how far reads run ahead."""
@@ -127,8 +129,10 @@ def serve(config: Config, again: Callable[[], Config] | None = None) -> None:
         startup.step(f"loading {config.model}")
         model = load_model(config, startup.step)
         startup.phase("preparing kernels, which are compiled the first time")
-        layout = record_layout(config, model.geometry)
-        prepare(layout, model.geometry.sizes.heads, config.cache, model.forms, startup.parts(COMPILING))
+        layouts = record_layouts(config, model.geometry)
+        heads = [layer.heads for layer in model.geometry.layers]
+        for layout, count in dict.fromkeys(zip(layouts, heads, strict=True)):
+            prepare(layout, count, config.cache, model.forms, startup.parts(COMPILING))
         service = EngineService(
             lambda post: build_engine(config, model, post, metrics=metrics),
             server.post,
@@ -191,12 +195,22 @@ def load_model(config: Config, tell: Callable[[str], None] = log.info) -> Model:
         device=device,
         identity=identity,
     )
-    if config.device == "cuda" and model.geometry.states:
-        raise UnsupportedModel(
-            f'{config.model} has layers with a recurrent state, which device = "cuda" does not compute yet: '
-            'serve it with device = "cpu"'
-        )
+    if config.device == "cuda":
+        _check_for_gpu(config.model, model.geometry)
     return model
+
+
+def _check_for_gpu(name: str, geometry: Geometry) -> None:
+    others = {
+        "layers with a recurrent state": bool(geometry.states),
+        "layers whose heads differ in size": len(geometry.every_sizes) > 1,
+        f"heads of more than {GPU_HEAD_DIM}": max(layer.head_dim for layer in geometry.layers) > GPU_HEAD_DIM,
+    }
+    if found := [what for what, there in others.items() if there]:
+        raise UnsupportedModel(
+            f'{name} has {" and ".join(found)}, which device = "cuda" does not compute yet: serve it with '
+            'device = "cpu"'
+        )
 
 
 def welcome(config: Config, model: Model) -> Welcome:
@@ -299,10 +313,9 @@ def _device_tier(make: Tier, config: Config, store: Store, geometry: Geometry) -
         raise DeviceUnusable(f'device = "{config.device}": {error}') from error
 
 
-def record_layout(config: Config, geometry: Geometry) -> Layout:
+def record_layouts(config: Config, geometry: Geometry) -> StoreLayout:
     """Return how a block's keys and values are stored, by the configured format and dtype."""
-    sizes = geometry.sizes
-    return Layout(Format(config.format), Element(config.dtype), sizes.kv_heads, sizes.head_dim)
+    return geometry.layouts(Format(config.format), Element(config.dtype))
 
 
 def build_store(config: Config, model: Model, planner: Planner, metrics: Metrics) -> Store:
@@ -315,7 +328,7 @@ def build_store(config: Config, model: Model, planner: Planner, metrics: Metrics
         FolderUnusable: The folder cannot be used.
     """
     geometry = model.geometry
-    layouts = StoreLayout.uniform(record_layout(config, geometry), len(geometry.layers))
+    layouts = record_layouts(config, geometry)
     columns = columns_within(config.host_budget, layouts.record_bytes)
     blocks = run_length(layouts, columns, -(-max(config.chunk_tokens, geometry.grid) // BLOCK))
     slab = HostSlab(config.host_budget, layouts.record_bytes)

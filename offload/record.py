@@ -23,7 +23,7 @@ BLOCK = 64
 V4_GROUP = 32
 """Channels that share the scale and minimum of their four bits; a head_dim of 80 ends in a group of 16."""
 
-HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256, 512)
 
 
 class Format(enum.StrEnum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,11 @@ from .windows import KVWindows, KVWindowShape, Numbers
 class CpuKVWindows(KVWindows):
     """KV windows in ordinary memory.
 
-    `tensor` is a view of all of them, `[windows, layers, 2, kv_heads, tokens, head_dim]`: only windows
-    that are taken may be touched.
+    Only windows that are taken may be touched.
+
+    Attributes:
+        numbers: All of them as one vector.
+        layers: Of each layer a view `[windows, 2, kv_heads, tokens, head_dim]`.
     """
 
     def __init__(self, shape: KVWindowShape, budget_bytes: int) -> None:
@@ -30,18 +34,25 @@ class CpuKVWindows(KVWindows):
         memory = (ctypes.c_uint8 * nbytes).from_address(self.arena.base)
         # The memory goes with the last view of it, not before.
         weakref.finalize(memory, device.close).atexit = False
-        self.tensor = torch.frombuffer(memory, dtype=shape.dtype).view(self.capacity, *shape.dims)
+        self.numbers = torch.frombuffer(memory, dtype=shape.dtype)
+        self.layers = [self._view(layer) for layer in range(len(shape.layers))]
 
-    def read(self, window: int) -> Numbers:
-        """See KVWindows.read; returns a view."""
-        return element_view(self.tensor[window])
+    def _view(self, layer: int) -> torch.Tensor:
+        dims, size = self.shape.dims(layer), self.shape.dtype.itemsize
+        window, first = self.shape.nbytes // size, self.shape.begins[layer] // size
+        strides = (window, *(math.prod(dims[axis + 1 :]) for axis in range(len(dims))))
+        return self.numbers.as_strided((self.capacity, *dims), strides, first)
+
+    def read(self, window: int) -> list[Numbers]:
+        """See KVWindows.read; returns views."""
+        return [element_view(planes[window]) for planes in self.layers]
 
     def trim(self) -> None:
         """See KVWindows.trim."""
         self.arena.trim()
 
     @contextmanager
-    def written(self, window: int) -> Iterator[Numbers]:
+    def written(self, window: int) -> Iterator[list[Numbers]]:
         """See KVWindows.written."""
         yield self.read(window)
 

@@ -34,16 +34,16 @@ class DeviceKVWindows(KVWindows):
         super().__init__(device, shape, budget_bytes)
         for window in [self.take() for _ in range(self.capacity)]:
             self.give_back(window)
-        self._staging = staging
+        self._staging, self._layers = staging, range(len(shape.layers))
         self._element = np.dtype(np.uint16 if shape.dtype is torch.bfloat16 else np.float32)
 
-    def read(self, window: int) -> Numbers:
+    def read(self, window: int) -> list[Numbers]:
         """See KVWindows.read; returns a copy.
 
         Raises:
             OutOfMemory: The copy could not be made.
         """
-        numbers = np.empty(self.shape.dims, self._element)
+        numbers = [np.empty(self.shape.dims(layer), self._element) for layer in self._layers]
         for layer, planes in enumerate(numbers):
             with self._staging.turn(), self.arena.use(Stream.COMPUTE, reads=[window]):
                 found = self._staging.fetch(self.address(window, layer), planes.shape, self._element)
@@ -55,13 +55,13 @@ class DeviceKVWindows(KVWindows):
         """See KVWindows.trim; does nothing, as all windows stay backed."""
 
     @contextmanager
-    def written(self, window: int) -> Iterator[Numbers]:
+    def written(self, window: int) -> Iterator[list[Numbers]]:
         """See KVWindows.written.
 
         Raises:
             OutOfMemory: At the end of the scope; the window's contents are undefined then.
         """
-        numbers = np.zeros(self.shape.dims, self._element)
+        numbers = [np.zeros(self.shape.dims(layer), self._element) for layer in self._layers]
         yield numbers
         for layer, planes in enumerate(numbers):
             with self._staging.turn(), self.arena.use(Stream.COMPUTE, writes=[window]):

@@ -6,6 +6,8 @@ import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy.typing as npt
@@ -16,33 +18,72 @@ from spilld.cuda_ext.device.base import Device
 from .arena import Arena
 
 Numbers = npt.NDArray[Any]
-"""K and V of one window, [layers, 2, kv_heads, tokens, head_dim], float32 or bf16 bits (uint16)."""
+"""K and V of one layer of a window, [2, kv_heads, tokens, head_dim], float32 or bf16 bits (uint16)."""
 
 
 @dataclass(frozen=True)
 class KVWindowShape:
-    """Shape of a KV window: K and V of so many tokens in every layer."""
+    """Shape of a KV window: K and V of so many tokens in every layer.
+
+    Attributes:
+        tokens: How many.
+        layers: (kv_heads, head_dim) of each layer.
+        dtype: Of the numbers.
+    """
 
     tokens: int
-    layers: int
-    kv_heads: int
-    head_dim: int
+    layers: tuple[tuple[int, int], ...]
     dtype: torch.dtype
 
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of one layer."""
-        return 2 * self.kv_heads * self.tokens * self.head_dim * self.dtype.itemsize
+    @classmethod
+    def uniform(
+        cls, tokens: int, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> KVWindowShape:
+        """Make the shape of so many equal layers."""
+        return cls(tokens, ((kv_heads, head_dim),) * layers, dtype)
+
+    @cached_property
+    def begins(self) -> tuple[int, ...]:
+        """Byte at which each layer begins in a window, and the bytes of a window."""
+        nbytes = (math.prod(self.dims(layer)) * self.dtype.itemsize for layer in range(len(self.layers)))
+        return tuple(accumulate(nbytes, initial=0))
 
     @property
     def nbytes(self) -> int:
         """Bytes of a window."""
-        return self.layers * self.layer_bytes
+        return self.begins[-1]
+
+    def dims(self, layer: int) -> tuple[int, int, int, int]:
+        """Return the dimensions of Numbers: token-major, so that stock attention kernels run over a layer."""
+        kv_heads, head_dim = self.layers[layer]
+        return 2, kv_heads, self.tokens, head_dim
 
     @property
-    def dims(self) -> tuple[int, int, int, int, int]:
-        """Dimensions of Numbers: token-major, so that stock attention kernels run over a layer."""
-        return self.layers, 2, self.kv_heads, self.tokens, self.head_dim
+    def alike(self) -> tuple[int, int]:
+        """(kv_heads, head_dim) of every layer.
+
+        Raises:
+            ValueError: The layers differ.
+        """
+        if len(set(self.layers)) > 1:
+            raise ValueError("the layers of these windows differ: ask for the dimensions of one")
+        return self.layers[0]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of every layer; raises as `alike`."""
+        return self.alike[0]
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of a head in every layer; raises as `alike`."""
+        return self.alike[1]
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of every layer; raises as `alike`."""
+        kv_heads, head_dim = self.alike
+        return 2 * kv_heads * self.tokens * head_dim * self.dtype.itemsize
 
 
 class KVWindows(ABC):
@@ -94,15 +135,15 @@ class KVWindows(ABC):
 
     def address(self, window: int, layer: int) -> int:
         """Return the address of a layer's planes, `[2, kv_heads, tokens, head_dim]`."""
-        return self.arena.address(window) + layer * self.shape.layer_bytes
+        return self.arena.address(window) + self.shape.begins[layer]
 
     @abstractmethod
-    def read(self, window: int) -> Numbers:
-        """Return what a window holds, valid until the device is used again."""
+    def read(self, window: int) -> list[Numbers]:
+        """Return what each layer of a window holds, valid until the device is used again."""
 
     @abstractmethod
-    def written(self, window: int) -> AbstractContextManager[Numbers]:
-        """Return a scope that gives memory for what the window is to hold from the scope's end on.
+    def written(self, window: int) -> AbstractContextManager[list[Numbers]]:
+        """Return a scope that gives memory for what each layer is to hold from the scope's end on.
 
         What is not written there is undefined.
         """

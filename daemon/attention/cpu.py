@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from spilld.cuda_ext.memory.cpu_windows import CpuKVWindows, element_view
 from spilld.kv.attention_metadata import VisibleKV
@@ -26,15 +27,15 @@ from spilld.kv.attention_span import (
     window_ranges,
 )
 from spilld.kv.batch import Batch
-from spilld.kv.geometry import Geometry, LayerGeometry
+from spilld.kv.geometry import Geometry, HeadSizes, LayerGeometry
 from spilld.kv.sequence import KVSequence
-from spilld.offload.kernels.attention.rows import DecodeRow, DecodeRows, RowAttention
+from spilld.offload.kernels.attention.rows import DecodeRow, DecodeRows, RowAttention, WindowPlanes
 from spilld.offload.kernels.codec.codec import Codec
 from spilld.offload.record import BLOCK
 from spilld.offload.store.store import Store
 
 from .base import Attention, AttentionPlan
-from .records import Floats, RecordAttention
+from .records import Floats, RecordAttention, alike
 from .sink_logits import join_sink_logits
 from .tile import additive_mask, attend_tile
 
@@ -58,54 +59,57 @@ class CpuPlan(AttentionPlan):
     Attributes:
         sealing: The items of one token before which blocks are sealed.
         scans: By sliding window, the batch's rows of one token.
-        row_bytes: By sliding window, bytes of exact K and V that each of them sees in a layer.
-        heads: [single, heads + 2 kv_heads, head_dim] float32, room for a layer's queries, keys and values
-            of those rows.
+        row_tokens: By sliding window, how many tokens each of them sees exactly.
     """
 
-    def __init__(self, batch: Batch, geometry: Geometry, store: Store, token_bytes: int) -> None:
+    def __init__(self, batch: Batch, geometry: Geometry, store: Store) -> None:
         super().__init__(batch, geometry, store, lambda *_: True)
-        heads, kv_heads, head_dim = geometry.sizes
-        self._group = heads // kv_heads
-        self._room = torch.empty(batch.single, heads + 2 * kv_heads, head_dim)
-        self.heads: Floats = self._room.numpy()
+        self._rooms = {
+            sizes: torch.empty(batch.single, sizes.heads + 2 * sizes.kv_heads, sizes.head_dim)
+            for sizes in (geometry.every_sizes if batch.single else ())
+        }
         self._taken: torch.Tensor | None = None
-        self._in_place = False
+        self._in_place: Floats | None = None
         self.sealing = [item for item in batch.items[: batch.single] if sealed_before(item.position)]
         self.scans: dict[Sliding, DecodeRows] = {}
-        self.row_bytes: dict[Sliding, list[int]] = {}
-        self._tiles: dict[VisibleKV, list[Tile]] = {}
+        self.row_tokens: dict[Sliding, list[int]] = {}
+        self._tiles: dict[tuple[VisibleKV, int], list[Tile]] = {}
+        record_bytes = np.array(store.layouts.record_bytes)[:, None]
         for sliding_window, visible in self.visible.items() if batch.single else ():
-            rows = [_row(seen, store.layout.record_bytes) for seen in visible[: batch.single]]
+            rows = [_row(seen, record_bytes) for seen in visible[: batch.single]]
             self.scans[sliding_window] = DecodeRows.of(rows)
-            self.row_bytes[sliding_window] = [token_bytes * sum(b - a for a, b in row.ranges) for row in rows]
+            self.row_tokens[sliding_window] = [sum(b - a for a, b in row.ranges) for row in rows]
 
-    def take(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Have `heads` hold those of the rows of one token, without a copy where they lie like that already.
+    def take(self, sizes: HeadSizes, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Floats:
+        """Return the heads of the rows of one token side by side, where they lie if they lie like that.
 
         Args:
+            sizes: Sizes of the layer's heads.
             q: [total, heads, head_dim] of the whole batch; the same tensors may hold those of every layer.
             k: [total, kv_heads, head_dim], likewise.
             v: [total, kv_heads, head_dim], likewise.
+
+        Returns:
+            [single, heads + 2 kv_heads, head_dim] float32: queries, keys, values; until the next call.
         """
+        single = self.batch.single
         if q is not self._taken:
             self._taken, packed = q, _side_by_side(q, k, v)
-            self._in_place = packed is not None
-            self.heads = self._room.numpy() if packed is None else packed[: self.batch.single]
-        if self._in_place:
-            return
-        single = self.batch.single
-        torch.cat((q[:single], k[:single], v[:single]), dim=1, out=self._room)
+            self._in_place = None if packed is None else packed[:single]
+        if self._in_place is not None:
+            return self._in_place
+        found: Floats = torch.cat((q[:single], k[:single], v[:single]), dim=1, out=self._rooms[sizes]).numpy()
+        return found
 
-    def tiles(self, seen: VisibleKV) -> list[Tile]:
-        """Return the tiles of a chunk, in the order of its tokens."""
-        if seen not in self._tiles:
+    def tiles(self, seen: VisibleKV, group: int) -> list[Tile]:
+        """Return the tiles of a chunk, in the order of its tokens, for `group` query heads to a KV head."""
+        if (seen, group) not in self._tiles:
             item = seen.item
-            self._tiles[seen] = [
-                _tile(start, stop, seen.sliding_window, self._group)
+            self._tiles[seen, group] = [
+                _tile(start, stop, seen.sliding_window, group)
                 for start, stop in segments(item.position, item.last + 1)
             ]
-        return self._tiles[seen]
+        return self._tiles[seen, group]
 
 
 def _side_by_side(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Floats | None:
@@ -124,7 +128,8 @@ def _side_by_side(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Floats |
     return found
 
 
-def _row(seen: VisibleKV, record_bytes: int) -> DecodeRow:
+def _row(seen: VisibleKV, record_bytes: NDArray[np.int64]) -> DecodeRow:
+    """Return what a row sees. record_bytes: [layers, 1], of each layer."""
     item = seen.item
     return DecodeRow(
         window=item.sequence.window,
@@ -154,19 +159,24 @@ class CpuAttention(Attention):
 
     def __init__(self, geometry: Geometry, store: Store, windows: CpuKVWindows) -> None:
         super().__init__(geometry, store)
-        heads, kv_heads, head_dim = geometry.sizes
-        self._windows = windows.tensor
-        self._planes = element_view(windows.tensor)
-        self._token_bytes = 2 * kv_heads * head_dim * windows.shape.dtype.itemsize
-        self._codec = Codec(store.layout)
-        self._rows = RowAttention(store.layout, heads // kv_heads)
-        self._host = self._rows.views(store.memory)
-        self._record_bytes = store.layout.record_bytes
+        itemsize, shape = windows.shape.dtype.itemsize, windows.shape
+        self._windows = windows.layers
+        numbers = element_view(windows.numbers)
+        self._planes = [
+            WindowPlanes(numbers, shape.nbytes // itemsize, begin // itemsize, shape.tokens)
+            for begin in shape.begins[:-1]
+        ]
+        self._token_bytes = [2 * layer.kv_heads * layer.head_dim * itemsize for layer in geometry.layers]
+        self._codecs = alike(Codec, store.layouts)
+        groups = [layer.heads // layer.kv_heads for layer in geometry.layers]
+        self._rows = alike(RowAttention, store.layouts, groups)
+        self._host = alike(lambda kernel: kernel.views(store.memory), self._rows)
+        self._record_bytes = store.layouts.record_bytes
         self._records = RecordAttention(geometry, store)
 
     def plan(self, batch: Batch) -> CpuPlan:
         """See Attention.plan."""
-        return CpuPlan(batch, self.geometry, self.store, self._token_bytes)
+        return CpuPlan(batch, self.geometry, self.store)
 
     def forward(
         self,
@@ -185,8 +195,8 @@ class CpuAttention(Attention):
         out = np.empty((plan.batch.total, shape.heads, shape.head_dim), np.float32)
         lse = np.zeros((plan.batch.total, shape.heads), np.float32)
         if count:
-            plan.take(q, k, v)
-            self._attend_rows(layer, visible[:count], plan, out[:count], lse[:count])
+            heads = plan.take(shape.sizes, q, k, v)
+            self._attend_rows(layer, heads, visible[:count], plan, out[:count], lse[:count])
         for seen in visible[count:]:
             rows = seen.item.rows
             if seen.item.failure is None:
@@ -200,9 +210,9 @@ class CpuAttention(Attention):
         return torch.from_numpy(out)
 
     def _attend_rows(
-        self, layer: int, visible: list[VisibleKV], plan: CpuPlan, out: Floats, lse: Floats
+        self, layer: int, heads: Floats, visible: list[VisibleKV], plan: CpuPlan, out: Floats, lse: Floats
     ) -> None:
-        """Attend from the items of one token, whose heads the plan has.
+        """Attend from the items of one token, whose heads `plan.take` gave.
 
         Results of items that have failed are overwritten by the caller.
         """
@@ -210,16 +220,17 @@ class CpuAttention(Attention):
         for item in plan.sealing:
             self._seal_before(layer, item.position, item.sequence)
         scan, kind = plan.scans[shape.sliding_window], (shape.scaling, shape.softcap)
-        self._rows.attend(plan.heads, self._planes, layer, scan, self._host, *kind, out, lse)
-        bytes_of = plan.row_bytes[shape.sliding_window]
+        planes, host = self._planes[layer], self._host[layer]
+        self._rows[layer].attend(heads, planes, layer, scan, host, *kind, out, lse)
+        tokens = plan.row_tokens[shape.sliding_window]
         for row, seen in enumerate(visible):
             item = seen.item
-            item.read_bytes["device"] += bytes_of[row]
-            item.read_bytes["host"] += len(seen.in_host) * self._record_bytes
+            item.read_bytes["device"] += tokens[row] * self._token_bytes[layer]
+            item.read_bytes["host"] += len(seen.in_host) * self._record_bytes[layer]
             if item.failure is None and plan.reads_of(layer, item):
                 one = slice(row, row + 1)
                 with self._records.failing(plan, item):
-                    queries = plan.heads[one, : shape.heads]
+                    queries = heads[one, : shape.heads]
                     self._records.merge(layer, queries, seen, plan, out[one], lse[one])
 
     def _attend_chunk(
@@ -240,13 +251,13 @@ class CpuAttention(Attention):
         queries = q.reshape(item.count, *heads, shape.head_dim).permute(1, 2, 0, 3)
         sums = torch.from_numpy(out).view(item.count, *heads, shape.head_dim)
         sums_lse = torch.from_numpy(lse).view(item.count, *heads)
-        for tile in plan.tiles(seen):
+        for tile in plan.tiles(seen, heads[1]):
             first = tile.start - item.position
             rows = slice(first, first + tile.queries)
             self._append(layer, k[rows], v[rows], tile.start, item.sequence)
             exact, exact_lse = self._attend_window(layer, queries[:, :, rows], tile, item.sequence, shape)
             sums[rows], sums_lse[rows] = exact.permute(2, 0, 1, 3), exact_lse.permute(2, 0, 1)
-            item.read_bytes["device"] += tile.mask.shape[1] * self._token_bytes
+            item.read_bytes["device"] += tile.mask.shape[1] * self._token_bytes[layer]
         self._records.merge(layer, q.numpy(), seen, plan, out, lse, in_host=seen.in_host)
 
     def _attend_window(
@@ -255,7 +266,7 @@ class CpuAttention(Attention):
         """Attend over a tile, as attend_tile, with queries [kv_heads, group, tile.queries, head_dim]."""
         keys, values = (
             torch.cat([plane[:, part] for part in tile.ranges], dim=1).float()
-            for plane in self._windows[sequence.window, layer]
+            for plane in self._windows[layer][sequence.window]
         )
         return attend_tile(queries, keys, values, tile.mask, shape.scaling, shape.softcap)
 
@@ -268,7 +279,7 @@ class CpuAttention(Attention):
         """
         at, count = window_offset(position), len(k)
         self._seal_before(layer, position, sequence)
-        for plane, new in zip(self._windows[sequence.window, layer], (k, v), strict=True):
+        for plane, new in zip(self._windows[layer][sequence.window], (k, v), strict=True):
             numbers = new.transpose(0, 1)
             plane[:, at : at + count] = numbers
             if position < SINKS:
@@ -280,6 +291,6 @@ class CpuAttention(Attention):
         if not (blocks := sealed_before(position)):
             return
         first = window_offset(blocks.start * BLOCK)
-        keys, values = self._windows[sequence.window, layer, :, :, first : first + len(blocks) * BLOCK]
+        keys, values = self._windows[layer][sequence.window, :, :, first : first + len(blocks) * BLOCK]
         rows = sequence.table.rows[layer, blocks.start : blocks.stop]
-        self._codec.seal(element_view(keys), element_view(values), self.store.records(layer), rows)
+        self._codecs[layer].seal(element_view(keys), element_view(values), self.store.records(layer), rows)

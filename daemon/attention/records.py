@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +21,18 @@ from spilld.offload.store.store import Store
 
 from .base import AttentionPlan, PlannedRead
 
+T = TypeVar("T")
 Floats = npt.NDArray[np.float32]
 Places = tuple[npt.NDArray[np.uint8], Blocks, Blocks]
 """(memory, byte offsets of records in it, block numbers)"""
 
 NO_BLOCKS: Blocks = np.empty(0, np.int64)
+
+
+def alike(make: Callable[..., T], *of: Iterable[Any]) -> list[T]:
+    """Return what `make` makes of each, made once of those that are equal."""
+    made = cache(make)
+    return [made(*each) for each in zip(*of, strict=True)]
 
 
 class RecordAttention:
@@ -32,7 +41,7 @@ class RecordAttention:
     def __init__(self, geometry: Geometry, store: Store) -> None:
         self._geometry = geometry
         self._store = store
-        self._partial = Partial(store.layout)
+        self._partials = alike(Partial, store.layouts)
 
     @contextmanager
     def failing(self, plan: AttentionPlan, item: BatchItem) -> Iterator[None]:
@@ -77,14 +86,14 @@ class RecordAttention:
         for memory, offsets, blocks in self._records(layer, seen, plan, in_host, but):
             at, bounds = blocks * BLOCK, (seen.low, seen.high)
             kind = (shape.scaling, shape.softcap)
-            self._partial.attend(q, memory, offsets, at, *bounds, *kind, other, other_lse)
+            self._partials[layer].attend(q, memory, offsets, at, *bounds, *kind, other, other_lse)
             merge(out, lse, other, other_lse)
 
     def _records(
         self, layer: int, seen: VisibleKV, plan: AttentionPlan, in_host: Blocks, but: Blocks
     ) -> Iterator[Places]:
         """Yield host memory first, then extents as they come."""
-        item, record_bytes = seen.item, self._store.layout.record_bytes
+        item, record_bytes = seen.item, self._store.layouts[layer].record_bytes
         if len(in_host):
             item.read_bytes["host"] += len(in_host) * record_bytes
             yield self._store.memory, item.sequence.table.rows[layer, in_host] * record_bytes, in_host
@@ -96,7 +105,7 @@ class RecordAttention:
 
     def _staged(self, reads: Sequence[PlannedRead], plan: AttentionPlan, but: Blocks) -> Iterator[Places]:
         """Yield what some reads of one item and layer bring."""
-        item, record_bytes = reads[0].item, self._store.layout.record_bytes
+        item, record_bytes = reads[0].item, self._store.layouts[reads[0].layer].record_bytes
         tickets = [read.ticket for read in reads if read.ticket is not None]
         assert len(tickets) == len(reads), "a planned read was not submitted"
         with self._store.staged(tickets) as (memory, offsets):

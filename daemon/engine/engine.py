@@ -101,7 +101,7 @@ class Engine:
         self._scheduler = scheduler = Scheduler(chunk_tokens, prefill, grid=model.geometry.grid)
         self._outbox = outbox = Outbox(journal, self.sessions, counters, post, self._publish)
         latency = LatencyModel(
-            model.geometry.sliding_windows, store.layout.record_bytes, store.host_budget_bytes
+            model.geometry.sliding_windows, store.layouts.record_bytes, store.host_budget_bytes
         )
         self._finisher = finisher = Finisher(
             requests, scheduler, sequences, contexts, self.sessions, store, runner, outbox

@@ -70,7 +70,7 @@ class Finisher:
         sequence, session, tokens = state.running_sequence, state.session, self._sessions.tokens_after(state)
         after = None if session is None else self._sessions.after(session, state, tokens)
         continues = self._leave(state, tokens)
-        form, handle = str(self._store.layout.format), session.name if session else None
+        form, handle = str(self._store.layouts.format), session.name if session else None
         event = state.done(self._sessions.kv_bytes(sequence), form, handle)
         self._outbox.put(state, event, after)
         self.remove(state, keep=continues and session is not None)

@@ -133,7 +133,7 @@ def find_resume_point(
 
 
 def save_checkpoint(
-    store: Store, window: Numbers, sequence: KVSequence, instead_of: RunKey | None = None
+    store: Store, window: Sequence[Numbers], sequence: KVSequence, instead_of: RunKey | None = None
 ) -> RunKey | None:
     """Begin to write a checkpoint of a sequence of which at least a cell is computed.
 
@@ -166,7 +166,7 @@ def save_checkpoint(
 
 
 def restore_checkpoint(
-    store: Store, window: Numbers, resume: ResumePoint, state: RecurrentState | None = None
+    store: Store, window: Sequence[Numbers], resume: ResumePoint, state: RecurrentState | None = None
 ) -> None:
     """Fill a KV window with what a sequence of resume.position tokens sees exactly.
 

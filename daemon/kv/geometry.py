@@ -8,13 +8,20 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from spilld.errors import UnsupportedModel
-from spilld.offload.record import HEAD_DIMS
+from spilld.offload.record import HEAD_DIMS, Element, Format, Layout
+from spilld.offload.store_layout import StoreLayout
 
 from .attention_span import MaskChunks, Sliding
 from .state_geometry import StateGeometry, state_geometries
 
 _NO_ATTENTION = {"linear_attention", "conv", "mlp", "moe"}
 """Kinds of layers without attention that transformers names. The first two have a state."""
+
+_OF_IMAGES = "vision"
+"""What a config says where tokens of images, which are not served, attend in both directions."""
+
+UNSCALED = ("gemma3n_text", "gemma4_text")
+"""Families whose logits are not scaled: the norm of the queries has learned to."""
 
 _ALL_SLIDE = ("mistral", "ministral3", "mixtral", "phi3")
 """Families of which every layer slides if the config has a window, whatever its layer_types may say."""
@@ -72,27 +79,9 @@ class Geometry:
         Raises:
             UnsupportedModel: spilld cannot serve such a model.
         """
-        if getattr(config, "use_bidirectional_attention", None):
+        if getattr(config, "use_bidirectional_attention", None) not in (None, False, _OF_IMAGES):
             raise UnsupportedModel("a model with bidirectional attention cannot be served token by token")
-        heads = int(config.num_attention_heads)
-        head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-        if head_dim not in HEAD_DIMS:
-            raise UnsupportedModel(
-                f"head_dim {head_dim} is not supported; {', '.join(map(str, HEAD_DIMS))} are"
-            )
-        layers = [
-            LayerGeometry(
-                heads=heads,
-                kv_heads=int(config.num_key_value_heads),
-                head_dim=head_dim,
-                sliding_window=sliding_window,
-                scaling=_scaling(config, head_dim),
-                softcap=float(getattr(config, "attn_logit_softcapping", None) or 0.0),
-                module_layer=module_layer,
-                sink_logits=config.model_type == "gpt_oss",
-            )
-            for module_layer, sliding_window in _sliding_windows(config)
-        ]
+        layers = [_layer(config, *layer) for layer in _sliding_windows(config)]
         if not layers:
             raise UnsupportedModel("a model without attention has no KV, which is all that spilld is about")
         return cls(
@@ -104,16 +93,31 @@ class Geometry:
         )
 
     @cached_property
+    def every_sizes(self) -> frozenset[HeadSizes]:
+        """The sizes of heads that layers have."""
+        return frozenset(layer.sizes for layer in self.layers)
+
+    @property
     def sizes(self) -> HeadSizes:
-        """Sizes of every layer's heads: records and KV windows have one size for all layers.
+        """Sizes of every layer's heads, for what computes layers that are alike only.
 
         Raises:
             UnsupportedModel: Layers differ.
         """
-        first, *others = {layer.sizes for layer in self.layers}
-        if others:
-            raise UnsupportedModel("a model whose layers have heads of several sizes is not supported")
-        return first
+        if len(self.every_sizes) > 1:
+            raise UnsupportedModel(
+                'layers whose heads differ in size are computed on the CPU only: take device = "cpu"'
+            )
+        return self.layers[0].sizes
+
+    @cached_property
+    def kv_heads(self) -> tuple[tuple[int, int], ...]:
+        """(number of KV heads, numbers of a head) of each layer."""
+        return tuple((layer.kv_heads, layer.head_dim) for layer in self.layers)
+
+    def layouts(self, form: Format, element: Element) -> StoreLayout:
+        """Return how the layers' records are stored in a format, where the model computes in `element`."""
+        return StoreLayout(tuple(Layout(form, element, *heads) for heads in self.kv_heads))
 
     @cached_property
     def grid(self) -> int:
@@ -136,11 +140,31 @@ class Geometry:
         return tuple(layer.sliding_window for layer in self.layers)
 
 
+def _layer(config: Any, module_layer: int, sliding_window: Sliding) -> LayerGeometry:
+    own = config.per_layer_config[module_layer]
+    heads = int(own.num_attention_heads)
+    head_dim = int(getattr(own, "head_dim", None) or config.hidden_size // heads)
+    if head_dim not in HEAD_DIMS:
+        raise UnsupportedModel(f"head_dim {head_dim} is not supported; {', '.join(map(str, HEAD_DIMS))} are")
+    return LayerGeometry(
+        heads=heads,
+        kv_heads=int(own.num_key_value_heads),
+        head_dim=head_dim,
+        sliding_window=sliding_window,
+        scaling=_scaling(config, head_dim),
+        softcap=float(getattr(config, "attn_logit_softcapping", None) or 0.0),
+        module_layer=module_layer,
+        sink_logits=config.model_type == "gpt_oss",
+    )
+
+
 def _scaling(config: Any, head_dim: int) -> float:
     """Return the factor of the logits.
 
-    Gemma and Granite name it, the others divide by the root of head_dim.
+    Gemma 2 and 3 and Granite name it, Gemma 3n and 4 have none, the others divide by the root of head_dim.
     """
+    if config.model_type in UNSCALED:
+        return 1.0
     if scalar := getattr(config, "query_pre_attn_scalar", None):
         return float(scalar**-0.5)
     return float(getattr(config, "attention_multiplier", None) or head_dim**-0.5)

@@ -29,6 +29,12 @@ class SkeletonMode(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             tensor = args[0] if args else kwargs["tensor"]
             return tensor if tensor.is_meta else func(*args, **kwargs)
+        if func is torch.cat:  # of a constant and of what has no values
+            parts = args[0]
+            args = (
+                [part.to(_META) for part in parts] if any(part.is_meta for part in parts) else parts,
+                *args[1:],
+            )
         if _is_constant(func, args) and kwargs.get("device") == _META:
             kwargs = {**kwargs, "device": "cpu"}
         return func(*args, **kwargs)

@@ -25,7 +25,7 @@ from spilld.errors import ConfigError, InternalError
 from spilld.models.child_output import lines_to
 from spilld.offload.kernels import kernel_cache
 from spilld.offload.kernels.attention.partial import Partial, merge
-from spilld.offload.kernels.attention.rows import DecodeRow, DecodeRows, RowAttention
+from spilld.offload.kernels.attention.rows import DecodeRow, DecodeRows, RowAttention, WindowPlanes
 from spilld.offload.kernels.attention.tiles import MAX_TILE
 from spilld.offload.kernels.codec.codec import Codec
 from spilld.offload.kernels.linear.forms import GROUP, LANES
@@ -133,7 +133,8 @@ def compile_all(layout: Layout, heads: int) -> Iterator[None]:
         partial.attend(q, records.reshape(-1), rows, rows, low, high, 1.0, 0.0, out, lse)
         merge(out, lse, out.copy(), lse.copy())
         yield
-    planes = element_view(torch.stack([k, v])[None, None])
+    numbers = element_view(torch.stack([k, v])).reshape(-1)
+    planes = WindowPlanes(numbers, numbers.size, 0, BLOCK)
     row = DecodeRow(0, (0,), [(0, 1)], np.zeros((1, 1), np.int64), np.zeros(1, np.int64), 0, BLOCK)
     attention = RowAttention(layout, heads // layout.kv_heads)
     given, kept = (

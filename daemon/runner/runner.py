@@ -55,8 +55,8 @@ class Runner:
         """
         if self._decoder is None:
             return self._module_bytes
-        heads, _, head_dim = self._model.geometry.sizes
-        attention = 4 * self._chunk_tokens * heads * head_dim * 4
+        width = max(layer.heads * layer.head_dim for layer in self._model.geometry.layers)
+        attention = 4 * self._chunk_tokens * width * 4
         return attention + self._decoder.workspace_bytes
 
     @property
@@ -67,10 +67,10 @@ class Runner:
         and one row of logits.
         """
         config, geometry = self._model.module.config, self._model.geometry
-        heads, kv_heads, head_dim = geometry.sizes
-        width, size = heads * head_dim, int(self._model.module.dtype.itemsize)
-        attention = 4 * width * 4 + (width + 2 * kv_heads * head_dim) * size
-        mlp = _feed_forward_width(config) * size
+        size = int(self._model.module.dtype.itemsize)
+        widths = ((heads * dim, 2 * kv_heads * dim) for heads, kv_heads, dim in geometry.every_sizes)
+        attention = max(4 * width * 4 + (width + kv) * size for width, kv in widths)
+        mlp = _mlp_width(config) * size
         residual = 3 * int(config.hidden_size) * size
         chunk = self._chunk_tokens * (max(attention, mlp) + residual)
         chunk += sum(self._state_bytes(state) for state in geometry.states[:1])
@@ -168,12 +168,15 @@ class Runner:
         self._reads.rest()
 
 
-def _feed_forward_width(config: Any) -> int:
-    """Return how many numbers a feed-forward layer has of each token.
-
-    Llama 4's experts all compute all tokens.
-    """
-    if config.model_type != "llama4_text":
-        return 3 * int(config.intermediate_size)
-    experts = config.num_local_experts * (2 * config.hidden_size + 3 * config.intermediate_size)
-    return max(3 * int(config.intermediate_size_mlp), int(experts))
+def _mlp_width(config: Any) -> int:
+    """Return how many numbers an MLP, or the experts of a layer, have of each token inside."""
+    found = config.intermediate_size
+    dense = max(found) if isinstance(found, list) else int(found)
+    if config.model_type == "llama4_text":  # whose experts all compute all tokens
+        experts = config.num_local_experts * (2 * config.hidden_size + 3 * dense)
+        return max(3 * int(config.intermediate_size_mlp), int(experts))
+    if getattr(config, "use_double_wide_mlp", False):
+        dense *= 2
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 0
+    experts = int(chosen) * int(getattr(config, "moe_intermediate_size", None) or dense)
+    return 3 * max(dense, experts)

@@ -204,7 +204,8 @@ class SequenceManager:
         sequence.advance(SEALS + 1 - chunk)
         try:
             with self._windows.written(sequence.window) as window:
-                window[...] = 0
+                for planes in window:
+                    planes[...] = 0
             self._store.reserve(sequence.table, highest_block(len(sequence.tokens)))
             self._store.grow(sequence.table, sequence.hashes(0, sealed_by(SEALS)))
             for count in (chunk, 1):

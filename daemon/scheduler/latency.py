@@ -38,16 +38,15 @@ Floats = NDArray[np.float64]
 class LatencyModel:
     """Predicts the time of a decode step."""
 
-    def __init__(self, windows: Sequence[Sliding], record_bytes: int, host_bytes: int) -> None:
+    def __init__(self, windows: Sequence[Sliding], record_bytes: Sequence[int], host_bytes: int) -> None:
         """Create a model that has measured nothing.
 
         Args:
             windows: Of each layer, what hides older tokens.
-            record_bytes: Bytes of a block's record in one layer.
+            record_bytes: Of each layer, bytes of a block's record.
             host_bytes: Records that host memory holds, in bytes; more are read from disk.
         """
-        self._windows = windows
-        self._record_bytes = record_bytes
+        self._layers = tuple(zip(windows, record_bytes, strict=True))
         self._host_bytes = host_bytes
         self._seen: deque[tuple[float, float, float, float]] = deque(maxlen=STEPS)
 
@@ -63,14 +62,15 @@ class LatencyModel:
         """
         if not self._seen:
             return None
-        records = sum(self._records(length) for length in lengths) * self._record_bytes
-        host = min(records, self._host_bytes)
-        step = np.array([1.0, len(lengths), host / GB, (records - host) / GB])
+        nbytes = sum(self._read_bytes(length) for length in lengths)
+        host = min(nbytes, self._host_bytes)
+        step = np.array([1.0, len(lengths), host / GB, (nbytes - host) / GB])
         return float(self._fit() @ step)
 
-    def _records(self, length: int) -> int:
-        """Return the number of records that the last token of a sequence reads, in all layers."""
-        return sum(len(stored_blocks(length - 1, length - 1, window)) for window in self._windows)
+    def _read_bytes(self, length: int) -> int:
+        """Return the bytes of records that the last token of a sequence reads, in all layers."""
+        last = length - 1
+        return sum(nbytes * len(stored_blocks(last, last, window)) for window, nbytes in self._layers)
 
     def _fit(self) -> Floats:
         rows, host, disk, seconds = np.array(self._seen).T

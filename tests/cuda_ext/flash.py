@@ -29,7 +29,7 @@ def check(device: Device[Any], load: Load, form: Format, number: Number, *, tile
     records.q *= 4
     if number is Number.BFLOAT16:
         records.q = reference.widen(reference.bf16_nearest(records.q))
-    shape = KVWindowShape(64, 1, layout.kv_heads, layout.head_dim, getattr(torch, number))
+    shape = KVWindowShape.uniform(64, 1, layout.kv_heads, layout.head_dim, getattr(torch, number))
     heads = GROUP * layout.kv_heads
     flash = Flash(device, load, integers(layout), shape, heads, tile)
     landing = Staging(device, 4 << 20)

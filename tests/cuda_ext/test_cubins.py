@@ -31,7 +31,7 @@ class Unused:
 @pytest.mark.parametrize("form", SEALED)
 def test_shipped_kernels_are_those_that_a_model_launches(form: Format) -> None:
     layout = Layout(form, Element.BFLOAT16, 3, 64)
-    shape = KVWindowShape(tokens=576, layers=2, kv_heads=3, head_dim=64, dtype=torch.bfloat16)
+    shape = KVWindowShape.uniform(tokens=576, layers=2, kv_heads=3, head_dim=64, dtype=torch.bfloat16)
     loaded: set[Variant] = set()
 
     def load(kernel: Variant) -> Unused:

@@ -48,7 +48,7 @@ def test_a_torch_without_flash_attention_leaves_prompts_to_our_kernels(
 ) -> None:
     """One that claims to find the GPU and cannot work there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    device, shape = CudaDevice(), KVWindowShape(64, 1, 1, 64, torch.bfloat16)
+    device, shape = CudaDevice(), KVWindowShape.uniform(64, 1, 1, 64, torch.bfloat16)
     assert not has_flash(device, shape, model.geometry)
     assert "does not run here" in caplog.text
     device.close()

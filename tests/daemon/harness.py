@@ -29,7 +29,7 @@ from spilld.offload.disk.tier import DiskTier
 from spilld.offload.host import residency
 from spilld.offload.host.residency import Holding, Spill
 from spilld.offload.kernels import threads
-from spilld.offload.record import Element, Format, Layout
+from spilld.offload.record import Element, Format
 from spilld.offload.store.host_space import Planner
 from spilld.protocol.messages import (
     Done,
@@ -161,9 +161,7 @@ def one_thread() -> Iterator[None]:
 
 def column_bytes(model: Model, form: str, dtype: str = "float32") -> int:
     """Bytes of one block in every layer."""
-    sizes = model.geometry.sizes
-    layout = Layout(Format(form), Element(dtype), sizes.kv_heads, sizes.head_dim)
-    return len(model.geometry.layers) * layout.record_bytes
+    return model.geometry.layouts(Format(form), Element(dtype)).column_bytes
 
 
 def random_split(seed: int, run_blocks: int = 0) -> Planner:

@@ -152,14 +152,15 @@ class Setup:
         self.case = case
         if beside is None:
             self.disk, self.store = self._open(folder)
-            shape = KVWindowShape(WINDOW_TOKENS, 1, case.kv_heads, case.head_dim, case.dtype)
+            shape = KVWindowShape.uniform(WINDOW_TOKENS, 1, case.kv_heads, case.head_dim, case.dtype)
             self.windows, self.attention = tier(self.store, shape, case.geometry)
         else:
             self.disk, self.store = beside.disk, beside.store
             self.windows, self.attention = beside.windows, beside.attention
         self.sequence = KVSequence(self.store.open(), self.windows.take(), bytes(32))
         with self.windows.written(self.sequence.window) as numbers:  # what was never written is never seen
-            numbers.view(np.uint8)[...] = 0xFF
+            for planes in numbers:
+                planes.view(np.uint8)[...] = 0xFF
         self.store.reserve(self.sequence.table, 60)
         stop = case.start + case.m
         draw = np.random.default_rng(case.start * 1000 + case.m)

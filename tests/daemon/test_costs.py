@@ -24,7 +24,7 @@ __all__ = ["emulate"]
 @pytest.mark.parametrize("prompts", [False, True])
 def test_every_rate_comes(prompts: bool, emulate: Emulate) -> None:
     device, layout = FakeDevice(3), Layout(Format.K8V4, Element.FLOAT32, 1, 64)
-    shape = KVWindowShape(tokens=64, layers=1, kv_heads=1, head_dim=64, dtype=torch.float32)
+    shape = KVWindowShape.uniform(tokens=64, layers=1, kv_heads=1, head_dim=64, dtype=torch.float32)
     load = loader(device, emulate)
     ops = Ops(load, layout.constants, shape, 2, warps=WARPS)
     flash = Flash(device, load, layout.constants, shape, 2, tile=3) if prompts else None
@@ -38,7 +38,7 @@ def test_every_rate_comes(prompts: bool, emulate: Emulate) -> None:
 
 def test_what_is_timed_is_not_zeros(emulate: Emulate, monkeypatch: pytest.MonkeyPatch) -> None:
     device, layout = FakeDevice(3), Layout(Format.K8V4, Element.FLOAT32, 1, 64)
-    shape = KVWindowShape(tokens=64, layers=1, kv_heads=1, head_dim=64, dtype=torch.float32)
+    shape = KVWindowShape.uniform(tokens=64, layers=1, kv_heads=1, head_dim=64, dtype=torch.float32)
     ops = Ops(loader(device, emulate), layout.constants, shape, 2, warps=WARPS)
     real, seen = Partial.attend, 0
 

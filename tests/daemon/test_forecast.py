@@ -25,7 +25,7 @@ def takes(lengths: list[int]) -> float:
 
 
 def learnt(draw: random.Random, noise: float) -> LatencyModel:
-    model = LatencyModel([None] * LAYERS, RECORD, HOST)
+    model = LatencyModel([None] * LAYERS, [RECORD] * LAYERS, HOST)
     for _ in range(STEPS):
         lengths = [draw.randint(300, 8000) for _ in range(draw.randint(1, 8))]
         total = sum(map(read_bytes, lengths))
@@ -43,11 +43,11 @@ def test_a_machine_is_learnt(lengths: list[int], noise: float) -> None:
 
 
 def test_nothing_is_said_of_an_unknown_machine() -> None:
-    assert LatencyModel([None], RECORD, HOST).token_s([100]) is None
+    assert LatencyModel([None], [RECORD], HOST).token_s([100]) is None
 
 
 def test_what_was_never_read_is_guessed() -> None:
-    model = LatencyModel([None] * LAYERS, RECORD, HOST)
+    model = LatencyModel([None] * LAYERS, [RECORD] * LAYERS, HOST)
     model.took(1, 0, 0, 0.02)
     far = model.token_s([64 * 4000])
     nbytes = read_bytes(64 * 4000)
@@ -56,14 +56,14 @@ def test_what_was_never_read_is_guessed() -> None:
 
 def test_no_part_takes_less_than_nothing() -> None:
     """Longer sequences that happened to be faster do not make even longer ones faster still."""
-    model = LatencyModel([None] * LAYERS, RECORD, 10**12)
+    model = LatencyModel([None] * LAYERS, [RECORD] * LAYERS, 10**12)
     for length, seconds in ((1000, 0.05), (4000, 0.04), (2000, 0.045)):
         model.took(1, read_bytes(length), 0, seconds)
     assert model.token_s([8000]) == pytest.approx(0.05, rel=0.2)
 
 
 def test_only_what_a_window_sees_counts() -> None:
-    wide, narrow = (LatencyModel([window] * LAYERS, RECORD, 10**12) for window in (None, 512))
+    wide, narrow = (LatencyModel([window] * LAYERS, [RECORD] * LAYERS, 10**12) for window in (None, 512))
     for model in (wide, narrow):
         model.took(1, 10**8, 0, 0.1)
         model.took(1, 0, 0, 0.01)
@@ -75,7 +75,7 @@ def test_only_what_a_window_sees_counts() -> None:
 
 
 def test_old_steps_are_forgotten() -> None:
-    model = LatencyModel([None] * LAYERS, RECORD, HOST)
+    model = LatencyModel([None] * LAYERS, [RECORD] * LAYERS, HOST)
     for seconds in (0.5, 0.02):
         for _ in range(STEPS):
             model.took(1, 10**6, 0, seconds)

@@ -99,7 +99,10 @@ def test_where_prompts_take_flash_attention(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    device, shape = CpuDevice(), KVWindowShape(tokens=64, layers=1, kv_heads=1, head_dim=64, dtype=dtype)
+    device, shape = (
+        CpuDevice(),
+        KVWindowShape.uniform(tokens=64, layers=1, kv_heads=1, head_dim=64, dtype=dtype),
+    )
 
     def refuses(*_: object) -> None:
         raise RuntimeError("no kernel image is available for execution on the device")

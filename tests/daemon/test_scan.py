@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from spilld.offload.kernels import threads
-from spilld.offload.kernels.attention.rows import DecodeRow, DecodeRows, RowAttention
+from spilld.offload.kernels.attention.rows import DecodeRow, DecodeRows, RowAttention, WindowPlanes
 from spilld.offload.record import (
     BLOCK,
     Element,
@@ -92,10 +92,10 @@ class Rows:
             (len(heads), self.group * self.layout.kv_heads, self.layout.head_dim), np.nan, np.float32
         )
         lse = np.full(out.shape[:2], np.nan, np.float32)
-        attention = RowAttention(self.layout, self.group)
+        attention, numbers = RowAttention(self.layout, self.group), self.planes.reshape(-1)
         attention.attend(
             heads,
-            self.planes,
+            WindowPlanes(numbers, self.planes[0].size, LAYER * self.planes[0, 0].size, TOKENS),
             LAYER,
             DecodeRows.of(self.rows[chosen]),
             attention.views(self.records),

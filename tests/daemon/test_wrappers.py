@@ -17,7 +17,7 @@ from spilld.models.model import Model, load
 
 from .harness import engine, load_tiny, some_tokens
 from .tiny_hybrids import hybrid_config
-from .tiny_models import END, VOCAB, byte_level, config_of
+from .tiny_models import END, VOCAB, build, byte_level, config_of
 
 _EYE: dict[str, Any] = {
     "hidden_size": 32,
@@ -34,6 +34,20 @@ _MODELS: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
         transformers.Gemma3ForConditionalGeneration,
         config_of("gemma3"),
         {"vision_config": _EYE, "mm_tokens_per_image": 4},
+    ),
+    "gemma4": (
+        transformers.Gemma4Config,
+        transformers.Gemma4ForConditionalGeneration,
+        config_of("gemma4"),
+        {
+            "vision_config": {
+                **_EYE,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "position_embedding_size": 64,
+            },
+            "audio_config": None,
+        },
     ),
     "mistral3": (
         transformers.Mistral3Config,
@@ -108,7 +122,25 @@ def test_the_text_part_is_the_models_own(name: str, tmp_path: Path) -> None:
 
 
 def test_every_wrapper_is_tried() -> None:
-    assert {name.split()[0] for name in _MODELS} == set(WRAPPERS)
+    assert {name.split()[0] for name in _MODELS} == set(WRAPPERS) - {"gemma3n"}
+
+
+def test_a_wrapper_whose_eye_is_not_installed(tmp_path: Path) -> None:
+    """transformers makes a Gemma 3n only where there is timm, of which text needs nothing."""
+    folder = build("gemma3n", tmp_path / "m")
+    file, config = folder / "model.safetensors", folder / "config.json"
+    text = load(folder, "float32", "eager", cache=tmp_path / "cache").module
+    tensors = {
+        f"model.language_model.{name.removeprefix('model.')}": t for name, t in load_file(file).items()
+    }
+    save_file(
+        {**tensors, "model.vision_tower.timm_model.conv.weight": torch.zeros(1)},
+        file,
+        metadata={"format": "pt"},
+    )
+    said = {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"]}
+    config.write_text(json.dumps({**said, "text_config": json.loads(config.read_text())}))
+    assert torch.equal(logits(eager(folder).module), logits(text))
 
 
 def test_what_a_wrapper_says_for_its_text_part(tmp_path: Path) -> None:

@@ -182,6 +182,54 @@ _OTHERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "intermediate_size_mlp": 112,
         },
     ),
+    "gemma3n": (
+        transformers.Gemma3nTextConfig,
+        transformers.Gemma3nForCausalLM,
+        {
+            **_SOME_SLIDE,
+            "head_dim": 32,
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 3,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 16,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.95] * 2 + [0.0] * 4,
+        },
+    ),
+    "gemma4": (
+        transformers.Gemma4TextConfig,
+        transformers.Gemma4ForCausalLM,
+        {
+            **_SOME_SLIDE,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 3,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 16,
+            "use_double_wide_mlp": True,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma4-experts": (
+        transformers.Gemma4TextConfig,
+        transformers.Gemma4ForCausalLM,
+        {
+            **_SOME_SLIDE,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
     "mixtral": (
         transformers.MixtralConfig,
         transformers.MixtralForCausalLM,
@@ -243,6 +291,10 @@ def build(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
         for name, tensor in module.state_dict().items():
             if name.endswith("e_score_correction_bias"):  # zeros until a model is trained
                 tensor.normal_(std=0.3)
+            if family.startswith("gemma4") and name.endswith("q_norm.weight"):
+                tensor.fill_(0.25)  # logits are not scaled: hard choices would double every rounding
+            if name.endswith("layer_scalar"):
+                tensor.fill_(0.7)
             if name.endswith("sinks"):
                 tensor.normal_(mean=2.0)
     module.save_pretrained(folder)

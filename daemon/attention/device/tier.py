@@ -132,9 +132,7 @@ def window_shape(config: Config, geometry: Geometry) -> KVWindowShape:
     """Return the shape of a KV window of the model in the configured dtype."""
     return KVWindowShape(
         tokens=WINDOW_TOKENS,
-        layers=len(geometry.layers),
-        kv_heads=geometry.sizes.kv_heads,
-        head_dim=geometry.sizes.head_dim,
+        layers=geometry.kv_heads,
         dtype=getattr(torch, config.dtype),
     )
 

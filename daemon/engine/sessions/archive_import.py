@@ -100,7 +100,7 @@ class Importer:
         if foreign or manifest.fingerprint != self._model.fingerprint:
             raise ForeignArchive(
                 f"the archive is of model {contents.model} in {manifest.layouts.element}, here is "
-                f"{self._model.name} in {self._store.layout.element}, or its weights or its tokenizer "
+                f"{self._model.name} in {self._store.layouts.element}, or its weights or its tokenizer "
                 "differ: import it where its model is served"
             )
         check_runs(manifest, checkpoint_state_blocks(self._store, self._model))

@@ -77,7 +77,7 @@ class SessionManager:
 
     def root(self, tenant: str) -> bytes:
         """Return the first value of a tenant's token chains."""
-        return root(self._model.fingerprint, self._blocks.layout.format, tenant.encode())
+        return root(self._model.fingerprint, self._blocks.layouts.format, tenant.encode())
 
     def session(self, request: Generate, handle: str | None) -> Session | None:
         """Return the session that a request continues or will leave behind, if any.

@@ -22,7 +22,12 @@ _LLAMA_LIKE = {
     "glm4": "Glm4ForCausalLM",
 }
 _QWEN = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-_GEMMA = {"gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
+_GEMMA = {
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gemma3n_text": "Gemma3nForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
+}
 _MIXTURES_OF_EXPERTS = {
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
@@ -60,6 +65,8 @@ class Wrapper:
 
 WRAPPERS: Mapping[str, Wrapper] = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration", frozenset({"gemma3_text"})),
+    "gemma3n": Wrapper("Gemma3nForConditionalGeneration", frozenset({"gemma3n_text"})),
+    "gemma4": Wrapper("Gemma4ForConditionalGeneration", frozenset({"gemma4_text"})),
     "llama4": Wrapper("Llama4ForConditionalGeneration", frozenset({"llama4_text"})),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", frozenset({"mistral", "ministral3"})),
     "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", frozenset({"qwen3_5_text"})),

@@ -28,9 +28,8 @@ from spilld.kv.sequence import KVSequence
 from spilld.models.families.rope import fix_rope
 from spilld.offload.host.slab import HostSlab
 from spilld.offload.prefix_cache.block_hash import CHAIN_BYTES
-from spilld.offload.record import BLOCK, Element, Format, Layout
+from spilld.offload.record import BLOCK, Element, Format
 from spilld.offload.store.store import Store
-from spilld.offload.store_layout import StoreLayout
 
 from . import reduced
 from .reduced import make, reduced_config
@@ -128,14 +127,11 @@ class _Steps:
 
     def __init__(self, module: Any, geometry: Geometry, longest: int) -> None:
         self._module = module
-        heads = geometry.sizes
-        layers = len(geometry.layers)
-        layout = Layout(Format.EXACT, Element.FLOAT32, heads.kv_heads, heads.head_dim)
-        layouts = StoreLayout.uniform(layout, layers)
+        layouts = geometry.layouts(Format.EXACT, Element.FLOAT32)
         columns = 2 * -(-longest // BLOCK)
         slab = HostSlab(columns * sum(layouts.record_bytes), layouts.record_bytes)
         self._store = Store(layouts, slab, columns)
-        shape = KVWindowShape(WINDOW_TOKENS, layers, heads.kv_heads, heads.head_dim, torch.float32)
+        shape = KVWindowShape(WINDOW_TOKENS, geometry.kv_heads, torch.float32)
         self._windows = CpuKVWindows(shape, 2 * shape.nbytes)
         self._attention = CpuAttention(geometry, self._store, self._windows)
         self._states = StateShape.of(geometry, torch.float32)

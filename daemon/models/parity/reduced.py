@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from spilld.errors import UnsupportedModel
+from spilld.kv.geometry import UNSCALED
 from spilld.kv.state_geometry import state_geometries
 
 VOCAB = 256
@@ -23,6 +24,7 @@ WINDOW = 100
 _WIDTHS = re.compile(r"(\w+_)?intermediate_size")
 _DISTANCES = ("sliding_window", "attention_chunk_size", "floor_scale")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_CHOSEN = ("num_experts_per_tok", "top_k_experts", "top_k")
 _FIRST_DENSE = ("first_k_dense_replace", "num_dense_layers")
 _EVERY = ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_freq", "full_attention_interval")
 _NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
@@ -42,9 +44,13 @@ def reduced_config(config: Any) -> Any:
     said = config.to_dict()
     layers = config.num_hidden_layers
     kept = min(layers, max(_kinds(said, layers), _of_experts(said)))
+    if said.get("num_kv_shared_layers"):  # which the last layers are
+        kept = layers
     for name, value in said.items():
         if isinstance(value, list) and len(value) == layers:
             said[name] = value[:kept]
+        elif name == "per_layer_config" and isinstance(value, dict):
+            said[name] = {layer: own for layer, own in value.items() if int(layer) < kept}
         elif name in _DISTANCES and value:
             said[name] = min(value, WINDOW)
         elif _WIDTHS.fullmatch(name) and isinstance(value, int):
@@ -90,7 +96,7 @@ def _of_experts(said: dict[str, Any]) -> int:
 
 def _experts(said: dict[str, Any]) -> int:
     """Return a number of experts that lets each token choose."""
-    chosen = said.get("num_experts_per_tok") or said.get("top_k") or 1
+    chosen = next((said[name] for name in _CHOSEN if said.get(name)), 1)
     groups = said.get("n_group") or 1
     return groups * max(2, math.ceil(2 * chosen / min(groups, said.get("topk_group") or 1)))
 
@@ -100,11 +106,13 @@ def make(module_class: Any, config: Any) -> Any:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         module = module_class._from_config(config, dtype=torch.float32, attn_implementation="eager")
-        for tensor in module.state_dict().values():
+        for name, tensor in module.state_dict().items():
             if not tensor.is_floating_point():
                 continue
             if tensor.dim() > 1:
                 tensor.normal_(std=tensor.shape[-1] ** -0.5)
             else:  # norms, biases, sinks, decays: near what training begins with
                 tensor.add_(torch.randn_like(tensor), alpha=0.2)
+            if config.model_type in UNSCALED and name.endswith("q_norm.weight"):
+                tensor.mul_(len(tensor) ** -0.5)
     return module.eval().requires_grad_(False)

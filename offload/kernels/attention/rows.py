@@ -39,6 +39,19 @@ Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 
 
+class WindowPlanes(NamedTuple):
+    """K and V of one layer in the KV windows of all sequences."""
+
+    numbers: NDArray[Any]
+    """The windows of all layers as one vector: float32, or bf16 bits."""
+    stride: int
+    """Numbers of a window."""
+    begin: int
+    """Where in a window the layer begins: `[2, kv_heads, tokens, head_dim]`."""
+    tokens: int
+    """Tokens of a window."""
+
+
 class DecodeRow(NamedTuple):
     """What one query sees in the layers that share a sliding window."""
 
@@ -98,6 +111,14 @@ class DecodeRows(NamedTuple):
         )
 
 
+@njit(nogil=True, error_model="numpy", inline="always")
+def _plane(planes: Any, window: Any, index: Any, head_dim: Any) -> Any:
+    """Return one head's keys, or its values, in a window: [tokens * head_dim]."""
+    size = planes.tokens * head_dim
+    begin = window * planes.stride + planes.begin + index * size
+    return planes.numbers[begin : begin + size]
+
+
 class RowAttention:
     """The kernel for records of one layout and `group` query heads to a KV head."""
 
@@ -121,7 +142,7 @@ class RowAttention:
     def attend(
         self,
         heads: Floats,
-        planes: NDArray[Any],
+        planes: WindowPlanes,
         layer: int,
         scan: DecodeRows,
         records: tuple[NDArray[Any], ...],
@@ -136,8 +157,8 @@ class RowAttention:
 
         Args:
             heads: `[rows, heads + 2 kv_heads, head_dim] float32`, query, key and value heads of the rows.
-            planes: The KV windows, `[windows, layers, 2, kv_heads, tokens, head_dim]`, float32 or bf16 bits.
-            layer: The layer, of the KV windows and of the places of records.
+            planes: The layer in the KV windows.
+            layer: The layer, of the places of records.
             scan: The rows.
             records: As `views` gives them.
             scale: As in Partial.attend.
@@ -183,19 +204,20 @@ def _kernel(keys4: int, int4: int, exact: int, wide: int, head_dim: int, tile: i
         out: Any,
         lse: Any,
     ) -> Any:
-        kv_heads, group = planes.shape[3], out.shape[1] // planes.shape[3]
+        kv_heads = queries.shape[1]
+        group = out.shape[1] // kv_heads
         for row in range(len(scan.windows)):
             for head in range(kv_heads):
                 for i in range(group):
                     for d in range(head_dim):
                         queries[row, head, i, d] = heads[row, head * group + i, d]
                 for which in range(2):
-                    plane = planes[scan.windows[row], layer, which, head]
+                    plane = _plane(planes, scan.windows[row], which * kv_heads + head, head_dim)
                     new = heads[row, (group + which) * kv_heads + head]
                     for i in range(2):
                         for d in range(head_dim):
                             number = new[d] if wide else f32_to_bf16_nearest(new[d])
-                            plane[scan.offsets[row, i], d] = number
+                            plane[scan.offsets[row, i] * head_dim + d] = number
         failed = _spread(
             len(scan.rows) * kv_heads,
             keys4,
@@ -244,14 +266,14 @@ def _unit(keys4: int, int4: int, exact: int, head_dim: int, tile: int) -> Any:
         tops: Any,
         totals: Any,
     ) -> None:
-        kv_heads = planes.shape[3]
+        kv_heads = queries.shape[1]
         part, head = number // kv_heads, number % kv_heads
         row = scan.rows[part]
         q, acc, top, total = queries[row, head], sums[part, head], tops[part, head], totals[part, head]
         index, parts = part - scan.parts[row] - 1, scan.parts[row + 1] - scan.parts[row] - 1
         if index < 0:
-            window = planes[scan.windows[row], layer]
-            keys, values = window[0, head].reshape(-1), window[1, head].reshape(-1)
+            keys = _plane(planes, scan.windows[row], head, head_dim)
+            values = _plane(planes, scan.windows[row], kv_heads + head, head_dim)
             attend_window(head_dim, tile, q, keys, values, scan.ranges[row], scale, softcap, acc, top, total)
         else:
             begin, count = scan.blocks[row], scan.blocks[row + 1] - scan.blocks[row]
