@@ -99,7 +99,7 @@ SEAMS: dict[str, tuple[type, str, Callable[[Harness], Guilty]]] = {
     "attention": (
         CpuAttention,
         "forward",
-        lambda h: lambda _self, _layer, _q, _k, _v, plan: has_bad(h, plan),
+        lambda h: lambda _self, _layer, _q, _k, _v, plan, _sinks: has_bad(h, plan),
     ),
 }
 
@@ -187,7 +187,7 @@ def test_a_step_that_seals_for_others_is_computed_again(
         last = len(model.geometry.layers) - 1
 
         def guilty(
-            _self: object, layer: int, _q: object, _k: object, _v: object, plan: AttentionPlan
+            _self: object, layer: int, _q: object, _k: object, _v: object, plan: AttentionPlan, _sinks: object
         ) -> bool:
             return layer == last and has_bad(harness, plan)
 

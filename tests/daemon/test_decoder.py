@@ -148,8 +148,9 @@ def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:
 def test_a_family_that_would_be_another_model_is_refused(family: str, tmp_path: Path) -> None:
     """The tensors of some have the names and shapes of Llama's."""
     folder = build(family, tmp_path / "m")
-    with pytest.raises(UnsupportedModel, match=rf"modeling_{family}"):
-        check_packable(reference(folder, "eager"))
+    module = reference(folder, "eager")
+    with pytest.raises(UnsupportedModel, match=type(module).__module__):
+        check_packable(module)
     model = packed(folder)
     assert model.packed is None
     assert model.forms == {Form.INT8}
@@ -208,5 +209,5 @@ def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
         with engine(model, tmp_path / "s") as harness:
             attention = harness.engine._runner._attention
             for tiles in (whole.tiles[:1], whole.tiles[:, :1]):
-                with pytest.raises(ValueError, match="weights, not"):
+                with pytest.raises(ValueError, match=r"weights of .*, not"):
                     PackedModel(model, {**model.packed, name: Packed(whole.form, tiles)}, attention, 8)

@@ -323,7 +323,7 @@ def test_unsupported_family_names_the_supported_ones(llama: Path) -> None:
     edit_config(llama, model_type="t5")
     with pytest.raises(
         UnsupportedModel,
-        match=r"t5.*llama, mistral, .*qwen3_moe, .*, gemma3, llama4, mistral3, qwen3_5, qwen3_5_moe are,",
+        match=r"t5.*llama, mistral, .*qwen3_moe, .*, gemma3, gemma3n, .*mistral3, qwen3_5, qwen3_5_moe are,",
     ):
         load_eager(llama)
 

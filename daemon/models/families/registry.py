@@ -77,6 +77,9 @@ WRAPPERS: Mapping[str, Wrapper] = {
 
 def class_of(family: str) -> str | None:
     """Return the class of transformers that computes a family of text, None if it has none."""
+    if family in FAMILIES:  # before torch is imported, where a start is to fail at once
+        return FAMILIES[family]
     from transformers.models.auto import modeling_auto
 
-    return FAMILIES.get(family) or modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)
+    found: str | None = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)
+    return found

@@ -76,7 +76,7 @@ def _narrower(said: dict[str, Any]) -> dict[str, int]:
         part = 1
     hidden //= part
     if isinstance(said.get("head_dim"), int):
-        hidden = min(hidden, HIDDEN)
+        hidden = min(hidden, max(1, HIDDEN // heads) * heads)  # of which some want a whole number a head
     return dict(zip(names, (hidden, heads // part, kv_heads // part), strict=True))
 
 
