@@ -22,7 +22,7 @@ from spilld.models.gguf.split import parts_of, read_whole
 from .child_output import lines_to
 from .convert import FAILED
 
-CONVERSION = 5
+CONVERSION = 6
 """Part of a converted folder's name: raise it when convert.py turns the same source into something else."""
 
 

@@ -29,6 +29,7 @@ from spilld.models.quantised.config import METHODS, QUANTISATION_FILES, Scheme, 
 
 if TYPE_CHECKING:
     from spilld.models.files.source import WeightSource
+    from spilld.models.gguf.weights import GgufWeights
 
 FAILED = 3
 """Exit status of a failure that was reported on stdout."""
@@ -105,7 +106,7 @@ def _from_gguf(gguf: Path, target: Path, dtype: str) -> None:
         module.generation_config.eos_token_id = _end_ids(values["eos_token_id"], header)
         module.save_pretrained(target)
         if dtype == "bfloat16":
-            _pack(module, header, target)
+            _pack(module, weights, target)
         del module
         _say("reading its tokenizer")
         with config_known(values):
@@ -153,11 +154,11 @@ def _fill(module: Any, weights: WeightSource, dtype: Any, name: str) -> None:
     module.tie_weights()
 
 
-def _pack(module: Any, header: GgufHeader, target: Path) -> None:
+def _pack(module: Any, weights: GgufWeights, target: Path) -> None:
     from spilld.models.packed.packing import WEIGHTS, pack_gguf
 
     try:
-        pack_gguf(module, header, target / WEIGHTS)
+        pack_gguf(module, weights, target / WEIGHTS)
     except UnsupportedModel as error:
         _say(f"decode steps will read bfloat16: {error.message}")
 

@@ -322,11 +322,19 @@ def test_matrices_of_several_forms_are_kept_bit_for_bit(folders: dict[str, Path]
     assert weights is not None
     assert {part.form for part in weights.values()} == {"q4_0", "q5_0", "int8", "q5_1", "int4"}
     for name, parts in matrices(plain.module).items():
-        wanted = np.concatenate([part.weight.numpy() for part in parts])
+        wanted = np.concatenate([part.numpy() for part in parts])
         np.testing.assert_array_equal(np.concatenate([unpack(p) for p in parts_of(weights, name)]), wanted)
     with engine(replace_fields(plain, packed=weights), tmp_path / "s", format="exact") as harness:
         found = harness.ask(PROMPT, max_tokens=16, ignore_eos=True)
     assert found == greedy(reference(plain.folder), PROMPT, 16)
+
+
+def test_matrices_that_the_file_has_as_one_are_kept(tmp_path: Path) -> None:
+    """Phi 3's queries, keys and values, and its gate and up."""
+    file = write(build("phi3", tmp_path / "folder"), tmp_path / "m.gguf", Kind.Q4_0)
+    weights = load(converted(file, "bfloat16"), "bfloat16", cache=tmp_path / "cache", weights="auto").packed
+    assert weights is not None
+    assert {weights[f"layers.1.{name}"].form for name in ("qkv", "out", "gate_up", "down")} == {"q4_0"}
 
 
 def test_a_file_of_the_same_size_and_time_is_converted_anew(

@@ -62,6 +62,10 @@ class GgufWeights:
             whole = whole.float() - 1
         return whole.reshape(self._shapes[name])
 
+    def is_quantised(self, name: str) -> bool:
+        """Whether a tensor, or a part of it, is quantised."""
+        return any(self._tensors[part].kind not in _PLAIN for part in self._recipes[name].parts)
+
     def packed(self, name: str) -> Sequence[Packed] | None:
         """See WeightSource.packed."""
         recipe, shape = self._recipes[name], self._shapes[name]

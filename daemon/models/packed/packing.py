@@ -1,9 +1,9 @@
 """Packed weights of a model for its steps, made once and then mapped.
 
-A quantised GGUF file's own bits are kept (the types of GGUF_FORMS): nothing is rounded twice. What it stores
-in other ways becomes int8. Matrices that read the same input are stacked: `layers.N.qkv`, `layers.N.out`,
-`layers.N.gate_up`, `layers.N.down`, and `head`, which is int8 also beside int4. Where their forms differ they
-stay apart: `layers.N.qkv.0`, `layers.N.qkv.1`, ...
+A quantised file's own codes are kept (what WeightSource.packed returns): nothing is rounded twice. What it
+stores in other ways becomes int8. Matrices that read the same input are stacked: `layers.N.qkv`,
+`layers.N.out`, `layers.N.gate_up`, `layers.N.down`, and `head`, which is int8 also beside int4. Where their
+forms differ they stay apart: `layers.N.qkv.0`, `layers.N.qkv.1`, ...
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from safetensors.torch import load_file
 from spilld.errors import ConfigError, CorruptModel, UnsupportedModel
 from spilld.models.files.digest import digest
 from spilld.models.files.weights import read_weight_files
-from spilld.models.gguf.header import GgufHeader, GgufTensor
-from spilld.offload.kernels.linear.forms import GGUF_FORMS, GROUP, LANES, Form
+from spilld.models.gguf.weights import GgufWeights
+from spilld.offload.kernels.linear.forms import GROUP, LANES, Form
 from spilld.offload.kernels.linear.packed import (
     Packed,
     fits,
@@ -33,7 +32,6 @@ from spilld.offload.kernels.linear.packed import (
     stack,
     unpack,
 )
-from spilld.offload.kernels.linear.repack import from_gguf
 
 from .packable import check_packable
 
@@ -45,9 +43,6 @@ WEIGHTS = Path("packed") / "weights.safetensors"
 PACKING = 2
 """Part of the name of a file in the cache: raise it when the same weights are packed otherwise."""
 
-PLAIN = ("F32", "F16", "BF16")
-"""GGUF types that are not quantised."""
-
 ACTIVATIONS = {"silu": False, "gelu_pytorch_tanh": True}
 """Activations that have a kernel, by the name in config.json; whether each is GELU."""
 
@@ -55,52 +50,29 @@ _ROUNDING = 2.0**-8
 """bfloat16 keeps 8 bits: what a matrix may differ by from the same one in the model's folder."""
 
 
-@dataclass(frozen=True)
-class PackedSource:
-    """A linear layer of the module, and its name in a GGUF file."""
-
-    weight: torch.Tensor
-    gguf: str
-    heads: int = 0
-    """Heads whose halves llama.cpp interleaves; 0 for none."""
-
-
-def matrices(module: Any) -> dict[str, list[PackedSource]]:
-    """Return the linear layers to pack, by the names of the packed matrices.
+def matrices(module: Any) -> dict[str, list[torch.Tensor]]:
+    """Return the weights of the linear layers to pack, by the names of the packed matrices.
 
     Raises:
         UnsupportedModel: A layer does not fit, or steps over packed weights would compute another model.
     """
     check_packable(module)
     config = module.config
-    interleaved = config.model_type in ("llama", "mistral")
-    heads = (
-        {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if interleaved else {}
-    )
-
-    def of(index: int, layers: list[Any], names: list[str]) -> list[PackedSource]:
-        return [
-            PackedSource(layer.weight, f"blk.{index}.{name}.weight", heads.get(name, 0))
-            for layer, name in zip(layers, names, strict=True)
-        ]
-
-    found = {}
+    layers: dict[str, list[Any]] = {}
     for index, layer in enumerate(module.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
-        inputs = attention_inputs(attention)
         fused = hasattr(mlp, "gate_up_proj")
-        gate_up = [mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj]
-        found[f"layers.{index}.qkv"] = of(index, inputs, ["attn_q", "attn_k", "attn_v"][: len(inputs)])
-        found[f"layers.{index}.out"] = of(index, [attention.o_proj], ["attn_output"])
-        found[f"layers.{index}.gate_up"] = of(index, gate_up, ["ffn_up"] if fused else ["ffn_gate", "ffn_up"])
-        found[f"layers.{index}.down"] = of(index, [mlp.down_proj], ["ffn_down"])
-    tied = config.tie_word_embeddings
-    found["head"] = [PackedSource(module.lm_head.weight, "token_embd.weight" if tied else "output.weight")]
+        layers[f"layers.{index}.qkv"] = attention_inputs(attention)
+        layers[f"layers.{index}.out"] = [attention.o_proj]
+        layers[f"layers.{index}.gate_up"] = [mlp.gate_up_proj] if fused else [mlp.gate_proj, mlp.up_proj]
+        layers[f"layers.{index}.down"] = [mlp.down_proj]
+    layers["head"] = [module.lm_head]
+    found = {name: [part.weight for part in parts] for name, parts in layers.items()}
     for name, parts in found.items():
-        for part in parts:
-            if not fits(*part.weight.shape):
+        for weight in parts:
+            if not fits(*weight.shape):
                 raise UnsupportedModel(
-                    f"{name} of {tuple(part.weight.shape)} cannot be packed: outputs must be a multiple of "
+                    f"{name} of {tuple(weight.shape)} cannot be packed: outputs must be a multiple of "
                     f"{LANES}, inputs of {GROUP}"
                 )
     if activation(config) not in ACTIVATIONS:
@@ -147,40 +119,36 @@ def packed_file(module: Any, folder: Path, weights: str, cache: Path) -> Path | 
     return file
 
 
-def pack_gguf(module: Any, header: GgufHeader, target: Path) -> None:
+def pack_gguf(module: Any, weights: GgufWeights, target: Path) -> None:
     """Write packed weights of a GGUF file, which `module` was loaded from, to a file.
 
     Args:
         module: The loaded module; codes that are not its weights are quantised again.
-        header: The header of the GGUF file.
+        weights: Those of the file.
         target: The file to write; on any error it is as it was.
 
     Raises:
         UnsupportedModel: They do not fit, or are not quantised.
         ConfigError: The file cannot be written.
     """
-    tensors = header.tensors
-    found = matrices(module)
-    names = [part.gguf for parts in found.values() for part in parts if part.gguf in tensors]
-    if all(tensors[name].kind in PLAIN for name in names):
+    parameters = dict(module.named_parameters())
+    names = _names(module)
+    linear = [names[id(weight)] for parts in matrices(module).values() for weight in parts]
+    if not any(weights.is_quantised(name) for name in linear):
         raise UnsupportedModel("its weights are not quantised")
-    packs: dict[str, Packed] = {}
-    anew = set()
-    for name, parts in found.items():
-        kept = []
-        for part in parts:
-            own = _kept(part, tensors)
-            if own is None and part.gguf in tensors:
-                anew.add(tensors[part.gguf].kind)
-            kept.append(_quantised(part, Form.INT8) if own is None else own)
-        packs |= _stacked(name, kept)
-    if anew:
-        log.warning("matrices of %s are packed as int8", ", ".join(sorted(anew)))
-    _write(packs, target)
+
+    def own(name: str) -> Sequence[Packed] | None:
+        found = weights.packed(name)
+        if found is None or _is(found, parameters[name]):
+            return found
+        log.warning("%s is not what the model has there; it is quantised again", name)
+        return None
+
+    pack_quantised(module, own, target)
 
 
 def pack_quantised(module: Any, packed: Callable[[str], Sequence[Packed] | None], target: Path) -> None:
-    """Write packed weights of a quantised folder, which `module` was loaded from, to a file.
+    """Write packed weights of what is quantised, which `module` was loaded from, to a file.
 
     Args:
         module: The loaded module.
@@ -191,16 +159,32 @@ def pack_quantised(module: Any, packed: Callable[[str], Sequence[Packed] | None]
         UnsupportedModel: They do not fit.
         ConfigError: The file cannot be written.
     """
-    names = {id(weight): name for name, weight in module.named_parameters()}
+    names = _names(module)
     packs: dict[str, Packed] = {}
+    anew = []
     for name, parts in matrices(module).items():
         kept = []
-        for part in parts:
-            own = packed(names[id(part.weight)]) or []
+        for weight in parts:
+            own = packed(names[id(weight)]) or []
             one = len({matrix.form for matrix in own}) == 1
-            kept.append(stack(own) if one else _quantised(part, Form.INT8))
+            kept.append(stack(own) if one else _quantised(name, weight, Form.INT8))
+            anew += [] if one else [names[id(weight)]]
         packs |= _stacked(name, kept)
+    if anew:
+        log.warning("%d matrices are packed as int8, the first is %s", len(anew), anew[0])
     _write(packs, target)
+
+
+def _names(module: Any) -> dict[int, str]:
+    """Return the name of each parameter by its id; of tied ones the first."""
+    return {id(weight): name for name, weight in module.named_parameters()}
+
+
+def _is(packed: Sequence[Packed], weight: torch.Tensor) -> bool:
+    """Whether packed matrices are the module's weights, but for the rounding of bfloat16."""
+    wanted = weight.detach().float().numpy()
+    found = np.concatenate([unpack(part) for part in packed])
+    return found.shape == wanted.shape and bool((np.abs(found - wanted) <= _ROUNDING * np.abs(wanted)).all())
 
 
 def _stacked(name: str, parts: list[Packed]) -> dict[str, Packed]:
@@ -232,7 +216,8 @@ def pack_module(module: Any, form: Form, target: Path) -> None:
     """
     packs = {}
     for name, parts in matrices(module).items():
-        packs[name] = stack([_quantised(part, Form.INT8 if name == "head" else form) for part in parts])
+        its = Form.INT8 if name == "head" else form
+        packs[name] = stack([_quantised(name, weight, its) for weight in parts])
     _write(packs, target)
 
 
@@ -254,31 +239,11 @@ def read(path: Path) -> dict[str, Packed]:
         raise CorruptModel(f"{path} is damaged ({error!r}): delete it, it is made anew") from error
 
 
-def _quantised(part: PackedSource, form: Form) -> Packed:
+def _quantised(name: str, weight: torch.Tensor, form: Form) -> Packed:
     try:
-        return quantise(part.weight.detach().float().numpy(), form)
+        return quantise(weight.detach().float().numpy(), form)
     except ValueError as error:
-        raise UnsupportedModel(f"{part.gguf}: {error}") from error
-
-
-def _kept(part: PackedSource, tensors: Mapping[str, GgufTensor]) -> Packed | None:
-    """Return the matrix of the GGUF file, if its type has a form and it is the module's weights."""
-    tensor = tensors.get(part.gguf)
-    if tensor is None or tensor.kind not in GGUF_FORMS or len(tensor.shape) != 2:
-        return None
-    size = (tensor.shape[0], tensor.nbytes // tensor.shape[0])
-    rows = np.asarray(np.memmap(tensor.path, np.uint8, "r", tensor.start, size))
-    if part.heads:
-        halves = rows.reshape(part.heads, -1, 2, rows.shape[1])
-        rows = halves.swapaxes(1, 2).reshape(rows.shape)
-    packed = from_gguf(rows, tensor.kind)
-    wanted = part.weight.detach().float().numpy()
-    if (packed.outputs, packed.inputs) != wanted.shape:
-        return None
-    if (np.abs(unpack(packed) - wanted) > _ROUNDING * np.abs(wanted)).any():
-        log.warning("%s is not what the model has there; it is quantised again", part.gguf)
-        return None
-    return packed
+        raise UnsupportedModel(f"{name}: {error}") from error
 
 
 def _write(packs: Mapping[str, Packed], target: Path) -> None:
