@@ -120,18 +120,15 @@ def _of_contexts(config: Config, folder: Path) -> Iterator[tuple[str, str]]:
     from spilld.kv.geometry import Geometry
     from spilld.models.families.text_part import text_config
     from spilld.models.files.folder import read_config
-    from spilld.offload.record import BLOCK, SEALED, Element, Layout
+    from spilld.offload.record import BLOCK, SEALED, Element
 
     found = text_config(CONFIG_MAPPING[read_config(folder)["model_type"]].from_pretrained(folder))
     geometry, element = Geometry.of(found, found, None), Element(config.dtype)
     for form in SEALED:
-        records = (
-            Layout(form, element, layer.kv_heads, layer.head_dim).record_bytes for layer in geometry.layers
-        )
-        each = sum(records) // BLOCK
+        each = geometry.layouts(form, element).column_bytes // BLOCK
         longest = min((config.host_budget + config.disk_budget) // each, geometry.max_positions)
         asked = ", as configured" if form == config.format else ""
         yield "KV", f"{form}: {size(each)} a token, {longest} tokens within the budgets{asked}"
     if geometry.states:
-        total = sum(state.nbytes(element.nbytes) for state in geometry.states)
+        total = sum(sum(state.nbytes(element.nbytes)) for state in geometry.states)
         yield "state", f"{size(total)} a sequence, whatever its length"

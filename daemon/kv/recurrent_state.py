@@ -44,7 +44,7 @@ class StateShape:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of one state."""
-        return sum(_padded(nbytes) for layer in self.layers for nbytes in self._bytes(layer))
+        return sum(_padded(part) for layer in self.layers for part in layer.nbytes(self.dtype.itemsize))
 
     @cached_property
     def grid(self) -> int:
@@ -60,17 +60,13 @@ class StateShape:
         """Return the layers' tensors in memory, uint8 [nbytes]."""
         found, at = [], 0
         for layer in self.layers:
-            convolution, recurrent = self._bytes(layer)
+            convolution, recurrent = layer.nbytes(self.dtype.itemsize)
             window = memory[at : at + convolution].view(self.dtype).view(layer.convolution)
             at += _padded(convolution)
             numbers = memory[at : at + recurrent].view(torch.float32)
             at += _padded(recurrent)
             found.append(LayerState(window, numbers.view(layer.recurrent) if layer.recurrent else None))
         return found
-
-    def _bytes(self, layer: StateGeometry) -> tuple[int, int]:
-        recurrent = 4 * math.prod(layer.recurrent) if layer.recurrent else 0
-        return math.prod(layer.convolution) * self.dtype.itemsize, recurrent
 
 
 class RecurrentState:

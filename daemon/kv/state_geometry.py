@@ -32,10 +32,10 @@ class StateGeometry:
     recurrent: tuple[int, ...]
     grid: int
 
-    def nbytes(self, itemsize: int) -> int:
-        """Return the bytes of the state where a number of the model has `itemsize` bytes."""
+    def nbytes(self, itemsize: int) -> tuple[int, int]:
+        """Return the bytes of window and recurrent state where a number of the model has `itemsize` bytes."""
         recurrent = 4 * math.prod(self.recurrent) if self.recurrent else 0
-        return itemsize * math.prod(self.convolution) + recurrent
+        return itemsize * math.prod(self.convolution), recurrent
 
 
 def state_geometries(config: Any) -> tuple[StateGeometry, ...]:

@@ -23,6 +23,7 @@ from spilld.errors import (
     UnsupportedModel,
 )
 from spilld.models.families.rope import fix_rope
+from spilld.models.files.weights import read_weight_files
 from spilld.models.model import (
     Model,
     load,
@@ -107,6 +108,13 @@ def test_loads_what_transformers_loads(family: str, folders: dict[str, Path]) ->
     tokens = torch.arange(LONGROPE_ORIGINAL + 40)[None]  # so that longrope is long in both
     with torch.inference_mode():
         assert torch.equal(model.module(tokens).logits, plain(tokens).logits)
+
+
+def test_a_file_of_weights_that_is_cut_off(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(64)}, whole := tmp_path / "model.safetensors")
+    whole.write_bytes(whole.read_bytes()[:-4])
+    with pytest.raises(CorruptModel, match="header says"):
+        read_weight_files(tmp_path)
 
 
 def test_no_connection_is_attempted(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from spilld.errors import CorruptModel
 from spilld.offload.kernels.linear.packed import Packed
-
-from .weights import read_weight_files
 
 
 class WeightSource(Protocol):
@@ -55,40 +50,3 @@ class WeightSource(Protocol):
             CorruptModel: It is damaged.
         """
         ...
-
-
-class SafetensorsFolder:
-    """The tensors of a folder's safetensors, as they are stored: a WeightSource without packed forms."""
-
-    def __init__(self, folder: Path) -> None:
-        """Read the headers.
-
-        Raises:
-            CorruptModel: A file is damaged or cut off.
-            UnsupportedModel: There are no safetensors.
-        """
-        self._where: dict[str, Any] = {}
-        for file in read_weight_files(folder).files:
-            opened: Any = safe_open(file, "pt")
-            self._where |= dict.fromkeys(opened.keys(), opened)
-
-    @property
-    def names(self) -> frozenset[str]:
-        """See WeightSource.names."""
-        return frozenset(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """See WeightSource.shape."""
-        return tuple(self._where[name].get_slice(name).get_shape())
-
-    def dense(self, name: str) -> torch.Tensor:
-        """See WeightSource.dense."""
-        try:
-            tensor: torch.Tensor = self._where[name].get_tensor(name)
-        except SafetensorError as error:
-            raise CorruptModel(f"{name} is damaged: {error}") from error
-        return tensor
-
-    def packed(self, name: str) -> Sequence[Packed] | None:
-        """Return None: see WeightSource.packed."""
-        return None
