@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -185,7 +186,7 @@ def load_model(config: Config, tell: Callable[[str], None] = log.info) -> Model:
         identity = identify(config.model, config.cache)
     except OSError as error:
         raise ModelError(f"the model cannot be read: {error}; may the daemon's user read it?") from error
-    model = load(
+    return load(
         folder,
         config.dtype,
         name=config.model,
@@ -194,10 +195,8 @@ def load_model(config: Config, tell: Callable[[str], None] = log.info) -> Model:
         weights=config.weights,
         device=device,
         identity=identity,
+        check=partial(_check_for_gpu, config.model) if config.device == "cuda" else lambda _: None,
     )
-    if config.device == "cuda":
-        _check_for_gpu(config.model, model.geometry)
-    return model
 
 
 def _check_for_gpu(name: str, geometry: Geometry) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -100,6 +100,7 @@ def load(
     weights: str = "bf16",
     device: str = "cpu",
     identity: bytes | None = None,
+    check: Callable[[Geometry], None] = lambda _: None,
 ) -> Model:
     """Load a folder that `resolve` returned.
 
@@ -114,6 +115,7 @@ def load(
         weights: As in Config.
         device: As in Placement; the module is moved there. Only the CPU's weights may be packed.
         identity: That of what the folder was converted from; by default the folder's own.
+        check: Raises if such a model cannot be served; called before weights are packed or moved.
 
     Raises:
         CorruptModel: The folder is damaged, or changed while it was loaded.
@@ -130,6 +132,7 @@ def load(
     module = load_module(folder, dtype, attention)
     tokenizer = Tokenizer.load(folder)
     geometry = Geometry.of(module.config, module.generation_config, tokenizer.eos)
+    check(geometry)
     longest = max_context or geometry.max_positions
     if longest > geometry.max_positions:
         raise ConfigError(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import getfile
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spilld.attention.state_layers import Mixer, MixerCache
@@ -19,6 +17,7 @@ from spilld.attention.transformers_hook import PlannedAttention
 from spilld.errors import UnsupportedModel
 from spilld.kv.geometry import Geometry
 from spilld.kv.recurrent_state import LayerState
+from spilld.models.parity.passed_once import pass_once
 
 _TOKENS = 3
 
@@ -31,15 +30,8 @@ def probe_once(module: Any, geometry: Geometry, cache: Path) -> None:
     Raises:
         UnsupportedModel: As in `probe`.
     """
-    ours = b"".join(Path(part).read_bytes() for part in (__file__, getfile(PlannedAttention)))
-    known = (module.config.to_json_string(), repr(geometry), torch.__version__, transformers.__version__)
-    note = cache / "probes" / hashlib.blake2b(repr(known).encode() + ours, digest_size=16).hexdigest()
-    if note.exists():
-        return
-    probe(module, geometry)
-    with suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.touch()
+    known = (module.config.to_json_string(), repr(geometry))
+    pass_once("probes", cache, known, (__file__, getfile(PlannedAttention)), lambda: probe(module, geometry))
 
 
 def probe(module: Any, geometry: Geometry) -> None:

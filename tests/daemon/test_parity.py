@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from spilld.errors import UnsupportedModel
 from spilld.models.families.registry import FAMILIES, class_of
 from spilld.models.parity import parity as parities
+from spilld.models.parity import passed_once
 from spilld.models.parity.parity import check_parity_once, parity
 from spilld.models.parity.reduced import make, reduced_config
 
@@ -116,7 +117,7 @@ def test_a_module_that_counts_positions_by_itself_is_found(monkeypatch: pytest.M
 def test_what_passed_is_not_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module_class, config = stranger("gemma", head_dim=32)
     check_parity_once(module_class, config, tmp_path)
-    monkeypatch.setattr(parities, "_passed", set())
+    monkeypatch.setattr(passed_once, "_passed", set())
     monkeypatch.delattr(parities, "parity")
     check_parity_once(module_class, config, tmp_path)
     with pytest.raises(NameError):

@@ -61,7 +61,7 @@ def test_what_passed_is_not_looked_at_again(tmp_path: Path, monkeypatch: pytest.
     assert load(folder, "float32", cache=tmp_path).fingerprint == first.fingerprint
     with pytest.raises(NameError):
         probe_once(first.module, changed(first.geometry, softcap=30.0), tmp_path)
-    monkeypatch.setattr("spilld.models.probe.transformers.__version__", "99")
+    monkeypatch.setattr("spilld.models.parity.passed_once.transformers.__version__", "99")
     with pytest.raises(NameError):
         load(folder, "float32", cache=tmp_path)
 

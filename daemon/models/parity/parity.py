@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from contextlib import suppress
 from inspect import getfile
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from spilld.attention import cpu, query_scale, state_layers, tile, transformers_hook
 from spilld.attention.cpu import CpuAttention
@@ -32,6 +29,7 @@ from spilld.offload.record import BLOCK, Element, Format
 from spilld.offload.store.store import Store
 
 from . import reduced
+from .passed_once import pass_once
 from .reduced import make, reduced_config
 
 TOLERANCE = 1e-3
@@ -41,8 +39,6 @@ PIECE = 150
 """About so many tokens are computed in each step: no block is sealed, so no kernel is compiled for it."""
 
 _OURS = (cpu, query_scale, tile, transformers_hook, state_layers, geometries, state_geometry, reduced)
-_passed: set[str] = set()
-"""Notes of this process, which loads models with several caches."""
 
 
 def check_parity_once(module_class: Any, config: Any, cache: Path) -> None:
@@ -53,22 +49,9 @@ def check_parity_once(module_class: Any, config: Any, cache: Path) -> None:
     Raises:
         UnsupportedModel: As in `parity`.
     """
-    files = (__file__, *(module.__file__ for module in _OURS), getfile(module_class))
     said = {**config.to_dict(), "_name_or_path": None, "transformers_version": None, "dtype": None}
-    hasher = hashlib.blake2b(
-        repr((sorted(said.items(), key=str), torch.__version__, transformers.__version__)).encode(),
-        digest_size=16,
-    )
-    for file in files:
-        hasher.update(Path(str(file)).read_bytes())
-    note = cache / "parity" / hasher.hexdigest()
-    if note.name in _passed or note.exists():
-        return
-    parity(module_class, config)
-    _passed.add(note.name)
-    with suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.touch()
+    code = (__file__, *(str(module.__file__) for module in _OURS), getfile(module_class))
+    pass_once("parity", cache, sorted(said.items(), key=str), code, lambda: parity(module_class, config))
 
 
 def parity(module_class: Any, config: Any) -> float:

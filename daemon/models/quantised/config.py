@@ -11,7 +11,7 @@ from typing import Any
 from spilld.errors import CorruptModel, UnsupportedModel
 
 INSTEAD = (
-    "take a GGUF file of this model (the codes of Q8_0, Q4_0 and Q4_1 are kept), or the folder in bfloat16 "
+    "take a GGUF file of this model (its own bits are kept: Q4_K_M, Q8_0, ...), or the folder in bfloat16 "
     'that it was made from, which weights = "int8" or "int4" makes as small'
 )
 """What to do about weights that are quantised in ways that are not read."""
