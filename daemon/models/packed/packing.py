@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from spilld.errors import ConfigError, CorruptModel, UnsupportedModel
 from spilld.models.files.digest import digest
 from spilld.models.files.weights import read_weight_files
-from spilld.models.gguf.weights import GgufWeights
 from spilld.offload.kernels.linear.forms import GROUP, LANES, Form
 from spilld.offload.kernels.linear.packed import (
     Packed,
@@ -34,6 +33,9 @@ from spilld.offload.kernels.linear.packed import (
 )
 
 from .packable import check_packable
+
+if TYPE_CHECKING:  # a daemon imports no gguf
+    from spilld.models.gguf.weights import GgufWeights
 
 log = logging.getLogger(__name__)
 
